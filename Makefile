@@ -1,0 +1,45 @@
+# make demo | test | lint | bench | clean        another interpreter: make demo PYTHON=python3.12        options for pip: PIP_OPTIONS="--index-url ..."
+PYTHON ?= python3
+PIP_OPTIONS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test lint bench clean
+
+# The second scoring runs in one thread, as recipes/demo.env does: sums in another order may differ in the last digit.
+demo: $(READY)
+	$(PY) prepare_data.py --source stdlib --vocab-size 1024 --val-docs 150 --out data/demo
+	rm -rf runs/demo
+	set -a; . recipes/demo.env; set +a; DATA_PATH=data/demo ARTIFACT_DIR=runs/demo $(PY) train_gpt.py
+	@echo; echo "The packed train_gpt.py and model.bin alone, in an empty folder and a clean process:"
+	@alone=$$(mktemp -d) && trap 'rm -rf "$$alone"' EXIT && cp runs/demo/train_gpt.py runs/demo/model.bin "$$alone" && cd "$$alone" \
+		&& env -i PATH="$$PATH" CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
+			DATA_PATH="$(CURDIR)/data/demo" TOKENIZER_PATH="$(CURDIR)/data/demo/tokenizer.model" TTT_EVAL_ONLY=1 "$(CURDIR)/$(PY)" train_gpt.py \
+		&& cp eval_result.json "$(CURDIR)/runs/demo/"
+	@echo
+	$(PY) tools/report.py runs/demo --baselines data/demo --check
+
+test: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+
+bench: $(READY)
+	$(PY) tools/bench.py caseops
+
+clean:
+	rm -rf $(VENV) data/demo runs/demo .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A system Python without ensurepip (Debian's without python3-venv) still has pip, which fills the environment from outside.
+# On Linux, PyPI's torch brings gigabytes of CUDA: without a GPU the index of CPU builds is asked as well, if it answers.
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
+	index=; if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null \
+		&& $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(TORCH_CPU)/torch/", timeout=5)' 2>/dev/null; then index="--extra-index-url $(TORCH_CPU)"; fi; \
+		$(PY) -m pip install --disable-pip-version-check $(PIP_OPTIONS) $$index -r requirements.txt
+	touch $@

@@ -1,0 +1,879 @@
+"""Documents -> CaseOps -> SentencePiece -> token shards, byte sidecar, manifest.
+
+    OUT/fineweb_train_000000.bin ...      256 int32 header (magic, version, token count), then uint16 tokens, little endian
+    OUT/fineweb_val_000000.bin ...        the first --val-docs documents of the source, and nothing else ever is validation
+    OUT/fineweb_val_bytes_000000.bin ...  same format: bytes of the original text for each validation token
+    OUT/tokenizer.model                   the SentencePiece model
+    OUT/manifest.json                     counts, hashes, options; written last: a folder without it is unfinished
+
+Every document starts with BOS (id 1) and ends without EOS; a document may continue in the next shard. Documents that hold no token (empty, only
+spaces) are skipped and counted. A training document whose tokens equal those of a validation document is dropped and counted, so the splits are
+disjoint as the model sees them. For each validation document the bytes of its tokens must equal the UTF-8 length of the source text less what
+SentencePiece strips at its ends, or nothing is finished. Training text has no sidecar: its `bytes` in the manifest are its `utf8_bytes`.
+"""
+import argparse
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, compress, islice, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+
+import lossless_caps
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+BOS_ID = 1
+FORMAT = 1
+MANIFEST, TOKENIZER, UNFINISHED = "manifest.json", "tokenizer.model", "UNFINISHED"
+CHUNK_BYTES = 1 << 20  # documents travel to the workers in batches of about this size
+FINEWEB_REPO = "willdepueoai/parameter-golf"
+CASEOPS_REPO = "romeerp/parameter-golf-caseops-v1"
+DEFAULT_VARIANT = {FINEWEB_REPO: "sp1024", CASEOPS_REPO: "sp8192_lossless_caps_caseops_v1_reserved"}
+CONTEST_VAL_TOKENS = {CASEOPS_REPO: 47_853_344}  # the published validation export, BOS included
+VAL_DOCS = 50_000  # of the contest
+STDLIB_VAL_DOCS = 150
+STDLIB_DOCUMENT_CHARS = 3000
+# Not on every machine (distributions package them apart), bulky tables, or tests.
+STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "idlelib", "lib2to3", "tkinter",
+               "turtledemo", "distutils", "ensurepip", "venv", "pydoc_data"}
+
+
+class DataError(Exception):
+    """A problem that the user can act on; printed as one line."""
+
+
+# ---------------------------------------------------------------- files
+
+def write_file(path: Path, *parts: bytes | memoryview) -> str:
+    """Writes `path` whole, by rename, and returns its SHA-256."""
+    digest = hashlib.sha256()
+    part_path = path.with_name(path.name + ".part")
+    with open(part_path, "wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part_path, path)
+    return digest.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+        return list(pool.map(sha256_file, paths))
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-maps the uint16 tokens of a shard after checking magic, version and size."""
+    with open(path, "rb") as file:
+        data = file.read(HEADER_BYTES)
+    header = np.frombuffer(data, "<i4") if len(data) == HEADER_BYTES else np.zeros(3, "<i4")
+    if header[0] != MAGIC or header[1] != VERSION:
+        raise DataError(f"{path}: not a token shard (magic {MAGIC}, version {VERSION} expected); download it again")
+    if path.stat().st_size != HEADER_BYTES + 2 * int(header[2]):
+        raise DataError(f"{path}: {path.stat().st_size} bytes, but its header promises {int(header[2])} tokens; download it again")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, (int(header[2]),)) if header[2] else np.zeros(0, "<u2")
+
+
+class ShardWriter:
+    """Collects the tokens of one split and writes a shard whenever `shard_tokens` are there. Keeps at most one shard in memory."""
+
+    def __init__(self, out: Path, names: tuple[str, ...], shard_tokens: int):
+        self.out, self.names, self.shard_tokens = out, names, shard_tokens
+        self.streams: list[list[np.ndarray]] = [[] for _ in names]
+        self.held = self.shards = 0
+        self.files: dict[str, dict] = {}
+
+    def add(self, *streams: np.ndarray) -> None:
+        """One uint16 array for each name, all of one length."""
+        while (room := self.shard_tokens - self.held) <= len(streams[0]):
+            self._hold(array[:room] for array in streams)
+            self._flush()
+            streams = tuple(array[room:] for array in streams)
+        self._hold(streams)
+
+    def close(self) -> None:
+        if self.held:
+            self._flush()
+
+    def _hold(self, streams: Iterable[np.ndarray]) -> None:
+        for held, array in zip(self.streams, streams, strict=True):
+            held.append(array)
+        self.held += len(self.streams[0][-1])
+
+    def _flush(self) -> None:
+        header = np.zeros(256, "<i4")
+        header[:3] = MAGIC, VERSION, self.held
+        for name, held in zip(self.names, self.streams, strict=True):
+            file_name = f"fineweb_{name}_{self.shards:06d}.bin"
+            tokens = np.concatenate(held).astype("<u2", copy=False)
+            sha256 = write_file(self.out / file_name, memoryview(header).cast("B"), memoryview(tokens).cast("B"))
+            self.files[file_name] = {"sha256": sha256, "tokens": self.held}
+            held.clear()
+        self.held, self.shards = 0, self.shards + 1
+
+
+# ---------------------------------------------------------------- sources: every source is a stream of JSON lines
+
+class Line(NamedTuple):
+    path: str
+    number: int  # from 1
+    data: bytes
+
+
+@dataclass
+class Source:
+    """Documents as JSON lines, in a fixed order."""
+    kind: str
+    paths: tuple[Path, ...] = ()
+    name: str = ""       # repository of a downloaded source
+    documents: tuple[bytes, ...] = ()  # of the built-in source
+    expected_sha256: str | None = None
+    position: int = 0    # compressed bytes read so far
+
+    @property
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self.paths) or sum(map(len, self.documents))
+
+    def lines(self) -> Iterator[Line]:
+        self.position = 0
+        for number, document in enumerate(self.documents, 1):
+            self.position += len(document)
+            yield Line("stdlib", number, document)
+        done = 0
+        for path in self.paths:
+            for number, data, position in json_lines(path):
+                self.position = done + position
+                yield Line(str(path), number, data)
+            done += path.stat().st_size
+
+    def describe(self) -> dict:
+        """The manifest's account of the source; hashes it."""
+        if self.documents:
+            return {"kind": self.kind, "python": ".".join(map(str, sys.version_info[:3])), "documents": len(self.documents),
+                    "sha256": hashlib.sha256(b"\n".join(self.documents)).hexdigest()}
+        hashes = sha256_files(list(self.paths))
+        if self.expected_sha256 not in (None, hashes[0]):
+            raise DataError(f"{self.paths[0]}: SHA-256 {hashes[0]} is not the published {self.expected_sha256}; delete it and download it again")
+        files = [{"path": str(path) if self.kind == "jsonl" else path.name, "bytes": path.stat().st_size, "sha256": sha}
+                 for path, sha in zip(self.paths, hashes, strict=True)]
+        return {"kind": self.kind} | ({"repo": self.name} if self.name else {}) | {"files": files}
+
+
+def open_compressed(path: Path, raw: io.BufferedReader):
+    if path.suffix == ".xz":
+        return lzma.open(raw)
+    if path.suffix == ".gz":
+        return gzip.open(raw)
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"{path}: .zst needs the zstandard package: pip install zstandard") from None
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20)
+    return raw
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """Yields (line number, line, compressed bytes read) of a plain or compressed file; blank lines are skipped."""
+    number = 0
+    with open(path, "rb", 1 << 20) as raw, open_compressed(path, raw) as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    yield number, line, raw.tell()
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, *zstd_errors()) as error:
+            raise DataError(f"{path}: truncated or corrupt after line {number} ({error}); fetch the file again") from None
+
+
+def zstd_errors() -> tuple[type[Exception], ...]:
+    return (sys.modules["zstandard"].ZstdError,) if "zstandard" in sys.modules else ()
+
+
+def parse_document(line: Line) -> str:
+    """The text of `{"text": ...}` or of a bare JSON string."""
+    try:
+        value = json.loads(line.data.decode("utf-8-sig"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise DataError(f"{line.path} line {line.number}: not valid JSON ({error}); the file is damaged or truncated") from None
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise DataError(f'{line.path} line {line.number}: no document: expected {{"text": "..."}} or a JSON string')
+    return text
+
+
+def stdlib_documents() -> tuple[bytes, ...]:
+    """The Python standard library as documents: its sources and the language reference that `help()` shows, cut between paragraphs into pieces
+    of about STDLIB_DOCUMENT_CHARS characters and ordered by a hash of their content. The same on every machine with the same Python version."""
+    root = Path(sysconfig.get_path("stdlib"))
+    texts = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if not STDLIB_SKIP & set(parts) and not parts[0].startswith("config-") and not parts[-1].startswith(("_sysconfigdata", "__phello__")):
+            texts.append(path.read_bytes().decode("utf-8", "replace"))
+    with contextlib.suppress(ImportError):
+        from pydoc_data.topics import topics
+        texts += [topics[name] for name in sorted(topics)]
+    documents = {piece for text in texts for piece in cut_text(text, STDLIB_DOCUMENT_CHARS)}
+    if not documents:
+        raise DataError(f"no Python sources under {root}; give --source a JSONL file")
+    lines = [json.dumps({"text": document}, ensure_ascii=False).encode("utf-8") for document in documents]
+    return tuple(sorted(lines, key=lambda line: hashlib.sha256(line).digest()))
+
+
+def cut_text(text: str, limit: int) -> Iterator[str]:
+    """Pieces of whole paragraphs, or of whole lines where one paragraph is too long, of at most `limit` characters unless one line is longer."""
+    piece = ""
+    for paragraph in re.findall(r"(?:.*\S.*\n?)+|(?:\s*\n)+", text):
+        for part in [paragraph] if len(paragraph) <= limit else paragraph.splitlines(keepends=True):
+            if piece.strip() and len(piece) + len(part) > limit:
+                yield piece.strip("\n")
+                piece = ""
+            piece += part
+    if piece.strip():
+        yield piece.strip("\n")
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    if args.source == ["stdlib"]:
+        return Source("stdlib", documents=stdlib_documents())
+    if args.source == ["fineweb"]:
+        repo = args.repo or FINEWEB_REPO
+        sidecar = json.loads(hub_file(repo, "datasets/docs_selected.source_manifest.json").read_text())
+        return Source("fineweb", (hub_file(repo, "datasets/docs_selected.jsonl"),), repo, expected_sha256=sidecar.get("docs_sha256"))
+    paths = tuple(map(Path, args.source))
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; --source takes JSONL files (.xz, .gz, .zst too), fineweb, shards or stdlib")
+    return Source("jsonl", paths)
+
+
+# ---------------------------------------------------------------- tokens and bytes
+
+def encode_pieces(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[str]]:
+    """Token ids and, for each, the part of `text` it stands for. When bytes stand for one character, the last one has it all."""
+    if hasattr(sp, "encode_as_offset_mapping"):  # 0.2.2 and later
+        pieces = sp.encode_as_offset_mapping(text)
+        return pieces["ids"], [text[start:end] for start, end in pieces["offsets"]]
+    pieces = sp.encode_as_immutable_proto(text).pieces
+    return [piece.id for piece in pieces], [piece.surface for piece in pieces]
+
+
+class StrippedEnds:
+    """Counts the bytes that SentencePiece's normaliser drops at both ends of a text: white space in the wide sense of the model's rules
+    (no-break space, zero-width space, ...) and the control characters that vanish next to it. Looks only at characters, never at pieces."""
+
+    def __init__(self, sp: sentencepiece.SentencePieceProcessor):
+        self.sp = sp
+        self.kinds: dict[str, str] = {}
+        self.strips_spaces = sp.normalize("a  a") == sp.normalize("a a")
+        self.dummy_prefix = len(sp.normalize("a")) > 1
+
+    def kind(self, char: str) -> str:
+        if char not in self.kinds:
+            normal = self.sp.normalize(f"a{char}a").lstrip(" \u2581")
+            is_space = normal in ("a a", "a\u2581a") and self.strips_spaces
+            self.kinds[char] = "space" if is_space else "gone" if normal == "aa" else "solid"
+        return self.kinds[char]
+
+    def count(self, text: str) -> int:
+        start, end = 0, len(text)
+        while start < end and self.kind(text[start]) != "solid":
+            start += 1
+        if start == end:
+            return len(text.encode())
+        while self.kind(text[end - 1]) != "solid":
+            end -= 1
+        while end < len(text) and self.kind(text[end]) != "space":  # what vanishes before the first space belongs to the last piece
+            end += 1
+        if self.dummy_prefix:  # the added space takes what vanishes behind the leading spaces
+            start = next(i for i, char in enumerate(text) if self.kind(char) != "space")
+        return len(text[:start].encode()) + len(text[end:].encode())
+
+
+class Encoder:
+    """A SentencePiece model with or without CaseOps in front."""
+
+    def __init__(self, model: Path, caseops: bool):
+        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        self.caseops = caseops
+        self.ends = StrippedEnds(self.sp)
+        self.ids = getattr(self.sp, "encode_as_numpy", self.sp.encode_as_ids)
+
+    def tokens(self, text: str) -> np.ndarray:
+        """uint16 ids, without BOS."""
+        return np.asarray(self.ids(lossless_caps.encode(text) if self.caseops else text), np.uint16)
+
+    def tokens_and_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """uint16 ids, without BOS, and the bytes of the original text for each; every check that a validation document must pass."""
+        encoded = lossless_caps.encode(text) if self.caseops else text
+        if self.caseops and lossless_caps.decode(encoded) != text:
+            raise DataError("the case transform does not give the text back")
+        ids, surfaces = encode_pieces(self.sp, encoded)
+        sizes = np.array(lossless_caps.piece_bytes(surfaces) if self.caseops else [len(surface.encode()) for surface in surfaces], np.int64)
+        expected = len(text.encode()) - self.ends.count(text)
+        if sizes.sum() != expected:
+            raise DataError(f"its tokens account for {sizes.sum()} bytes, its text for {expected}: the tokenizer's normalisation is not understood")
+        if sizes.max(initial=0) > 65535:
+            raise DataError(f"one token stands for {sizes.max()} bytes, more than the sidecar's 65535; shorten its run of white space or drop it")
+        return np.asarray(ids, np.uint16), sizes.astype(np.uint16)
+
+
+def check_tokenizer(encoder: Encoder, name: str) -> None:
+    sp = encoder.sp
+    if sp.vocab_size() > 65536:
+        raise DataError(f"{name}: {sp.vocab_size()} pieces do not fit in uint16 shards; use at most 65536")
+    if sp.bos_id() != BOS_ID:
+        raise DataError(f"{name}: BOS id is {sp.bos_id()}, shards need {BOS_ID}; train it with pad_id=0, bos_id=1, eos_id=2, unk_id=3")
+    if encoder.caseops and any(sp.is_unknown(sp.piece_to_id(operator)) for operator in lossless_caps.OPERATORS):
+        raise DataError(f"{name}: holds no CaseOps operators U+E001..U+E004; pass --no-caseops or another tokenizer")
+    if not any(map(sp.is_byte, range(sp.vocab_size()))):
+        raise DataError(f"{name}: has no byte fallback, so some text would be lost as unknown; train it with byte_fallback=True")
+    if sp.is_unknown(sp.piece_to_id("\u2581")):
+        raise DataError(f"{name}: has no piece '\u2581', so it would spell some spaces in three bytes; train it on text with spaces")
+
+
+@cache
+def load_encoder(model: str, caseops: bool) -> Encoder:
+    return Encoder(Path(model), caseops)
+
+
+class Chunk(NamedTuple):
+    """Documents of one split on their way to a worker."""
+    lines: list[Line]
+    is_val: bool
+
+
+class Encoded(NamedTuple):
+    """Documents of one chunk on their way back: BOS + tokens of each, joined."""
+    is_val: bool
+    tokens: np.ndarray        # uint16
+    sizes: np.ndarray | None  # uint16, validation only: bytes of each token
+    lengths: list[int]        # tokens of each document, BOS included
+    hashes: list[bytes]
+    utf8: list[int]           # bytes of each document less its stripped ends
+    empty: int
+    source_bytes: int
+
+
+def encode_chunk(model: str, caseops: bool, chunk: Chunk) -> Encoded:
+    encoder = load_encoder(model, caseops)
+    bos = np.array([BOS_ID], np.uint16)
+    tokens, sizes, lengths, hashes, utf8, empty, source_bytes = [], [], [], [], [], 0, 0
+    for line in chunk.lines:
+        text = parse_document(line)
+        try:
+            size = len(text.encode())
+            ids, piece_sizes = encoder.tokens_and_bytes(text) if chunk.is_val else (encoder.tokens(text), None)
+        except UnicodeEncodeError:
+            raise DataError(f"{line.path} line {line.number}: holds a lone surrogate, which UTF-8 cannot store; repair or drop it") from None
+        except (DataError, lossless_caps.CaseOpsError) as error:
+            raise DataError(f"{line.path} line {line.number}: {error}") from None
+        source_bytes += size
+        if not len(ids):
+            empty += 1
+            continue
+        tokens += [bos, ids]
+        lengths.append(1 + len(ids))
+        hashes.append(hashlib.blake2b(ids, digest_size=16).digest())
+        utf8.append(size - encoder.ends.count(text))
+        if chunk.is_val:
+            sizes += [np.zeros(1, np.uint16), piece_sizes]
+    nothing = np.zeros(0, np.uint16)
+    return Encoded(chunk.is_val, np.concatenate(tokens or [nothing]), np.concatenate(sizes or [nothing]) if chunk.is_val else None,
+                   lengths, hashes, utf8, empty, source_bytes)
+
+
+# ---------------------------------------------------------------- tokenizer training
+
+def content_hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def tokenizer_text(source: Source, args: argparse.Namespace) -> Iterator[str]:
+    """The first --tokenizer-mb of training documents, transformed; validation documents and their duplicates are passed over."""
+    lines = source.lines()
+    val = {content_hash(parse_document(line)) for line in islice(lines, args.val_docs)}
+    left = args.tokenizer_mb * 1_000_000
+    for line in islice(lines, args.max_train_docs):
+        text = parse_document(line)
+        if left <= 0:
+            return
+        if content_hash(text) in val or not text.strip():
+            continue
+        text = text.encode("utf-8", "replace").decode().replace("\0", " ")
+        left -= len(text.encode())
+        yield lossless_caps.encode(text) if args.caseops else text
+
+
+def train_tokenizer(source: Source, args: argparse.Namespace) -> bytes:
+    """A byte-fallback BPE model: pad 0, BOS 1, EOS 2, unknown 3, then the four operators (with CaseOps), 256 bytes, and learned pieces."""
+    text = tokenizer_text(source, args)
+    if (first := next(text, None)) is None:
+        raise DataError(f"no training document is left behind the first {args.val_docs:,} of --val-docs; pass a smaller --val-docs or more text")
+    log(f"training a tokenizer of {args.vocab_size} pieces on the first {args.tokenizer_mb} MB of training text")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=chain([first], text), model_writer=model, model_type="bpe", vocab_size=args.vocab_size, character_coverage=0.999,
+            byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, hard_vocab_limit=False,
+            pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+            user_defined_symbols=list(lossless_caps.OPERATORS) if args.caseops else [], max_sentence_length=1 << 24, minloglevel=2)
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"--vocab-size {args.vocab_size}: SentencePiece cannot train it: {' '.join(str(error).split())}") from None
+    return model.getvalue()
+
+
+# ---------------------------------------------------------------- the pipeline
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """One line on stderr: documents, MB/s of source text, time left by the share of the source that has been read."""
+
+    def __init__(self, source: Source, doc_limit: int | None):
+        self.source, self.doc_limit, self.size = source, doc_limit, max(source.size, 1)
+        self.started = self.shown = time.monotonic()
+        self.docs = self.bytes = 0
+
+    def update(self, docs: int, size: int) -> None:
+        self.docs, self.bytes = self.docs + docs, self.bytes + size
+        if time.monotonic() - self.shown >= (0.5 if sys.stderr.isatty() else 10):
+            self.show("\r" if sys.stderr.isatty() else "\n")
+
+    def show(self, end: str) -> None:
+        self.shown = time.monotonic()
+        seconds = self.shown - self.started
+        share = max(self.source.position / self.size, self.docs / self.doc_limit if self.doc_limit else 0, 1e-9)
+        left = f"{seconds * (1 - share) / share:,.0f} s left" if share < 1 else f"{seconds:.1f} s"
+        rate = self.bytes / 1e6 / max(seconds, 1e-9)
+        print(f"{self.docs:,} docs  {self.bytes / 1e6:,.1f} MB  {rate:.1f} MB/s  {left}   ", end=end, file=sys.stderr, flush=True)
+
+
+def chunks(source: Source, val_docs: int, max_train_docs: int | None) -> Iterator[Chunk]:
+    """The documents in order, in batches that never mix the splits."""
+    lines = source.lines()
+    for is_val, split in ((True, islice(lines, val_docs)), (False, islice(lines, max_train_docs))):
+        batch, size = [], 0
+        for line in split:
+            batch.append(line)
+            size += len(line.data)
+            if size >= CHUNK_BYTES:
+                yield Chunk(batch, is_val)
+                batch, size = [], 0
+        if batch:
+            yield Chunk(batch, is_val)
+
+
+def init_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends a worker whose parent was killed: it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def encode_all(batches: Iterable[Chunk], model: Path, caseops: bool, workers: int) -> Iterator[Encoded]:
+    """Encodes chunks on `workers` processes and yields them in order; a few are in flight per worker, so memory stays bounded."""
+    load_encoder.cache_clear()  # the path may hold another model by now
+    if workers == 1:
+        yield from (encode_chunk(str(model), caseops, chunk) for chunk in batches)
+        return
+    pending: deque[Future] = deque()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), init_worker)
+    try:
+        for chunk in batches:
+            pending.append(pool.submit(encode_chunk, str(model), caseops, chunk))
+            if len(pending) > 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise DataError("a worker process was killed (out of memory?); run again with fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Split:
+    """Writes one split and keeps its counts."""
+
+    def __init__(self, out: Path, names: tuple[str, ...], first_document: int, shard_tokens: int):
+        self.writer = ShardWriter(out, names, shard_tokens)
+        self.counts = {"first_document": first_document, "documents": 0, "tokens": 0, "bos": 0, "bytes": 0, "utf8_bytes": 0}
+        self.empty = 0
+
+    def add(self, chunk: Encoded) -> None:
+        self.writer.add(*(stream for stream in (chunk.tokens, chunk.sizes) if stream is not None))
+        documents, utf8 = len(chunk.lengths), sum(chunk.utf8)
+        for key, value in (("documents", documents), ("tokens", len(chunk.tokens)), ("bos", documents), ("utf8_bytes", utf8),
+                           ("bytes", utf8 if chunk.sizes is None else int(chunk.sizes.sum(dtype=np.int64)))):
+            self.counts[key] += value
+        self.empty += chunk.empty
+
+
+def without_documents(chunk: Encoded, hashes: set[bytes]) -> Encoded:
+    """`chunk` (of the training split) without the documents whose hash is in `hashes`."""
+    keep = [digest not in hashes for digest in chunk.hashes]
+    if all(keep):
+        return chunk
+    return chunk._replace(tokens=chunk.tokens[np.repeat(keep, chunk.lengths)],
+                          **{field: list(compress(getattr(chunk, field), keep)) for field in ("lengths", "hashes", "utf8")})
+
+
+def too_few_documents(found: int, val_docs: int) -> DataError:
+    return DataError(f"the source has {found:,} documents, no more than the {val_docs:,} of --val-docs, so none would be left to train on; "
+                     f"pass a smaller --val-docs (for example {max(1, found // 20)}) or more text")
+
+
+def write_splits(source: Source, args: argparse.Namespace, out: Path) -> dict:
+    """Tokenises the source into OUT's shards; returns the manifest's counts and files."""
+    val = Split(out, ("val", "val_bytes"), 0, args.shard_tokens)
+    train = Split(out, ("train",), args.val_docs, args.shard_tokens)
+    val_hashes: set[bytes] = set()
+    duplicates = 0
+    progress = Progress(source, args.max_train_docs and args.val_docs + args.max_train_docs)
+    batches = chunks(source, args.val_docs, args.max_train_docs)
+    for chunk in encode_all(batches, out / TOKENIZER, args.caseops, args.workers):
+        progress.update(len(chunk.lengths) + chunk.empty, chunk.source_bytes)
+        if chunk.is_val:
+            val_hashes.update(chunk.hashes)
+            val.add(chunk)
+        else:
+            unique = without_documents(chunk, val_hashes)
+            duplicates += len(chunk.lengths) - len(unique.lengths)
+            train.add(unique)
+    progress.show("\n")
+    if progress.docs <= args.val_docs:
+        raise too_few_documents(progress.docs, args.val_docs)
+    for name, split in (("validation", val), ("training", train)):
+        if not split.counts["documents"]:
+            raise DataError(f"no {name} document is left (empty: {val.empty + train.empty}, duplicates of validation: {duplicates}); give more text")
+        split.writer.close()
+    return {"train": train.counts, "val": val.counts, "duplicates_dropped": duplicates, "empty_skipped": val.empty + train.empty,
+            "files": train.writer.files | val.writer.files}
+
+
+# ---------------------------------------------------------------- the output folder
+
+@contextlib.contextmanager
+def unfinished(out: Path, overwrite: bool) -> Iterator[None]:
+    """Clears OUT for a new run. The marker file says that what lies there may be cleared by the next one; a lock on it keeps a second run out."""
+    out.mkdir(parents=True, exist_ok=True)
+    marker = out / UNFINISHED
+    ours = marker.exists()
+    if any(out.glob("fineweb_*.bin")) and not ours and not overwrite:
+        raise DataError(f"{out}: holds shards but neither {MANIFEST} nor the mark of an interrupted run; choose another --out or pass --overwrite")
+    with open(marker, "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # no such locks on Windows
+        except BlockingIOError:
+            raise DataError(f"{out}: another prepare_data.py is writing there") from None
+        file.write("prepare_data.py has not finished this folder: run it again.\n")
+        file.flush()
+        for stale in (out / MANIFEST, out / TOKENIZER, *out.glob("fineweb_*.bin"), *out.glob("*.part")):
+            stale.unlink(missing_ok=True)
+        yield
+    marker.unlink()
+
+
+def identity(source: dict) -> dict:
+    """What makes two sources the same: not where the files lie."""
+    return {key: [file["sha256"] for file in value] if key == "files" else value for key, value in source.items()}
+
+
+def is_finished(out: Path, wanted: dict) -> bool:
+    """True if OUT holds a finished and undamaged dataset made from `wanted`; an error if it holds another one."""
+    path = out / MANIFEST
+    if not path.exists():
+        return False
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {TOKENIZER: manifest["tokenizer"]["sha256"]} | {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        found = identity(manifest["source"]) | manifest["options"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: not a manifest of this program; choose another --out or pass --overwrite") from None
+    wanted = identity(wanted["source"]) | wanted["options"]
+    if changed := [f"{key}: {found.get(key)} there, {wanted.get(key)} now" for key in wanted | found if found.get(key) != wanted.get(key)]:
+        raise DataError(f"{out}: finished with other options ({'; '.join(changed)}); choose another --out or pass --overwrite")
+    for name in files:
+        if not (out / name).exists():
+            raise DataError(f"{out / name}: named in the manifest but missing; pass --overwrite to make the folder again")
+    for name, sha in zip(files, sha256_files([out / name for name in files]), strict=True):
+        if sha != files[name]:
+            raise DataError(f"{out / name}: differs from its hash in the manifest; pass --overwrite to make the folder again")
+    return True
+
+
+def write_manifest(out: Path, manifest: dict) -> None:
+    write_file(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """The whole job for a source of documents."""
+    source = open_source(args)
+    given_model = read_tokenizer(args.tokenizer, args.caseops) if args.tokenizer else None
+    options = {key: getattr(args, key) for key in ("val_docs", "max_train_docs", "caseops", "shard_tokens")}
+    if given_model:
+        options["tokenizer_sha256"] = hashlib.sha256(given_model).hexdigest()
+    else:
+        options |= {"vocab_size": args.vocab_size, "tokenizer_mb": args.tokenizer_mb}
+    with ThreadPoolExecutor(1) as background:
+        description = background.submit(source.describe)  # hashing the source costs no time beside tokenising it
+        if not args.overwrite and (args.out / MANIFEST).exists() and is_finished(args.out, {"source": description.result(), "options": options}):
+            log(f"{args.out}: already finished with these options, hashes verified")
+            return
+        with unfinished(args.out, args.overwrite):
+            model = given_model or train_tokenizer(source, args)
+            tokenizer_sha256 = write_file(args.out / TOKENIZER, model)
+            encoder = Encoder(args.out / TOKENIZER, args.caseops)
+            check_tokenizer(encoder, "the trained tokenizer")
+            result = write_splits(source, args, args.out)
+            write_manifest(args.out, {
+                "format": FORMAT, "source": description.result(), "transform": lossless_caps.NAME if args.caseops else "none",
+                "vocab_size": encoder.sp.vocab_size(), "bos_id": BOS_ID, "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256},
+                **result, "options": options, "sentencepiece": sentencepiece.__version__})
+    for name in ("val", "train"):
+        counts = result[name]
+        log(f"{name:5} {counts['documents']:,} documents  {counts['tokens']:,} tokens  {counts['utf8_bytes']:,} bytes  "
+            f"{counts['utf8_bytes'] / max(counts['tokens'] - counts['bos'], 1):.3f} bytes/token")
+    log(f"dropped {result['duplicates_dropped']} duplicates of validation documents, skipped {result['empty_skipped']} empty ones; "
+        f"wrote {args.out / MANIFEST}")
+
+
+def read_tokenizer(path: str, caseops: bool) -> bytes:
+    """The bytes of a model, read before OUT is touched: it may lie there."""
+    try:
+        model = Path(path).read_bytes()
+        check_tokenizer(Encoder(Path(path), caseops), path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; --tokenizer takes a SentencePiece model") from None
+    except RuntimeError:
+        raise DataError(f"{path}: not a SentencePiece model") from None
+    return model
+
+
+# ---------------------------------------------------------------- published shards
+
+def hub_file(repo: str, path: str) -> Path:
+    """A file of a Hugging Face dataset repository, downloaded (or resumed) into the hub's own cache."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise DataError("downloads need the huggingface_hub package: pip install huggingface_hub") from None
+    try:
+        return Path(hf_hub_download(repo_id=repo, filename=path, repo_type="dataset")).resolve(strict=True)
+    except Exception as error:  # noqa: BLE001 - network, disk and hub errors have no common base
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{repo}: cannot download {path} ({reason[0]}); run the same command again to resume") from None
+
+
+def install(source: Path, target: Path) -> None:
+    """Links a downloaded file into OUT, or copies it where the cache lies on another disk."""
+    part = target.with_name(target.name + ".part")
+    try:
+        os.link(source, part)
+    except OSError:
+        shutil.copyfile(source, part)
+    os.replace(part, target)
+
+
+def document_hashes(shards: list[np.ndarray]) -> Iterator[bytes]:
+    """Hash of the tokens of each document, BOS excluded; a document may continue in the next shard."""
+    rest = np.zeros(0, "<u2")
+    for shard in shards:
+        tokens = np.concatenate([rest, shard])
+        starts = np.flatnonzero(tokens == BOS_ID)
+        for start, end in pairwise(starts):
+            yield hashlib.blake2b(tokens[start + 1 : end], digest_size=16).digest()
+        rest = tokens[starts[-1] :] if len(starts) else tokens
+    if len(rest):
+        yield hashlib.blake2b(rest[1:], digest_size=16).digest()
+
+
+def download_shards(repo: str, variant: str, train_shards: int, out: Path) -> tuple[dict, dict[str, list[str]]]:
+    """Fetches shards, sidecar and tokenizer of one published export into OUT; returns its entry in the publisher's manifest and the file names of
+    each split."""
+    remote = json.loads(hub_file(repo, "datasets/manifest.json").read_text(encoding="utf-8"))
+    entries = {entry["name"]: entry for entry in remote["datasets"]}
+    name = f"fineweb10B_{variant}"
+    if name not in entries:
+        raise DataError(f"{repo}: has no {name}; pass --variant with one of: {', '.join(key.removeprefix('fineweb10B_') for key in entries)}")
+    entry = entries[name]
+    tokenizer = next((item for item in remote["tokenizers"] if item.get("name") == entry.get("tokenizer_name")), {})
+    if "model_path" not in tokenizer:
+        raise DataError(f"{repo}: {name} comes with no SentencePiece model; choose another --variant")
+    counts = {"val": entry["stats"]["files_val"], "train": min(train_shards, entry["stats"]["files_train"])}
+    if entry.get("val_bytes_glob"):
+        counts["val_bytes"] = counts["val"]
+    names = {split: [f"fineweb_{split}_{i:06d}.bin" for i in range(count)] for split, count in counts.items()}
+    install(hub_file(repo, f"datasets/{tokenizer['model_path']}"), out / TOKENIZER)
+    files = [file for split in names.values() for file in split]
+    for number, file in enumerate(files, 1):
+        log(f"{number}/{len(files)} {file}")
+        install(hub_file(repo, f"datasets/datasets/{name}/{file}"), out / file)
+        read_shard(out / file)
+    return entry, names
+
+
+def check_shards(repo: str, variant: str, vocab_size: int, shards: dict[str, list[np.ndarray]]) -> dict:
+    """Counts both splits and proves them disjoint; a DataError names what is wrong with the export."""
+    counts = {}
+    for split in ("val", "train"):
+        tokens, bos = sum(map(len, shards[split])), sum(int(np.count_nonzero(shard == BOS_ID)) for shard in shards[split])
+        if not bos or shards[split][0][0] != BOS_ID:
+            raise DataError(f"{repo}: the {split} shards do not start with BOS ({BOS_ID}); this export marks no documents")
+        if max(int(shard.max()) for shard in shards[split]) >= vocab_size:
+            raise DataError(f"{repo}: the {split} shards hold tokens beyond the tokenizer's {vocab_size} pieces; they do not belong together")
+        counts[split] = {"first_document": 0, "documents": bos, "tokens": tokens, "bos": bos, "bytes": None, "utf8_bytes": None}
+    counts["train"]["first_document"] = counts["val"]["documents"]
+    if (expected := CONTEST_VAL_TOKENS.get(repo)) and variant == DEFAULT_VARIANT[repo] and counts["val"]["tokens"] != expected:
+        raise DataError(f"{repo}: {counts['val']['tokens']:,} validation tokens instead of the contest's {expected:,}")
+    if "val_bytes" in shards:
+        if [*map(len, shards["val"])] != [*map(len, shards["val_bytes"])]:
+            raise DataError(f"{repo}: validation shards and byte sidecar differ in length")
+        if any(sizes[tokens == BOS_ID].any() for tokens, sizes in zip(shards["val"], shards["val_bytes"], strict=True)):
+            raise DataError(f"{repo}: the byte sidecar gives bytes to BOS; it does not belong to these shards")
+        counts["val"]["bytes"] = sum(int(sizes.sum(dtype=np.int64)) for sizes in shards["val_bytes"])
+    val_hashes = set(document_hashes(shards["val"]))
+    shared = sum(digest in val_hashes for digest in document_hashes(shards["train"]))
+    if shared > max(1, len(val_hashes) // 100):
+        raise DataError(f"{repo}: {shared:,} training documents are validation documents; this export leaks as in parameter-golf issue #2127, "
+                        "use another")
+    return counts | {"duplicates_kept": shared}
+
+
+def prepare_shards(args: argparse.Namespace) -> None:
+    """Downloads published shards in place of making them."""
+    repo = args.repo or CASEOPS_REPO
+    variant = args.variant or DEFAULT_VARIANT.get(repo, "sp1024")
+    source, options = {"kind": "shards", "repo": repo, "variant": variant}, {"train_shards": args.train_shards}
+    if not args.overwrite and is_finished(args.out, {"source": source, "options": options}):
+        log(f"{args.out}: already finished with these options, hashes verified")
+        return
+    with unfinished(args.out, args.overwrite):
+        entry, names = download_shards(repo, variant, args.train_shards, args.out)
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(args.out / TOKENIZER))
+        shards = {split: [read_shard(args.out / name) for name in files] for split, files in names.items()}
+        log("checking hashes, counts and that no training document is a validation document")
+        counts = check_shards(repo, variant, sp.vocab_size(), shards)
+        files = [name for split in names.values() for name in split]
+        tokenizer_sha256, *hashes = sha256_files([args.out / name for name in (TOKENIZER, *files)])
+        lengths = [len(shard) for split in shards.values() for shard in split]
+        write_manifest(args.out, {
+            "format": FORMAT, "source": source, "transform": lossless_caps.NAME if lossless_caps.NAME in variant else "none",
+            "vocab_size": sp.vocab_size(), "bos_id": BOS_ID, "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256},
+            "train": counts["train"], "val": counts["val"],
+            "duplicates_dropped": 0, "duplicates_kept": counts["duplicates_kept"], "published": entry["stats"],
+            "files": {name: {"sha256": sha, "tokens": length} for name, sha, length in zip(files, hashes, lengths, strict=True)},
+            "options": options, "sentencepiece": sentencepiece.__version__})
+    log(f"val {counts['val']['tokens']:,} tokens, train {counts['train']['tokens']:,} tokens; wrote {args.out / MANIFEST}")
+
+
+# ---------------------------------------------------------------- command line
+
+def positive(text: str) -> int:
+    value = int(text.replace("_", ""))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+KEYWORDS = {"fineweb", "shards", "stdlib"}
+DOCUMENT_OPTIONS = ("val_docs", "max_train_docs", "shard_tokens", "tokenizer", "vocab_size", "tokenizer_mb", "caseops")
+SHARD_OPTIONS = ("variant", "train_shards")
+DEFAULTS = {"shard_tokens": 100_000_000, "vocab_size": 8192, "tokenizer_mb": 64, "caseops": True, "train_shards": 80}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
+  python prepare_data.py --source docs-0.jsonl.xz docs-1.jsonl.xz --val-docs 2000 --tokenizer caseops.model --out data/mine
+  python prepare_data.py --source stdlib --vocab-size 1024 --out data/demo          a small corpus that is on every machine
+  python prepare_data.py --source fineweb --tokenizer caseops.model --out data/fw   the contest's documents (48 GB download)
+  python prepare_data.py --source shards --train-shards 80 --out data/caseops       the contest's published CaseOps shards (16 GB download)""")
+    parser.add_argument("--source", nargs="+", required=True, metavar="FILE",
+                        help='JSONL files ({"text": ...} or a JSON string per line; .xz, .gz, .zst too), read in this order; '
+                             "or one of: fineweb, shards, stdlib")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run with other options left in DIR")
+    parser.add_argument("--workers", type=positive, default=available_cpus(), metavar="N",
+                        help="processes; the output does not depend on it (default: %(default)s)")
+    documents = parser.add_argument_group("documents")
+    documents.add_argument("--val-docs", type=positive, metavar="N",
+                           help=f"the first N documents are validation (default: {VAL_DOCS}; stdlib: {STDLIB_VAL_DOCS})")
+    documents.add_argument("--max-train-docs", type=positive, metavar="N", help="use only the first N documents behind them (default: all)")
+    documents.add_argument("--shard-tokens", type=positive, metavar="N", help=f"tokens in a shard (default: {DEFAULTS['shard_tokens']})")
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer", metavar="MODEL", help="a SentencePiece model; without it one is trained on the first training documents")
+    tokenizer.add_argument("--vocab-size", type=positive, metavar="N", help=f"pieces of the trained model (default: {DEFAULTS['vocab_size']})")
+    tokenizer.add_argument("--tokenizer-mb", type=positive, metavar="MB", help=f"training text for it (default: {DEFAULTS['tokenizer_mb']})")
+    tokenizer.add_argument("--no-caseops", dest="caseops", action="store_const", const=False, help="tokenise the text as it is")
+    downloads = parser.add_argument_group("downloads")
+    downloads.add_argument("--repo", metavar="OWNER/NAME",
+                           help=f"Hugging Face dataset repository (default: {FINEWEB_REPO} for fineweb, {CASEOPS_REPO} for shards)")
+    downloads.add_argument("--variant", metavar="NAME", help="export to take from it (default: the CaseOps export of its repository, else sp1024)")
+    downloads.add_argument("--train-shards", type=positive, metavar="N", help=f"training shards to fetch (default: {DEFAULTS['train_shards']})")
+    args = parser.parse_args(argv)
+    kind = args.source[0] if args.source[0] in KEYWORDS else "files"
+    if len(args.source) > 1 and KEYWORDS & set(args.source):
+        parser.error("--source takes either files or one of fineweb, shards, stdlib")
+    without_meaning = {"shards": DOCUMENT_OPTIONS, "fineweb": SHARD_OPTIONS}.get(kind, (*SHARD_OPTIONS, "repo"))
+    for option in without_meaning + (("vocab_size", "tokenizer_mb") if args.tokenizer else ()):
+        if getattr(args, option) is not None:
+            flag = "no-caseops" if option == "caseops" else option.replace("_", "-")
+            parser.error(f"--{flag} has no meaning with --{'source ' + kind if option in without_meaning else 'tokenizer'}")
+    for option, default in (DEFAULTS | {"val_docs": STDLIB_VAL_DOCS if kind == "stdlib" else VAL_DOCS}).items():
+        if getattr(args, option) is None:
+            setattr(args, option, default)
+    return args
+
+
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        prepare_shards(args) if args.source == ["shards"] else prepare(args)
+    except (DataError, OSError) as error:
+        print(f"prepare_data.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"prepare_data.py: interrupted; {args.out} is unfinished, run the same command again", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,554 @@
+"""prepare_data.py end to end on small corpora: what is written, that every byte is accounted for, and that every failure says what to do."""
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lossless_caps
+import prepare_data
+from prepare_data import DataError, Encoder
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = Path(__file__).parent / "golden" / "fineweb_8192_caseops.model"
+WORDS = ["the", "of", "NASA", "Kitten", "river", "iPhone", "1984", "quietly", "École", "…", "don't", "stop,", "said", "Alice", "to", "北京",
+         "and", "walked", "home."]
+CASEOPS, PLAIN = Encoder(MODEL, True), Encoder(MODEL, False)
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randrange(5, 60))) for i in range(count)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def prepare(out: Path, *sources: Path | str, val_docs: int = 5, options: tuple[str, ...] = (), model: Path | None = MODEL) -> int:
+    tokenizer = ["--tokenizer", str(model)] if model else []
+    return prepare_data.main(["--source", *map(str, sources), "--out", str(out), "--val-docs", str(val_docs), "--workers", "1", *tokenizer, *options])
+
+
+def manifest(out: Path) -> dict:
+    return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+
+
+def tokens(out: Path, split: str) -> np.ndarray:
+    """Reads shards with nothing of the program: header and payload by the published format."""
+    arrays = []
+    for path in sorted(out.glob(f"fineweb_{split}_[0-9]*.bin")):
+        data = path.read_bytes()
+        header = np.frombuffer(data[:1024], "<i4")
+        assert header[0] == 20240520 and header[1] == 1 and not header[3:].any()
+        assert len(data) == 1024 + 2 * header[2]
+        arrays.append(np.frombuffer(data[1024:], "<u2"))
+    return np.concatenate(arrays)
+
+
+def documents(out: Path, split: str) -> list[list[int]]:
+    ids = tokens(out, split)
+    starts = [*np.flatnonzero(ids == 1), len(ids)]
+    assert starts[0] == 0
+    return [ids[start + 1 : end].tolist() for start, end in pairwise(starts)]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_shards_and_manifest(tmp_path):
+    texts = sentences(40)
+    source = write_jsonl(tmp_path / "docs.jsonl", texts)
+    assert prepare(tmp_path / "out", source, options=("--shard-tokens", "100")) == 0
+    out = tmp_path / "out"
+    expected = [CASEOPS.sp.encode(lossless_caps.encode(text)) for text in texts]
+    assert documents(out, "val") == expected[:5]
+    assert documents(out, "train") == expected[5:]
+    assert len(list(out.glob("fineweb_train_*.bin"))) > 5  # documents continue in the next shard
+    found = manifest(out)
+    sizes = tokens(out, "val_bytes")
+    assert len(sizes) == len(tokens(out, "val")) and not sizes[tokens(out, "val") == 1].any()
+    utf8 = [sum(len(text.encode()) for text in part) for part in (texts[:5], texts[5:])]
+    assert found["val"] == {"first_document": 0, "documents": 5, "tokens": len(sizes), "bos": 5, "bytes": sizes.sum(), "utf8_bytes": utf8[0]}
+    assert found["val"]["bytes"] == utf8[0]
+    assert found["train"] == {"first_document": 5, "documents": 35, "tokens": len(tokens(out, "train")), "bos": 35,
+                              "bytes": utf8[1], "utf8_bytes": utf8[1]}
+    assert (found["format"], found["transform"], found["vocab_size"], found["bos_id"]) == (1, "lossless_caps_caseops_v1", 8192, 1)
+    assert found["source"]["files"][0]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert found["tokenizer"] == {"file": "tokenizer.model", "sha256": hashlib.sha256(MODEL.read_bytes()).hexdigest()}
+    assert set(found["files"]) == {path.name for path in out.glob("fineweb_*.bin")}
+    for name, entry in found["files"].items():
+        assert entry["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
+        assert (out / name).stat().st_size == 1024 + 2 * entry["tokens"]
+    assert {path.name for path in out.iterdir()} == {*found["files"], "tokenizer.model", "manifest.json"}
+    assert found["options"]["val_docs"] == 5 and found["options"]["shard_tokens"] == 100 and found["sentencepiece"] == sentencepiece.__version__
+
+
+def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK_BYTES", 1000)  # many chunks
+    texts = sentences(60)
+    source = write_jsonl(tmp_path / "docs.jsonl", [*texts, texts[2], texts[40], " ", "<s> is no control token in text </s><unk><pad>"])
+    for workers in ("1", "3"):
+        assert prepare(tmp_path / workers, source, options=("--workers", workers, "--shard-tokens", "500")) == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    assert len(documents(tmp_path / "1", "train")) == 57 and min(map(min, documents(tmp_path / "1", "train"))) > 3
+
+
+def test_error_in_a_worker_process_names_the_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK_BYTES", 1000)
+    source = write_jsonl(tmp_path / "docs.jsonl", [*sentences(20), "\ud83d alone"])
+    assert prepare(tmp_path / "out", source, options=("--workers", "2")) == 1
+    assert "docs.jsonl line 21: holds a lone surrogate" in capsys.readouterr().err
+
+
+def test_duplicates_of_validation_are_dropped(tmp_path):
+    texts = sentences(30)
+    spaced = texts[1].replace(" ", "   ")  # other text, same tokens
+    source = write_jsonl(tmp_path / "docs.jsonl", [*texts, texts[0], texts[20], spaced, texts[4] + "\n"])
+    assert prepare(tmp_path / "out", source) == 0
+    found = manifest(tmp_path / "out")
+    assert found["duplicates_dropped"] == 3
+    assert found["train"]["documents"] == 26  # texts[20] twice: only validation is protected
+    val = {tuple(ids) for ids in documents(tmp_path / "out", "val")}
+    assert not val & {tuple(ids) for ids in documents(tmp_path / "out", "train")}
+
+
+def test_empty_documents_are_skipped_and_counted(tmp_path):
+    texts = ["", *sentences(10), " \n\u200b", "\x01"]
+    assert prepare(tmp_path / "out", write_jsonl(tmp_path / "docs.jsonl", texts)) == 0
+    found = manifest(tmp_path / "out")
+    assert found["empty_skipped"] == 3
+    assert (found["val"]["documents"], found["train"]["documents"]) == (4, 6)  # positions count: the first five lines are validation
+    assert all(documents(tmp_path / "out", split) and all(documents(tmp_path / "out", split)) for split in ("val", "train"))
+
+
+@pytest.mark.parametrize("count", [5, 3])
+def test_too_few_documents(tmp_path, capsys, count):
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(count))
+    for options in ((), ("--vocab-size", "300")):
+        assert prepare(tmp_path / "out", source, options=options, model=None if options else MODEL) == 1
+        assert "smaller --val-docs" in capsys.readouterr().err
+        assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_max_train_docs(tmp_path):
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(30))
+    assert prepare(tmp_path / "out", source, options=("--max-train-docs", "7")) == 0
+    assert manifest(tmp_path / "out")["train"]["documents"] == 7
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    (b'{"text": "cut of', "line 12: not valid JSON"),
+    (b'{"text": "a"} {"text": "b"}', "line 12: not valid JSON"),
+    (b'{"text": "\xff"}', "line 12: not valid JSON"),
+    (b'{"txt": "a"}', "line 12: no document"),
+    (b'{"text": 5}', "line 12: no document"),
+    (b"[]", "line 12: no document"),
+    (b'{"text": "\\ud800"}', "line 12: holds a lone surrogate"),
+])
+def test_bad_lines_are_named(tmp_path, capsys, line, message):
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(10))
+    source.write_bytes(source.read_bytes() + b"\n" + line + b"\n")  # a blank line holds no document
+    assert prepare(tmp_path / "out", source) == 1
+    error = capsys.readouterr().err
+    assert f"{source} {message}" in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".xz", lzma.compress), (".gz", gzip.compress)])
+def test_compressed_sources(tmp_path, capsys, suffix, compress):
+    texts = sentences(40)
+    plain = write_jsonl(tmp_path / "docs.jsonl", texts)
+    packed = tmp_path / f"docs.jsonl{suffix}"
+    packed.write_bytes(compress(plain.read_bytes()))
+    assert prepare(tmp_path / "plain", plain) == prepare(tmp_path / "packed", packed) == 0
+    assert manifest(tmp_path / "plain")["files"] == manifest(tmp_path / "packed")["files"]
+    packed.write_bytes(packed.read_bytes()[:-30])
+    assert prepare(tmp_path / "cut", packed) == 1
+    assert f"{packed}: truncated or corrupt after line" in capsys.readouterr().err
+    packed.write_bytes(b"\0" * 100)
+    assert prepare(tmp_path / "zeros", packed) == 1
+    assert f"{packed}: truncated or corrupt after line 0" in capsys.readouterr().err
+
+
+def test_zst_sources(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    plain = write_jsonl(tmp_path / "docs.jsonl", sentences(40))
+    packed = tmp_path / "docs.jsonl.zst"
+    packed.write_bytes(zstandard.compress(plain.read_bytes()))
+    assert prepare(tmp_path / "plain", plain) == prepare(tmp_path / "packed", packed) == 0
+    assert manifest(tmp_path / "plain")["files"] == manifest(tmp_path / "packed")["files"]
+    packed.write_bytes(packed.read_bytes()[:-30])
+    assert prepare(tmp_path / "cut", packed) == 1
+
+
+def test_zst_without_its_package(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "docs.jsonl.zst").write_bytes(b"")
+    assert prepare(tmp_path / "out", tmp_path / "docs.jsonl.zst") == 1
+    assert "pip install zstandard" in capsys.readouterr().err
+
+
+def test_several_files_and_bare_strings(tmp_path):
+    texts = sentences(20)
+    first = tmp_path / "b.jsonl"
+    first.write_text("".join(json.dumps(text, ensure_ascii=False) + "\r\n" for text in texts[:8]), encoding="utf-8-sig")
+    second = write_jsonl(tmp_path / "a.jsonl", texts[8:])
+    assert prepare(tmp_path / "out", first, second) == 0
+    expected = [CASEOPS.sp.encode(lossless_caps.encode(text)) for text in texts]
+    assert documents(tmp_path / "out", "val") + documents(tmp_path / "out", "train") == expected
+
+
+# ---------------------------------------------------------------- interrupted and repeated runs
+
+def test_kill_and_rerun(tmp_path):
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(4000))
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "--source", str(source), "--out", str(out), "--val-docs", "5",
+               "--tokenizer", str(MODEL), "--shard-tokens", "1000", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("fineweb_train_*.bin")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    for path in out.glob("fineweb_*.bin"):
+        assert len(prepare_data.read_shard(path))  # whole, or not there
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert prepare(tmp_path / "fresh", source, options=("--shard-tokens", "1000")) == 0
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_finished_folder_is_verified_and_kept(tmp_path, capsys):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    assert prepare(out, source) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    source = source.rename(tmp_path / "elsewhere.jsonl")
+    assert prepare(out, source, options=("--workers", "2")) == 0
+    assert "already finished" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+    assert prepare(out, source, val_docs=6) == 1
+    assert "val_docs: 5 there, 6 now" in capsys.readouterr().err
+    write_jsonl(source, sentences(20, seed=1))
+    assert prepare(out, source) == 1
+    assert "other options" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert prepare(out, source, val_docs=6, options=("--overwrite",)) == 0
+    assert manifest(out)["val"]["documents"] == 6
+
+    shard = out / "fineweb_train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
+    assert prepare(out, source, val_docs=6) == 1
+    assert f"{shard}: differs" in capsys.readouterr().err
+    shard.unlink()
+    assert prepare(out, source, val_docs=6) == 1
+    assert "missing" in capsys.readouterr().err
+
+
+def test_shards_of_others_are_not_cleared(tmp_path, capsys):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    out.mkdir()
+    (out / "fineweb_train_000000.bin").write_bytes(b"precious")
+    assert prepare(out, source) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "fineweb_train_000000.bin").read_bytes() == b"precious"
+
+
+def test_tokenizer_of_the_folder_itself_survives_overwrite(tmp_path):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    assert prepare(out, source) == 0
+    assert prepare(out, source, val_docs=3, model=out / "tokenizer.model", options=("--overwrite",)) == 0
+    assert manifest(out)["tokenizer"]["sha256"] == hashlib.sha256(MODEL.read_bytes()).hexdigest()
+
+
+def test_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    out.mkdir()
+    with open(out / "UNFINISHED", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert prepare(out, source) == 1
+    assert "another prepare_data.py" in capsys.readouterr().err
+    assert prepare(out, source) == 0
+
+
+# ---------------------------------------------------------------- bytes
+
+HOSTILE = ("aB.1 \n\t\r\0\x01\x0b\x1f\x7f\x85\x8f\u00a0\u00a8\u00ad\u00bd\u00c9\u0301\u0308\u0345\u037a\u0e33\u1100\u1161\u11a8\u115f"
+           "\u1680\u180e\u200b\u200c\u200d\u200e\u2026\u2028\u2029\u202f\u2060\u2581\u3000\u304b\u3099\ue000\ue001\ue002\ue003\ue004"
+           "\ufb01\ufdfa\ufeff\uff21\uffa0\ufffd\U0001f468\U0001f600")
+HOSTILE_TEXT = st.lists(st.one_of(st.sampled_from(HOSTILE), st.characters(exclude_categories=["Cs"])), max_size=30).map("".join)
+
+
+@pytest.mark.parametrize("encoder", [CASEOPS, PLAIN], ids=["caseops", "plain"])
+@settings(max_examples=300, deadline=None)
+@given(text=HOSTILE_TEXT)
+def test_every_byte_of_hostile_text_is_accounted_for(encoder, text):
+    ids, sizes = encoder.tokens_and_bytes(text)  # raises where tokens and text disagree
+    assert ids.tolist() == encoder.tokens(text).tolist()
+    assert sizes.sum() == len(text.encode()) - encoder.ends.count(text)
+
+
+@pytest.mark.parametrize(("text", "stripped"), [
+    ("", 0), ("a", 0), (" a", 1), ("a \r\n\t", 4), ("\n\n \u00a0The end\u3000 ", 9), ("\ufeffa\u200b", 6), (" \x01 a\x01", 3), ("a \x01", 2),
+    ("a\x01 ", 1), ("   ", 3),
+    ("\u0301", 0), (" \u0301x", 1), ("\u00a8", 0), ("\u200da", 0), ("\U0001f468\u200d\U0001f469 ", 1), ("\ue001 ", 1), ("a\r\nb", 0), ("\u2581a", 3),
+])
+def test_stripped_ends(text, stripped):
+    assert CASEOPS.ends.count(text) == stripped
+    for encoder in (CASEOPS, PLAIN):
+        assert encoder.tokens_and_bytes(text)[1].sum() == len(text.encode()) - stripped
+
+
+def test_hostile_documents_end_to_end(tmp_path):
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(1, 50))) + f" {i}" for i in range(200)]
+    assert prepare(tmp_path / "out", write_jsonl(tmp_path / "docs.jsonl", texts), val_docs=100) == 0
+    found = manifest(tmp_path / "out")
+    assert found["val"]["bytes"] == found["val"]["utf8_bytes"] == sum(len(text.encode()) - CASEOPS.ends.count(text) for text in texts[:100])
+
+
+def test_wrong_byte_count_aborts_and_names_the_document(tmp_path, capsys, monkeypatch):
+    right = lossless_caps.piece_bytes
+
+    def wrong(surfaces):  # charges operators three bytes, as one published script did
+        return [3 if surface in lossless_caps.OPERATORS else count for surface, count in zip(surfaces, right(surfaces), strict=True)]
+    monkeypatch.setattr(lossless_caps, "piece_bytes", wrong)
+    source = write_jsonl(tmp_path / "docs.jsonl", ["all lower case", "One capital", *sentences(10)])
+    assert prepare(tmp_path / "out", source) == 1
+    assert f"{source} line 2: its tokens account for 14 bytes, its text for 11" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_token_of_more_than_65535_bytes(tmp_path, capsys):
+    long = "a" + " " * 70_000 + "b"
+    assert prepare(tmp_path / "train", write_jsonl(tmp_path / "t.jsonl", [*sentences(10), long])) == 0  # no sidecar for training text
+    source = write_jsonl(tmp_path / "v.jsonl", [long, *sentences(10)])
+    assert prepare(tmp_path / "val", source) == 1
+    assert f"{source} line 1: one token stands for" in capsys.readouterr().err
+
+
+def test_no_caseops(tmp_path):
+    texts = sentences(40)
+    source, out = write_jsonl(tmp_path / "docs.jsonl", texts), tmp_path / "out"
+    assert prepare(out, source, model=None, options=("--no-caseops", "--vocab-size", "400")) == 0
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    assert sp.is_unknown(sp.piece_to_id(lossless_caps.TITLE))
+    assert documents(out, "val") == [sp.encode(text) for text in texts[:5]]
+    found = manifest(out)
+    assert found["transform"] == "none"
+    assert found["val"]["bytes"] == tokens(out, "val_bytes").sum() == sum(len(text.encode()) for text in texts[:5])
+
+
+# ---------------------------------------------------------------- tokenizers
+
+def test_trained_tokenizer(tmp_path):
+    texts = ["Zyzzyva zyzzyva " * 50, *sentences(40), "Zyzzyva zyzzyva " * 50]
+    source = write_jsonl(tmp_path / "docs.jsonl", texts)
+    for name in ("one", "two"):
+        assert prepare(tmp_path / name, source, model=None, val_docs=1, options=("--vocab-size", "420")) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "one" / "tokenizer.model"))
+    assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()) == (0, 1, 2, 3)
+    assert [sp.id_to_piece(i) for i in range(4, 8)] == list(lossless_caps.OPERATORS)
+    assert sp.is_byte(8) and sp.is_byte(263) and not sp.is_byte(264)
+    pieces = [sp.id_to_piece(i) for i in range(264, sp.vocab_size())]
+    assert any("kitten" in piece for piece in pieces)
+    assert not any("zy" in piece for piece in pieces)  # validation text, and its duplicate, is not learned from
+    assert not any(operator in piece for piece in pieces for operator in lossless_caps.OPERATORS)
+    assert manifest(tmp_path / "one")["vocab_size"] == sp.vocab_size() <= 420
+
+
+def test_unusable_tokenizers(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(40))
+    plain = tmp_path / "plain"
+    assert prepare(plain, source, model=None, options=("--no-caseops", "--vocab-size", "400")) == 0
+    prefix = tmp_path / "other"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(40)), model_prefix=str(prefix), vocab_size=90, model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+        minloglevel=2, user_defined_symbols=list(lossless_caps.OPERATORS))
+    (tmp_path / "not.model").write_bytes(b"hello")
+    for model, message in ((plain / "tokenizer.model", "--no-caseops"), (prefix.with_suffix(".model"), "byte fallback"),
+                           (tmp_path / "not.model", "not a SentencePiece model"), (tmp_path / "none.model", "no such file")):
+        assert prepare(tmp_path / "out", source, model=model) == 1
+        error = capsys.readouterr().err
+        assert message in error and str(model) in error
+    assert prepare(tmp_path / "out", source, model=None, options=("--vocab-size", "10")) == 1
+    assert "--vocab-size 10" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- built-in and downloaded sources
+
+def test_stdlib(tmp_path):
+    documents_ = prepare_data.stdlib_documents()
+    assert documents_ == prepare_data.stdlib_documents()
+    texts = [json.loads(document)["text"] for document in documents_]
+    assert len(set(texts)) == len(texts) > 1000
+    assert 2e6 < sum(map(len, texts)) < 20e6
+    assert all(text.strip() for text in texts) and any("Guido" in text for text in texts)
+    assert sum(len(text) > 1.5 * prepare_data.STDLIB_DOCUMENT_CHARS for text in texts) < len(texts) / 100
+    assert prepare(tmp_path / "out", "stdlib", model=None, options=("--vocab-size", "512", "--max-train-docs", "100")) == 0
+    found = manifest(tmp_path / "out")
+    assert found["source"]["kind"] == "stdlib" and found["val"]["documents"] == 5 and found["train"]["documents"] == 100
+
+
+def test_pieces_of_a_text_lose_only_line_ends():
+    text = "\n\n".join(f"def f{i}():\n    return {i}\n" for i in range(300)) + "\n" + "x = 1\n" * 900
+    pieces = list(prepare_data.cut_text(text, 500))
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert max(map(len, pieces)) <= 500
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for huggingface_hub that serves a folder, laid out like the published dataset repositories, and counts what is asked of it."""
+    root = tmp_path / "hub"
+    (root / "datasets").mkdir(parents=True)
+    asked = []
+
+    def hf_hub_download(repo_id, filename, *, repo_type):
+        assert repo_type == "dataset"
+        asked.append(filename)
+        if not (root / filename).exists():
+            raise FileNotFoundError(f"404: {repo_id} has no {filename}")
+        return str(root / filename)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
+    return types.SimpleNamespace(root=root, asked=asked)
+
+
+def publish(hub, made: Path, name: str = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved") -> Path:
+    """Publishes a prepared folder the way the contest's exporter does."""
+    folder = hub.root / "datasets" / "datasets" / name
+    folder.mkdir(parents=True)
+    for path in made.glob("fineweb_*.bin"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (hub.root / "datasets" / "tokenizers").mkdir()
+    (hub.root / "datasets" / "tokenizers" / "t.model").write_bytes(MODEL.read_bytes())
+    stats = {"files_train": len(list(made.glob("fineweb_train_*.bin"))), "files_val": len(list(made.glob("fineweb_val_[0-9]*.bin"))), "docs_val": 5}
+    (hub.root / "datasets" / "manifest.json").write_text(json.dumps({
+        "tokenizers": [{"name": "t", "model_path": "tokenizers/t.model"}],
+        "datasets": [{"name": name, "tokenizer_name": "t", "val_bytes_glob": "datasets/x/fineweb_val_bytes_*.bin", "stats": stats}]}))
+    return folder
+
+
+def fetch(out: Path, *options: str, repo: str = "someone/parameter-golf") -> int:
+    variant = "sp8192_lossless_caps_caseops_v1_reserved"
+    return prepare_data.main(["--source", "shards", "--repo", repo, "--variant", variant, "--out", str(out), *options])
+
+
+def test_published_shards(tmp_path, hub, capsys):
+    made, out = tmp_path / "made", tmp_path / "out"
+    assert prepare(made, write_jsonl(tmp_path / "docs.jsonl", sentences(60)), options=("--shard-tokens", "400")) == 0
+    publish(hub, made)
+    assert fetch(out, "--train-shards", "2") == 0
+    found, original = manifest(out), manifest(made)
+    assert {name for name in found["files"] if "train" in name} == {"fineweb_train_000000.bin", "fineweb_train_000001.bin"}
+    assert all(original["files"][name] == entry for name, entry in found["files"].items())
+    assert found["val"] == original["val"] | {"utf8_bytes": None}
+    assert found["transform"] == "lossless_caps_caseops_v1" and found["tokenizer"] == original["tokenizer"] and found["train"]["first_document"] == 5
+    hub.asked.clear()
+    assert fetch(out, "--train-shards", "2") == 0 and not hub.asked  # finished: nothing is asked for
+    assert fetch(out, "--train-shards", "3") == 1
+    assert "train_shards: 2 there, 3 now" in capsys.readouterr().err
+    assert prepare_data.main(["--source", "shards", "--repo", "a/b", "--variant", "sp4096", "--out", str(tmp_path / "no")]) == 1
+    assert "pass --variant with one of: sp8192_lossless" in capsys.readouterr().err
+
+
+def test_published_shards_that_are_wrong(tmp_path, hub, capsys):
+    made = tmp_path / "made"
+    assert prepare(made, write_jsonl(tmp_path / "docs.jsonl", sentences(60))) == 0
+    folder = publish(hub, made)
+    val, sidecar, train = (folder / f"fineweb_{name}_000000.bin" for name in ("val", "val_bytes", "train"))
+
+    def fails(message: str, repo: str = "someone/parameter-golf") -> None:
+        assert fetch(tmp_path / "out", repo=repo) == 1
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    fails("instead of the contest's 47,853,344", repo="romeerp/parameter-golf-caseops-v1")
+    whole = {path: path.read_bytes() for path in (val, sidecar, train)}
+
+    def damage(path: Path, data: bytes, message: str) -> None:
+        path.unlink()
+        path.write_bytes(data)  # a new file: the old one is linked into OUT
+        fails(message)
+        path.unlink()
+        path.write_bytes(whole[path])
+    damage(train, whole[train][:-6], "its header promises")
+    damage(train, b"\0" * 2000, "not a token shard")
+    damage(train, whole[val], "documents are validation documents")
+    damage(sidecar, whole[train], "differ in length")
+    damage(sidecar, whole[sidecar][:1024] + b"\1\0" + whole[sidecar][1026:], "gives bytes to BOS")
+    damage(val, whole[val][:1026] + b"\xff\xff" + whole[val][1028:], "beyond the tokenizer's 8192")
+    train.unlink()
+    fails("cannot download datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved/fineweb_train_000000.bin (404")
+    train.write_bytes(whole[train])
+    assert fetch(tmp_path / "out") == 0  # the same command resumes
+
+
+def test_fineweb_documents(tmp_path, hub, capsys):
+    source = write_jsonl(hub.root / "datasets" / "docs_selected.jsonl", sentences(30))
+    sidecar = hub.root / "datasets" / "docs_selected.source_manifest.json"
+    sidecar.write_text(json.dumps({"docs_sha256": hashlib.sha256(source.read_bytes()).hexdigest()}))
+    assert prepare(tmp_path / "out", "fineweb") == 0
+    found = manifest(tmp_path / "out")
+    assert found["source"]["repo"] == "willdepueoai/parameter-golf" and found["val"]["documents"] == 5
+    sidecar.write_text(json.dumps({"docs_sha256": "0" * 64}))
+    assert prepare(tmp_path / "other", "fineweb") == 1
+    assert "is not the published" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "manifest.json").exists()
+
+
+def test_downloads_without_their_package(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert fetch(tmp_path / "out") == 1
+    assert "pip install huggingface_hub" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- command line
+
+def test_command_line(tmp_path, capsys):
+    for arguments, code, message in ((["--help"], 0, "--val-docs"), (["--source", "stdlib", "x.jsonl", "--out", "o"], 2, "either files or one of"),
+                                     (["--source", "x", "--out", "o", "--val-docs", "0"], 2, "not positive"),
+                                     (["--source", "x", "--out", "o", "--tokenizer", "m", "--vocab-size", "9"], 2, "no meaning with --tokenizer"),
+                                     (["--source", "shards", "--out", "o", "--no-caseops"], 2, "--no-caseops has no meaning with --source shards"),
+                                     (["--source", "stdlib", "--out", "o", "--repo", "a/b"], 2, "--repo has no meaning with --source stdlib")):
+        with pytest.raises(SystemExit) as ended:
+            prepare_data.main(arguments)
+        assert ended.value.code == code
+        captured = capsys.readouterr()
+        assert message in captured.out + captured.err
+    assert prepare(tmp_path / "out", tmp_path / "none.jsonl") == 1
+    assert "none.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_unwritable_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert prepare(tmp_path / "file" / "out", write_jsonl(tmp_path / "docs.jsonl", sentences(20))) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and "file" in error[0] and os.sep in error[0]
+
+
+def test_shard_reader_refuses_what_it_does_not_know(tmp_path):
+    path = tmp_path / "fineweb_val_000000.bin"
+    path.write_bytes(b"short")
+    with pytest.raises(DataError, match="not a token shard"):
+        prepare_data.read_shard(path)

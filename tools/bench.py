@@ -1,0 +1,192 @@
+"""Benchmarks: each subcommand prints a table of times and ratios that were all measured in one run, on this machine.
+
+    python tools/bench.py caseops
+
+A subcommand is a function under `@bench`, with its options; it returns a list of `Row`. The variants of a comparison take turns, so a machine that
+slows down slows all of them.
+"""
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+BENCHES: dict[str, tuple[Callable[[argparse.Namespace], list["Row"]], tuple[tuple, ...]]] = {}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured variant. `amount` / seconds is its rate; `ratio` is the rate over that of the reference it was measured beside."""
+    what: str
+    variant: str
+    seconds: float
+    ratio: float
+    amount: float = 0.0
+    unit: str = ""
+
+
+def bench(name: str, *options: tuple[str, dict]) -> Callable:
+    """Registers a subcommand; `options` are (flag, keyword arguments of argparse's add_argument)."""
+    def register(function: Callable[[argparse.Namespace], list[Row]]) -> Callable:
+        BENCHES[name] = function, options
+        return function
+    return register
+
+
+def compare(what: str, variants: dict[str, Callable[[], object]], *, amount: float = 0.0, unit: str = "", repeats: int = 5) -> list[Row]:
+    """Best of `repeats` runs of each variant, interleaved; the first one is the reference of the ratios. A variant must wait for its device."""
+    best = dict.fromkeys(variants, float("inf"))
+    for function in variants.values():
+        function()  # caches, compilation, allocations
+    for _ in range(repeats):
+        for name, function in variants.items():
+            started = time.perf_counter()
+            function()
+            best[name] = min(best[name], time.perf_counter() - started)
+    reference = next(iter(best.values()))
+    return [Row(what, name, seconds, reference / seconds, amount, unit) for name, seconds in best.items()]
+
+
+def print_table(rows: Iterable[Row]) -> None:
+    cells = [("what", "variant", "ms", "rate", "ratio")]
+    for row in rows:
+        rate = f"{row.amount / row.seconds:.1f} {row.unit}" if row.amount else ""
+        cells.append((row.what, row.variant, f"{1e3 * row.seconds:.2f}", rate, f"{row.ratio:.2f}x"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip())
+
+
+# ---------------------------------------------------------------- CaseOps
+
+def encode_by_character(text: str) -> str:
+    """CaseOps as a scan over characters: the plain reading of the rules in lossless_caps.py."""
+    out, i = [], 0
+    while i < len(text):
+        if not (text[i].isascii() and text[i].isalpha()):
+            out.append("\ue004" + text[i] if "\ue001" <= text[i] <= "\ue004" else text[i])
+            i += 1
+            continue
+        end = i
+        while end < len(text) and text[end].isascii() and text[end].isalpha():
+            end += 1
+        word, i = text[i:end], end
+        if len(word) > 1 and word.isupper():
+            out.append("\ue002" + word.lower())
+            continue
+        for k, letter in enumerate(word):
+            if letter.isupper():
+                out.append("\ue003" if k else "\ue001")
+            out.append(letter.lower())
+    return "".join(out)
+
+
+def decode_by_character(text: str) -> str:
+    """A state machine over the characters of well-formed text."""
+    out, allcaps, capital, escaped = [], False, False, False
+    for char in text:
+        if escaped:
+            out.append(char)
+            escaped = allcaps = False
+        elif char == "\ue004":
+            escaped = True
+        elif char == "\ue002":
+            allcaps = True
+        elif char in "\ue001\ue003":
+            capital = True
+        elif char.isascii() and char.isalpha():
+            out.append(char.upper() if allcaps or capital else char)
+            capital = False
+        else:
+            out.append(char)
+            allcaps = False
+    return "".join(out)
+
+
+def piece_bytes_by_character(surfaces: list[str]) -> list[int]:
+    counts, escaped = [], False
+    for surface in surfaces:
+        count = 0
+        for char in surface:
+            if not escaped and "\ue001" <= char <= "\ue004":
+                escaped = char == "\ue004"
+            else:
+                count += len(char.encode())
+                escaped = False
+        counts.append(count)
+    return counts
+
+
+@bench("caseops",
+       ("--file", {"type": Path, "help": "JSONL file of documents (default: the Python standard library)"}),
+       ("--mb", {"type": float, "default": 1, "help": "text to use (default: %(default)s)"}),
+       ("--repeats", {"type": int, "default": 5, "help": "runs of each variant (default: %(default)s)"}))
+def caseops(args: argparse.Namespace) -> list[Row]:
+    """MB/s of encode, decode and piece_bytes beside per-character loops that give the same results."""
+    import sentencepiece
+
+    import lossless_caps
+    from prepare_data import Source, encode_pieces, parse_document, stdlib_documents
+    source = Source("jsonl", (args.file,)) if args.file else Source("stdlib", documents=stdlib_documents())
+    texts, size = [], 0
+    for line in source.lines():
+        texts.append(parse_document(line))
+        size += len(texts[-1].encode())
+        if size >= args.mb * 1e6:
+            break
+    encoded = [lossless_caps.encode(text) for text in texts]
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(ROOT / "tests/golden/fineweb_8192_caseops.model"))
+    surfaces = [encode_pieces(sp, text)[1] for text in encoded]
+    jobs = (("encode", encode_by_character, lossless_caps.encode, texts), ("decode", decode_by_character, lossless_caps.decode, encoded),
+            ("piece_bytes", piece_bytes_by_character, lossless_caps.piece_bytes, surfaces))
+    rows = []
+    for what, reference, ours, inputs in jobs:
+        if [*map(reference, inputs)] != [*map(ours, inputs)]:
+            raise SystemExit(f"{what}: the two variants disagree")
+        rows += compare(what, {"per character": lambda f=reference, x=inputs: [*map(f, x)], "lossless_caps": lambda f=ours, x=inputs: [*map(f, x)]},
+                        amount=size / 1e6, unit="MB/s", repeats=args.repeats)
+    return rows
+
+
+@bench("train",
+       ("--public", {"type": Path, "help": "train_gpt.py of a published record (#1855), run beside ours; its folder is never part of this repository"}),
+       ("--public-settings", {"type": Path, "help": "file of KEY=VALUE words for its environment"}),
+       ("--steps", {"type": int, "default": 50, "help": "optimizer steps of each graph (default: %(default)s)"}))
+def train(args: argparse.Namespace) -> list[Row]:
+    """Step time and loss of the plain and the looped graph on one GPU, optimizer included; settings come from the environment as in training."""
+    from bench_train import measure
+    return [Row(mode, variant, seconds, ratio, tokens / 1e6, "Mtok/s") for mode, variant, seconds, ratio, tokens in measure(args.public, args.public_settings, args.steps)]
+
+
+@bench("kernels")
+def kernels(args: argparse.Namespace) -> list[Row]:
+    """Each Triton kernel at the shapes of a training step, beside its compiled reference and its floor; needs a Hopper GPU."""
+    import bench_kernels
+    bench_kernels.main()
+    return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (function, options) in BENCHES.items():
+        command = commands.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        for flag, keywords in options:
+            command.add_argument(flag, **keywords)
+    args = parser.parse_args()
+    rows = BENCHES[args.command][0](args)
+    print(f"{args.command} on {platform.machine()}, Python {platform.python_version()}")
+    print_table(rows)
+    if args.json:
+        args.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""`bench.py train`: step time and loss of our script and of a public one (#1855) beside it, from the same weights on the same batches, on one GPU."""
+import importlib.util
+import os
+import statistics
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+
+import train_gpt as ours
+
+
+def import_public(path: Path, settings: Path | None, backend: str):
+    """Import a published train_gpt.py from its folder, with KEY=VALUE words of ``settings`` in the environment; its FlashAttention-3 calls go to the same operator as ours."""
+    words = [w for line in settings.read_text().splitlines() if not line.startswith("#") for w in line.split()] if settings else []
+    os.environ.update(w.split("=", 1) for w in words)
+    module = types.ModuleType("flash_attn_interface")
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=True, window_size=(-1, -1)):
+        return ours.attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, backend)[0]
+
+    module.flash_attn_varlen_func = varlen
+    module.flash_attn_func = None
+    sys.modules["flash_attn_interface"] = module
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location("public_train_gpt", path)
+    public = importlib.util.module_from_spec(spec)
+    sys.modules["public_train_gpt"] = public
+    spec.loader.exec_module(public)
+    public.BOS_ID = 1                                                   # its loader would set it
+    return public
+
+
+class OurSide:
+    name = "ours"
+
+    def __init__(self, cfg, ranks, backend):
+        self.cfg = cfg
+        self.model = ours.GPT(cfg, backend, torch.bfloat16).to(ranks.device)
+        self.model.init_weights(cfg.seed)
+        self.optimizer = ours.Optimizer(self.model, cfg, ranks)
+        self.loss = ours.compiled(ours.batch_loss, cfg, ranks.device)
+
+    def step(self, step, batches, looped):
+        total = torch.zeros((), device="cuda")
+        for batch in batches:
+            part = self.loss(self.model, batch, self.cfg.train_batch_tokens, looped)
+            part.backward()
+            total += part.detach()
+        self.optimizer.step(step, 1.0)
+        return total
+
+
+class PublicSide:
+    """#1855's step_fn and per-step EMA, restated around its own model and optimizers."""
+    name = "public"
+
+    def __init__(self, public, mine: OurSide):
+        self.h = h = public.Hyperparameters()
+        h.distributed, h.world_size, h.rank, h.is_main_process = False, 1, 0, True
+        self.public = public
+        self.base = public.GPT(h).to("cuda").bfloat16()
+        public.restore_fp32_params(self.base)
+        self.copy_weights(mine.model)
+        for block in self.base.blocks:                                  # its training loop fills the rotary cache before compiling
+            block.attn.rotary(mine.cfg.micro_batch_tokens, torch.device("cuda"), torch.bfloat16)
+        self.model = torch.compile(self.base, dynamic=False, fullgraph=True)
+        self.optimizers = public.Optimizers(h, self.base)
+        self.clipped = [p for p in self.base.parameters() if p.requires_grad]
+        self.average = [(t.detach().float().clone(), t) for t in self.base.state_dict(keep_vars=True).values()]
+
+    @torch.no_grad()
+    def copy_weights(self, model):
+        q, k = model.q_dim, model.q_dim + model.kv_dim
+        self.base.tok_emb.weight.copy_(model.tok_emb)
+        self.base.qo_bank.copy_(torch.cat((model.qkv[:, :q], model.o)))
+        self.base.kv_bank.copy_(torch.cat((model.qkv[:, q:k], model.qkv[:, k:])))
+        self.base.mlp_up_bank.copy_(model.up)
+        self.base.mlp_down_bank.copy_(model.down)
+        assert sum(p.numel() for p in self.base.parameters()) == sum(p.numel() for p in model.parameters())
+
+    def step(self, step, batches, looped):
+        h = self.h
+        self.base.looping_active = looped
+        total = torch.zeros((), device="cuda")
+        for batch in batches:
+            with torch.autocast(device_type="cuda", dtype=torch.bfloat16):
+                loss = self.model(batch.tokens[None], batch.targets[None], cu_seqlens=batch.seq.cu_q, max_seqlen=h.train_seq_len)
+            total += loss.detach() / len(batches)
+            (loss / len(batches)).backward()
+        warm = min(step / h.muon_momentum_warmup_steps, 1.0)
+        for group in self.optimizers.optimizer_muon.param_groups:
+            group["momentum"] = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
+        torch.nn.utils.clip_grad_norm_(self.clipped, h.grad_clip_norm)
+        self.optimizers.step(distributed=False)
+        with torch.no_grad():
+            for average, p in self.average:
+                average.mul_(h.ema_decay).add_(p.detach(), alpha=1 - h.ema_decay)
+        return total
+
+
+def side_by_side(cfg, ranks, backend, stream, public, looped: bool, steps: int):
+    """Both sides from the same fresh weights over the same batches. Returns sides, losses, seconds of the steps after the fifth, seconds of the first."""
+    torch.compiler.reset()
+    mine = OurSide(cfg, ranks, backend)
+    sides = [mine] + ([PublicSide(public, mine)] if public else [])
+    losses, seconds, first = ({side.name: [] for side in sides} for _ in range(3))
+    for step in range(steps):
+        batches = [ours.to_device(b, ranks.device) for b in stream.step(step, cfg.train_seq_len, 0, 1)]
+        for side in sides if step % 2 else sides[::-1]:                 # in turns, so that a slower GPU slows both
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            loss = side.step(step, batches, looped)
+            torch.cuda.synchronize()
+            (seconds if step >= 5 else first)[side.name].append(time.perf_counter() - begun)
+            losses[side.name].append(loss.item())
+    return sides, losses, seconds, first
+
+
+def print_losses(mode: str, losses: dict[str, list[float]]):
+    pairs = list(zip(losses["ours"], losses["public"]))
+    print(f"{mode}: loss of ours and of the public script by step")
+    print("  " + "  ".join(f"{i}: {a:.4f} {b:.4f}" for i, (a, b) in enumerate(pairs) if i < 10 or i % 5 == 4))
+    differences = [a - b for a, b in pairs]
+    print(f"  mean |difference| {statistics.mean(map(abs, differences)):.5f}, mean {statistics.mean(differences):+.5f}, of the last ten {statistics.mean(differences[-10:]):+.5f}")
+
+
+def measure(public_path: Path | None, public_settings: Path | None, steps: int):
+    """Yields (mode, variant, median seconds, ratio to the public script, tokens) for the plain and the looped graph."""
+    cfg = ours.Config.from_env(os.environ)
+    ranks = ours.Ranks(cfg)
+    torch.set_float32_matmul_precision("high")
+    backend = ours.choose_attention(cfg, ranks.device)
+    public = import_public(public_path.resolve(), public_settings, backend) if public_path else None
+    stream = ours.TrainStream(cfg)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, attention {backend}, {cfg.train_batch_tokens:,} tokens a step in micro-batches of {cfg.micro_batch_tokens:,}")
+    for looped in (False, True):
+        mode = "looped" if looped else "plain"
+        sides, losses, seconds, first = side_by_side(cfg, ranks, backend, stream, public, looped, steps)
+        medians = {side.name: statistics.median(seconds[side.name]) for side in sides}
+        for side in sides:
+            print(f"{mode}: {side.name} compiles and runs its first step in {first[side.name][0]:.1f} s")
+            yield mode, side.name, medians[side.name], medians.get("public", medians["ours"]) / medians[side.name], cfg.train_batch_tokens
+        if public:
+            print_losses(mode, losses)
+        del sides
+        torch.cuda.empty_cache()

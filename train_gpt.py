@@ -1,0 +1,3306 @@
+"""Train a GPT in ten minutes, quantise it below 16,000,000 bytes, and score it in bits per byte (BPB).
+
+    torchrun --nproc_per_node=8 train_gpt.py          train, quantise, pack, reload from disk, score
+    TTT_EVAL_ONLY=1 python train_gpt.py               score the artifact in ARTIFACT_DIR
+    QUANTIZE_ONLY=1 python train_gpt.py               start again from the trained weights in ARTIFACT_DIR
+    CHECK_ONLY=1 python train_gpt.py                  check data, tokenizer, attention, codec and disk, then stop
+    python train_gpt.py --help                        every setting, its default and its meaning
+    python train_gpt.py --unpack FILE                 print the source inside a packed script
+
+Settings are environment variables. The same file runs on a CPU, one GPU, eight GPUs or several nodes. The data folder is made by
+prepare_data.py; shards of third parties in the same format load as they are.
+
+Sections, each using only those above it: Hyperparameters, Runtime, Data, Kernels, Model, Optimizers, Training, Quantizer, Artifact,
+Scoring, Packer, Main.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import struct
+import sys
+import time
+import tokenize
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")                     # captured once: editing the file during a run changes nothing
+SCRIPT_DIR = Path(globals().get("PACKED_PATH", __file__)).resolve().parent   # the packed script names its own folder
+
+
+class UserError(Exception):
+    """Bad input: printed as one line that names the file or setting and the remedy; the process exits with status 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ----------------------------------------------------------------------------------------------------------------------
+
+def setting(default, meaning: str):
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """Every setting once: the environment variable is the field's name in capitals. Defaults are our best configuration."""
+    # run
+    seed: int = setting(1337, "seed of the initial weights; the order of the data is fixed")
+    data_path: str = setting("data", "folder of shards fineweb_{train,val,val_bytes}_*.bin and manifest.json")
+    tokenizer_path: str = setting("", "SentencePiece model; empty: tokenizer.model in DATA_PATH")
+    artifact_dir: str = setting("", "where train_gpt.py, model.bin, result.json and the log go; empty: runs/SEED (packed script: its own folder)")
+    ledger_path: str = setting("", "write the nats of every validation target (float64 .npy, stream order) of the headline pass here")
+    ttt_eval_only: bool = setting(False, "score the artifact in ARTIFACT_DIR and stop")
+    quantize_only: bool = setting(False, "start from ARTIFACT_DIR/trained.npz instead of training")
+    check_only: bool = setting(False, "run every pre-flight check and stop")
+    device: str = setting("auto", "cuda, cpu, or auto")
+    compile: bool = setting(True, "torch.compile on a GPU; the CPU always runs eagerly")
+    attention: str = setting("auto", "fa3, fa2, torch, reference, or auto (that order)")
+    fa3_library: str = setting("", "shared object that registers torch.ops.flash_attn_3 (for example of the xformers wheel)")
+    # model
+    vocab_size: int = setting(8192, "tokens in the vocabulary, at most 65536")
+    bos_id: int = setting(1, "token that begins every document")
+    num_layers: int = setting(11, "physical layers")
+    model_dim: int = setting(512, "width of the residual stream")
+    num_heads: int = setting(8, "query heads")
+    num_kv_heads: int = setting(4, "key/value heads")
+    mlp_mult: float = setting(4.0, "MLP hidden width over MODEL_DIM")
+    leaky_relu_sq_slope: float = setting(0.5, "negative slope of the squared leaky ReLU")
+    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding")
+    logit_softcap: float = setting(30.0, "logits are capped to +-this by a tanh")
+    rope_base: float = setting(10000.0, "RoPE base")
+    rope_dims: int = setting(16, "rotated dimensions of each head")
+    qk_gain_init: float = setting(5.0, "initial gain of each normalised query head")
+    xsa_last_n: int = setting(11, "layers, from the last, whose heads drop the component along their own value")
+    ln_scale: bool = setting(True, "scale sublayer inputs by 1/sqrt(layer + 1)")
+    smear_gate_enabled: bool = setting(True, "add a gated copy of the previous token's embedding")
+    gate_window: int = setting(12, "leading channels that SmearGate and the sparse attention gate read")
+    sparse_attn_gate_enabled: bool = setting(True, "gate each head's output by a sigmoid of the leading channels")
+    sparse_attn_gate_scale: float = setting(0.5, "factor inside that sigmoid")
+    skip_gates_enabled: bool = setting(True, "U-Net skips are merged by a learned gate (off: added)")
+    num_loops: int = setting(2, "extra passes over the looped layers")
+    loop_start: int = setting(3, "first looped layer")
+    loop_end: int = setting(5, "last looped layer")
+    enable_looping_at: float = setting(0.35, "progress at which the loops switch on")
+    parallel_start_layer: int = setting(8, "first layer of the two-lane decoder; 0: none")
+    parallel_final_lane: str = setting("mean", "what the lanes end in: mean, attn or mlp")
+    # training
+    max_wallclock_seconds: float = setting(600.0, "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read")
+    gptq_reserve_seconds: float = setting(6.0, "part of the budget kept for calibration and quantisation")
+    iterations: int = setting(20000, "most steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many")
+    train_batch_tokens: int = setting(786432, "tokens of one step over all ranks")
+    micro_batch_tokens: int = setting(98304, "tokens of one forward; a step's micro-batches are dealt to the ranks, so results do not depend on their number")
+    train_seq_len: int = setting(2048, "longest attention span: documents are cut there")
+    train_seq_schedule: str = setting("", "progressive context, LEN@END_PROGRESS,...; empty: TRAIN_SEQ_LEN throughout")
+    seq_change_warmup_steps: int = setting(32, "learning-rate ramp after a change of context")
+    warmup_steps: int = setting(3, "steps of each graph run and undone before the clock starts")
+    warmdown_frac: float = setting(0.85, "share of the budget in the linear decay of the learning rate")
+    min_lr: float = setting(0.1, "floor of the learning-rate multiplier")
+    train_log_every: int = setting(100, "steps between log lines")
+    # optimizers
+    matrix_lr: float = setting(0.026, "Muon learning rate")
+    scalar_lr: float = setting(0.02, "Adam learning rate of vectors, gates and scalars")
+    tied_embed_lr: float = setting(0.03, "Adam learning rate of the embedding")
+    muon_momentum: float = setting(0.97, "Muon momentum at the end of its warm-up")
+    muon_momentum_warmup_start: float = setting(0.92, "Muon momentum at step 0")
+    muon_momentum_warmup_steps: int = setting(1500, "steps of its linear warm-up")
+    muon_backend_steps: int = setting(5, "Polar Express iterations, at most 5")
+    muon_row_normalize: bool = setting(True, "normalise the rows of the update before orthogonalisation")
+    muon_wd: float = setting(0.095, "decoupled weight decay of matrices")
+    adam_wd: float = setting(0.02, "decoupled weight decay of vectors, gates and scalars")
+    embed_wd: float = setting(0.085, "decoupled weight decay of the embedding")
+    beta1: float = setting(0.9, "Adam beta1")
+    beta2: float = setting(0.99, "Adam beta2")
+    adam_eps: float = setting(1e-8, "Adam epsilon")
+    grad_clip_norm: float = setting(0.3, "norm to which the reduced gradient is clipped; 0: not clipped")
+    ema_decay: float = setting(0.9965, "decay of the debiased average of the weights that is kept; 0: the last weights")
+    # quantizer and artifact
+    matrix_bits: int = setting(6, "symbol range of matrices: +-(2^(bits-1) - 1)")
+    embed_bits: int = setting(7, "symbol range of the embedding")
+    mlp_clip_sigmas: float = setting(11.5, "MLP rows: step = this many row standard deviations over the range")
+    attn_clip_sigmas: float = setting(13.0, "the same for attention rows")
+    embed_clip_sigmas: float = setting(14.0, "the same for embedding rows")
+    gptq_calibration_batches: int = setting(16, "micro-batches of training data whose activations weigh the rounding error")
+    gptq_damping: float = setting(0.01, "added to the Hessian's diagonal, as a share of its mean")
+    artifact_cap: int = setting(16_000_000, "most bytes of train_gpt.py and model.bin together")
+    # scoring
+    eval_seq_len: int = setting(2048, "longest context of a scored token; windows never cross a document's start")
+    eval_stride: int = setting(0, "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
+    val_batch_tokens: int = setting(131072, "tokens of one scoring forward on one rank")
+    # test-time training
+    ttt_enabled: bool = setting(True, "adapt to each document while scoring it: score a chunk, then learn from it")
+    segment_docs: int = setting(2500, "documents of a segment; state crosses documents only between segments")
+    ttt_batch_size: int = setting(64, "documents adapted together, of similar length; no score depends on it")
+    ttt_chunks: str = setting("8,8,16,32,64", "sizes of the chunks from a document's start; the last repeats")
+    ttt_eval_seq_len: int = setting(2048, "longest context of a scored token")
+    ttt_cache: bool = setting(True, "reuse the keys and values of scored tokens (off: recompute the whole context for each chunk, exact and slow)")
+    ttt_backprop_tokens: int = setting(0, "tokens before a chunk that are run again with it, so that gradients reach back through them")
+    ttt_mask: str = setting("", "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
+    ttt_lora_rank: int = setting(80, "rank of the adapters")
+    ttt_lora_alpha: float = setting(144.0, "adapters are scaled by this over their rank")
+    ttt_lora_lr: float = setting(1e-4, "Adam learning rate of the adapters")
+    ttt_local_lr_mult: float = setting(1.0, "factor of TTT_LORA_LR")
+    ttt_beta2: float = setting(0.99, "Adam beta2 of the adapters; there is no first moment")
+    ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters")
+    ttt_grad_steps: int = setting(1, "steps on each chunk after it is scored; 0: carried context only")
+    phased_ttt_num_phases: int = setting(3, "times the base weights learn from the scored prefix; 0: never")
+    phased_ttt_prefix_docs: int = setting(2500, "documents of that prefix, in stream order")
+    global_ttt_lr: float = setting(0.001, "SGD learning rate of the base weights, cosine to zero over a phase")
+    global_ttt_momentum: float = setting(0.9, "SGD momentum, fresh in each phase")
+    global_ttt_epochs: int = setting(1, "passes over the prefix in each phase")
+    global_ttt_chunk_tokens: int = setting(32768, "tokens of one SGD step over all ranks")
+    global_ttt_grad_clip: float = setting(1.0, "norm to which the reduced SGD gradient is clipped")
+    # set by torchrun
+    rank: int = setting(0, "rank of this process")
+    local_rank: int = setting(0, "its GPU")
+    world_size: int = setting(1, "processes")
+
+    @classmethod
+    def from_env(cls, env, stored: dict | None = None) -> "Config":
+        """Read every setting from the mapping ``env``, else from ``stored`` (an artifact's settings), else its default; bad ones raise UserError."""
+        fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
+        check_names(env, fields)
+        values = {f.name: parse_setting(name, env[name], type(f.default)) for name, f in fields.items() if name in env}
+        cfg = cls(**{**(stored or {}), **values})
+        cfg.validate()
+        return cfg
+
+    def validate(self):
+        rules = [
+            ("NUM_HEADS", self.num_heads > 0 and self.model_dim % self.num_heads == 0, "must divide MODEL_DIM"),
+            ("NUM_KV_HEADS", self.num_kv_heads > 0 and self.num_heads % max(self.num_kv_heads, 1) == 0, "must divide NUM_HEADS"),
+            ("ROPE_DIMS", self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // max(self.num_heads, 1), "must be even and at most the head width"),
+            ("VOCAB_SIZE", 8 <= self.vocab_size <= 65536, "must lie in 8..65536: tokens are stored in 16 bits"),
+            ("LOOP_END", self.num_loops == 0 or 0 <= self.loop_start <= self.loop_end < self.num_layers, "must satisfy 0 <= LOOP_START <= LOOP_END < NUM_LAYERS"),
+            ("PARALLEL_FINAL_LANE", self.parallel_final_lane in ("mean", "attn", "mlp"), "must be mean, attn or mlp"),
+            ("GATE_WINDOW", 0 < self.gate_window <= self.model_dim, "must lie in 1..MODEL_DIM"),
+            ("DEVICE", self.device in ("auto", "cpu", "cuda"), "must be auto, cpu or cuda"),
+            ("ATTENTION", self.attention in ("auto", "fa3", "fa2", "torch", "reference"), "must be auto, fa3, fa2, torch or reference"),
+            ("MUON_BACKEND_STEPS", 1 <= self.muon_backend_steps <= len(POLAR_EXPRESS), f"must lie in 1..{len(POLAR_EXPRESS)}"),
+            ("MICRO_BATCH_TOKENS", 0 < self.micro_batch_tokens, "must be positive"),
+            ("TRAIN_BATCH_TOKENS", 0 < self.train_batch_tokens, "must be positive"),
+            ("GPTQ_RESERVE_SECONDS", self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds, "must be below MAX_WALLCLOCK_SECONDS"),
+            ("EVAL_STRIDE", 0 <= self.eval_stride <= self.eval_seq_len, "must lie in 0..EVAL_SEQ_LEN"),
+            ("VAL_BATCH_TOKENS", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
+            ("MATRIX_BITS", 2 <= self.matrix_bits <= 8, "must lie in 2..8"),
+            ("EMBED_BITS", 2 <= self.embed_bits <= 8, "must lie in 2..8"),
+            ("TTT_CHUNKS", re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.ttt_chunks) is not None, "must be sizes like 8,8,16,32,64"),
+            ("TTT_MASK", set(self.ttt_mask.split(",")) <= {"", "no_qv", *ADAPTER_KINDS}, f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
+            ("TTT_GRAD_STEPS", self.ttt_grad_steps >= 0, "must not be negative"),
+            ("SEGMENT_DOCS", self.segment_docs > 0, "must be positive"),
+            ("EMA_DECAY", 0 <= self.ema_decay < 1, "must lie in 0..1"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                raise UserError(f"{name}={getattr(self, name.lower())} {rule}")
+        context_schedule(self)
+
+    def settings(self) -> dict:
+        """What decides the result: every setting but paths, modes and ranks."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_SETTINGS}
+
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+
+
+NOT_SETTINGS = frozenset(("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device", "compile", "attention", "fa3_library",
+                          "rank", "local_rank", "world_size", "train_log_every"))
+OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "AWQ_", "LOOP_", "ROPE_", "EMBED_", "MLP_", "ATTN_", "MATRIX_", "XSA_", "EMA_",
+                "NGRAM_", "PHASED_", "GLOBAL_TTT_", "PARALLEL_", "SMEAR_", "SPARSE_", "SKIP_", "ARTIFACT_", "LEDGER_", "WARMDOWN_", "MICRO_", "GATE_")
+
+
+def check_names(env, fields):
+    """A name with one of our prefixes that is no setting is an error; a near miss without one is a warning."""
+    for name in sorted(set(env) - set(fields)):
+        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
+        if name.startswith(OUR_PREFIXES):
+            hint = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            raise UserError(f"{name} is not a setting" + (f"; did you mean {hint[0]}?" if hint else "") + " (--help lists them all)")
+        if nearest and nearest[0] not in env and len(name) > 4 and name.isupper():
+            print(f"warning: the environment has {name}, which is not a setting; did you mean {nearest[0]}?", file=sys.stderr)
+
+
+def parse_setting(name: str, text: str, kind: type):
+    """Text of an environment variable -> bool, int, float or str."""
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}[text.strip().lower()]
+        value = kind(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{name}={text!r} is not {'0 or 1' if kind is bool else 'of type ' + kind.__name__}") from None
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name}={text!r} is not finite")
+    return value
+
+
+def context_schedule(cfg: Config) -> list[tuple[float, int]]:
+    """TRAIN_SEQ_SCHEDULE as (progress at which the stage ends, attention span), in order; the last stage ends at infinity (#2014)."""
+    if not cfg.train_seq_schedule:
+        return [(math.inf, cfg.train_seq_len)]
+    try:
+        stages = sorted((float(end), int(length)) for length, end in (part.split("@") for part in cfg.train_seq_schedule.split(",")))
+    except ValueError:
+        raise UserError(f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r} is not of the form 1024@0.1,2048@0.7,3072@1.0") from None
+    if max(length for _, length in stages) != cfg.train_seq_len:
+        raise UserError(f"TRAIN_SEQ_SCHEDULE's longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}")
+    return [*stages[:-1], (math.inf, stages[-1][1])]
+
+
+def help_text() -> str:
+    lines = ["Settings (environment variables), their defaults and meaning:"]
+    for f in dataclasses.fields(Config):
+        shown = int(f.default) if isinstance(f.default, bool) else f.default
+        lines.append(f"  {f.name.upper():28s} {str(shown) or '(empty)':>12s}   {f.metadata['meaning']}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runtime: ranks, log, clock, budgets, verdicts, ledger
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Ranks:
+    """The process group. On one rank every collective is a no-op, so nothing else asks how many there are."""
+
+    def __init__(self, cfg: Config):
+        self.rank, self.world = cfg.rank, cfg.world_size
+        use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+        if use_cuda and not torch.cuda.is_available():
+            raise UserError("DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
+        self.device = torch.device("cuda", cfg.local_rank) if use_cuda else torch.device("cpu")
+        if use_cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            # Tensors on the CPU travel over gloo, so the clock is shared without touching the GPU's queue.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_(self, t: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def broadcast_(self, t: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.broadcast(t, 0)
+        return t
+
+    def barrier(self):
+        self.broadcast_(torch.zeros(1))
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Log:
+    """Lines to the console and to ``path``, from rank 0 only; flushed at once so that a killed run keeps its log."""
+
+    def __init__(self, path: Path | None, mode: str = "w"):
+        self.file = open(path, mode, encoding="utf-8") if path else None
+        self.silent = path is None
+
+    def __call__(self, line: str = "", console: bool = True):
+        if self.silent:
+            return
+        line = line.replace(str(Path.home()) + os.sep, "~/")            # logs are published: no private paths
+        if console:
+            print(line, flush=True)
+        self.file.write(line + "\n")
+        self.file.flush()
+
+
+class Clock:
+    """Seconds of training, the same on every rank: rank 0's reading, sent over the CPU group, with no drain of the GPU's queue.
+
+    At most ``LEAD`` steps are queued on the GPU; the reading counts them at the mean time of a step, so it is when the next step will begin.
+    """
+    LEAD = 2
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.pending, self.steps, self.seconds = ranks, deque(), 0, 0.0
+        ranks.synchronize()
+        ranks.barrier()
+        self.start = time.perf_counter()
+
+    def tick(self) -> float:
+        """Call before each step; returns its predicted start in seconds since construction."""
+        while len(self.pending) > self.LEAD:
+            self.pending.popleft().synchronize()
+        while self.pending and self.pending[0].query():
+            self.pending.popleft()
+        now = time.perf_counter() - self.start
+        done = self.steps - len(self.pending)
+        self.seconds = now + len(self.pending) * (now / done if done else 0.0)
+        self.seconds = self.ranks.broadcast_(torch.tensor([self.seconds], dtype=torch.float64)).item()
+        return self.seconds
+
+    def step_done(self):
+        self.steps += 1
+        if self.ranks.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self.pending.append(event)
+
+    def step_seconds(self) -> float:
+        return self.seconds / max(self.steps, 1)
+
+    def stop(self) -> float:
+        self.ranks.synchronize()
+        self.seconds = self.ranks.broadcast_(torch.tensor([time.perf_counter() - self.start], dtype=torch.float64)).item()
+        return self.seconds
+
+
+class Phases:
+    """Wall seconds by phase, and the two budgets they add up to: training data changes the model, or validation data is touched."""
+    BUDGET = {"steps": "train", "calibrate": "train", "quantize": "train", "load": "eval", "compile_eval": "eval", "score": "eval", "adapt": "eval",
+              "setup": None, "warmup": None, "diagnostic": None, "write": None}
+
+    def __init__(self, ranks: Ranks, log: Log):
+        self.ranks, self.log, self.seconds = ranks, log, {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        assert name in self.BUDGET, name
+        start = time.perf_counter()
+        yield
+        self.ranks.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def budget(self, which: str) -> float:
+        return sum(s for name, s in self.seconds.items() if self.BUDGET[name] == which)
+
+
+class Verdicts:
+    """PASS, FAIL, DISPUTED or NOT RUN for each condition, with the reason; what only an audit can show starts as NOT RUN."""
+
+    def __init__(self):
+        self.table = dict.fromkeys(("C1", "C2", "C3", "C4", "bytes", "train_budget", "eval_budget", "packaging", "data"), ("NOT RUN", "shown by tools/audit.py"))
+
+    def set(self, condition: str, verdict: str, reason: str):
+        if self.table[condition][0] != "FAIL":
+            self.table[condition] = (verdict, reason)
+
+    def failed(self) -> list[str]:
+        return [c for c, (verdict, _) in self.table.items() if verdict == "FAIL"]
+
+
+class Ledger:
+    """Write-once record of one scoring pass: the nats of every validation target, in stream order.
+
+    ``nats`` is float64 (targets,), NaN until scored. Writing a target twice, training on one that is not written, or closing with a hole
+    raises: a run whose ledger does not hold is not a result.
+    """
+
+    ROUNDING = 1e-4       # a certain token may come out this far below zero nats: fp32 logits of up to 30
+
+    def __init__(self, name: str, target_bytes: np.ndarray, verdicts: Verdicts):
+        self.name, self.bytes, self.verdicts = name, target_bytes, verdicts
+        self.nats = np.full(len(target_bytes), np.nan)
+        self.merged = np.zeros(len(target_bytes), bool)
+
+    @property
+    def scored(self) -> np.ndarray:
+        return ~np.isnan(self.nats)
+
+    def write(self, targets: np.ndarray, nats: np.ndarray):
+        """targets: int64 indices; nats: float, the same length."""
+        if not np.isnan(self.nats[targets]).all() or len(np.unique(targets)) != len(targets):
+            raise RuntimeError(f"ledger {self.name}: a target was scored twice")
+        if not np.isfinite(nats).all() or (nats < -self.ROUNDING).any():
+            raise RuntimeError(f"ledger {self.name}: a score is not finite or implies a probability above 1")
+        self.nats[targets] = np.maximum(nats, 0.0)
+
+    def may_train(self, targets: np.ndarray):
+        if np.isnan(self.nats[targets]).any():
+            self.break_condition("C3", f"pass {self.name} trained on a target before it was scored")
+            raise RuntimeError(f"ledger {self.name}: training on a target that is not scored")
+
+    def break_condition(self, condition: str, reason: str):
+        """The one door for settings that break a condition: the run goes on, its number never becomes ``val_bpb``."""
+        self.verdicts.set(condition, "FAIL", reason)
+
+    def merge(self, ranks: Ranks):
+        """Join what the ranks have scored since the last merge; each target must have been scored by exactly one rank."""
+        fresh = self.scored & ~self.merged
+        if ranks.world > 1:
+            counts = ranks.all_reduce_(torch.from_numpy(fresh.astype(np.int32))).numpy()
+            nats = ranks.all_reduce_(torch.from_numpy(np.where(fresh, self.nats, 0.0))).numpy()
+            if counts.max() > 1 or (counts[self.merged] > 0).any():
+                raise RuntimeError(f"ledger {self.name}: two ranks scored the same target")
+            self.nats = np.where(counts > 0, nats, self.nats)
+        self.merged = self.scored
+
+    def running_bpb(self) -> float:
+        return float(self.nats[self.scored].sum() / math.log(2) / max(self.bytes[self.scored].sum(dtype=np.int64), 1))
+
+    def bpb(self) -> float:
+        """Bits per byte over all targets; raises if one is missing."""
+        if np.isnan(self.nats).any():
+            raise RuntimeError(f"ledger {self.name}: {int(np.isnan(self.nats).sum())} targets were never scored")
+        return float(self.nats.sum() / math.log(2) / self.bytes.sum(dtype=np.int64))
+
+
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """Open ``path`` for writing bytes so that it appears whole, by rename, or not at all."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); free space or set ARTIFACT_DIR elsewhere") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: shards, packed training batches, the validation stream
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-map the uint16 values of a shard: 256 little-endian int32 of header ([magic, 1, count, 0, ...]), then the values."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != 1:
+        raise UserError(f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py")
+    size, expected = path.stat().st_size, SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != expected:
+        raise UserError(f"{path}: {size} bytes, its header promises {expected}; the file is truncated or damaged: fetch or make it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+
+
+def find_shards(folder: Path, pattern: str) -> list[Path]:
+    paths = sorted(p for p in folder.glob(pattern) if re.fullmatch(pattern.replace("*", r"\d+"), p.name))    # val_* must not match val_bytes_*
+    if not paths:
+        raise UserError(f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
+    return paths
+
+
+class Seq(NamedTuple):
+    """Where the documents of a packed buffer lie. Attention is causal, aligned at the end, inside each (query, key) segment."""
+    cu_q: Tensor          # int32 (segments + 1,): query offsets
+    cu_k: Tensor          # int32 (segments + 1,): key offsets; the same tensor unless a cache is read
+    max_q: int            # upper bounds of the segment lengths, constant over a run so that no graph depends on a batch
+    max_k: int
+    positions: Tensor     # int32 (tokens,): offset in the document; 0 means that no previous token may be seen
+
+
+class Batch(NamedTuple):
+    tokens: Tensor        # int64 (tokens,)
+    targets: Tensor       # int64 (tokens,): -1 where padded
+    seq: Seq
+    split: str            # "train" or "val"
+
+
+def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split: str, capacity: int, targets: np.ndarray | None = None) -> Batch:
+    """Documents that begin at ``starts`` (starts[0] == 0) and are cut every ``span`` tokens -> a CPU batch padded to ``capacity``.
+
+    ``tokens`` holds one more token than there are inputs, unless ``targets`` are given. Padding is a document of its own, so it is never NaN and never seen.
+    """
+    inputs = tokens if targets is not None else tokens[:-1]
+    targets = tokens[1:] if targets is None else targets
+    n = len(inputs)
+    if n < capacity:
+        starts = np.append(starts, n)
+    lengths = np.diff(np.append(starts, capacity))
+    pieces = -(-lengths // span)
+    offsets = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    cu = np.append(np.repeat(starts, pieces) + offsets * span, capacity).astype(np.int32)
+    positions = (np.arange(capacity) - np.repeat(starts, lengths)).astype(np.int32)
+    padded_inputs, padded_targets = np.zeros(capacity, np.int64), np.full(capacity, -1, np.int64)
+    padded_inputs[:n], padded_targets[:n] = inputs, targets
+    cu = torch.from_numpy(cu)
+    return Batch(torch.from_numpy(padded_inputs), torch.from_numpy(padded_targets), Seq(cu, cu, max_len, max_len, torch.from_numpy(positions)), split)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy without waiting. The number of documents is marked dynamic: no compiled graph depends on it."""
+    if device.type == "cpu":
+        move = lambda t: t
+    else:
+        move = lambda t: t.pin_memory().to(device, non_blocking=True)
+    cu = move(batch.seq.cu_q)
+    torch._dynamo.mark_dynamic(cu, 0)
+    seq = batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions))
+    return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=seq)
+
+
+class TrainStream:
+    """The training tokens as one endless stream over all shards in name order. Step s reads the same tokens at any world size."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.paths = find_shards(Path(cfg.data_path), "fineweb_train_*.bin")
+        self.shards = [open_shard(p) for p in self.paths]
+        self.ends = np.cumsum([len(s) for s in self.shards])
+        self.tokens = int(self.ends[-1])
+        if self.tokens <= cfg.micro_batch_tokens:
+            raise UserError(f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; lower MICRO_BATCH_TOKENS or prepare more documents")
+        head = self.read(0, min(self.tokens, 1 << 20))
+        if head[0] != cfg.bos_id:
+            raise UserError(f"{self.paths[0]}: the first token is {head[0]}, not BOS_ID={cfg.bos_id}; prepare the data again (prepare_data.py puts BOS before every document)")
+        if head.max() >= cfg.vocab_size:
+            raise UserError(f"{self.paths[0]}: token {head.max()} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """``count`` tokens from position ``start`` of the endless stream, int64."""
+        pieces = []
+        while count:
+            start %= self.tokens
+            i = int(np.searchsorted(self.ends, start, side="right"))
+            offset = start - (int(self.ends[i]) - len(self.shards[i]))
+            pieces.append(self.shards[i][offset:offset + count].astype(np.int64))
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def micro_batch(self, start: int, count: int, span: int) -> Batch:
+        """Inputs [start, start + count) and their targets; a document already running at ``start`` begins anew there."""
+        tokens = self.read(start, count + 1)
+        starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
+        if not len(starts) or starts[0] != 0:
+            starts = np.insert(starts, 0, 0)
+        return pack(tokens, starts, span, self.cfg.train_seq_len, "train", self.cfg.micro_batch_tokens)
+
+    def step(self, step: int, span: int, rank: int, world: int) -> list[Batch]:
+        """This rank's micro-batches of a step: the global batch cut every MICRO_BATCH_TOKENS, dealt to the ranks in turn."""
+        total, micro = self.cfg.train_batch_tokens, self.cfg.micro_batch_tokens
+        return [self.micro_batch(step * total + at, min(micro, total - at), span) for at in range(rank * micro, total, world * micro)]
+
+
+class Prefetch:
+    """Builds the next step's batches in a thread; a change of span only costs the one batch that was built for the old one."""
+
+    def __init__(self, stream: TrainStream, ranks: Ranks):
+        self.stream, self.ranks, self.pool, self.waiting = stream, ranks, ThreadPoolExecutor(1), {}
+
+    def __call__(self, step: int, span: int) -> list[Batch]:
+        future = self.waiting.pop((step, span), None) or self.submit(step, span)
+        self.waiting = {(step + 1, span): self.submit(step + 1, span)}
+        return [to_device(b, self.ranks.device) for b in future.result()]
+
+    def submit(self, step, span):
+        return self.pool.submit(self.stream.step, step, span, self.ranks.rank, self.ranks.world)
+
+
+class ValidationStream:
+    """The validation tokens, the original bytes of each, and the documents they form."""
+
+    def __init__(self, cfg: Config):
+        folder = Path(cfg.data_path)
+        self.tokens = np.concatenate([open_shard(p) for p in find_shards(folder, "fineweb_val_*.bin")])
+        starts = np.flatnonzero(self.tokens == cfg.bos_id)
+        if not len(starts) or starts[0] != 0:
+            raise UserError(f"{folder}: the validation stream does not begin with BOS_ID={cfg.bos_id}; prepare the data again")
+        if int(self.tokens.max()) >= cfg.vocab_size:
+            raise UserError(f"{folder}: validation token {self.tokens.max()} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
+        self.starts = starts.astype(np.int64)
+        self.targets = len(self.tokens) - 1
+        sidecars = sorted(folder.glob("fineweb_val_bytes_*.bin"))
+        self.byte_source = "sidecar" if sidecars else "tokenizer"
+        self.bytes = np.concatenate([open_shard(p) for p in sidecars]) if sidecars else tokenizer_bytes(cfg, self.tokens)
+        if len(self.bytes) != len(self.tokens):
+            raise UserError(f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go")
+        if int(self.bytes[self.starts].max()) > 0:
+            raise UserError(f"{folder}: the byte sidecar counts bytes for BOS; prepare the data again")
+
+    @property
+    def target_bytes(self) -> np.ndarray:
+        """Bytes of target i, the token at i + 1."""
+        return self.bytes[1:]
+
+
+def tokenizer_path(cfg: Config) -> Path:
+    path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else Path(cfg.data_path) / "tokenizer.model"
+    if not path.is_file():
+        raise UserError(f"TOKENIZER_PATH={path}: no such file")
+    return path
+
+
+def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
+    """Bytes per token from the piece table, for plain tokenizers without a sidecar: control 0, byte fallback 1, a leading space 1 unless it opens a document."""
+    import sentencepiece
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path(cfg)))
+    if sp.vocab_size() != cfg.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={tokenizer_path(cfg)}: {sp.vocab_size()} pieces, VOCAB_SIZE={cfg.vocab_size}")
+    if any(sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(8)):
+        raise UserError(f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; prepare the data again")
+    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(cfg.vocab_size)])
+    pieces = ["" if special[i] else sp.id_to_piece(i) for i in range(cfg.vocab_size)]
+    table = np.array([1 if sp.is_byte(i) else len(piece.lstrip("\u2581").encode()) for i, piece in enumerate(pieces)], np.uint16)
+    spaces = np.array([len(piece) - len(piece.lstrip("\u2581")) for piece in pieces], np.uint16)
+    after_control = np.concatenate([[True], special[tokens[:-1]]])
+    return table[tokens] + np.where(after_control, np.maximum(spaces[tokens], 1) - 1, spaces[tokens]).astype(np.uint16)
+
+
+KNOWN_VALIDATION_SETS = {                                                # tokens -> (bytes, name); contest exports, fixed first 50,000 documents
+    47_853_344: ((151_080_645, 151_074_309), "CaseOps sp8192"),
+    40_540_160: ((151_078_222,), "sp8192"),
+}
+
+
+def describe_data(cfg: Config, val: ValidationStream) -> dict:
+    """Fingerprint of the validation set, checked against manifest.json where there is one."""
+    total = int(val.bytes.sum(dtype=np.int64))
+    known = KNOWN_VALIDATION_SETS.get(len(val.tokens))
+    contest = known is not None and total in known[0] and len(val.starts) == 50_000
+    found = {"val_tokens": len(val.tokens), "val_targets": val.targets, "val_documents": len(val.starts), "val_bytes": total, "byte_source": val.byte_source,
+             "val_sha256": hashlib.sha256(np.ascontiguousarray(val.tokens)).hexdigest(), "dataset": "contest" if contest else "other"}
+    manifest = Path(cfg.data_path) / "manifest.json"
+    found["manifest"] = manifest.is_file()
+    if not manifest.is_file():
+        return found
+    promised = json.loads(manifest.read_text())
+    for key, have in (("tokens", len(val.tokens)), ("documents", len(val.starts)), ("bytes", total)):
+        if promised["val"][key] != have:
+            raise UserError(f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {have}; prepare the data again")
+    if promised["vocab_size"] != cfg.vocab_size:
+        raise UserError(f"{manifest}: the shards have VOCAB_SIZE={promised['vocab_size']}, the setting is {cfg.vocab_size}")
+    model = tokenizer_path(cfg)
+    if hashlib.sha256(model.read_bytes()).hexdigest() != promised["tokenizer"]["sha256"]:
+        raise UserError(f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
+    found.update(transform=promised["transform"], tokenizer_sha256=promised["tokenizer"]["sha256"])
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+    INTERPRET = triton.knobs.runtime.interpret                          # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
+except ImportError:                                                     # without Triton only the references exist
+    triton, tl, INTERPRET = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f)), SimpleNamespace(constexpr=int), None
+
+
+@torch.compiler.assume_constant_result
+def has_kernels(device: torch.device) -> bool:
+    """Triton is there and the device is a Hopper GPU or newer (TMA, wgmma), or Triton interprets."""
+    return bool(INTERPRET) or (INTERPRET is not None and device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9)
+
+
+def use_kernels(x: Tensor, head_dim: int = 16) -> bool:
+    return x.dtype == torch.bfloat16 and head_dim & (head_dim - 1) == 0 and has_kernels(x.device)
+
+
+# --- MLP: down(leaky_relu(up(x))^2) ---
+
+def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    hidden = F.leaky_relu(F.linear(x, w_up), slope).square()
+    return F.linear(hidden, w_down), hidden.detach()
+
+
+@triton.jit
+def hidden_words(p0, p1, slope):
+    """Pairs of fp32 pre-activations -> pairs of bf16 leaky_relu(p)^2 in one int32, the sign of p in each least significant bit.
+
+    Of the bf16 numbers with the wanted last bit the nearest is taken: at most one unit in the last place off, without bias.
+    """
+    l0, l1 = tl.maximum(p0, slope * p0), tl.maximum(p1, slope * p1)
+    h0, h1 = (l0 * l0).to(tl.int32, bitcast=True), (l1 * l1).to(tl.int32, bitcast=True)
+    s0, s1 = p0.to(tl.int32, bitcast=True), p1.to(tl.int32, bitcast=True)
+    high = ((h0 >> 16) & 0xFFFF) | (h1 & -65536)                        # both upper halves: the squares cut to bf16
+    sign = ((((s0 >> 16) & 0xFFFF) | (s1 & -65536)) >> 15) & 0x00010001
+    return ((high + 0x00010001 - sign) & -65538) | sign                 # -65538 clears both last bits
+
+
+@triton.jit(do_not_specialize=["T"])
+def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Forward: hidden = leaky_relu(a @ b.T)^2, b (N, K). Backward: d_pre = (a @ b) * d hidden / d pre, b (K, N). hidden as int32 pairs.
+
+    Persistent, so that the loads of the next tile are under way during an epilogue; the epilogue works on two halves to leave
+    shared memory to the load pipeline. 0 <= slope <= 1.
+    """
+    tiles_n: tl.constexpr = N // BLOCK_N
+    HALF: tl.constexpr = BLOCK_N // 2
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=True):
+        m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            a = a_desc.load([m, k])
+            if BACKWARD:
+                acc = tl.dot(a, b_desc.load([k, n]), acc)
+            else:
+                acc = tl.dot(a, b_desc.load([n, k]).T, acc)
+        halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        for i in tl.static_range(2):
+            p0, p1 = halves[i].reshape(BLOCK_M, HALF // 2, 2).split()   # neighbours sit in one thread: no data moves
+            at = n + i * HALF
+            if BACKWARD:
+                word = hidden_desc.load([m, at // 2])
+                d0 = p0 * tl.sqrt((word << 16).to(tl.float32, bitcast=True)) * tl.where((word & 1) != 0, -2 * slope, 2.0)
+                d1 = p1 * tl.sqrt((word & -65536).to(tl.float32, bitcast=True)) * tl.where((word & 0x10000) != 0, -2 * slope, 2.0)
+                d_pre_desc.store([m, at], tl.join(d0, d1).reshape(BLOCK_M, HALF).to(tl.bfloat16))
+            else:
+                hidden_desc.store([m, at // 2], hidden_words(p0, p1, slope))
+
+
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, programs per multiprocessor
+MLP_TILES = {"forward": (128, 256, 64, 8, 4, 1), "backward": (128, 256, 64, 8, 3, 1)}
+
+
+def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: float, tile: tuple | None = None):
+    """Launch: fills hidden (d_pre None) or d_pre. a (T, K), hidden and d_pre (T, N), all bf16 and contiguous."""
+    backward = d_pre is not None
+    (T, K), N = a.shape, hidden.size(1)
+    bm, bn, bk, warps, stages, per_sm = tile or MLP_TILES["backward" if backward else "forward"]
+    bn, bk = min(bn, N & -N), min(bk, K & -K)                           # every model width has a tile, if not a fast one
+    processors = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
+    programs = min(processors * per_sm, triton.cdiv(T, bm) * (N // bn))
+    desc = TensorDescriptor.from_tensor
+    words = desc(hidden.view(torch.int32), [bm, bn // 4])
+    mlp_gemm_kernel[(programs,)](desc(a, [bm, bk]), desc(b, [bk, bn] if backward else [bn, bk]), words, desc(d_pre, [bm, bn // 2]) if backward else words,
+                                 slope, T, N, K, backward, bm, bn, bk, num_warps=warps, num_stages=stages)
+
+
+@torch.library.custom_op("golf::mlp", mutates_args=())
+def mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    hidden = x.new_empty(x.size(0), w_up.size(0))
+    mlp_gemm(x.contiguous(), w_up.contiguous(), hidden, None, slope)
+    return F.linear(hidden, w_down), hidden
+
+
+@mlp_op.register_fake
+def _(x, w_up, w_down, slope):
+    return x.new_empty(x.size(0), w_down.size(0)), x.new_empty(x.size(0), w_up.size(0))
+
+
+@torch.library.custom_op("golf::mlp_d_pre", mutates_args=())
+def mlp_d_pre_op(d_out: Tensor, w_down: Tensor, hidden: Tensor, slope: float) -> Tensor:
+    d_pre = torch.empty_like(hidden)
+    mlp_gemm(d_out.contiguous(), w_down.contiguous(), hidden, d_pre, slope)
+    return d_pre
+
+
+@mlp_d_pre_op.register_fake
+def _(d_out, w_down, hidden, slope):
+    return torch.empty_like(hidden)
+
+
+def _mlp_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.slope = inputs[3]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _mlp_gradient(ctx, d_out, _):
+    x, w_up, w_down, hidden = ctx.saved_tensors
+    need_x, need_up, need_down, _ = ctx.needs_input_grad                # test-time training freezes the weights
+    d_pre = mlp_d_pre_op(d_out, w_down, hidden, ctx.slope) if need_x or need_up else None
+    return d_pre @ w_up if need_x else None, d_pre.T @ x if need_up else None, d_out.T @ hidden if need_down else None, None
+
+
+mlp_op.register_autograd(_mlp_gradient, setup_context=_mlp_context)
+
+
+def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d), hidden (T, h); hidden is for observers and has no gradient.
+
+    The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens.
+    """
+    fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0            # a tile's least sides
+    return (mlp_op if fits and use_kernels(x) else mlp_reference)(x, w_up, w_down, slope)
+
+
+# --- Cross-entropy of softcapped logits ---
+
+def softcap(z: Tensor, caps: Tensor) -> Tensor:
+    """z -> caps[0] tanh(z / caps[0]) where positive, caps[1] tanh(z / caps[1]) elsewhere (#1923), fp32."""
+    z = z.float()
+    return torch.where(z > 0, caps[0] * torch.tanh(z / caps[0]), caps[1] * torch.tanh(z / caps[1]))
+
+
+def softcap_nll_reference(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
+    logits = softcap(z, caps)
+    lse = logits.logsumexp(-1)
+    return lse - logits.gather(1, targets[:, None])[:, 0], lse.detach()
+
+
+@triton.jit
+def tanh_of(doubled):
+    """tanh(x) from 2 x log2(e), to 3e-7; rsqrt(y)^2 is 1/y without the range checks of a division."""
+    r = tl.rsqrt(tl.exp2(doubled) + 1.0)
+    return 1.0 - 2.0 * (r * r)
+
+
+@triton.jit
+def softcap_nll_kernel(z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_ptr, dz_ptr, d_cap_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of logits per program, held in registers: z is read once and dz (if dz_ptr; may be z itself) written once.
+
+    No running maximum: a logit is at most its cap, and exp(cap) fits fp32 up to caps of 80.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    row = tl.program_id(0).to(tl.int64)
+    cap_p, cap_n, target = tl.load(cap_ptr), tl.load(cap_ptr + 1), tl.load(target_ptr + row).to(tl.int32)
+    doubled_p, doubled_n, log2_p, log2_n = 2 * LOG2E / cap_p, 2 * LOG2E / cap_n, cap_p * LOG2E, cap_n * LOG2E
+    z_target = tl.load(z_ptr + row * V + target).to(tl.float32)
+    logit_target = tl.where(z_target > 0, cap_p, cap_n) * tanh_of(z_target * tl.where(z_target > 0, doubled_p, doubled_n))
+    cols = tl.arange(0, BLOCK)
+    z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+    t = tanh_of(z * tl.where(z > 0, doubled_p, doubled_n))
+    e = tl.exp2(t * tl.where(z > 0, log2_p, log2_n))
+    if V != BLOCK:
+        e = tl.where(cols < V, e, 0.0)
+    total = tl.sum(e, 0)
+    lse = tl.log(total)
+    tl.store(nll_ptr + row, lse - logit_target)
+    tl.store(lse_ptr + row, lse)
+    if dz_ptr is not None:
+        scale = 1.0 if row_grad_ptr is None else tl.load(row_grad_ptr + row)
+        d_logit = e * (scale / total) - tl.where(cols == target, scale, 0.0)
+        slope = 1.0 - t * t
+        tl.store(dz_ptr + row * V + cols, (d_logit * slope).to(dz_ptr.dtype.element_ty), mask=cols < V)
+        if d_cap_ptr is not None:
+            d_cap = d_logit * (t - z * tl.where(z > 0, 1.0 / cap_p, 1.0 / cap_n) * slope)
+            tl.store(d_cap_ptr + 2 * row, tl.sum(tl.where(z > 0, d_cap, 0.0), 0))
+            tl.store(d_cap_ptr + 2 * row + 1, tl.sum(tl.where(z > 0, 0.0, d_cap), 0))
+
+
+def launch_softcap_nll(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tensor | None = None, dz: Tensor | None = None, want_caps: bool = False):
+    """-> nll (T,), lse (T,), gradient of each row by the caps (T, 2) or (0, 2); fills dz if given. z (T, V) contiguous."""
+    T, V = z.shape
+    nll, lse = (torch.empty(T, dtype=torch.float32, device=z.device) for _ in range(2))
+    d_caps = torch.empty(T if want_caps else 0, 2, dtype=torch.float32, device=z.device)
+    block = triton.next_power_of_2(V)
+    softcap_nll_kernel[(T,)](z, targets, caps, row_grad, nll, lse, dz, d_caps if want_caps else None, V, block, num_warps=min(32, max(1, block // 512)))
+    return nll, lse, d_caps
+
+
+@torch.library.custom_op("golf::softcap_nll", mutates_args=())
+def softcap_nll_op(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
+    return launch_softcap_nll(z.contiguous(), targets, caps)[:2]
+
+
+@softcap_nll_op.register_fake
+def _(z, targets, caps):
+    return z.new_empty(z.size(0), dtype=torch.float32), z.new_empty(z.size(0), dtype=torch.float32)
+
+
+@torch.library.custom_op("golf::softcap_nll_gradient", mutates_args=())
+def softcap_nll_gradient_op(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tensor, want_caps: bool) -> tuple[Tensor, Tensor]:
+    z = z.contiguous()
+    dz = torch.empty_like(z)
+    return dz, launch_softcap_nll(z, targets, caps, row_grad.float().contiguous(), dz, want_caps)[2]
+
+
+@softcap_nll_gradient_op.register_fake
+def _(z, targets, caps, row_grad, want_caps):
+    return z.new_empty(z.shape), z.new_empty(z.size(0) if want_caps else 0, 2, dtype=torch.float32)
+
+
+def _softcap_nll_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _softcap_nll_gradient(ctx, d_nll, _):
+    dz, d_caps = softcap_nll_gradient_op(*ctx.saved_tensors, d_nll, ctx.needs_input_grad[2])
+    return dz, None, d_caps.sum(0) if ctx.needs_input_grad[2] else None
+
+
+softcap_nll_op.register_autograd(_softcap_nll_gradient, setup_context=_softcap_nll_context)
+
+
+def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
+    """z (T, V) before the softcap, targets (T,) int64, caps (2,) fp32 (positive, negative) -> nats (T,), log-sum-exp (T,), both fp32.
+
+    Gradients reach z and caps through the nats; the log-sum-exp has none.
+    """
+    return (softcap_nll_op if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
+
+
+@torch.library.custom_op("golf::head_nll", mutates_args=())
+def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: bool) -> tuple[Tensor, Tensor, Tensor]:
+    z = F.linear(x, w)
+    nll, _, d_caps = launch_softcap_nll(z, targets, caps, dz=z, want_caps=want_caps)
+    return nll, z, d_caps                                               # z now holds d nll / d z
+
+
+@head_nll_op.register_fake
+def _(x, w, targets, caps, want_caps):
+    T = x.size(0)
+    return x.new_empty(T, dtype=torch.float32), x.new_empty(T, w.size(0)), x.new_empty(T if want_caps else 0, 2, dtype=torch.float32)
+
+
+def _head_nll_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _head_nll_gradient(ctx, d_nll, *_):
+    x, w, dz, d_caps = ctx.saved_tensors
+    need_x, need_w, _, need_caps, _ = ctx.needs_input_grad
+    row = d_nll[:, None]
+    return ((dz @ w * row).to(x.dtype) if need_x else None, dz.T @ (x * row).to(x.dtype) if need_w else None, None,
+            (d_caps * row).sum(0) if need_caps else None, None)
+
+
+head_nll_op.register_autograd(_head_nll_gradient, setup_context=_head_nll_context)
+
+
+def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
+    """softcap_nll of x (T, d) @ w (V, d).T in nats (T,), for training: the logits are overwritten by their gradient in the forward pass.
+
+    Exact for any gradient of the rows: a row's factor commutes with the products by w and x, so it multiplies (T, d) instead of (T, V).
+    Logits cross memory twice (1 read, 1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304).
+    """
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or caps.requires_grad)
+    if use_kernels(x) and differentiable:
+        return head_nll_op(x, w, targets, caps, caps.requires_grad)[0]
+    return softcap_nll(F.linear(x, w), targets, caps)[0]
+
+
+# --- Heads of a packed QKV product: RMSNorm of q and k, partial RoPE, gain of q ---
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Partial RoPE: pairs (i, i + n) of the first 2n dimensions of x (T, heads, D); cos, sin (T, n) fp32."""
+    n, cos, sin = cos.size(-1), cos[:, None], sin[:, None]
+    a, b, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest.float()), dim=-1)
+
+
+def qkv_heads_reference(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    H = gain.numel()
+    heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
+    q, k, v = heads.split((H, kv_heads, kv_heads), dim=1)
+    q, k = (rotate(F.rms_norm(t.float(), (t.size(-1),), eps=eps), cos, sin) for t in (q, k))
+    return (q * gain[:, None]).to(qkv.dtype), k.to(qkv.dtype), v
+
+
+@triton.jit
+def head_rows(T, HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK consecutive (token, head) rows of HEADS heads as (D / N, BLOCK, N) tiles: the partner of element (0, row, i) is (1, row, i).
+
+    -> token, head, mask of the rows (1, BLOCK, 1), element of each row and its partner's (D / N, 1, N), +1 / -1 / 0 of the partner's sine.
+    The groups come first, since Triton lays neighbouring lanes along them: a row is read by neighbouring lanes.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :, None]
+    group, i = tl.arange(0, D // N)[:, None, None], tl.arange(0, N)[None, None, :]
+    partner = tl.where(group < 2, 1 - group, group)
+    return (row // HEADS).to(tl.int64), row % HEADS, row < T * HEADS, group * N + i, partner * N + i, tl.where(group == 0, 1.0, tl.where(group == 1, -1.0, 0.0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def qk_heads_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, rstd_ptr, T, eps, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
+                    N: tl.constexpr, BLOCK: tl.constexpr):
+    token, head, ok, at, other, sign = head_rows(T, H + KV, D, N, BLOCK)
+    x_ptr = qkv_ptr + token * ((H + 2 * KV) * D) + head * D
+    x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    partner = tl.load(x_ptr + other, mask=ok & (sign != 0), other=0.0).to(tl.float32)       # an L1 hit
+    angle = token * N + at % N
+    cos = tl.load(cos_ptr + angle, mask=ok & (sign != 0), other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=ok & (sign != 0), other=0.0)
+    rstd = tl.rsqrt(tl.sum(tl.sum(x * x, 2, keep_dims=True), 0, keep_dims=True) / D + eps)
+    gain = tl.load(gain_ptr + head, mask=ok & (head < H), other=1.0)
+    out = (x * cos + partner * sin * sign) * (rstd * gain)
+    tl.store(rstd_ptr + token * (H + KV) + head, rstd, mask=ok)
+    tl.store(q_ptr + (token * H + head) * D + at, out.to(q_ptr.dtype.element_ty), mask=ok & (head < H))
+    tl.store(k_ptr + (token * KV + head - H) * D + at, out.to(k_ptr.dtype.element_ty), mask=ok & (head >= H))
+
+
+@triton.jit(do_not_specialize=["T"])
+def qk_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, gain_ptr, cos_ptr, sin_ptr, rstd_ptr, d_qkv_ptr, dot_ptr, T,
+                             H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Rebuilds the normed vectors from q and k as attention saved them: q / gain, unrotated. Writes one packed d(qkv) and q . dq of each head."""
+    token, head, ok, at, other, sign = head_rows(T, H + 2 * KV, D, N, BLOCK)
+    is_q, is_k, is_v = ok & (head < H), ok & (head >= H) & (head < H + KV), ok & (head >= H + KV)
+    q_row, k_row, v_row = (token * H + head) * D, (token * KV + head - H) * D, (token * KV + head - H - KV) * D
+    y = tl.load(q_ptr + q_row + at, mask=is_q, other=0.0).to(tl.float32) + tl.load(k_ptr + k_row + at, mask=is_k, other=0.0).to(tl.float32)
+    dy = tl.load(dq_ptr + q_row + at, mask=is_q, other=0.0).to(tl.float32) + tl.load(dk_ptr + k_row + at, mask=is_k, other=0.0).to(tl.float32)
+    turns_q, turns_k = is_q & (sign != 0), is_k & (sign != 0)
+    y2 = tl.load(q_ptr + q_row + other, mask=turns_q, other=0.0).to(tl.float32) + tl.load(k_ptr + k_row + other, mask=turns_k, other=0.0).to(tl.float32)
+    dy2 = tl.load(dq_ptr + q_row + other, mask=turns_q, other=0.0).to(tl.float32) + tl.load(dk_ptr + k_row + other, mask=turns_k, other=0.0).to(tl.float32)
+    angle = token * N + at % N
+    cos = tl.load(cos_ptr + angle, mask=turns_q | turns_k, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=turns_q | turns_k, other=0.0)
+    gain = tl.load(gain_ptr + head, mask=is_q, other=1.0)
+    rstd = tl.load(rstd_ptr + token * (H + KV) + head, mask=is_q | is_k, other=0.0)
+    dot = tl.sum(tl.sum(y * dy, 2, keep_dims=True), 0, keep_dims=True)                      # no rotation or gain changes it
+    keep, drop = rstd * gain, rstd * dot / (D * gain)
+    dx = (keep * dy - drop * y) * cos - (keep * dy2 - drop * y2) * sin * sign
+    dx += tl.load(dv_ptr + v_row + at, mask=is_v, other=0.0).to(tl.float32)
+    tl.store(dot_ptr + token * H + head, dot, mask=is_q)
+    tl.store(d_qkv_ptr + token * ((H + 2 * KV) * D) + head * D + at, dx.to(d_qkv_ptr.dtype.element_ty), mask=ok)
+
+
+HEAD_ROWS = 32                                                          # rows of head_dim elements per program of 4 warps
+
+
+@torch.library.custom_op("golf::qk_heads", mutates_args=())
+def qk_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    T, H, KV, N = qkv.size(0), gain.numel(), kv_heads, cos.size(1)
+    D = qkv.size(1) // (H + 2 * KV)
+    q, k, rstd = qkv.new_empty(T, H, D), qkv.new_empty(T, KV, D), qkv.new_empty(T, H + KV, dtype=torch.float32)
+    dense = (t.contiguous() for t in (qkv, gain, cos, sin))
+    qk_heads_kernel[(triton.cdiv(T * (H + KV), HEAD_ROWS),)](*dense, q, k, rstd, T, eps, H, KV, D, N, HEAD_ROWS)
+    return q, k, rstd
+
+
+@qk_heads_op.register_fake
+def _(qkv, gain, cos, sin, kv_heads, eps):
+    T, H = qkv.size(0), gain.numel()
+    D = qkv.size(1) // (H + 2 * kv_heads)
+    return qkv.new_empty(T, H, D), qkv.new_empty(T, kv_heads, D), qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
+
+
+@torch.library.custom_op("golf::qk_heads_gradient", mutates_args=())
+def qk_heads_gradient_op(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+                         rstd: Tensor) -> tuple[Tensor, Tensor]:
+    (T, H, D), KV, N = q.shape, k.size(1), cos.size(1)
+    d_qkv, dot = q.new_empty(T, (H + 2 * KV) * D), q.new_empty(T, H, dtype=torch.float32)
+    dense = (t.contiguous() for t in (dq, dk, dv, q, k, gain, cos, sin))
+    qk_heads_gradient_kernel[(triton.cdiv(T * (H + 2 * KV), HEAD_ROWS),)](*dense, rstd, d_qkv, dot, T, H, KV, D, N, HEAD_ROWS)
+    return d_qkv, dot
+
+
+@qk_heads_gradient_op.register_fake
+def _(dq, dk, dv, q, k, gain, cos, sin, rstd):
+    T, H, D = q.shape
+    return q.new_empty(T, (H + 2 * k.size(1)) * D), q.new_empty(T, H, dtype=torch.float32)
+
+
+class QKVHeads(torch.autograd.Function):
+    """A Function around the operators, because v is a view of the packed input, which no custom operator may return."""
+
+    @staticmethod
+    def forward(ctx, qkv, gain, cos, sin, kv_heads, eps):
+        q, k, rstd = qk_heads_op(qkv, gain, cos, sin, kv_heads, eps)
+        ctx.save_for_backward(q, k, gain, cos, sin, rstd)
+        return q, k, qkv.unflatten(1, (-1, q.size(2)))[:, -kv_heads:]
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        q, k, gain, cos, sin, rstd = ctx.saved_tensors
+        d_qkv, dot = qk_heads_gradient_op(dq, dk, dv, q, k, gain, cos, sin, rstd)
+        return d_qkv, dot.sum(0) / gain if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (T, (H + 2 KV) D), gain (H,) fp32 and nonzero, cos and sin (T, n) fp32 -> q (T, H, D), k and v (T, KV, D); v is a view of qkv.
+
+    q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain.
+    """
+    rotates = cos.size(1) > 0 and cos.size(1) & (cos.size(1) - 1) == 0
+    kernel = rotates and use_kernels(qkv, qkv.size(1) // (gain.numel() + 2 * kv_heads))
+    return (QKVHeads.apply if kernel else qkv_heads_reference)(qkv, gain, cos, sin, kv_heads, eps)
+
+
+# --- XSA and the gate of each head's output ---
+
+def xsa_gate_reference(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    grouped, v = y.unflatten(1, (v.size(1), -1)).float(), v[:, :, None].float()
+    along = (grouped * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp_min(1e-12)
+    return ((grouped - along * v).flatten(1, 2) * gate[:, :, None]).to(y.dtype)
+
+
+@triton.jit(do_not_specialize=["T"])
+def xsa_gate_kernel(y_ptr, v_ptr, gate_ptr, d_out_ptr, out_ptr, dy_ptr, dv_ptr, d_gate_ptr, T, v_stride, KV: tl.constexpr, GROUP: tl.constexpr,
+                    D: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows are (token, KV head); the GROUP query heads that share a value pass one after another. Without d_out_ptr forward, else backward."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    d, ok = tl.arange(0, D)[None, :], row < T * KV
+    v = tl.load(v_ptr + (row // KV).to(tl.int64) * v_stride + (row % KV) * D + d, mask=ok, other=0.0).to(tl.float32)
+    inverse = 1.0 / tl.maximum(tl.sum(v * v, 1, keep_dims=True), 1e-12)
+    dv = tl.zeros((BLOCK, D), tl.float32)
+    for g in tl.static_range(GROUP):
+        head = row.to(tl.int64) * GROUP + g
+        y = tl.load(y_ptr + head * D + d, mask=ok, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + head, mask=ok, other=0.0).to(tl.float32)
+        along = tl.sum(y * v, 1, keep_dims=True) * inverse
+        kept = y - along * v
+        if d_out_ptr is None:
+            tl.store(out_ptr + head * D + d, (kept * gate).to(out_ptr.dtype.element_ty), mask=ok)
+        else:
+            d_out = tl.load(d_out_ptr + head * D + d, mask=ok, other=0.0).to(tl.float32)
+            tl.store(d_gate_ptr + head, tl.sum(d_out * kept, 1, keep_dims=True), mask=ok)
+            d_kept = d_out * gate
+            d_along = tl.sum(d_kept * v, 1, keep_dims=True) * inverse
+            tl.store(dy_ptr + head * D + d, (d_kept - d_along * v).to(dy_ptr.dtype.element_ty), mask=ok)
+            dv += 2.0 * along * d_along * v - d_along * y - along * d_kept
+    if d_out_ptr is not None:
+        tl.store(dv_ptr + row.to(tl.int64) * D + d, dv.to(dv_ptr.dtype.element_ty), mask=ok)
+
+
+def launch_xsa_gate(y: Tensor, v: Tensor, gate: Tensor, d_out: Tensor | None = None):
+    """-> out like y, or with d_out the gradients of y, v and gate (fp32). v's heads lie side by side, its tokens at any stride."""
+    T, KV, D = v.shape
+    v = v if v.stride()[1:] == (D, 1) else v.contiguous()
+    y, gate = y.contiguous(), gate.contiguous()
+    out, dy, dv, d_gate = None, None, None, None
+    if d_out is None:
+        out = torch.empty_like(y)
+    else:
+        d_out, dy, dv, d_gate = d_out.contiguous(), torch.empty_like(y), v.new_empty(v.shape), torch.empty_like(gate, dtype=torch.float32)
+    grid = (triton.cdiv(T * KV, HEAD_ROWS),)
+    xsa_gate_kernel[grid](y, v, gate, d_out, out, dy, dv, d_gate, T, v.stride(0), KV, y.size(1) // KV, D, HEAD_ROWS)
+    return out if d_out is None else (dy, dv, d_gate)
+
+
+@torch.library.custom_op("golf::xsa_gate", mutates_args=())
+def xsa_gate_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    return launch_xsa_gate(y, v, gate)
+
+
+@xsa_gate_op.register_fake
+def _(y, v, gate):
+    return y.new_empty(y.shape)
+
+
+@torch.library.custom_op("golf::xsa_gate_gradient", mutates_args=())
+def xsa_gate_gradient_op(d_out: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_xsa_gate(y, v, gate, d_out)
+
+
+@xsa_gate_gradient_op.register_fake
+def _(d_out, y, v, gate):
+    return y.new_empty(y.shape), v.new_empty(v.shape), gate.new_empty(gate.shape, dtype=torch.float32)
+
+
+def _xsa_gate_gradient(ctx, d_out):
+    dy, dv, d_gate = xsa_gate_gradient_op(d_out, *ctx.saved_tensors)
+    return dy, dv, d_gate.to(ctx.saved_tensors[2].dtype)
+
+
+xsa_gate_op.register_autograd(_xsa_gate_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """y (T, H, D), v (T, KV, D), gate (T, H) -> gate (y - (y . v) / (v . v) v) in y's dtype, v that of the head's group (#265, #1787)."""
+    return (xsa_gate_op if use_kernels(y, y.size(2)) else xsa_gate_reference)(y, v, gate)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention backends: one operator, found in the order FlashAttention 3, FlashAttention 2, torch's own, masked reference
+# ----------------------------------------------------------------------------------------------------------------------
+
+def segment_groups(cu_q: Tensor, cu_k: Tensor):
+    """Runs of consecutive segments of equal lengths: (slice of queries, slice of keys, segments, causal mask (n, m) aligned at its end)."""
+    at_q, at_k = cu_q.tolist(), cu_k.tolist()
+    lengths = [(b - a, d - c) for a, b, c, d in zip(at_q, at_q[1:], at_k, at_k[1:])]
+    i = 0
+    while i < len(lengths):
+        j = i
+        while j < len(lengths) and lengths[j] == lengths[i]:
+            j += 1
+        n, m = lengths[i]
+        if n:
+            yield slice(at_q[i], at_q[j]), slice(at_k[i], at_k[j]), j - i, torch.ones(n, m, dtype=torch.bool, device=cu_q.device).tril(m - n)
+        i = j
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """q (B, KV, G, n, D), k (B, KV, 1, m, D) -> (B, KV, G, n, m), softmax over the keys that the mask allows."""
+    return (q @ k.mT * q.size(-1) ** -0.5).masked_fill_(~mask, -torch.inf).softmax(-1)
+
+
+def heads_first(t: Tensor, segments: int, kv_heads: int) -> Tensor:
+    """(segments n, H, D) -> (segments, KV, H / KV, n, D)."""
+    return t.unflatten(0, (segments, -1)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def tokens_first(t: Tensor) -> Tensor:
+    return t.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
+
+def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0) -> tuple[Tensor, Tensor]:
+    """Causal attention of packed segments in plain torch. The log-sum-exp is empty, since the backward pass recomputes."""
+    out, kv = torch.empty_like(q), k.size(1)
+    for at_q, at_k, segments, mask in segment_groups(cu_q, cu_k):
+        qs, ks, vs = heads_first(q[at_q], segments, kv), heads_first(k[at_k], segments, kv), heads_first(v[at_k], segments, kv)
+        out[at_q] = tokens_first(attention_weights(qs, ks, mask) @ vs)
+    return out, q.new_empty(0, dtype=torch.float32)
+
+
+def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0):
+    dq, dk, dv, kv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), k.size(1)
+    for at_q, at_k, segments, mask in segment_groups(cu_q, cu_k):
+        qs, ds = heads_first(q[at_q], segments, kv), heads_first(dout[at_q], segments, kv)
+        ks, vs = heads_first(k[at_k], segments, kv), heads_first(v[at_k], segments, kv)
+        p = attention_weights(qs, ks, mask)
+        dp = ds @ vs.mT
+        dscore = p * (dp - (dp * p).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
+        dq[at_q] = tokens_first(dscore @ ks)
+        dk[at_k] = tokens_first((dscore.mT @ qs).sum(2, keepdim=True))
+        dv[at_k] = tokens_first((p.mT @ ds).sum(2, keepdim=True))
+    return dq, dk, dv
+
+
+def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k):
+    nothing = [None] * 4
+    out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, *nothing, cu_q, cu_k, None, None, None, max_q, max_k, *nothing, None, None, None, None, None,
+                                              q.size(-1) ** -0.5, True, num_splits=1)    # its own choice splits, and a combining kernel eats the gain
+    return out, lse
+
+
+def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
+    grads = torch.empty_like(q), torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, *grads, cu_q, cu_k, None, None, max_q, max_k, q.size(-1) ** -0.5, True)
+    return grads                                                        # written in place; builds differ in what the operator returns
+
+
+def fa2_forward(q, k, v, cu_q, cu_k, max_q, max_k):
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+    out, lse, *_ = _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, q.size(-1) ** -0.5, True)
+    return out, lse
+
+
+def fa2_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    _flash_attn_varlen_backward(dout, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k, 0.0, q.size(-1) ** -0.5, True, -1, -1, 0.0, None, False)
+    return grads
+
+
+def torch_forward(q, k, v, cu_q, cu_k, max_q, max_k):
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False)
+    return out, lse
+
+
+def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)          # dropout state, unused at rate 0
+    return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, seed, seed[0])
+
+
+BACKENDS = {
+    "fa3": (fa3_forward, fa3_backward),
+    "fa2": (fa2_forward, fa2_backward),
+    "torch": (torch_forward, torch_backward),
+    "reference": (reference_forward, reference_backward),
+}
+
+
+def load_backend(name: str, library: str):
+    """Make the operators of a backend available; raises if they are not there."""
+    if name == "fa3":
+        if library:
+            torch.ops.load_library(library)
+        else:
+            import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
+        if not (hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd")):
+            raise RuntimeError("the library registers no flash_attn_3.fwd and bwd")
+    elif name == "fa2":
+        import flash_attn.flash_attn_interface  # noqa: F401
+
+
+def choose_attention(cfg: Config, device: torch.device) -> str:
+    """The first backend that loads and agrees with the reference on this device."""
+    if device.type == "cpu":
+        return "reference"
+    names = [cfg.attention] if cfg.attention != "auto" else list(BACKENDS)
+    reasons = []
+    for name in names:
+        try:
+            load_backend(name, cfg.fa3_library)
+            check_backend(name, cfg, device)
+            return name
+        except Exception as e:                                          # any fault of a third-party library only means: try the next
+            reasons.append(f"{name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
+    raise UserError(f"ATTENTION={cfg.attention}: no backend works here ({'; '.join(reasons)})")
+
+
+def check_backend(name: str, cfg: Config, device: torch.device):
+    """Forward and backward on two documents against the reference, relative error below 2 % (bf16)."""
+    generator = torch.Generator(device).manual_seed(0)
+    head_dim = cfg.model_dim // cfg.num_heads
+    q, k, v, dout = (torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
+                     for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads))
+    cu = torch.tensor([0, 100, 384], dtype=torch.int32, device=device)
+    forward, backward = BACKENDS[name]
+    out, lse = forward(q, k, v, cu, cu, 384, 384)
+    found = (out, *backward(dout, q, k, v, out, lse, cu, cu, 384, 384)[:3])
+    q, k, v, dout = (t.float() for t in (q, k, v, dout))
+    wanted = (reference_forward(q, k, v, cu, cu)[0], *reference_backward(dout, q, k, v, None, None, cu, cu))
+    for have, want in zip(found, wanted):
+        error = ((have.float() - want).norm() / want.norm()).item()
+        if not error < 0.02:
+            raise RuntimeError(f"differs from the reference by {error:.1%}")
+
+
+@torch.library.custom_op("golf::attention", mutates_args=())
+def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, backend: str) -> tuple[Tensor, Tensor]:
+    return BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k)
+
+
+@attention_op.register_fake
+def _(q, k, v, cu_q, cu_k, max_q, max_k, backend):
+    lse = q.new_empty((0,) if backend == "reference" else (q.size(1), q.size(0)), dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op("golf::attention_backward", mutates_args=())
+def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+                          max_q: int, max_k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv, *_ = BACKENDS[backend][1](dout.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k)
+    return dq, dk, dv
+
+
+@attention_backward_op.register_fake
+def _(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, backend):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _attention_context(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+
+
+def _attention_gradient(ctx, dout, _):
+    q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+    return *attention_backward_op(dout, q, k, v, out, lse, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.backend), None, None, None, None, None
+
+
+attention_op.register_autograd(_attention_gradient, setup_context=_attention_context)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, backend: str) -> Tensor:
+    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype. Flash kernels get bf16 whatever arrives (B68)."""
+    if backend == "reference":
+        return attention_op(q, k, v, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, backend)[0]
+    half = (t.to(torch.bfloat16) for t in (q, k, v))
+    return attention_op(*half, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, backend)[0].to(q.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model: one trunk, one head
+# ----------------------------------------------------------------------------------------------------------------------
+
+NORM_EPS = 2.0 ** -23                                                   # the embedding's mean square begins at 2.5e-5: bf16's epsilon would crush it
+
+
+class Visit(NamedTuple):
+    """One stop of the trunk: which layer, which earlier visit is merged in by which skip, and whether two lanes run."""
+    layer: int
+    skip: int | None      # row of skip_weights and skip_gates
+    source: int | None    # index of the visit whose output is merged
+    lanes: bool
+
+
+def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
+    """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second half merges their outputs, last first."""
+    loop = list(range(cfg.loop_start, cfg.loop_end + 1)) * (cfg.num_loops + 1)
+    layers = [*range(cfg.loop_start), *loop, *range(cfg.loop_end + 1, cfg.num_layers)] if looped and cfg.num_loops else list(range(cfg.num_layers))
+    encoder = len(layers) // 2
+    visits = []
+    for i, layer in enumerate(layers):
+        j = i - encoder                                                 # decoder visit
+        merges = 0 <= j < encoder
+        visits.append(Visit(layer, j if merges else None, encoder - 1 - j if merges else None, lanes=j >= 0 and 0 < cfg.parallel_start_layer <= layer))
+    return tuple(visits)
+
+
+class Cache(NamedTuple):
+    """What earlier tokens left behind, for rows of equal length: keys and values of each visit, and the last raw embedding for SmearGate."""
+    keys: Tensor          # (visits, rows, length, KV, D)
+    values: Tensor        # (visits, rows, length, KV, D)
+    last: Tensor          # (rows, model_dim)
+
+
+def project(x: Tensor, w: Tensor, delta: Callable | None = None, tap: Callable | None = None) -> Tensor:
+    """x (tokens, in) @ w (out, in).T, plus an adapter's low-rank delta, while an optional tap watches the input."""
+    if tap is not None:
+        tap(x)
+    y = F.linear(x, w)
+    return y if delta is None else y + delta(x)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+class GPT(nn.Module):
+    """The network of #1855. Matrices of all layers are stacked, so that optimizer and quantizer see one tensor of a kind.
+
+    tok_emb (V, d) | qkv (L, (H + 2 KV) D, d) | o (L, d, H D) | up (L, hidden, d) | down (L, d, hidden)
+    attn_scale, mlp_scale (L, d) | resid_mix (L, 2, d) | q_gain (L, H) | attn_gate (L, H, window) | skip_weights, skip_gates (skips, d)
+    parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda ()
+    """
+
+    def __init__(self, cfg: Config, attention: str, dtype: torch.dtype):
+        """attention: a name in BACKENDS; dtype: of activations and matrix products (parameters are fp32)."""
+        super().__init__()
+        self.cfg, self.attention, self.dtype = cfg, attention, dtype
+        layers, d, self.head_dim = cfg.num_layers, cfg.model_dim, cfg.model_dim // cfg.num_heads
+        self.q_dim, self.kv_dim, hidden = cfg.num_heads * self.head_dim, cfg.num_kv_heads * self.head_dim, int(cfg.mlp_mult * d)
+        self.schedules = {looped: visit_schedule(cfg, looped) for looped in (False, True)}
+        skips = max(sum(v.skip is not None for v in s) for s in self.schedules.values())
+        parameter = lambda *shape, value=None: nn.Parameter(torch.empty(shape) if value is None else torch.full(shape, float(value)))
+        self.tok_emb = parameter(cfg.vocab_size, d)
+        self.qkv = parameter(layers, self.q_dim + 2 * self.kv_dim, d)
+        self.o = parameter(layers, d, self.q_dim, value=0)
+        self.up = parameter(layers, hidden, d)
+        self.down = parameter(layers, d, hidden, value=0)
+        self.attn_scale, self.mlp_scale = parameter(layers, d, value=1), parameter(layers, d, value=1)
+        self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))
+        self.q_gain = parameter(layers, cfg.num_heads, value=cfg.qk_gain_init)
+        self.attn_gate = parameter(layers, cfg.num_heads, cfg.gate_window, value=0) if cfg.sparse_attn_gate_enabled else None
+        self.skip_weights = parameter(skips, d, value=1)
+        self.skip_gates = parameter(skips, d, value=0) if cfg.skip_gates_enabled else None
+        lanes = any(v.lanes for v in self.schedules[False])
+        self.parallel_post = parameter(layers, 2, 2, value=1) if lanes else None
+        self.parallel_resid = parameter(layers, 2, value=1.1) if lanes else None
+        self.smear_gate = parameter(cfg.gate_window, value=0) if cfg.smear_gate_enabled else None
+        self.smear_lambda = parameter(value=0) if cfg.smear_gate_enabled else None
+        inverse = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32) / max(cfg.rope_dims, 1))
+        self.register_buffer("rope_frequency", inverse, persistent=False)
+        self.register_buffer("caps", torch.full((2,), cfg.logit_softcap), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int):
+        """Embedding N(0, TIED_EMBED_INIT_STD); Q, K, V and up orthogonal; o, down and gates zero; scales one. Drawn on the CPU: every machine starts equal."""
+        generator = torch.Generator().manual_seed(seed)
+        self.tok_emb.copy_(torch.randn(self.tok_emb.shape, generator=generator) * self.cfg.tied_embed_init_std)
+        q, k = self.q_dim, self.q_dim + self.kv_dim
+        for layer in range(self.cfg.num_layers):
+            for matrix in (self.qkv[layer, :q], self.qkv[layer, q:k], self.qkv[layer, k:], self.up[layer]):
+                matrix.copy_(nn.init.orthogonal_(torch.empty(matrix.shape), generator=generator))
+
+    def layer_weights(self) -> list[tuple[Tensor, ...]]:
+        """(qkv, o, up, down) of each layer in the compute dtype. The sublayer scales multiply the rows of o and down: weights are smaller than data."""
+        stacks = self.qkv, self.o * self.attn_scale[:, :, None], self.up, self.down * self.mlp_scale[:, :, None]
+        return list(zip(*(s.to(self.dtype).unbind(0) for s in stacks)))
+
+    def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """tokens (T,) -> (raw, smeared) embeddings (T, d). SmearGate (#1667): e_t + lambda sigmoid(w . e_t) e_{t-1} inside a document."""
+        e = F.embedding(tokens, self.tok_emb).to(self.dtype)
+        if self.smear_gate is None:
+            return e, e
+        if cache is None:
+            previous = torch.cat((e[:1], e[:-1]))
+        else:
+            rows = e.unflatten(0, (cache.last.size(0), -1))
+            previous = torch.cat((cache.last[:, None], rows[:, :-1]), dim=1).flatten(0, 1)
+        gate = torch.sigmoid(F.linear(e[:, :self.cfg.gate_window], self.smear_gate[None].to(self.dtype)).float())
+        return e, e + (self.smear_lambda * gate * previous * (positions > 0)[:, None]).to(self.dtype)
+
+    def trunk(self, tokens: Tensor, seq: Seq, *, looped: bool, lora=None, tap=None, cache: Cache | None = None):
+        """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
+
+        looped, and whether lora, tap and cache are given, are constants of a graph. lora.at(kind, visit) gives a low-rank delta or None;
+        tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows of equal length, flattened.
+        """
+        deltas = lora.unbind() if lora is not None else None
+        raw, x = self.embed(tokens, seq.positions, cache)
+        x = x0 = rms_norm(x)
+        angle = seq.positions[:, None].float() * self.rope_frequency
+        rope = angle.cos(), angle.sin()
+        weights, outputs, fresh, lanes = self.layer_weights(), [], [], None
+        for i, visit in enumerate(self.schedules[looped]):
+            layer = visit.layer
+            delta = (lambda kind, i=i: deltas.at(kind, i)) if deltas is not None else lambda kind: None
+            watch = (lambda kind, layer=layer: lambda x: tap(kind, layer, x)) if tap is not None else lambda kind: None
+            block = (layer, weights[layer], x0, rope, seq, delta, watch, (cache.keys[i], cache.values[i]) if cache is not None else None)
+            if visit.lanes and lanes is None:
+                lanes = x, x
+            if visit.skip is not None:                                  # only the attention lane receives the skip
+                merged = self.merge(x if lanes is None else lanes[0], outputs[visit.source], visit.skip)
+                x, lanes = (merged, None) if lanes is None else (x, (merged, lanes[1]))
+            if lanes is None:
+                x, kv = self.block(x, *block)
+                outputs.append(x)
+            else:
+                lanes, kv = self.two_lane_block(lanes, *block)
+            fresh.append(kv)
+        if lanes is not None:
+            x = {"mean": lambda: 0.5 * (lanes[0] + lanes[1]), "attn": lambda: lanes[0], "mlp": lambda: lanes[1]}[self.cfg.parallel_final_lane]()
+        hidden = rms_norm(x)
+        if cache is None:
+            return hidden
+        rows = cache.last.size(0)
+        keys, values = (torch.stack([kv[j].unflatten(0, (rows, -1)) for kv in fresh]) for j in (0, 1))
+        return hidden, Cache(keys, values, raw.unflatten(0, (rows, -1))[:, -1])
+
+    def merge(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+        """U-Net skip: g x + (1 - g) w skip with g = sigmoid(gate), or x + w skip without gates."""
+        skip = self.skip_weights[row] * skip
+        if self.skip_gates is None:
+            return (x + skip).to(self.dtype)
+        return torch.lerp(skip, x.float(), torch.sigmoid(self.skip_gates[row])).to(self.dtype)
+
+    def mixed(self, x: Tensor, x0: Tensor, layer: int) -> Tensor:
+        return (self.resid_mix[layer, 0] * x + self.resid_mix[layer, 1] * x0).to(self.dtype)
+
+    def normed(self, x: Tensor, layer: int) -> Tensor:
+        return rms_norm(x) * (1 / math.sqrt(layer + 1) if self.cfg.ln_scale else 1.0)
+
+    def block(self, x, layer, w, x0, rope, seq, delta, watch, cache):
+        x = self.mixed(x, x0, layer)
+        a, kv = self.attn(self.normed(x, layer), layer, w, rope, seq, delta, watch, cache)
+        x = x + a
+        return x + self.mlp(self.normed(x, layer), w, delta, watch), kv
+
+    def two_lane_block(self, lanes, layer, w, x0, rope, seq, delta, watch, cache):
+        """Attention reads lane 0, the MLP lane 1, and both write both lanes (#1529)."""
+        a, kv = self.attn(self.normed(self.mixed(lanes[0], x0, layer), layer), layer, w, rope, seq, delta, watch, cache)
+        m = self.mlp(self.normed(lanes[1], layer), w, delta, watch)
+        post, keep = self.parallel_post[layer], self.parallel_resid[layer]
+        return tuple((keep[j] * lanes[j].float() + post[0, j] * a + post[1, j] * m).to(self.dtype) for j in (0, 1)), kv
+
+    def attn(self, n, layer, w, rope, seq, delta, watch, cache):
+        """n (T, d) -> (T, d), and this visit's new keys and values (T, KV, D)."""
+        qkv = project(n, w[0], delta("qkv"), watch("qkv"))
+        q, k, v = qkv_heads(qkv, self.q_gain[layer], *rope, self.cfg.num_kv_heads, NORM_EPS)
+        all_k, all_v = (k, v) if cache is None else (torch.cat((old, new.unflatten(0, (old.size(0), -1))), 1).flatten(0, 1) for old, new in zip(cache, (k, v)))
+        y = attend(q, all_k, all_v, seq, self.attention)
+        gate = self.head_gate(n, layer)
+        y = xsa_gate(y, v, gate) if layer >= self.cfg.num_layers - self.cfg.xsa_last_n else (y * gate[:, :, None]).to(self.dtype)
+        y = project(y.flatten(1), w[1], None, watch("o"))
+        parallel = delta("o")                                           # reads the sublayer's input, as #1855's does
+        return (y if parallel is None else y + parallel(n)), (k, v)
+
+    def head_gate(self, n: Tensor, layer: int) -> Tensor:
+        """Factor of each head's output (T, H): a sigmoid of the leading channels of n (#1787), or ones."""
+        if self.attn_gate is None:
+            return n.new_ones(n.size(0), self.cfg.num_heads)
+        return torch.sigmoid(self.cfg.sparse_attn_gate_scale * F.linear(n[:, :self.cfg.gate_window], self.attn_gate[layer].to(self.dtype)).float())
+
+    def mlp(self, n, w, delta, watch):
+        out, hidden = mlp(n, w[2], w[3], self.cfg.leaky_relu_sq_slope)
+        for kind, x in (("up", n), ("down", hidden)):
+            if watch(kind) is not None:
+                watch(kind)(x)
+        parallel = delta("mlp")
+        return out if parallel is None else out + parallel(n)
+
+    def nll(self, hidden: Tensor, targets: Tensor, *, lora=None, hint: Tensor | None = None):
+        """hidden (T, d), targets (T,) int64 -> nats per token (T,) fp32; with hint (T,) int64 also the log-probability of the hinted token."""
+        w = self.tok_emb.to(self.dtype)
+        if lora is None and hint is None:
+            return head_nll(hidden, w, targets, self.caps)
+        z = project(hidden, w, lora.unbind().at("head", 0) if lora is not None else None)
+        nats, lse = softcap_nll(z, targets, self.caps)
+        return nats if hint is None else (nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - lse)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters: LoRA stacked over visits and documents
+# ----------------------------------------------------------------------------------------------------------------------
+
+ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")                     # all but head read the normed input of their sublayer; o and mlp run beside it (#1610)
+
+
+ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")                     # q, k, v, o read the attention's normed input, mlp the MLP's; o and mlp run beside their sublayer (#1610)
+
+
+class LoRA(NamedTuple):
+    """One adapter for each visit and document: delta(x) = scale B A x. Leaves of autograd, never module parameters, so the model stays unaware."""
+    a: dict[str, Tensor]        # kind -> (visits, documents, rank, in) fp32
+    b: dict[str, Tensor]        # kind -> (visits, documents, out, rank) fp32
+    widths: dict[str, int]      # kind -> out, of every kind, adapted or not
+    scale: float                # alpha / rank
+
+    def unbind(self) -> "LoRA":
+        """Split the visits once: indexing them one by one would make backward fill a full-size gradient for each."""
+        return self._replace(a={k: t.unbind(0) for k, t in self.a.items()}, b={k: t.unbind(0) for k, t in self.b.items()})
+
+    def at(self, kind: str, visit: int) -> Callable | None:
+        """The delta of one site as a function of its input (documents * n, in); None where nothing is adapted. "qkv" joins three kinds."""
+        kinds = ("q", "k", "v") if kind == "qkv" else (kind,)
+        if not any(k in self.a for k in kinds):
+            return None
+        return lambda x: torch.cat([self.delta(k, visit, x) if k in self.a else x.new_zeros(x.size(0), self.widths[k]) for k in kinds], dim=-1)
+
+    def delta(self, kind: str, visit: int, x: Tensor) -> Tensor:
+        a, b = self.a[kind][visit].to(x.dtype), self.b[kind][visit].to(x.dtype)
+        return self.scale * (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
+
+    def leaves(self) -> list[Tensor]:
+        return [*self.a.values(), *self.b.values()]
+
+
+def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
+    """A uniform in +-1/sqrt(in) and the same for every document, so that no score depends on the batch a document is in; B zero."""
+    d, visits = model.cfg.model_dim, len(model.schedules[model.cfg.num_loops > 0])
+    widths = {"q": model.q_dim, "k": model.kv_dim, "v": model.kv_dim, "o": d, "mlp": d, "head": model.cfg.vocab_size}
+    generator, device, a, b = torch.Generator().manual_seed(seed), model.tok_emb.device, {}, {}
+    for kind, width in widths.items():
+        n = 1 if kind == "head" else visits
+        initial = (2 * torch.rand(n, 1, rank, d, generator=generator) - 1) / math.sqrt(d)
+        if kind not in masked:
+            a[kind] = initial.to(device).repeat(1, documents, 1, 1).requires_grad_()
+            b[kind] = torch.zeros(n, documents, width, rank, device=device).requires_grad_()
+    return LoRA(a, b, widths, alpha / rank)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers: Muon for matrices, Adam for the rest, the averaged weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+POLAR_EXPRESS = (                                                       # coefficients of each iteration (arXiv 2505.16932, #1344)
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(u: Tensor, steps: int) -> Tensor:
+    """Nearest semi-orthogonal matrices of u (n, rows, cols), singular values to about 1 +- 0.1, by odd quintic iterations."""
+    x = u.mT if u.size(1) > u.size(2) else u
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if u.size(1) > u.size(2) else x
+
+
+ADAM_RULES = {"tok_emb": ("tied_embed_lr", "embed_wd")}                 # every other vector, gate and scalar: scalar_lr, adam_wd
+
+
+class MuonGroup:
+    """Matrices of one shape out of several parameters: blocks are (parameter, first row, end row), all layers each."""
+
+    def __init__(self, blocks: list[tuple[nn.Parameter, int, int]], world: int, dtype: torch.dtype):
+        self.blocks = blocks
+        self.rows, self.cols = blocks[0][2] - blocks[0][1], blocks[0][0].size(2)
+        self.count = sum(p.size(0) for p, _, _ in blocks)
+        self.shard = -(-self.count // world)                            # matrices of one rank; the last rank's may be padding
+        self.padded = self.shard * world
+        self.momentum = torch.zeros(self.shard, self.rows, self.cols, dtype=dtype, device=blocks[0][0].device)
+        self.scale = math.sqrt(max(1.0, self.rows / self.cols))
+
+    def gradient(self) -> Tensor:
+        """(padded, rows, cols) in the momentum's dtype."""
+        pieces = [p.grad[:, lo:hi].to(self.momentum.dtype) for p, lo, hi in self.blocks]
+        padding = self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)
+        return torch.cat([*pieces, padding])
+
+    def apply_(self, update: Tensor, lr: float, wd: float):
+        at = 0
+        for p, lo, hi in self.blocks:
+            block = p[:, lo:hi]
+            block.mul_(1 - lr * wd).add_(update[at:at + p.size(0)], alpha=-lr * self.scale)
+            at += p.size(0)
+
+
+class Optimizer:
+    """One step: reduce the summed gradients over the ranks, clip their global norm, update. Muon's matrices are sharded over the ranks.
+
+    Gradients must hold the sum over this rank's tokens of the loss divided by the global number of tokens.
+    """
+
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
+        self.cfg, self.ranks, self.model = cfg, ranks, model
+        named = {n: p for n, p in model.named_parameters()}
+        self.muon = self.muon_groups(model, named, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+        in_muon = {id(p) for g in self.muon for p, _, _ in g.blocks}
+        self.small = [p for p in named.values() if id(p) not in in_muon]
+        groups = {}
+        for name, p in named.items():
+            if id(p) not in in_muon:
+                groups.setdefault(ADAM_RULES.get(name, ("scalar_lr", "adam_wd")), []).append(p)
+        self.adam = torch.optim.AdamW(
+            [{"params": params, "base_lr": getattr(cfg, lr), "lr": getattr(cfg, lr), "weight_decay": getattr(cfg, wd)} for (lr, wd), params in groups.items()],
+            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+        self.parameters = list(named.values())
+        self.check_partition(named)
+        self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
+        self.averaged_steps = 0
+
+    def muon_groups(self, model, named, dtype) -> list[MuonGroup]:
+        q, kv = model.q_dim, model.kv_dim
+        rows = {"qkv": {"q": [(0, q)], "kv": [(q, q + kv), (q + kv, q + 2 * kv)]}, "o": {"q": [(0, model.cfg.model_dim)]},
+                "up": {"up": [(0, named["up"].size(1))]}, "down": {"down": [(0, model.cfg.model_dim)]}}
+        shapes = {}
+        for name, kinds in rows.items():
+            for spans in kinds.values():
+                for lo, hi in spans:
+                    shapes.setdefault((hi - lo, named[name].size(2)), []).append((named[name], lo, hi))
+        groups = [MuonGroup(blocks, self.ranks.world, dtype) for blocks in shapes.values()]
+        return sorted(groups, key=lambda g: -g.momentum.numel())        # largest first: its communication hides the most
+
+    def check_partition(self, named):
+        """Every element of every parameter has exactly one rule."""
+        covered = sum(p.numel() for p in self.small) + sum(g.count * g.rows * g.cols for g in self.muon)
+        total = sum(p.numel() for p in named.values())
+        if covered != total:
+            raise AssertionError(f"optimizer groups cover {covered} of {total} parameters")
+
+    def reset(self):
+        """Forget everything: momentum, Adam's moments and the average."""
+        for g in self.muon:
+            g.momentum.zero_()
+        self.adam.state.clear()
+        for a in self.average:
+            a.zero_()
+        self.averaged_steps = 0
+
+    def momentum(self, step: int) -> float:
+        warm = min(step / self.cfg.muon_momentum_warmup_steps, 1.0) if self.cfg.muon_momentum_warmup_steps else 1.0
+        return (1 - warm) * self.cfg.muon_momentum_warmup_start + warm * self.cfg.muon_momentum
+
+    @torch.no_grad()
+    def step(self, step: int, lr_scale: float):
+        for p in self.parameters:                                       # a rank without a micro-batch still joins the sums
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        shards, waits = self.reduce_scatter()
+        self.reduce_small()
+        for wait in waits:
+            wait.wait()
+        clip = self.clip_factor(shards)
+        torch._foreach_mul_([p.grad for p in self.small], clip)
+        updates = [self.direction(g, shard * clip.to(shard.dtype), self.momentum(step)) for g, shard in zip(self.muon, shards)]
+        gathered = [self.gather(g, u) for g, u in zip(self.muon, updates)]
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adam.step()
+        for g, (update, wait) in zip(self.muon, gathered):
+            if wait is not None:
+                wait.wait()
+            g.apply_(update, self.cfg.matrix_lr * lr_scale, self.cfg.muon_wd)
+        for p in self.parameters:
+            p.grad = None
+        if self.average:
+            torch._foreach_lerp_(self.average, self.parameters, 1 - self.cfg.ema_decay)
+            self.averaged_steps += 1
+
+    def reduce_scatter(self) -> tuple[list[Tensor], list]:
+        """This rank's shard of each Muon group's summed gradient, and what to wait for."""
+        full = [g.gradient() for g in self.muon]
+        if self.ranks.world == 1:
+            return full, []
+        if self.ranks.device.type == "cpu":                             # gloo has no reduce_scatter
+            for t in full:
+                self.ranks.all_reduce_(t)
+            return [t[self.ranks.rank * g.shard:(self.ranks.rank + 1) * g.shard] for t, g in zip(full, self.muon)], []
+        shards = [torch.empty_like(g.momentum) for g in self.muon]
+        return shards, [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, full)]
+
+    def reduce_small(self):
+        """Sum the gradients that Adam uses, as one flat buffer."""
+        if self.ranks.world > 1:
+            grads = [p.grad for p in self.small]
+            flat = self.ranks.all_reduce_(torch.cat([g.flatten() for g in grads]))
+            torch._foreach_copy_(grads, [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in grads]), grads)])
+
+    def clip_factor(self, shards: list[Tensor]) -> Tensor:
+        """min(1, GRAD_CLIP_NORM / norm of the whole reduced gradient), a scalar on the device."""
+        if not self.cfg.grad_clip_norm:
+            return torch.ones((), device=self.ranks.device)
+        norms = torch._foreach_norm(shards, dtype=torch.float32)
+        squares = self.ranks.all_reduce_(torch.stack(norms).square().sum())
+        squares = squares + torch.stack(torch._foreach_norm([p.grad for p in self.small])).square().sum()
+        return (self.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+
+    def direction(self, group: MuonGroup, grad: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum, row normalisation (MuonEq-R), orthogonalisation of this rank's matrices (n, rows, cols)."""
+        group.momentum.mul_(momentum).add_(grad)
+        u = grad.add_(group.momentum, alpha=momentum)
+        if self.cfg.muon_row_normalize:
+            u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(u.dtype)
+        return polar_express(u, self.cfg.muon_backend_steps)
+
+    def gather(self, group: MuonGroup, update: Tensor):
+        if self.ranks.world == 1:
+            return update, None
+        full = update.new_empty(group.padded, group.rows, group.cols)
+        return full, dist.all_gather_into_tensor(full, update.contiguous(), async_op=True)
+
+    @torch.no_grad()
+    def use_average(self):
+        """Put the debiased average into the model: average / (1 - decay^steps), so that a short run is not averaged with zeros."""
+        if self.averaged_steps:
+            correction = 1 - self.cfg.ema_decay ** self.averaged_steps
+            for p, a in zip(self.parameters, self.average):
+                p.copy_(a / correction)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Schedule:
+    """Everything that depends on progress in [0, 1): learning rate, loops, attention span."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.stages = cfg, context_schedule(cfg)
+
+    def looped(self, progress: float) -> bool:
+        return self.cfg.num_loops > 0 and progress >= self.cfg.enable_looping_at
+
+    def span(self, progress: float) -> int:
+        return next(length for end, length in self.stages if progress < end)
+
+    def lr_scale(self, progress: float) -> float:
+        if self.cfg.warmdown_frac <= 0 or progress < 1 - self.cfg.warmdown_frac:
+            return 1.0
+        return max((1 - progress) / self.cfg.warmdown_frac, self.cfg.min_lr)
+
+    def ramp(self, step: int, changed_at: int | None) -> float:
+        """Extra factor after a change of span at step ``changed_at``: 1/n, 2/n, ..., 1."""
+        n = self.cfg.seq_change_warmup_steps
+        return 1.0 if changed_at is None or n == 0 else min((step - changed_at + 1) / n, 1.0)
+
+
+def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
+    """Sum of nats over this micro-batch's targets / ``total``, the tokens of the global batch."""
+    hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
+    nats = model.nll(hidden, batch.targets.clamp(min=0))
+    return torch.where(batch.targets >= 0, nats, 0.0).sum() / total
+
+
+def compiled(function: Callable, cfg: Config, device: torch.device) -> Callable:
+    """One static graph per set of Python arguments on a GPU; eager on a CPU."""
+    if not cfg.compile or device.type != "cuda":
+        return function
+    # Inductor's joint reductions over rows and columns make two kernels of 6 ms out of 0.6 ms each (H200, torch 2.11).
+    return torch.compile(function, dynamic=False, fullgraph=True, options={"triton.mix_order_reduction": False})
+
+
+class Trainer:
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, phases: Phases):
+        self.model, self.cfg, self.ranks, self.log, self.phases = model, cfg, ranks, log, phases
+        self.stream = TrainStream(cfg)
+        self.optimizer = Optimizer(model, cfg, ranks)
+        self.schedule = Schedule(cfg)
+        self.loss = compiled(batch_loss, cfg, ranks.device)
+        self.curve = []                                                 # (step, seconds, loss, learning-rate factor) of every logged step
+
+    def gradients(self, batches: list[Batch], looped: bool) -> Tensor:
+        """Backward through this rank's micro-batches; returns their part of the loss, on the device."""
+        loss = torch.zeros((), device=self.ranks.device)
+        for batch in batches:
+            assert batch.split == "train"
+            part = self.loss(self.model, batch, self.cfg.train_batch_tokens, looped)
+            part.backward()
+            loss += part.detach()
+        return loss
+
+    def warm_up(self):
+        """Compile and run every graph on real shapes, then restore weights and optimizer entirely: only caches remain warm."""
+        saved = [p.detach().clone() for p in self.model.parameters()]
+        fetch = Prefetch(self.stream, self.ranks)
+        for looped in sorted({self.schedule.looped(0.0), self.schedule.looped(1.0)}):
+            for step in range(self.cfg.warmup_steps):
+                self.gradients(fetch(step, self.cfg.train_seq_len), looped)
+                self.optimizer.step(step, 1.0)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), saved)
+        self.optimizer.reset()
+
+    def run(self) -> dict:
+        """Train until the budget or ITERATIONS ends, leave the averaged weights in the model, return the counts."""
+        cfg, fetch, timed = self.cfg, Prefetch(self.stream, self.ranks), self.cfg.max_wallclock_seconds > 0
+        budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+        clock, step, span, changed_at = Clock(self.ranks), 0, None, None
+        looped = False
+        while step < cfg.iterations:
+            now = clock.tick()
+            if timed and now + clock.step_seconds() > budget:
+                break
+            progress = now / budget if timed else step / cfg.iterations
+            if self.schedule.looped(progress) != looped:
+                looped = True
+                self.log(f"step {step}: loops on at progress {progress:.3f}, visits {[v.layer for v in self.model.schedules[True]]}")
+            if span != self.schedule.span(progress):
+                changed_at = None if span is None else step
+                span = self.schedule.span(progress)
+                self.log(f"step {step}: attention span {span}")
+            scale = self.schedule.lr_scale(progress) * self.schedule.ramp(step, changed_at)
+            loss = self.gradients(fetch(step, span), looped)
+            self.optimizer.step(step, scale)
+            clock.step_done()
+            step += 1
+            if step <= 5 or step % cfg.train_log_every == 0:
+                self.report(step, clock, loss, scale, progress, budget if timed else None)
+        seconds = clock.stop()
+        self.optimizer.use_average()
+        tokens = step * cfg.train_batch_tokens
+        self.log(f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: {1e3 * seconds / max(step, 1):.1f} ms/step, {tokens / seconds:,.0f} tokens/s"
+                 f"{' (averaged weights)' if cfg.ema_decay else ''}")
+        return {"steps": step, "tokens": tokens, "seconds": seconds, "epochs": tokens / self.stream.tokens, "curve": self.curve}
+
+    def report(self, step, clock, loss, scale, progress, budget):
+        loss = self.ranks.all_reduce_(loss.clone()).item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
+        seconds = time.perf_counter() - clock.start
+        rate = seconds / step
+        left = budget - seconds if budget else (self.cfg.iterations - step) * rate
+        self.curve.append((step, round(seconds, 3), loss, scale))
+        self.log(f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {scale:.3f}  {1e3 * rate:7.1f} ms/step  "
+                 f"{self.cfg.train_batch_tokens / rate:11,.0f} tokens/s  {seconds:6.1f} s, {max(left, 0):.0f} s left")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+class MatrixKind(NamedTuple):
+    hessian: str          # which tap weighs its rounding error
+    bits: str             # settings that hold its symbol range and its step
+    sigmas: str
+
+
+MATRICES = {
+    "qkv": MatrixKind("qkv", "matrix_bits", "attn_clip_sigmas"),
+    "o": MatrixKind("o", "matrix_bits", "attn_clip_sigmas"),
+    "up": MatrixKind("up", "matrix_bits", "mlp_clip_sigmas"),
+    "down": MatrixKind("down", "matrix_bits", "mlp_clip_sigmas"),
+    "tok_emb": MatrixKind("head", "embed_bits", "embed_clip_sigmas"),
+}
+FOLDED = {"attn_scale": "o", "mlp_scale": "down"}                       # vectors that become part of the rows of a matrix
+
+
+class HessianTap:
+    """Sums x x^T over the tokens at the input of every matrix: {kind: (layers, in, in) fp32}. Visits of one layer add up."""
+
+    def __init__(self, model: GPT):
+        cols = {"qkv": model.qkv.size(2), "o": model.o.size(2), "up": model.up.size(2), "down": model.down.size(2)}
+        device = model.tok_emb.device
+        self.sums = {kind: torch.zeros(model.cfg.num_layers, n, n, device=device) for kind, n in cols.items()}
+        self.sums["head"] = torch.zeros(1, model.cfg.model_dim, model.cfg.model_dim, device=device)
+
+    def __call__(self, kind: str, layer: int, x: Tensor):
+        x = x.detach().float()
+        self.sums[kind][layer].addmm_(x.T, x)
+
+
+@torch.no_grad()
+def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> dict[str, Tensor]:
+    """Mean over calibration batches, spread evenly over the training stream, through the model's own forward.
+
+    Batches are dealt to the ranks and added in the same order everywhere, so the sums do not depend on the number of ranks.
+    """
+    total = HessianTap(model).sums
+    batches, micro = cfg.gptq_calibration_batches, cfg.micro_batch_tokens
+    for first in range(0, batches, ranks.world):
+        mine = HessianTap(model)
+        if first + ranks.rank < batches:
+            start = (first + ranks.rank) * max(stream.tokens - micro, 1) // batches
+            batch = to_device(stream.micro_batch(start, micro, cfg.train_seq_len), ranks.device)
+            hidden = model.trunk(batch.tokens, batch.seq, looped=cfg.num_loops > 0, tap=mine)
+            mine("head", 0, hidden)
+        for rank in range(min(ranks.world, batches - first)):
+            for kind, sums in mine.sums.items():
+                part = sums.clone() if rank == ranks.rank else torch.empty_like(sums)
+                if ranks.world > 1:
+                    dist.broadcast(part, rank)
+                total[kind] += part
+    return {kind: sums / batches for kind, sums in total.items()}
+
+
+def error_feedback(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factors of the inverses of hessian (n, cols, cols) + damping * its mean diagonal, in fp64 and returned in fp32.
+
+    Activations span many orders of magnitude: where rounding has made a Hessian indefinite, its damping grows tenfold until it is not.
+    """
+    h, mean = hessian.double(), hessian.diagonal(dim1=1, dim2=2).double().mean(1)
+    damp = torch.full_like(mean, damping)
+    for _ in range(6):
+        damped = h + torch.diag_embed((damp * mean)[:, None].expand(-1, h.size(1)))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if not info.any():
+            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+        damp = torch.where(info > 0, 10 * damp, damp)
+    raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
+
+
+def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, block: int = 128) -> Tensor:
+    """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet rounded (GPTQ, arXiv 2210.17323).
+
+    hessian (n, cols, cols) fp32 is the second moment of the inputs. Returns symbols int16 in -limit..limit. Columns go in order of falling
+    diagonal; one whose input never fires is zero.
+    """
+    w, h = w.float().clone(), hessian.clone()
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    dead = diagonal == 0
+    w.masked_fill_(dead[:, None], 0.0)
+    diagonal.add_(dead)
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    w = w.gather(2, order[:, None].expand_as(w))
+    upper = error_feedback(h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h)), damping)
+    symbols = torch.empty_like(w, dtype=torch.int16)
+    for lo in range(0, w.size(2), block):
+        hi = min(lo + block, w.size(2))
+        errors = torch.empty_like(w[:, :, lo:hi])
+        for j in range(lo, hi):
+            s = (w[:, :, j] / step).round().clamp(-limit, limit)
+            symbols[:, :, j] = s.to(torch.int16)
+            e = (w[:, :, j] - s * step) / upper[:, j, j, None]
+            w[:, :, j + 1:hi].baddbmm_(e[:, :, None], upper[:, j, None, j + 1:hi], alpha=-1)
+            errors[:, :, j - lo] = e
+        w[:, :, hi:].baddbmm_(errors, upper[:, lo:hi, hi:], alpha=-1)
+    return symbols.gather(2, order.argsort(dim=1)[:, None].expand_as(symbols))
+
+
+@torch.no_grad()
+def folded_state(model: GPT) -> dict[str, Tensor]:
+    """Parameters by name (fp32), the sublayer scales multiplied into the rows they scale and set to one."""
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for vector, matrix in FOLDED.items():
+        state[matrix] *= state[vector][:, :, None]
+        state[vector].fill_(1.0)
+    return state
+
+
+def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks) -> dict[str, np.ndarray]:
+    """The arrays of the artifact: KIND.LAYER.symbols int8 (rows, cols) and KIND.LAYER.step int16 codes for matrices, fp16 for the rest.
+
+    Kinds are dealt to the ranks; each is solved whole by one of them, so the symbols do not depend on the number of ranks.
+    """
+    state, arrays = folded_state(model), {}
+    for i, (name, kind) in enumerate(MATRICES.items()):
+        w = state.pop(name)
+        w = w if w.ndim == 3 else w[None]
+        limit = 2 ** (getattr(cfg, kind.bits) - 1) - 1
+        codes = quantize_scales((getattr(cfg, kind.sigmas) * w.std(2) / limit).clamp_min(1e-6).cpu().numpy())
+        symbols = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+        owner = i % ranks.world
+        if ranks.rank == owner:
+            step = torch.from_numpy(dequantize_scales(codes)).to(w.device)
+            symbols = gptq(w, hessians[kind.hessian], step, limit, cfg.gptq_damping).to(torch.int8)
+        if ranks.world > 1:
+            dist.broadcast(symbols, owner)
+        for layer in range(len(w)):
+            arrays[f"{name}.{layer}.symbols"], arrays[f"{name}.{layer}.step"] = symbols[layer].cpu().numpy(), codes[layer]
+    for name, value in state.items():
+        if name not in FOLDED:
+            arrays[name] = value.half().cpu().numpy()
+    return arrays
+
+
+def dequantize(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Inverse of quantize up to the rounding: parameters by name, fp32. Sublayer scales come back as ones."""
+    state, layers = {}, {}
+    for name, array in arrays.items():
+        if name.endswith(".symbols"):
+            matrix, layer, _ = name.split(".")
+            w = array.astype(np.float32) * dequantize_scales(arrays[f"{matrix}.{layer}.step"])[:, None]
+            layers.setdefault(matrix, {})[int(layer)] = torch.from_numpy(w)
+        elif not name.endswith(".step"):
+            state[name] = torch.from_numpy(array.astype(np.float32))
+    for name, parts in layers.items():
+        state[name] = torch.stack([parts[i] for i in range(len(parts))]) if name != "tok_emb" else parts[0]
+    for vector, matrix in FOLDED.items():
+        state[vector] = torch.ones(state[matrix].shape[:2])
+    return state
+
+
+def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
+    """Copy parameters by name into the model; a missing, unknown or misshapen one is an error that names the file they came from."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name not in state or state[name].shape != p.shape:
+                raise UserError(f"{origin}: holds {tuple(state[name].shape) if name in state else 'no'} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with")
+            p.copy_(state[name])
+    unknown = set(state) - {name for name, _ in model.named_parameters()} - (set(FOLDED))
+    if unknown:
+        raise UserError(f"{origin}: holds {', '.join(sorted(unknown))}, which the settings do not use; use the settings it was made with")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Artifact: entropy coder for quantised weights, tensor container
+# ----------------------------------------------------------------------------------------------------------------------
+#
+# Rows of a weight matrix (or columns, where those live in the residual stream) are draws from a correlated Gaussian. The coder learns its
+# covariance from what is already decoded, so a symbol's mean and variance follow from the earlier columns of its row, the earlier rows, the
+# earlier matrices and a paired matrix; nothing of this is stored. Encoder and decoder must agree to the bit on any machine, hence: matrix
+# products only of integers held in float64 (exact in any order below 2**53), everything else element by element in IEEE arithmetic, logarithms
+# and the Gaussian from integer tables, no libm.
+
+
+LANES = 6144                    # interleaved rANS states; a step codes one column of up to this many rows
+BLOCK = 16                      # columns between refreshes of the rows' gains
+PROB_BITS = 14                  # frequencies of a table add up to 2**14
+HALF, ESCAPE = 127, 255         # symbols are -127..127 around the predicted mean; code 255 escapes to a raw int16
+PHASES = 8                      # the predicted mean is kept to 1/8
+LOG = 32                        # steps per octave in fixed-point log2 of a variance
+LOG_LOW, PER_OCTAVE, BUCKETS = -5, 8, 116      # variance buckets: 2**-5 upwards, 8 per octave
+MIXTURES = ((4, 4, 4, 4), (3, 4, 4, 5), (2, 4, 4, 7), (1, 3, 5, 12))     # tail shapes: four equal Gaussians of these sigmas, in quarters
+PRIORS = ((700, 0.6), (2500, 0.4), (0, 0.0))   # (rows the prior correlation counts for, its weight against identity); 0: variances alone
+
+
+class ArtifactError(UserError):
+    """The model file is damaged or not ours; the message names it and the remedy."""
+
+
+# -- probability tables ------------------------------------------------------------------------------------------------
+
+def binary_roots(n: int) -> list[int]:
+    """2**(i/n) * 2**60 for i < n, n a power of two; integer square roots only."""
+    root, k = 2 << 60, 1
+    while k < n:
+        root, k = math.isqrt(root << 60), 2 * k
+    out = [1 << 60]
+    while len(out) < n:
+        out.append(out[-1] * root >> 60)
+    return out
+
+
+def half_gaussian(steps: int = 128, top: int = 9) -> np.ndarray:
+    """Mass of N(0, 1) on [0, i/steps] times 2**30, int64 (steps * top + 1,), by the trapezoid rule in 64-bit fixed point."""
+    def exp_minus(num, den):
+        term = total = 1 << 64
+        k = 1
+        while term:
+            term = term * num // (den * k)
+            total += -term if k & 1 else term
+            k += 1
+        return total
+    density, ratio, shrink = 1 << 64, exp_minus(1, 2 * steps**2), exp_minus(1, steps**2)
+    area = [0]
+    for _ in range(steps * top):
+        density, last = density * ratio >> 64, density
+        ratio = ratio * shrink >> 64
+        area.append(area[-1] + (density + last) // 2)
+    return np.array([(a << 29) // area[-1] for a in area], np.int64)
+
+
+def gaussian_cdf(x: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """x: int64, in 2**-16 sigma. Mass below x times 2**30, by linear interpolation."""
+    a = np.minimum(np.abs(x), (len(half) - 2) << 9)
+    i, frac = a >> 9, a & 511
+    mass = half[i] + ((half[i + 1] - half[i]) * frac >> 9)
+    return (1 << 29) + np.where(x < 0, -mass, mass)
+
+
+def frequency_tables() -> np.ndarray:
+    """Integer frequencies (mixtures, BUCKETS * PHASES, 256): a Gaussian mixture of the bucket's variance, integrated over unit bins."""
+    eighth, half = binary_roots(PER_OCTAVE), half_gaussian()
+    centre = binary_roots(2 * PER_OCTAVE)[1]
+    variance = [(eighth[b % PER_OCTAVE] << b // PER_OCTAVE) * centre >> 80 - LOG_LOW for b in range(BUCKETS)]            # * 2**40
+    # A bin adds 1/12 to the variance of what falls into it (Sheppard), so it is taken off here.
+    sigma = np.array([math.isqrt(max(v - (1 << 40) // 12, (1 << 40) // 48)) for v in variance])[:, None, None]           # * 2**20
+    edges = (2 * np.arange(-HALF, HALF + 2) - 1) * PHASES - 2 * np.arange(PHASES)[:, None]                               # * 2 * PHASES
+    symbols = np.arange(-HALF, HALF + 1)
+    inside = np.abs(symbols) <= (sigma * 6 >> 20) + 2
+    room = (1 << PROB_BITS) - 1 - inside.sum(-1, keepdims=True)
+    tables = []
+    for mixture in MIXTURES:
+        mass = sum(gaussian_cdf(edges * (1 << 38) // (2 * PHASES * s * sigma), half) for s in mixture)
+        freq = np.where(inside, 1 + (np.diff(mass) * room >> 32), 0)
+        freq = np.concatenate([freq, np.ones_like(freq[..., :1])], -1).reshape(-1, 256)
+        freq[np.arange(len(freq)), freq.argmax(-1)] += (1 << PROB_BITS) - freq.sum(-1)
+        tables.append(freq)
+    return np.stack(tables)
+
+
+LOG_EDGES = np.array(binary_roots(2 * LOG)[1::2], np.float64) / (1 << 61)       # mantissas of frexp where the rounded logarithm changes
+FREQ = frequency_tables()
+COST = np.where(FREQ > 0, PROB_BITS - np.log2(np.maximum(FREQ, 1)), 0).astype(np.float32)     # bits; estimates only, never coded with
+COST[..., ESCAPE] += 16
+
+
+def log2_fixed(x: np.ndarray) -> np.ndarray:
+    """round(LOG * log2(x)), int64, equal on every machine."""
+    mantissa, exponent = np.frexp(x)
+    return (exponent.astype(np.int64) - 1) * LOG + np.searchsorted(LOG_EDGES, mantissa, side="right")
+
+
+# -- the model: mean and variance of every symbol from what is already decoded ----------------------------------------------
+
+def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations (G, n, n), smallest eigenvalue above 1/64, to c = L diag(d) L^T: strictly lower L * 2**20 and d * 2**22, integers in float64.
+
+    Left-looking in panels of 16. |sum_k L_ik d_k L_jk| <= 1 keeps every product below 2**53.
+    """
+    a = np.rint(c * 2.0**22)                                      # becomes L * d column by column
+    low, d = np.zeros_like(a), np.empty(a.shape[:2])
+    for p in range(0, a.shape[1], 16):
+        end = min(p + 16, a.shape[1])
+        panel = a[:, p:, p:end] - np.rint(low[:, p:, :p] @ a[:, p:end, :p].transpose(0, 2, 1) * 2.0**-20)
+        for j in range(end - p):
+            d[:, p + j] = np.maximum(panel[:, j, j], 2.0**15)
+            low[:, p + j + 1:, p + j] = column = np.rint(panel[:, j + 1:, j] * (2.0**20 / d[:, p + j, None]))
+            panel[:, j + 1:, j + 1:] -= np.rint(column[:, :, None] * (panel[:, None, j + 1:end - p, j] * 2.0**-20))
+        a[:, p:, p:end] = panel
+    return low, d
+
+
+def correlation(moments: np.ndarray) -> np.ndarray:
+    """(G, n, n) second moments to correlations."""
+    scale = np.sqrt(np.maximum(np.diagonal(moments, axis1=1, axis2=2), 1e-9))
+    return moments / scale[:, :, None] / scale[:, None, :]
+
+
+class Covariance:
+    """Second moments of the rows of one stack, with what earlier stacks of the same width tell as prior."""
+
+    def __init__(self, members: int, width: int, variance: np.ndarray, prior: int, pool):
+        self.moments, self.rows, self.variance = np.zeros((members, width, width)), 0, variance
+        self.strength, self.weight = PRIORS[prior]
+        self.pool = pool if pool is None or len(pool) == members else sum(pool)[None] / len(pool)
+
+    def share(self) -> np.ndarray:
+        """Moments summed over the members, each at unit variance."""
+        return sum(m / v for m, v in zip(self.moments, self.variance))[None]
+
+    def column_variance(self) -> np.ndarray:
+        members, width = self.moments.shape[:2]
+        common = np.diagonal(self.share(), axis1=1, axis2=2)
+        common = (100 + common) / (100 + self.rows * members) * self.variance[:, None]
+        own = np.diagonal(self.moments, axis1=1, axis2=2)
+        return np.maximum((60 * common + own) / (60 + self.rows), 2.0**-5)
+
+    def predictor(self) -> tuple[np.ndarray | None, np.ndarray]:
+        """L (G, n, n) * 2**12, integers in float64, such that x = e + L e with independent e, or None; and the variance of e (G, n)."""
+        variance = self.column_variance()
+        if not self.strength:
+            return None, variance
+        members, width = variance.shape
+        prior = np.eye(width)[None]
+        if self.pool is not None:
+            prior = prior * (1 - self.weight) + self.pool * self.weight
+        if self.rows and members > 1:
+            weight = self.weight * self.rows * members / (self.rows * members + 500)
+            prior = prior * (1 - weight) + correlation(self.share()) * weight
+        c = prior
+        if self.rows:
+            own = self.rows / (self.rows + self.strength)
+            c = prior * (1 - own) + correlation(self.moments) * own
+        low, d = ldl(c * (63 / 64) + np.eye(width) / 64)
+        scale = np.sqrt(np.minimum(variance, 2.0**12))
+        return np.rint(low * (scale[:, :, None] / scale[:, None, :] * 2.0**-8)), d * 2.0**-22 * variance
+
+
+class Rows:
+    """What is learnt along the rows of one chunk: how large their innovations are, and how they follow the partner's."""
+
+    def __init__(self, initial: np.ndarray, partner: np.ndarray | None, shape):
+        self.partner = partner                                                    # (G, n, rows) in sigma / 256
+        self.square = np.zeros((shape[0], shape[2]))                              # sum of squared innovations, in sigma**2 / 256
+        self.initial = initial[:, None] * (40 * 256)
+        self.cross, self.power = np.zeros_like(self.square), np.full_like(self.square, 10 << 16)
+
+    def log_gain(self, seen: int) -> np.ndarray:
+        return log2_fixed((self.square + self.initial) * (1 / (256 * (seen + 40))))
+
+    def shift(self, columns: slice, sigma: np.ndarray) -> np.ndarray:
+        """What the partner adds to the mean, in 1/256: (G, columns, rows), or zero."""
+        if self.partner is None:
+            return np.zeros((1, columns.stop - columns.start, 1))
+        return np.rint((self.cross / self.power)[:, None] * self.partner[:, columns] * sigma[:, columns, None])
+
+    def learn(self, white: np.ndarray, rest: np.ndarray, columns: slice):
+        """white: innovations, rest: what is left of them after the shift; integers in sigma / 256."""
+        if self.partner is not None:
+            u = self.partner[:, columns]
+            self.cross += (u * white).sum(1)
+            self.power += (u * u).sum(1)
+        self.square += np.rint(rest * rest * (1 / 256)).sum(1)
+
+
+class Stack:
+    """A stack q (G, R, n) of integer matrices while it is coded: chunks of rows, in them columns, all members at once."""
+
+    def __init__(self, head: dict, pools: dict, done: list):
+        self.members, self.rows, self.width = head["shape"]
+        variance = np.exp2(np.array(head["log2_variance"], np.float64))           # of integers: exact
+        self.covariance = Covariance(self.members, self.width, variance, head["prior"], pools.get(self.width))
+        self.partner = done[head["partner"]].white if head["partner"] is not None else None
+        self.white = np.zeros((self.members, self.width, self.rows), np.float32)  # innovations in sigma / 256, for a later partner
+        self.square, self.count = np.full(self.members, 256000.0), 256000.0
+
+    def chunks(self):
+        """Row ranges, growing while the covariance is young."""
+        start, size = 0, 32
+        while start < self.rows:
+            size = max(1, min(2 * size, LANES // self.members, 1024))
+            yield start, min(start + size, self.rows)
+            start += size
+
+    def code(self, start: int, end: int, coder) -> np.ndarray:
+        """One chunk. coder(tables, floors, j) -> column j, all (G, rows) int64. Returns q (G, n, rows), integers in float64.
+
+        A mean is the correlated part ``own`` plus the partner's ``shift``, in 1/256.
+        """
+        low, variance = self.covariance.predictor()
+        sigma, log_variance = np.sqrt(variance), log2_fixed(variance)
+        to_white = 1 / sigma
+        shape = self.members, self.width, end - start
+        e, q, own = np.zeros(shape), np.empty(shape), np.zeros(shape[::2])
+        rows = Rows(self.square / self.count, None if self.partner is None else self.partner[:, :, start:end].astype(np.float64), shape)
+        for a in range(0, self.width, BLOCK):
+            b = min(a + BLOCK, self.width)
+            block = slice(a, b)
+            bucket = (log_variance[:, block, None] + rows.log_gain(a)[:, None] - LOG_LOW * LOG) // (LOG // PER_OCTAVE)
+            table = np.clip(bucket, 0, BUCKETS - 1) * PHASES
+            shift = rows.shift(block, sigma)
+            mean = low[:, block, :a] @ e[:, :a] if low is not None else None
+            for j in range(a, b):
+                if low is not None:
+                    own = mean[:, j - a] + (low[:, j, None, a:j] @ e[:, a:j])[:, 0]
+                    own = np.clip(np.rint(own * 2.0**-12), -2.0**15, 2.0**15)
+                total = (own + (shift[:, j - a] + 128 // PHASES)).astype(np.int64)
+                q[:, j] = symbols = coder(table[:, j - a] + ((total & 255) * PHASES >> 8), total >> 8, j)
+                e[:, j] = np.clip(symbols * 256 - own, -2.0**17, 2.0**17)
+            white = np.rint(e[:, block] * to_white[:, block, None])
+            rows.learn(white, np.rint((e[:, block] - shift) * to_white[:, block, None]), block)
+            self.white[:, block, start:end] = white
+        self.square += rows.square.sum(1)
+        self.count += 256.0 * self.width * (end - start)
+        self.covariance.moments += q @ q.transpose(0, 2, 1)
+        self.covariance.rows += end - start
+        return q
+
+    def pool(self, old):
+        """The prior for the next stack of this width: own correlations, their mean over members, and those of earlier stacks."""
+        own = correlation(self.covariance.moments)
+        shared = correlation(self.covariance.share())
+        new = 0.5 * own + 0.5 * shared
+        if old is None:
+            return new if len(own) > 1 else shared
+        if len(old) == len(new):
+            return 0.5 * old + 0.5 * new
+        return 0.5 * sum(old)[None] / len(old) + 0.5 * new
+
+
+# -- what the encoder decides ------------------------------------------------------------------------------------------
+
+def choose_prior(q: np.ndarray, pool) -> int:
+    """Index into PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most two members."""
+    members, rows, width = q.shape
+    if rows * members < 64 or width < 8:
+        return len(PRIORS) - 1
+    best = np.zeros(len(PRIORS))
+    for g in {0, members - 1}:
+        z = q[g].astype(np.float64)
+        z /= np.sqrt(np.maximum((z * z).mean(0), 2.0**-5))
+        even, odd = z[::2], z[1::2]
+        known = correlation((even.T @ even)[None])[0]
+        for i, (strength, weight) in enumerate(PRIORS[:-1]):
+            own = len(even) / (len(even) + strength)
+            prior = np.eye(width) if pool is None else np.eye(width) * (1 - weight) + pool[g % len(pool)] * weight
+            low = np.linalg.cholesky((known * own + prior * (1 - own)) * (63 / 64) + np.eye(width) / 64)
+            e = np.linalg.solve(low, odd.T)
+            best[i] += np.log(np.diag(low)).mean() + 0.5 * ((e * e).mean() - (odd * odd).mean()) + 0.002
+    return int(best.argmin())
+
+
+def choose_partner(q: np.ndarray, earlier: list[np.ndarray]) -> int | None:
+    """Index of the earlier stack whose rows are most parallel to these, or None."""
+    def parallel(other):
+        a, b = q[:, :512].astype(np.float64), other[:, :512].astype(np.float64)
+        cosine = (a * b).sum(2)**2 / np.maximum((a * a).sum(2) * (b * b).sum(2), 1)
+        return cosine.mean()
+    scores = {i: parallel(other) for i, other in enumerate(earlier) if other.shape == q.shape}
+    found = max(scores, key=scores.get, default=None)
+    return found if found is not None and scores[found] > 1.5 / q.shape[2] + 0.005 else None
+
+
+def turned(q: np.ndarray, residual: int, pool) -> bool:
+    """Whether columns are coded as rows: a matrix writes to or reads from the residual stream, and vectors of that width share correlations."""
+    rows, width = q.shape[1:]
+    if rows != width or pool is None:
+        return width != residual and (rows == residual or rows < width)
+    q = q.astype(np.float64)
+    def likeness(x):
+        return sum(np.vdot(r - np.eye(width), pool[g % len(pool)] - np.eye(width)) for g, r in enumerate(correlation(x.transpose(0, 2, 1) @ x)))
+    return likeness(q.transpose(0, 2, 1)) > likeness(q)
+
+
+def plan(q: np.ndarray, earlier: list[np.ndarray], pools: dict) -> dict:
+    """Settings of one stack (G, R, n), stored in the file."""
+    variance = np.maximum((q.astype(np.float64)**2).mean((1, 2)), 2.0**-5)
+    return {"shape": list(q.shape), "log2_variance": np.rint(np.log2(variance)).astype(int).tolist(), "mixture": 0,
+            "prior": choose_prior(q, pools.get(q.shape[2])), "partner": choose_partner(q, earlier)}
+
+
+def model(stacks: list[np.ndarray]):
+    """Yields for each stack (G, R, C): its settings, the table cells it uses (int32, an array per column and chunk) and escaped values."""
+    weight = {}
+    for q in stacks:
+        for size in q.shape[1:]:
+            weight[size] = weight.get(size, 0) + q.size
+    residual = max(weight, key=weight.get, default=0)
+    earlier, done, pools = [], [], {}
+    for q in stacks:
+        turn = turned(q, residual, pools.get(q.shape[2]))
+        earlier.append(q := q.transpose(0, 2, 1) if turn else q)
+        head = plan(q, earlier[:-1], pools) | {"turned": int(turn)}
+        stack, cells, escaped = Stack(head, pools, done), [], []
+        for start, end in stack.chunks():
+            columns = np.ascontiguousarray(q[:, start:end].transpose(2, 0, 1), np.int64)
+
+            def coder(table, floor, j):
+                symbol = columns[j] - floor + HALF
+                outside = (symbol < 0) | (symbol >= ESCAPE)
+                if outside.any():
+                    symbol[outside] = ESCAPE
+                cell = (table * 256 + symbol).ravel()
+                lost = FREQ[0].ravel()[cell] == 0
+                if outside.any() or lost.any():
+                    cell[lost] |= ESCAPE
+                    escaped.append(columns[j].ravel()[cell & 255 == ESCAPE])
+                cells.append(cell.astype(np.int32))
+                return columns[j]
+            stack.code(start, end, coder)
+        pools[stack.width] = stack.pool(pools.get(stack.width))
+        bits = [sum(float(cost.ravel()[c].sum(dtype=np.float64)) for c in cells[::5]) for cost in COST]
+        head["mixture"] = int(np.argmin(bits))
+        done.append(stack)
+        yield head, cells, np.concatenate(escaped + [np.empty(0, np.int64)])
+
+
+# -- rANS --------------------------------------------------------------------------------------------------------------
+
+def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """steps: (cells, starts), in the order of decoding. Returns states uint32 (lanes,) and words uint16.
+
+    A state begins with 16 bits that carry nothing, so they carry ``rider`` (two bytes a lane), which the decoder ends with.
+    """
+    state = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
+    words = []
+    for cells, starts in reversed(steps):
+        x, start = state[:len(cells)], starts[cells]
+        freq, start = start >> PROB_BITS, start & (1 << PROB_BITS) - 1
+        full = x >= freq << (32 - PROB_BITS)
+        words.append(x[full].astype("<u2"))
+        x = np.where(full, x >> 16, x)
+        times = (x / freq).astype(np.int64)                        # exact: x < 2**32, freq <= 2**14
+        state[:len(cells)] = (times << PROB_BITS) + (x - times * freq) + start
+    return state.astype("<u4"), np.concatenate(words[::-1] + [np.empty(0, "<u2")])
+
+
+class RansDecoder:
+    """Symbols of one column at a time, in the order in which rans_encode was given them."""
+
+    def __init__(self, states: np.ndarray, words: np.ndarray):
+        self.state, self.words, self.used = states.astype(np.int64), words.astype(np.int64), 0
+
+    def use(self, mixture: int):
+        self.starts, self.symbols = starts(mixture), np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS * PHASES), FREQ[mixture].ravel())
+
+    def column(self, tables: np.ndarray) -> np.ndarray:
+        """tables: int64 (lanes,). Returns codes 0..255, int64."""
+        x = self.state[:len(tables)]
+        slot = x & (1 << PROB_BITS) - 1
+        symbol = self.symbols.take((tables << PROB_BITS) + slot).astype(np.int64)
+        start = self.starts.take((tables << 8) + symbol)
+        x = (start >> PROB_BITS) * (x >> PROB_BITS) + slot - (start & (1 << PROB_BITS) - 1)
+        low = np.flatnonzero(x < 1 << 16)
+        new = self.words[self.used:self.used + len(low)]
+        x[low] = x[low] << 16 | new                                # a stream that is too short raises here
+        self.used += len(low)
+        self.state[:len(tables)] = x
+        return symbol
+
+
+def starts(mixture: int) -> np.ndarray:
+    """For every cell (table * 256 + symbol): frequency << PROB_BITS | sum of the frequencies before it."""
+    freq = FREQ[mixture]
+    return (freq << PROB_BITS | np.minimum(np.cumsum(freq, 1) - freq, (1 << PROB_BITS) - 1)).ravel()
+
+
+def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
+    """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of ``rider`` travel in it for nothing."""
+    heads, steps, escaped = [], [], []
+    for head, cells, lost in model(stacks):
+        table = starts(head["mixture"])
+        steps += [(c, table) for c in cells]
+        heads.append(head)
+        escaped.append(lost)
+    lanes = max((len(c) for c, _ in steps), default=0)
+    states, words = rans_encode(steps, rider[:2 * lanes].ljust(2 * lanes, b"\0"))
+    side = zlib.compress(json.dumps(heads, separators=(",", ":")).encode(), 9)
+    raw = zlib.compress(np.concatenate(escaped + [np.empty(0, np.int64)]).astype("<i2").tobytes(), 9)
+    sizes = struct.pack("<4I", len(side), len(raw), lanes, len(words))
+    return b"".join((sizes, side, raw, states.tobytes(), words.tobytes())), min(len(rider), 2 * lanes)
+
+
+def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
+    """Inverse of encode_stacks: the stacks, int16, and the rider (padded with zeros)."""
+    side, raw, lanes, count = struct.unpack_from("<4I", code)
+    at = np.cumsum([16, side, raw, 4 * lanes]).tolist()
+    heads = json.loads(zlib.decompress(code[at[0]:at[1]]))
+    escaped = np.frombuffer(zlib.decompress(code[at[1]:at[2]]), "<i2")
+    rans = RansDecoder(np.frombuffer(code, "<u4", lanes, at[2]), np.frombuffer(code, "<u2", count, at[3]))
+    stacks, done, pools = [], [], {}
+    for head in heads:
+        stack = Stack(head, pools, done)
+        rans.use(head["mixture"])
+        q = np.empty((stack.members, stack.rows, stack.width), np.int16)
+
+        def coder(table, floor, j):
+            nonlocal escaped
+            symbol = rans.column(table.ravel()).reshape(table.shape)
+            values = symbol + floor - HALF
+            lost = symbol == ESCAPE
+            if lost.any():
+                n = int(lost.sum())
+                values[lost], escaped = escaped[:n], escaped[n:]
+            return values
+        for start, end in stack.chunks():
+            q[:, start:end] = stack.code(start, end, coder).transpose(0, 2, 1)
+        pools[stack.width] = stack.pool(pools.get(stack.width))
+        stacks.append(q.transpose(0, 2, 1) if head["turned"] else q)
+        done.append(stack)
+    if rans.used != count:
+        raise ValueError("words are left over")
+    return stacks, (rans.state - (1 << 16)).astype("<u2").tobytes()
+
+
+def code_length_bits(stacks: list[np.ndarray]) -> float:
+    """Bits that encode_stacks would take, without the arithmetic coding."""
+    return sum(float(COST[head["mixture"]].ravel()[cell].sum(dtype=np.float64)) for head, cells, _ in model(stacks) for cell in cells)
+
+
+# -- scales ------------------------------------------------------------------------------------------------------------
+
+SCALE_STEPS = 16                                                   # codes per octave: 4.4 % apart
+
+
+def quantize_scales(scale: np.ndarray) -> np.ndarray:
+    """Positive float scales to int16 codes; quantise the weights with dequantize_scales(codes), and the rounding costs nothing but 2 % of step."""
+    return np.clip(np.rint(np.log2(np.maximum(scale, 1e-30)) * SCALE_STEPS), -1600, 1600).astype(np.int16)
+
+
+def dequantize_scales(codes: np.ndarray) -> np.ndarray:
+    """2**(code / 16), float32, equal on every machine."""
+    roots = np.array(binary_roots(SCALE_STEPS), np.float64) / (1 << 60)
+    codes = codes.astype(np.int64)
+    return np.ldexp(roots[codes % SCALE_STEPS], codes // SCALE_STEPS).astype(np.float32)
+
+
+# -- container ---------------------------------------------------------------------------------------------------------
+#
+# magic, version, total length, length of the header | header: zlib of JSON | entropy-coded stacks | rest of the other tensors | CRC-32 of it all
+
+MAGIC, VERSION, FIXED = b"GPTGOLF\n", 1, struct.Struct("<8sIQII")
+LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
+
+
+def matrix(a: np.ndarray) -> np.ndarray:
+    """Any integer tensor as int64 (R, C): vectors and wide matrices are folded, the last row padded with zeros."""
+    a = a.astype(np.int64)
+    width = 64 if a.ndim == 1 else math.prod(a.shape[1:])
+    if a.ndim > 1 and min(len(a), width) <= 1024:
+        return a.reshape(len(a), width)
+    width = min(width, 512)
+    return np.pad(a.ravel(), (0, -a.size % width)).reshape(-1, width)
+
+
+def planes(arrays: list[np.ndarray]) -> bytes:
+    """Bytes of arrays of one dtype, most significant bytes of all values first."""
+    data = b"".join(a.tobytes() for a in arrays)
+    return np.frombuffer(data, np.uint8).reshape(-1, arrays[0].itemsize).T[::-1].tobytes()
+
+
+def natural(name: str) -> list:
+    return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
+
+
+def save_artifact(path: str | Path, tensors: dict[str, np.ndarray], meta: dict) -> int:
+    """Write tensors (any numpy dtype) and ``meta`` (JSON) to ``path``; returns its bytes. Integer tensors of 64 values or more are entropy-coded.
+
+    Tensors whose names differ only in numbers, of one shape, are coded together, so many small ones cost little.
+    """
+    groups, rest = {}, {}
+    for name in sorted(tensors, key=natural):
+        a = np.asarray(tensors[name])
+        if a.dtype.kind in "iu" and a.size >= 64 and int(a.max()) - int(a.min()) < 1 << 15:
+            groups.setdefault((re.sub(r"\d+", "#", name), a.shape, a.dtype.str), {})[name] = a
+        else:
+            rest.setdefault(a.dtype.str, {})[name] = a
+    coded, stacks = [], []
+    for (_, shape, dtype), members in groups.items():
+        centres = [round(float(np.median(a))) for a in members.values()]
+        coded.append([dtype, shape, list(members), centres])
+        stacks.append(np.stack([matrix(a.astype(np.int64) - c) for a, c in zip(members.values(), centres)]))
+    plain = [[dtype, [[name, a.shape] for name, a in members.items()]] for dtype, members in rest.items()]
+    raw = lzma.compress(b"".join(planes(list(members.values())) for members in rest.values()), lzma.FORMAT_RAW, filters=LZMA)
+    code, ridden = encode_stacks(stacks, raw)
+    head = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
+    head = zlib.compress(json.dumps(head, separators=(",", ":"), sort_keys=True).encode(), 9)
+    total = FIXED.size + len(head) + len(code) + len(raw) - ridden + 4
+    data = FIXED.pack(MAGIC, VERSION, total, len(head), len(code)) + head + code + raw[ridden:]
+    with whole_file(Path(path)) as f:
+        f.write(data + struct.pack("<I", zlib.crc32(data)))
+    return total
+
+
+def load_artifact(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Inverse of save_artifact: tensors and meta. A file that is missing, short, altered or of another kind raises ArtifactError."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ArtifactError(f"{path}: cannot be read ({e.strerror}); train first, or set ARTIFACT_DIR to the folder that holds it") from e
+    if data[:8] != MAGIC:
+        raise ArtifactError(f"{path}: not a model file of this script (its first bytes are {data[:8]!r}); set ARTIFACT_DIR to the folder that holds one")
+    if len(data) < FIXED.size or len(data) != (FIXED.unpack_from(data)[2]):
+        raise ArtifactError(f"{path}: {len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew")
+    if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise ArtifactError(f"{path}: checksum does not match; the file was altered: copy it again or write it anew")
+    _, version, _, head, code = FIXED.unpack_from(data)
+    if version != VERSION:
+        raise ArtifactError(f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it")
+    try:
+        return unpack(data[FIXED.size:-4], head, code)
+    except Exception as e:                                         # the checksum holds, so this is a file that was made wrongly
+        raise ArtifactError(f"{path}: cannot be decoded ({type(e).__name__}: {e}); write it anew") from e
+
+
+def unpack(data: bytes, head_size: int, code_size: int) -> tuple[dict[str, np.ndarray], dict]:
+    head = json.loads(zlib.decompress(data[:head_size]))
+    stacks, rider = decode_stacks(data[head_size:head_size + code_size])
+    raw = lzma.decompress(rider[:head["ridden"]] + data[head_size + code_size:], lzma.FORMAT_RAW, filters=LZMA)
+    tensors, at = {}, 0
+    for (dtype, shape, names, centres), stack in zip(head["coded"], stacks, strict=True):
+        for name, q, centre in zip(names, stack, centres, strict=True):
+            tensors[name] = (q.ravel()[:math.prod(shape)].astype(np.int64) + centre).astype(dtype).reshape(shape)
+    for dtype, members in head["plain"]:
+        size, count = np.dtype(dtype).itemsize, sum(math.prod(shape) for _, shape in members)
+        values = np.frombuffer(raw, np.uint8, size * count, at).reshape(size, count)[::-1].T.copy().view(dtype).ravel()
+        at += size * count
+        for name, shape in members:
+            tensors[name], values = values[:math.prod(shape)].reshape(shape), values[math.prod(shape):]
+    return tensors, head["meta"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ----------------------------------------------------------------------------------------------------------------------
+
+def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
+    """Windows (begin, first, end) int64: tokens begin..end are read, targets of positions first..end are scored.
+
+    Every position 0..inputs is scored once. A document's first window scores all it reads; each later one scores ``stride`` new
+    positions after as much context as ``seq_len`` allows. With stride == seq_len windows do not overlap.
+    """
+    rows = []
+    for start, end in zip(starts, np.append(starts[1:], inputs)):
+        start, end = int(start), int(min(end, inputs))
+        first, reach = start, min(start + seq_len, end)
+        while first < end:
+            rows.append((max(start, reach - seq_len) if first > start else start, first, reach))
+            first, reach = reach, min(reach + stride, end)
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def pack_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Consecutive windows into buffers of at most ``capacity`` tokens."""
+    ends = np.cumsum(windows[:, 2] - windows[:, 0])
+    buffers, at = [], 0
+    while at < len(windows):
+        stop = int(np.searchsorted(ends, (ends[at - 1] if at else 0) + capacity, side="right"))
+        buffers.append(windows[at:stop])
+        at = stop
+    return buffers
+
+
+def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """One buffer of windows -> (batch, places scored in the buffer, targets they score in the stream)."""
+    lengths = windows[:, 2] - windows[:, 0]
+    starts = np.cumsum(lengths) - lengths
+    index = np.arange(lengths.sum()) + np.repeat(windows[:, 0] - starts, lengths)
+    batch = pack(val.tokens[index].astype(np.int64), starts, cfg.eval_seq_len, cfg.eval_seq_len, "val", cfg.val_batch_tokens, val.tokens[index + 1].astype(np.int64))
+    places = np.flatnonzero(index >= np.repeat(windows[:, 1], lengths))
+    return batch, places, index[places]
+
+
+def batch_nats(model: GPT, batch: Batch, looped: bool) -> Tensor:
+    """Nats of every target of the batch, fp32 (tokens,)."""
+    return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0))
+
+
+class Scorer:
+    """Document-bounded scoring: windows never cross a document's start, each validation target is scored once, whatever the number of ranks."""
+
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log):
+        self.model, self.cfg, self.ranks, self.log = model, cfg, ranks, log
+        self.nats = compiled(batch_nats, cfg, ranks.device)
+
+    @torch.no_grad()
+    def warm_up(self):
+        """Compile on random tokens: no validation token is read before the clock runs (B29)."""
+        tokens = torch.randint(self.cfg.vocab_size, (self.cfg.val_batch_tokens + 1,), generator=torch.Generator().manual_seed(0)).numpy()
+        starts = np.arange(0, self.cfg.val_batch_tokens, self.cfg.eval_seq_len)
+        batch = to_device(pack(tokens, starts, self.cfg.eval_seq_len, self.cfg.eval_seq_len, "val", self.cfg.val_batch_tokens), self.ranks.device)
+        self.nats(self.model, batch, self.cfg.num_loops > 0)
+
+    @torch.no_grad()
+    def score(self, val: ValidationStream, ledger: Ledger, stride: int) -> float:
+        """Fill the ledger and return its BPB."""
+        windows = plan_windows(val.starts, val.targets, self.cfg.eval_seq_len, stride or self.cfg.eval_seq_len)
+        buffers = pack_windows(windows, self.cfg.val_batch_tokens)
+        self.log(f"scoring {ledger.name}: {val.targets:,} targets in {len(windows):,} windows, {len(buffers):,} forwards over {self.ranks.world} rank(s)")
+        begun = shown = time.perf_counter()
+        mine = buffers[self.ranks.rank::self.ranks.world]
+        for i, buffer in enumerate(mine):
+            batch, places, targets = window_batch(val, buffer, self.cfg)
+            nats = self.nats(self.model, to_device(batch, self.ranks.device), self.cfg.num_loops > 0)
+            ledger.write(targets, nats[torch.from_numpy(places).to(nats.device)].double().cpu().numpy())
+            if time.perf_counter() - shown > 5:
+                shown = time.perf_counter()
+                self.log(f"  {100 * (i + 1) / len(mine):5.1f} %  BPB so far {ledger.running_bpb():.4f}  {(i + 1) / (shown - begun) * self.cfg.val_batch_tokens:,.0f} tokens/s"
+                         f"  {(shown - begun) * (len(mine) / (i + 1) - 1):.0f} s left")
+        ledger.merge(self.ranks)
+        return ledger.bpb()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Test-time training: score a chunk, then learn from it; state crosses documents only between segments
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Segment(NamedTuple):
+    """Consecutive documents of the stream that are independent of each other."""
+    first: int            # documents first..last (exclusive)
+    last: int
+    phase_ends: bool      # global SGD follows
+
+
+def plan_segments(documents: int, cfg: Config) -> list[Segment]:
+    """Segments end at the phase boundaries PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES and otherwise every SEGMENT_DOCS."""
+    prefix, phases = min(cfg.phased_ttt_prefix_docs, documents - 1), cfg.phased_ttt_num_phases
+    boundaries = {prefix * p // phases for p in range(1, phases + 1)} - {0} if phases else set()
+    ends = sorted({*boundaries, *range(cfg.segment_docs, documents, cfg.segment_docs), documents})
+    return [Segment(lo, hi, hi in boundaries) for lo, hi in zip([0, *ends], ends)]
+
+
+def chunk_ends(longest: int, cfg: Config) -> list[int]:
+    """Ends of the chunks up to ``longest`` positions: TTT_CHUNKS in order, its last size repeated. A function of position, never of a document's length."""
+    sizes = [int(size) for size in cfg.ttt_chunks.split(",")]
+    ends = list(np.cumsum(sizes))
+    while ends[-1] < longest:
+        ends.append(ends[-1] + sizes[-1])
+    return [int(e) for e in ends if e - longest < sizes[-1] or e <= longest]
+
+
+class KVBuffer:
+    """Keys and values of the latest tokens of every row, by visit, oldest first; at most ``context`` of them are ever read."""
+
+    def __init__(self, model: GPT, rows: int, context: int):
+        shape = (len(model.schedules[model.cfg.num_loops > 0]), rows, 2 * context, model.cfg.num_kv_heads, model.head_dim)
+        self.context, self.end = context, 0
+        self.keys, self.values = (torch.empty(shape, dtype=model.dtype, device=model.tok_emb.device) for _ in range(2))
+
+    def read(self, length: int, back: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the ``length`` tokens that end ``back`` tokens before the newest."""
+        span = slice(self.end - back - length, self.end - back)
+        return self.keys[:, :, span], self.values[:, :, span]
+
+    def write(self, keys: Tensor, values: Tensor, back: int):
+        """Append the newest tokens; the last ``back`` of those held are replaced."""
+        count = keys.size(2)
+        if self.end - back + count > self.keys.size(2):                 # slide the part that may still be read to the front
+            for t in (self.keys, self.values):
+                t[:, :, :self.context] = t[:, :, self.end - self.context:self.end].clone()
+            self.end = self.context
+        span = slice(self.end - back, self.end - back + count)
+        self.keys[:, :, span], self.values[:, :, span] = keys, values
+        self.end = span.stop
+
+    def keep_rows(self, rows: Tensor):
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+@torch.no_grad()
+def adapter_step_(params: list[Tensor], grads: list[Tensor], squares: list[Tensor], count: int, lr: float, beta2: float, wd: float):
+    """AdamW without a first moment (beta1 = 0), bias-corrected, decoupled decay."""
+    for p, g, v in zip(params, grads, squares):
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.mul_(1 - lr * wd).addcdiv_(g, (v / (1 - beta2 ** count)).sqrt_().add_(1e-10), value=-lr)
+
+
+class DocumentTTT:
+    """One batch of documents of one segment, in lockstep by position: every row is at the same offset of its own document."""
+
+    def __init__(self, model: GPT, cfg: Config, val: ValidationStream, documents: np.ndarray, ledger: Ledger):
+        """documents: indices, any order; a document's inputs are its tokens, its last target is the next document's first token."""
+        self.model, self.cfg, self.val, self.ledger, self.device = model, cfg, val, ledger, model.tok_emb.device
+        self.starts = val.starts[documents]
+        self.lengths = np.minimum(np.append(val.starts[1:], val.targets)[documents], val.targets) - self.starts
+        masked = frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(","))
+        self.lora = new_lora(model, len(documents), masked, cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
+        self.squares = [torch.zeros_like(p) for p in self.lora.leaves()]
+        self.updates = 0
+        self.buffer = KVBuffer(model, len(documents), cfg.ttt_eval_seq_len) if cfg.ttt_cache else None
+
+    def run(self):
+        begin = 0
+        for end in chunk_ends(int(self.lengths.max()), self.cfg):
+            self.drop_finished(begin)
+            if not len(self.starts):
+                return
+            self.chunk(begin, end)
+            begin = end
+
+    def drop_finished(self, begin: int):
+        """Finished rows leave the batch once they are an eighth of it."""
+        alive = np.flatnonzero(self.lengths > begin)
+        if len(alive) == len(self.lengths) or (len(alive) > 7 * len(self.lengths) // 8 and len(alive)):
+            return
+        self.starts, self.lengths = self.starts[alive], self.lengths[alive]
+        rows = torch.from_numpy(alive).to(self.device)
+        pick = lambda t: t.detach()[:, rows].requires_grad_(t.requires_grad)
+        self.lora = self.lora._replace(a={k: pick(t) for k, t in self.lora.a.items()}, b={k: pick(t) for k, t in self.lora.b.items()})
+        self.squares = [pick(t) for t in self.squares]
+        if self.buffer:
+            self.buffer.keep_rows(rows)
+
+    def chunk(self, begin: int, end: int):
+        """Score positions begin..end of every row, then take TTT_GRAD_STEPS steps on those of rows that go on."""
+        targets = self.starts[:, None] + np.arange(begin, end)
+        valid = targets < (self.starts + self.lengths)[:, None]
+        goes_on = self.lengths > end
+        steps = self.cfg.ttt_grad_steps if goes_on.any() else 0
+        with torch.set_grad_enabled(steps > 0):
+            nats = self.forward(begin, end, keep=True)
+        self.ledger.write(targets[valid], nats.detach()[torch.from_numpy(valid).to(self.device)].double().cpu().numpy())
+        for step in range(steps):
+            if step:
+                nats = self.forward(begin, end, keep=False)
+            self.learn(nats, targets, goes_on)
+
+    def forward(self, begin: int, end: int, keep: bool) -> Tensor:
+        """Nats (rows, end - begin) of the new positions; the tokens run are those and TTT_BACKPROP_TOKENS (without a cache: the whole context) before them."""
+        count, context, cached = end - begin, self.cfg.ttt_eval_seq_len, self.buffer is not None
+        back = min(begin, context - count, self.cfg.ttt_backprop_tokens if cached else context)
+        held = 0 if keep else count                                     # a second pass over the chunk: its first keys are already in the buffer
+        older = min(begin - back, context - count - back) if cached else 0
+        rows, width = len(self.starts), back + count
+        index = np.minimum(self.starts[:, None] + np.arange(begin - back - 1, end), self.val.targets - 1)
+        tokens = self.gather(index[:, 1:])
+        offset = begin - back if cached else 0
+        seq = Seq(self.offsets(rows, width), self.offsets(rows, width + older), width, width + older,
+                  torch.arange(offset, offset + width, dtype=torch.int32, device=self.device).repeat(rows))
+        arguments = dict(looped=self.cfg.num_loops > 0, lora=self.lora)
+        if cached:
+            last = F.embedding(self.gather(index[:, :1]), self.model.tok_emb).to(self.model.dtype)
+            hidden, fresh = self.model.trunk(tokens, seq, **arguments, cache=Cache(*self.buffer.read(older, back + held), last))
+            if keep:
+                self.buffer.write(fresh.keys.detach(), fresh.values.detach(), back)
+        else:
+            hidden = self.model.trunk(tokens, seq, **arguments)
+        hidden = hidden.unflatten(0, (rows, width))[:, back:].flatten(0, 1)     # only the new positions pay for the head
+        return self.model.nll(hidden, self.gather(index[:, back + 1:] + 1), lora=self.lora).unflatten(0, (rows, count))
+
+    def offsets(self, rows: int, width: int) -> Tensor:
+        return torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=self.device)
+
+    def gather(self, index: np.ndarray) -> Tensor:
+        """Validation tokens at index (rows, n), flattened, int64."""
+        return torch.from_numpy(self.val.tokens[index.ravel()].astype(np.int64)).to(self.device, non_blocking=True)
+
+    def learn(self, nats: Tensor, targets: np.ndarray, goes_on: np.ndarray):
+        """One step on the mean nats of the chunk, for rows with a later chunk. Rows do not mix: the loss is a sum and Adam is elementwise."""
+        self.ledger.may_train(targets[goes_on].ravel())
+        weight = torch.from_numpy(goes_on.astype(np.float32)).to(self.device)
+        grads = torch.autograd.grad((nats.mean(1) * weight).sum(), self.lora.leaves())
+        self.updates += 1
+        adapter_step_(self.lora.leaves(), grads, self.squares, self.updates, self.cfg.ttt_lora_lr * self.cfg.ttt_local_lr_mult, self.cfg.ttt_beta2, self.cfg.ttt_weight_decay)
+
+
+def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> list[list[np.ndarray]]:
+    """Documents of a segment by falling length in batches, dealt to the ranks by falling cost: a batch costs what its longest row takes."""
+    order = first + np.argsort(-lengths, kind="stable")
+    batches = [order[i:i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
+    load, dealt = np.zeros(world), [[] for _ in range(world)]
+    for batch in batches:
+        rank = int(load.argmin())
+        load[rank] += len(chunk_ends(int(lengths[batch - first].max()), cfg))
+        dealt[rank].append(batch)
+    return dealt
+
+
+class TestTimeTraining:
+    """Scores the validation stream segment by segment, adapting within documents and, at phase boundaries, the base weights."""
+
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
+        self.model, self.cfg, self.ranks, self.log, self.val, self.ledger = model, cfg, ranks, log, val, ledger
+        self.lengths = np.diff(np.append(val.starts, val.targets))
+        self.loss = compiled(batch_loss, cfg, ranks.device)
+
+    def score(self) -> float:
+        segments = plan_segments(len(self.lengths), self.cfg)
+        serial = sum(len(chunk_ends(int(self.lengths[s.first:s.last].max()), self.cfg)) for s in segments)
+        self.log(f"test-time training: {len(segments)} segment(s) of {[s.last - s.first for s in segments]} documents; "
+                 f"critical path {serial:,} chunks in a row, the longest documents of the segments")
+        self.begun = self.shown = time.perf_counter()
+        self.model.requires_grad_(False)
+        for segment in segments:
+            for batch in deal_batches(self.lengths[segment.first:segment.last], segment.first, self.cfg, self.ranks.world)[self.ranks.rank]:
+                DocumentTTT(self.model, self.cfg, self.val, batch, self.ledger).run()
+                self.progress()
+            self.ledger.merge(self.ranks)
+            if segment.phase_ends:
+                self.global_sgd(int(self.val.starts[segment.last]))
+        return self.ledger.bpb()
+
+    def progress(self):
+        now = time.perf_counter()
+        if now - self.shown > 5:
+            self.shown, done = now, int(self.ledger.scored.sum())
+            rate = done * self.ranks.world / (now - self.begun)
+            self.log(f"  {100 * done * self.ranks.world / self.val.targets:5.1f} %  BPB so far {self.ledger.running_bpb():.4f}  {rate:,.0f} targets/s"
+                     f"  {max(self.val.targets / rate - (now - self.begun), 0):.0f} s left")
+
+    def global_sgd(self, end: int):
+        """All base parameters learn from targets 0..end, every one of them scored: SGD on chunks in stream order, documents kept apart."""
+        cfg, chunk = self.cfg, self.cfg.global_ttt_chunk_tokens
+        self.ledger.may_train(np.arange(end))
+        self.model.requires_grad_(True)
+        parameters = list(self.model.parameters())
+        momentum = [torch.zeros_like(p) for p in parameters]
+        starts = list(range(0, end - chunk + 1, chunk)) * cfg.global_ttt_epochs
+        begun = time.perf_counter()
+        for i, at in enumerate(starts):
+            self.sgd_gradient(at, min(chunk, end - at))
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            if self.ranks.world > 1:
+                flat = self.ranks.all_reduce_(torch.cat([g.flatten() for g in grads]))
+                grads = [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in grads]), grads)]
+            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            with torch.no_grad():
+                torch._foreach_mul_(grads, (cfg.global_ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
+                torch._foreach_mul_(momentum, cfg.global_ttt_momentum)
+                torch._foreach_add_(momentum, grads)
+                torch._foreach_add_(parameters, momentum, alpha=-cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / len(starts))))
+            for p in parameters:
+                p.grad = None
+        self.model.requires_grad_(False)
+        self.ranks.synchronize()
+        self.log(f"  base weights learnt from {end:,} scored targets in {len(starts)} steps, {time.perf_counter() - begun:.1f} s")
+
+    def sgd_gradient(self, at: int, count: int):
+        """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and the pieces are dealt to the ranks."""
+        width = self.cfg.ttt_eval_seq_len
+        for piece in range(at + self.ranks.rank * width, at + count, self.ranks.world * width):
+            n = min(width, at + count - piece)
+            tokens = self.val.tokens[piece:piece + n + 1].astype(np.int64)
+            starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
+            starts = starts if len(starts) and starts[0] == 0 else np.insert(starts, 0, 0)
+            batch = to_device(pack(tokens, starts, width, width, "val", width), self.ranks.device)
+            self.loss(self.model, batch, count, self.cfg.num_loops > 0).backward()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packer
+# ----------------------------------------------------------------------------------------------------------------------
+
+BOOTSTRAP = """# coding: latin-1
+# Packed train_gpt.py. Its source: python3 train_gpt.py --unpack FILE, or the lzma stream in the string below.
+import hashlib,lzma,os,tempfile
+PACKED_PATH=__file__
+s=lzma.decompress("%s".encode("latin-1"))
+__file__=os.path.join(tempfile.gettempdir(),"train_gpt_"+str(os.getuid())+"_"+hashlib.sha256(s).hexdigest()[:24]+".py")
+if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
+ t=__file__+str(os.getpid())
+ with open(t,"wb")as f:f.write(s)
+ os.replace(t,__file__)
+exec(compile(s,__file__,"exec"))
+"""
+
+
+def strip_source(source: str) -> str:
+    """The source without comments, docstrings and blank lines; names, annotations and layout stay, since Triton and torch read them."""
+    drop = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
+            drop.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, col = token.start
+            lines[row - 1] = lines[row - 1][:col]
+    return "\n".join(line.rstrip() for number, line in enumerate(lines, 1) if number not in drop and line.strip()) + "\n"
+
+
+def pack_script(source: str) -> bytes:
+    """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
+    payload = lzma.compress(strip_source(source).encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters).decode("latin-1")
+    for char, escape in (("\\", "\\\\"), ("\r", "\\r"), ("\n", "\\n"), ("\0", "\\x00"), ('"', '\\"')):
+        payload = payload.replace(char, escape)
+    return (BOOTSTRAP % payload).encode("latin-1")
+
+
+def unpack_script(path: Path) -> str:
+    """The source inside a packed script, without running it."""
+    if not path.is_file():
+        raise UserError(f"--unpack {path}: no such file")
+    found = re.search(r's=lzma\.decompress\("(.*)"\.encode\("latin-1"\)\)\n', path.read_bytes().decode("latin-1"))
+    if not found:
+        raise UserError(f"--unpack {path}: not a script packed by train_gpt.py")
+    return lzma.decompress(ast.literal_eval(f'"{found[1]}"').encode("latin-1")).decode()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Run:
+    """What the modes share: settings, ranks, log, timers, verdicts, validation data, attention backend."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.folder = artifact_folder(cfg)
+        self.ranks = Ranks(cfg)
+        if self.ranks.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        name = "eval.log" if cfg.ttt_eval_only else "train.log"
+        self.log = Log(self.folder / name if self.ranks.main else None, "a" if cfg.quantize_only else "w")
+        self.phases, self.verdicts = Phases(self.ranks, self.log), Verdicts()
+        self.result = {"bpb": {}, "bytes": {}}
+        torch.manual_seed(cfg.seed)
+        torch.set_float32_matmul_precision("high")
+        with self.phases("setup"):
+            self.val = ValidationStream(cfg)
+            self.data = describe_data(cfg, self.val)
+            self.attention = choose_attention(cfg, self.ranks.device)
+        self.header()
+
+    def header(self):
+        cfg, log = self.cfg, self.log
+        self.environment = {
+            "hardware": f"{self.ranks.world} x {torch.cuda.get_device_name()}" if self.ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__},
+            "source_sha256": hashlib.sha256(SOURCE.encode()).hexdigest(),
+            "settings_sha256": cfg.sha256(), "attention": self.attention}
+        defaults = Config()
+        changed = {k: v for k, v in cfg.settings().items() if v != getattr(defaults, k)}
+        log(f"hardware {self.environment['hardware']}, attention {self.attention}, " + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items()))
+        log(f"source sha256 {self.environment['source_sha256']}")
+        log(f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none"))
+        log("all settings: " + json.dumps(cfg.settings()), console=False)
+        log("data: " + ", ".join(f"{k} {v}" for k, v in self.data.items()))
+        if not self.data["manifest"]:
+            log("data: no manifest.json, so documents and hashes are unchecked")
+
+    def new_model(self) -> GPT:
+        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
+        return GPT(self.cfg, self.attention, dtype).to(self.ranks.device)
+
+    def ledger(self, name: str) -> Ledger:
+        return Ledger(name, self.val.target_bytes, self.verdicts)
+
+
+def artifact_folder(cfg: Config) -> Path:
+    if cfg.artifact_dir:
+        return Path(cfg.artifact_dir)
+    return SCRIPT_DIR if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
+
+
+def preflight(run: Run):
+    """Everything that could fail after the training clock has run, tried before it starts."""
+    cfg = run.cfg
+    probe = {"q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8), "q.0.step": np.arange(64, dtype=np.int16), "r": np.ones(3, np.float16)}
+    path = run.folder / "preflight.bin"
+    if run.ranks.main:
+        save_artifact(path, probe, {"settings": cfg.settings()})
+        loaded, _ = load_artifact(path)
+        path.unlink()
+        if any((loaded[k] != probe[k]).any() for k in probe):
+            raise RuntimeError("the artifact codec does not reproduce its input")
+        pack_script(SOURCE)
+        need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
+        free = shutil.disk_usage(run.folder).free
+        if free < need:
+            raise UserError(f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
+    if not cfg.ttt_eval_only and not cfg.quantize_only:
+        stream = TrainStream(cfg)
+        micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
+        run.log(f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), {micro_batches} micro-batch(es) a step")
+        if micro_batches < run.ranks.world:
+            run.log(f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
+
+
+def train(run: Run, model: GPT):
+    """Train the model and keep its weights on disk (trained.npz)."""
+    model.init_weights(run.cfg.seed)
+    run.log(f"{sum(p.numel() for p in model.parameters()):,} parameters, visits {[v.layer for v in model.schedules[False]]}")
+    trainer = Trainer(model, run.cfg, run.ranks, run.log, run.phases)
+    with run.phases("warmup"):
+        trainer.warm_up()
+    run.log(f"compiled and warmed up in {run.phases.seconds['warmup']:.1f} s")
+    with run.phases("steps"):
+        run.result["training"] = trainer.run()
+    with run.phases("write"):
+        if run.ranks.main:
+            meta = {"settings": run.cfg.settings(), "training": run.result["training"], "seconds": run.phases.seconds}
+            with whole_file(run.folder / "trained.npz") as f:
+                np.savez(f, meta=np.array(json.dumps(meta)), **{n: p.detach().cpu().numpy() for n, p in model.named_parameters()})
+
+
+def load_trained(run: Run, model: GPT):
+    path = run.folder / "trained.npz"
+    try:
+        arrays = dict(np.load(path))
+        meta = json.loads(str(arrays.pop("meta")))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: cannot be read ({e}); train again") from None
+    load_state(model, {n: torch.from_numpy(a) for n, a in arrays.items()}, path)
+    run.result["training"] = meta["training"]
+    run.phases.seconds.update({k: v for k, v in meta["seconds"].items() if k in ("steps", "warmup")})
+
+
+def diagnose(run: Run, model: GPT, name: str):
+    """BPB of the weights in memory, in a ledger and a time of its own."""
+    with run.phases("diagnostic"):
+        run.result["bpb"][name] = Scorer(model, run.cfg, run.ranks, run.log).score(run.val, run.ledger(name), run.cfg.eval_stride)
+    run.log(f"{name}: {run.result['bpb'][name]:.5f} BPB")
+
+
+def write_artifact(run: Run, model: GPT):
+    """Calibrate, quantise, and write model.bin and the packed train_gpt.py."""
+    cfg = run.cfg
+    with run.phases("calibrate"):
+        hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
+    with run.phases("quantize"):
+        arrays = quantize(model, hessians, cfg, run.ranks)
+    with run.phases("write"):
+        if run.ranks.main:
+            save_artifact(run.folder / "model.bin", arrays, {"settings": cfg.settings(), "training": run.result["training"], "seconds": run.phases.seconds})
+            write_script(run.folder / "train_gpt.py", pack_script(SOURCE))
+    run.ranks.barrier()
+    run.log("seconds: " + ", ".join(f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")))
+
+
+def write_script(path: Path, packed: bytes):
+    """The running file is never overwritten: a packed script in its own folder already is what it would write."""
+    running = globals().get("PACKED_PATH", __file__)
+    if path.exists() and path.samefile(running):
+        if path.read_bytes() != packed:
+            raise UserError(f"ARTIFACT_DIR={path.parent}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
+        return
+    with whole_file(path) as f:
+        f.write(packed)
+
+
+def score_artifact(run: Run, model: GPT):
+    """Load model.bin from disk into the model and score it; the number comes from what ships."""
+    cfg, path = run.cfg, run.folder / "model.bin"
+    with run.phases("load"):
+        arrays, meta = load_artifact(path)
+        load_state(model, dequantize(arrays), path)
+    run.result.setdefault("training", meta["training"])
+    for phase, seconds in meta["seconds"].items():
+        run.phases.seconds.setdefault(phase, seconds)
+    ledger = run.ledger("quantized")
+    if cfg.ttt_enabled:
+        diagnose(run, model, "quantized")
+        ledger = run.ledger("adapted")
+        with run.phases("adapt"):
+            run.result["bpb"]["adapted"] = TestTimeTraining(model, cfg, run.ranks, run.log, run.val, ledger).score()
+    else:
+        scorer = Scorer(model, cfg, run.ranks, run.log)
+        with run.phases("compile_eval"):
+            scorer.warm_up()
+        with run.phases("score"):
+            run.result["bpb"]["quantized"] = scorer.score(run.val, ledger, cfg.eval_stride)
+    run.log(f"{ledger.name}: {run.result['bpb'][ledger.name]:.5f} BPB")
+    run.headline = ledger.name
+    if cfg.ledger_path and run.ranks.main:
+        with whole_file(Path(cfg.ledger_path)) as f:
+            np.save(f, ledger.nats)
+        run.log(f"ledger written to {cfg.ledger_path}")
+
+
+def finish(run: Run):
+    """Verdicts, result.json and the final table."""
+    cfg, result, phases = run.cfg, run.result, run.phases
+    files = {"code": run.folder / "train_gpt.py", "model": run.folder / "model.bin"}
+    result["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
+    result["bytes"]["total"] = total = sum(result["bytes"].values())
+    run.verdicts.set("bytes", "PASS" if total <= cfg.artifact_cap else "FAIL", f"{total:,} of {cfg.artifact_cap:,} bytes")
+    limit = cfg.max_wallclock_seconds
+    train_s, eval_s = phases.budget("train"), phases.budget("eval")
+    if limit:
+        run.verdicts.set("train_budget", "PASS" if train_s < limit else "FAIL", f"{train_s:.1f} of {limit:.0f} s: steps, calibration, quantisation")
+        run.verdicts.set("eval_budget", "PASS" if eval_s < limit else "FAIL", f"{eval_s:.1f} of {limit:.0f} s: load, compile, score")
+    failed = run.verdicts.failed()
+    if not failed:
+        result["val_bpb"] = result["bpb"][run.headline]
+    result.update(dataset=run.data["dataset"], seconds={"train": train_s, "eval": eval_s, **phases.seconds}, settings=cfg.settings(), data=run.data,
+                  seed=cfg.seed, verdicts={c: {"verdict": v, "reason": r} for c, (v, r) in run.verdicts.table.items()}, **run.environment)
+    if run.ranks.main:
+        with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
+            f.write(json.dumps(result, indent=1).encode())
+    run.log("")
+    for name, bpb in result["bpb"].items():
+        run.log(f"  {name + ' BPB':24s} {bpb:.6f}")
+    for name, size in result["bytes"].items():
+        run.log(f"  {name + ' bytes':24s} {size:,}")
+    for name, seconds in result["seconds"].items():
+        run.log(f"  {name + ' seconds':24s} {seconds:.1f}")
+    for condition, (verdict, reason) in run.verdicts.table.items():
+        run.log(f"  {condition:24s} {verdict:9s} {reason}")
+    run.log(f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}" if not failed
+            else f"no val_bpb: {', '.join(failed)} failed")
+
+
+def execute(cfg: Config):
+    """One mode from beginning to end."""
+    run = Run(cfg)
+    try:
+        preflight(run)
+        if cfg.check_only:
+            return
+        model = run.new_model()
+        if not cfg.ttt_eval_only:
+            (load_trained if cfg.quantize_only else train)(run, model)
+            diagnose(run, model, "trained")
+            write_artifact(run, model)
+        score_artifact(run, model)
+        finish(run)
+    finally:
+        run.ranks.close()
+
+
+def main(argv: list[str]) -> int:
+    if argv in (["--help"], ["-h"]):
+        print(__doc__ or "", help_text(), sep="\n")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))             # unwinds: half-written files are removed
+    try:
+        if len(argv) == 2 and argv[0] == "--unpack":
+            sys.stdout.write(unpack_script(Path(argv[1])))
+            return 0
+        if argv:
+            raise UserError(f"{argv[0]}: not an option; settings are environment variables (--help)")
+        cfg = Config.from_env(os.environ)
+        if cfg.ttt_eval_only:
+            cfg = Config.from_env(os.environ, stored=load_artifact(artifact_folder(cfg) / "model.bin")[1]["settings"])
+        execute(cfg)
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+
+
