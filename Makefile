@@ -4,7 +4,6 @@ PIP_OPTIONS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint bench clean
 
@@ -29,17 +28,16 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PY) tools/bench.py caseops
+	if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) tools/bench.py kernels && $(PY) tools/bench.py train; fi
 
 clean:
 	rm -rf $(VENV) data/demo runs/demo .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A system Python without ensurepip (Debian's without python3-venv) still has pip, which fills the environment from outside.
-# On Linux, PyPI's torch brings gigabytes of CUDA: without a GPU the index of CPU builds is asked as well, if it answers.
+# On Linux, plain pip may bring torch's CUDA build, which runs on a CPU as well; PIP_OPTIONS names another index.
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
-	index=; if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null \
-		&& $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(TORCH_CPU)/torch/", timeout=5)' 2>/dev/null; then index="--extra-index-url $(TORCH_CPU)"; fi; \
-		$(PY) -m pip install --disable-pip-version-check $(PIP_OPTIONS) $$index -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r requirements.txt
 	touch $@

@@ -59,6 +59,9 @@ class UserError(Exception):
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------------------
 
+ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
+
+
 def setting(default, meaning: str):
     return dataclasses.field(default=default, metadata={"meaning": meaning})
 
@@ -145,6 +148,7 @@ class Config:
     gptq_calibration_batches: int = setting(16, "micro-batches of training data whose activations weigh the rounding error")
     gptq_damping: float = setting(0.01, "added to the Hessian's diagonal, as a share of its mean")
     artifact_cap: int = setting(16_000_000, "most bytes of train_gpt.py and model.bin together")
+    artifact_margin: int = setting(2_000, "bytes below ARTIFACT_CAP at which the quantiser's steps begin to widen")
     # scoring
     eval_seq_len: int = setting(2048, "longest context of a scored token; windows never cross a document's start")
     eval_stride: int = setting(0, "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
@@ -178,17 +182,26 @@ class Config:
     world_size: int = setting(1, "processes")
 
     @classmethod
-    def from_env(cls, env, stored: dict | None = None) -> "Config":
+    def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
         """Read every setting from the mapping ``env``, else from ``stored`` (an artifact's settings), else its default; bad ones raise UserError."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         check_names(env, fields)
         values = {f.name: parse_setting(name, env[name], type(f.default)) for name, f in fields.items() if name in env}
         cfg = cls(**{**(stored or {}), **values})
-        cfg.validate()
+        if check:
+            cfg.validate()
         return cfg
 
     def validate(self):
-        rules = [
+        """Refuse settings that could not work, before anything is read or trained."""
+        positive = ("num_layers", "model_dim", "num_heads", "num_kv_heads", "train_seq_len", "eval_seq_len", "micro_batch_tokens", "train_batch_tokens",
+                    "gptq_calibration_batches", "logit_softcap", "segment_docs", "ttt_batch_size", "ttt_eval_seq_len", "ttt_lora_rank", "global_ttt_chunk_tokens",
+                    "train_log_every", "artifact_cap", "world_size", "rope_base", "iterations", "adam_eps")
+        shares = ("beta1", "beta2", "ttt_beta2", "ema_decay", "muon_momentum", "global_ttt_momentum")
+        rules = [(name.upper(), getattr(self, name) > 0, "must be positive") for name in positive]
+        rules += [(name.upper(), 0 <= getattr(self, name) < 1, "must be at least 0 and below 1") for name in shares]
+        rules += [(name.upper(), getattr(self, name) >= 0, "must not be negative") for name, value in self.settings().items() if not isinstance(value, str)]
+        rules += [
             ("NUM_HEADS", self.num_heads > 0 and self.model_dim % self.num_heads == 0, "must divide MODEL_DIM"),
             ("NUM_KV_HEADS", self.num_kv_heads > 0 and self.num_heads % max(self.num_kv_heads, 1) == 0, "must divide NUM_HEADS"),
             ("ROPE_DIMS", self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // max(self.num_heads, 1), "must be even and at most the head width"),
@@ -198,24 +211,31 @@ class Config:
             ("GATE_WINDOW", 0 < self.gate_window <= self.model_dim, "must lie in 1..MODEL_DIM"),
             ("DEVICE", self.device in ("auto", "cpu", "cuda"), "must be auto, cpu or cuda"),
             ("ATTENTION", self.attention in ("auto", "fa3", "fa2", "torch", "reference"), "must be auto, fa3, fa2, torch or reference"),
-            ("MUON_BACKEND_STEPS", 1 <= self.muon_backend_steps <= len(POLAR_EXPRESS), f"must lie in 1..{len(POLAR_EXPRESS)}"),
-            ("MICRO_BATCH_TOKENS", 0 < self.micro_batch_tokens, "must be positive"),
-            ("TRAIN_BATCH_TOKENS", 0 < self.train_batch_tokens, "must be positive"),
+            ("MUON_BACKEND_STEPS", 1 <= self.muon_backend_steps <= 5, "must lie in 1..5"),
+            ("SEED", self.seed < 2 ** 63, "must be below 2**63"),
+            ("MLP_MULT", int(self.mlp_mult * self.model_dim) >= 8, "gives an MLP of fewer than 8 units"),
+            ("ARTIFACT_MARGIN", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
             ("GPTQ_RESERVE_SECONDS", self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds, "must be below MAX_WALLCLOCK_SECONDS"),
             ("EVAL_STRIDE", 0 <= self.eval_stride <= self.eval_seq_len, "must lie in 0..EVAL_SEQ_LEN"),
             ("VAL_BATCH_TOKENS", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
             ("MATRIX_BITS", 2 <= self.matrix_bits <= 8, "must lie in 2..8"),
             ("EMBED_BITS", 2 <= self.embed_bits <= 8, "must lie in 2..8"),
             ("TTT_CHUNKS", re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.ttt_chunks) is not None, "must be sizes like 8,8,16,32,64"),
+            ("TTT_CHUNKS", not re.search(r"\d{5}", self.ttt_chunks) and all(int(c) <= self.ttt_eval_seq_len for c in re.findall(r"\d+", self.ttt_chunks)),
+             f"has a chunk above TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"),
+            ("TTT_MASK", self.ttt_grad_steps == 0 or not set(ADAPTER_KINDS) <= set(self.ttt_mask.replace("no_qv", "q,v").split(",")),
+             "leaves no adapter to learn; set TTT_GRAD_STEPS=0"),
             ("TTT_MASK", set(self.ttt_mask.split(",")) <= {"", "no_qv", *ADAPTER_KINDS}, f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
-            ("TTT_GRAD_STEPS", self.ttt_grad_steps >= 0, "must not be negative"),
-            ("SEGMENT_DOCS", self.segment_docs > 0, "must be positive"),
-            ("EMA_DECAY", 0 <= self.ema_decay < 1, "must lie in 0..1"),
         ]
         for name, holds, rule in rules:
             if not holds:
                 raise UserError(f"{name}={getattr(self, name.lower())} {rule}")
         context_schedule(self)
+
+    @property
+    def looped(self) -> bool:
+        """Whether the finished model runs its loops: calibration, scoring and test-time training follow the end of training."""
+        return self.num_loops > 0 and self.enable_looping_at < 1
 
     def settings(self) -> dict:
         """What decides the result: every setting but paths, modes and ranks."""
@@ -225,8 +245,8 @@ class Config:
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
 
-NOT_SETTINGS = frozenset(("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device", "compile", "attention", "fa3_library",
-                          "rank", "local_rank", "world_size", "train_log_every"))
+NOT_SETTINGS = frozenset(("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device", "compile",
+                          "attention", "fa3_library", "rank", "local_rank", "world_size", "train_log_every"))
 OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "AWQ_", "LOOP_", "ROPE_", "EMBED_", "MLP_", "ATTN_", "MATRIX_", "XSA_", "EMA_",
                 "NGRAM_", "PHASED_", "GLOBAL_TTT_", "PARALLEL_", "SMEAR_", "SPARSE_", "SKIP_", "ARTIFACT_", "LEDGER_", "WARMDOWN_", "MICRO_", "GATE_")
 
@@ -263,6 +283,8 @@ def context_schedule(cfg: Config) -> list[tuple[float, int]]:
         stages = sorted((float(end), int(length)) for length, end in (part.split("@") for part in cfg.train_seq_schedule.split(",")))
     except ValueError:
         raise UserError(f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r} is not of the form 1024@0.1,2048@0.7,3072@1.0") from None
+    if any(length <= 0 or not end > 0 for end, length in stages):
+        raise UserError(f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r}: lengths and ends must be positive")
     if max(length for _, length in stages) != cfg.train_seq_len:
         raise UserError(f"TRAIN_SEQ_SCHEDULE's longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}")
     return [*stages[:-1], (math.inf, stages[-1][1])]
@@ -322,20 +344,28 @@ class Ranks:
 
 
 class Log:
-    """Lines to the console and to ``path``, from rank 0 only; flushed at once so that a killed run keeps its log."""
+    """Lines to the console and, once ``open`` has been called, to a file; from rank 0 only. Flushed at once, so that a killed run keeps its log."""
 
-    def __init__(self, path: Path | None, mode: str = "w"):
-        self.file = open(path, mode, encoding="utf-8") if path else None
-        self.silent = path is None
+    def __init__(self, ranks: Ranks):
+        self.main, self.file, self.early = ranks.main, None, []
+
+    def open(self, path: Path, mode: str):
+        """Only now is an earlier log replaced: a run that fails its checks leaves it alone."""
+        if self.main:
+            self.file = open(path, mode, encoding="utf-8")
+            self.file.write("".join(self.early))
 
     def __call__(self, line: str = "", console: bool = True):
-        if self.silent:
+        if not self.main:
             return
         line = line.replace(str(Path.home()) + os.sep, "~/")            # logs are published: no private paths
         if console:
             print(line, flush=True)
-        self.file.write(line + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(line + "\n")
+            self.file.flush()
+        else:
+            self.early.append(line + "\n")
 
 
 class Clock:
@@ -382,7 +412,7 @@ class Clock:
 class Phases:
     """Wall seconds by phase, and the two budgets they add up to: training data changes the model, or validation data is touched."""
     BUDGET = {"steps": "train", "calibrate": "train", "quantize": "train", "load": "eval", "compile_eval": "eval", "score": "eval", "adapt": "eval",
-              "setup": None, "warmup": None, "diagnostic": None, "write": None}
+              "read": "eval", "setup": None, "warmup": None, "diagnostic": None, "write": None}
 
     def __init__(self, ranks: Ranks, log: Log):
         self.ranks, self.log, self.seconds = ranks, log, {}
@@ -470,8 +500,8 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path):
-    """Open ``path`` for writing bytes so that it appears whole, by rename, or not at all."""
+def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
+    """Open ``path`` for writing bytes so that it appears whole, by rename, or not at all. ``setting`` is what an error tells the user to change."""
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         with open(part, "wb") as f:
@@ -480,9 +510,10 @@ def whole_file(path: Path):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); free space or set ARTIFACT_DIR elsewhere") from e
+        raise UserError(f"{setting}: {path} cannot be written ({e.strerror}); free space there or name another folder") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -503,9 +534,9 @@ def open_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
 
 
-def find_shards(folder: Path, pattern: str) -> list[Path]:
-    paths = sorted(p for p in folder.glob(pattern) if re.fullmatch(pattern.replace("*", r"\d+"), p.name))    # val_* must not match val_bytes_*
-    if not paths:
+def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]:
+    paths = sorted(p for p in folder.glob(pattern) if re.fullmatch(pattern.replace("*", r"\d+"), p.name) and p.is_file())    # val_* must not match val_bytes_*
+    if not paths and required:
         raise UserError(f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
     return paths
 
@@ -570,11 +601,11 @@ class TrainStream:
         self.tokens = int(self.ends[-1])
         if self.tokens <= cfg.micro_batch_tokens:
             raise UserError(f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; lower MICRO_BATCH_TOKENS or prepare more documents")
-        head = self.read(0, min(self.tokens, 1 << 20))
-        if head[0] != cfg.bos_id:
-            raise UserError(f"{self.paths[0]}: the first token is {head[0]}, not BOS_ID={cfg.bos_id}; prepare the data again (prepare_data.py puts BOS before every document)")
-        if head.max() >= cfg.vocab_size:
-            raise UserError(f"{self.paths[0]}: token {head.max()} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
+        for path, shard in zip(self.paths, self.shards):                # the whole shard is checked as it is read
+            self.check_tokens(path, shard[:1 << 20])
+        first = int(self.shards[0][0])
+        if first != cfg.bos_id:
+            raise UserError(f"{self.paths[0]}: the first token is {first}, not BOS_ID={cfg.bos_id}; prepare the data again (prepare_data.py puts BOS before every document)")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """``count`` tokens from position ``start`` of the endless stream, int64."""
@@ -584,8 +615,13 @@ class TrainStream:
             i = int(np.searchsorted(self.ends, start, side="right"))
             offset = start - (int(self.ends[i]) - len(self.shards[i]))
             pieces.append(self.shards[i][offset:offset + count].astype(np.int64))
+            self.check_tokens(self.paths[i], pieces[-1])
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
+
+    def check_tokens(self, path: Path, tokens: np.ndarray):
+        if len(tokens) and int(tokens.max()) >= self.cfg.vocab_size:
+            raise UserError(f"{path}: token {tokens.max()} is outside VOCAB_SIZE={self.cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
 
     def micro_batch(self, start: int, count: int, span: int) -> Batch:
         """Inputs [start, start + count) and their targets; a document already running at ``start`` begins anew there."""
@@ -629,11 +665,13 @@ class ValidationStream:
             raise UserError(f"{folder}: validation token {self.tokens.max()} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
         self.starts = starts.astype(np.int64)
         self.targets = len(self.tokens) - 1
-        sidecars = sorted(folder.glob("fineweb_val_bytes_*.bin"))
+        sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
         self.byte_source = "sidecar" if sidecars else "tokenizer"
         self.bytes = np.concatenate([open_shard(p) for p in sidecars]) if sidecars else tokenizer_bytes(cfg, self.tokens)
         if len(self.bytes) != len(self.tokens):
             raise UserError(f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go")
+        if sidecars and not self.bytes.any():
+            raise UserError(f"{sidecars[0]}: the byte sidecar holds only zeros; prepare the data again")
         if int(self.bytes[self.starts].max()) > 0:
             raise UserError(f"{folder}: the byte sidecar counts bytes for BOS; prepare the data again")
 
@@ -651,25 +689,54 @@ def tokenizer_path(cfg: Config) -> Path:
 
 
 def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
-    """Bytes per token from the piece table, for plain tokenizers without a sidecar: control 0, byte fallback 1, a leading space 1 unless it opens a document."""
+    """Bytes per token from the piece table, for plain tokenizers without a sidecar: control 0, byte fallback 1, a space for each \u2581.
+
+    A tokenizer that puts a space before every document (add_dummy_prefix) is not paid for it.
+    """
     import sentencepiece
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path(cfg)))
+    path = tokenizer_path(cfg)
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one") from None
     if sp.vocab_size() != cfg.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={tokenizer_path(cfg)}: {sp.vocab_size()} pieces, VOCAB_SIZE={cfg.vocab_size}")
+        raise UserError(f"TOKENIZER_PATH={path}: {sp.vocab_size()} pieces, VOCAB_SIZE={cfg.vocab_size}")
     if any(sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(8)):
         raise UserError(f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; prepare the data again")
     special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(cfg.vocab_size)])
-    pieces = ["" if special[i] else sp.id_to_piece(i) for i in range(cfg.vocab_size)]
-    table = np.array([1 if sp.is_byte(i) else len(piece.lstrip("\u2581").encode()) for i, piece in enumerate(pieces)], np.uint16)
-    spaces = np.array([len(piece) - len(piece.lstrip("\u2581")) for piece in pieces], np.uint16)
-    after_control = np.concatenate([[True], special[tokens[:-1]]])
-    return table[tokens] + np.where(after_control, np.maximum(spaces[tokens], 1) - 1, spaces[tokens]).astype(np.uint16)
+    texts = ["" if special[i] else sp.id_to_piece(i).replace("\u2581", " ") for i in range(cfg.vocab_size)]
+    table = np.array([1 if sp.is_byte(i) else len(text.encode()) for i, text in enumerate(texts)], np.uint16)
+    counts = table[tokens]
+    if sp.encode("a", out_type=str)[0].startswith("\u2581"):
+        spaced = np.array([text.startswith(" ") for text in texts])
+        counts -= np.concatenate([[True], special[tokens[:-1]]]) & spaced[tokens]
+    return counts
 
 
 KNOWN_VALIDATION_SETS = {                                                # tokens -> (bytes, name); contest exports, fixed first 50,000 documents
     47_853_344: ((151_080_645, 151_074_309), "CaseOps sp8192"),
     40_540_160: ((151_078_222,), "sp8192"),
 }
+
+
+def check_manifest(promised: dict, cfg: Config, manifest: Path, have: dict[str, int]):
+    """Counts, hashes of the validation files, vocabulary, BOS and tokenizer against manifest.json; training shards by their counts."""
+    for key, count in have.items():
+        if promised["val"][key] is not None and promised["val"][key] != count:
+            raise UserError(f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again")
+    for name, file in promised["files"].items():
+        path = manifest.parent / name
+        if not path.is_file():
+            raise UserError(f"{path}: promised by {manifest.name}, not there; prepare the data again")
+        damaged = len(open_shard(path)) != file["tokens"] if "train" in name else hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]
+        if damaged:
+            raise UserError(f"{path}: not the file that {manifest.name} describes; fetch or prepare it again")
+    for key in ("vocab_size", "bos_id"):
+        if promised[key] != getattr(cfg, key):
+            raise UserError(f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}")
+    model = tokenizer_path(cfg)
+    if hashlib.sha256(model.read_bytes()).hexdigest() != promised["tokenizer"]["sha256"]:
+        raise UserError(f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
 
 
 def describe_data(cfg: Config, val: ValidationStream) -> dict:
@@ -683,15 +750,11 @@ def describe_data(cfg: Config, val: ValidationStream) -> dict:
     found["manifest"] = manifest.is_file()
     if not manifest.is_file():
         return found
-    promised = json.loads(manifest.read_text())
-    for key, have in (("tokens", len(val.tokens)), ("documents", len(val.starts)), ("bytes", total)):
-        if promised["val"][key] != have:
-            raise UserError(f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {have}; prepare the data again")
-    if promised["vocab_size"] != cfg.vocab_size:
-        raise UserError(f"{manifest}: the shards have VOCAB_SIZE={promised['vocab_size']}, the setting is {cfg.vocab_size}")
-    model = tokenizer_path(cfg)
-    if hashlib.sha256(model.read_bytes()).hexdigest() != promised["tokenizer"]["sha256"]:
-        raise UserError(f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
+    try:
+        promised = json.loads(manifest.read_text())
+        check_manifest(promised, cfg, manifest, {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": total})
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again") from None
     found.update(transform=promised["transform"], tokenizer_sha256=promised["tokenizer"]["sha256"])
     return found
 
@@ -1613,11 +1676,6 @@ class GPT(nn.Module):
 # Adapters: LoRA stacked over visits and documents
 # ----------------------------------------------------------------------------------------------------------------------
 
-ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")                     # all but head read the normed input of their sublayer; o and mlp run beside it (#1610)
-
-
-ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")                     # q, k, v, o read the attention's normed input, mlp the MLP's; o and mlp run beside their sublayer (#1610)
-
 
 class LoRA(NamedTuple):
     """One adapter for each visit and document: delta(x) = scale B A x. Leaves of autograd, never module parameters, so the model stays unaware."""
@@ -1647,7 +1705,7 @@ class LoRA(NamedTuple):
 
 def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
     """A uniform in +-1/sqrt(in) and the same for every document, so that no score depends on the batch a document is in; B zero."""
-    d, visits = model.cfg.model_dim, len(model.schedules[model.cfg.num_loops > 0])
+    d, visits = model.cfg.model_dim, len(model.schedules[model.cfg.looped])
     widths = {"q": model.q_dim, "k": model.kv_dim, "v": model.kv_dim, "o": d, "mlp": d, "head": model.cfg.vocab_size}
     generator, device, a, b = torch.Generator().manual_seed(seed), model.tok_emb.device, {}, {}
     for kind, width in widths.items():
@@ -1719,7 +1777,7 @@ class Optimizer:
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks, self.model = cfg, ranks, model
-        named = {n: p for n, p in model.named_parameters()}
+        named = dict(model.named_parameters())
         self.muon = self.muon_groups(model, named, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
         in_muon = {id(p) for g in self.muon for p, _, _ in g.blocks}
         self.small = [p for p in named.values() if id(p) not in in_muon]
@@ -1980,6 +2038,32 @@ MATRICES = {
 FOLDED = {"attn_scale": "o", "mlp_scale": "down"}                       # vectors that become part of the rows of a matrix
 
 
+def binary_roots(n: int) -> list[int]:
+    """2**(i/n) * 2**60 for i < n, n a power of two; integer square roots only."""
+    root, k = 2 << 60, 1
+    while k < n:
+        root, k = math.isqrt(root << 60), 2 * k
+    out = [1 << 60]
+    while len(out) < n:
+        out.append(out[-1] * root >> 60)
+    return out
+
+
+SCALE_STEPS = 16                                                   # codes per octave: 4.4 % apart
+
+
+def quantize_scales(scale: np.ndarray) -> np.ndarray:
+    """Positive float scales to int16 codes; quantise the weights with dequantize_scales(codes), and the rounding costs nothing but 2 % of step."""
+    return np.clip(np.rint(np.log2(np.maximum(scale, 1e-30)) * SCALE_STEPS), -1600, 1600).astype(np.int16)
+
+
+def dequantize_scales(codes: np.ndarray) -> np.ndarray:
+    """2**(code / 16), float32, equal on every machine."""
+    roots = np.array(binary_roots(SCALE_STEPS), np.float64) / (1 << 60)
+    codes = codes.astype(np.int64)
+    return np.ldexp(roots[codes % SCALE_STEPS], codes // SCALE_STEPS).astype(np.float32)
+
+
 class HessianTap:
     """Sums x x^T over the tokens at the input of every matrix: {kind: (layers, in, in) fp32}. Visits of one layer add up."""
 
@@ -2007,7 +2091,7 @@ def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks)
         if first + ranks.rank < batches:
             start = (first + ranks.rank) * max(stream.tokens - micro, 1) // batches
             batch = to_device(stream.micro_batch(start, micro, cfg.train_seq_len), ranks.device)
-            hidden = model.trunk(batch.tokens, batch.seq, looped=cfg.num_loops > 0, tap=mine)
+            hidden = model.trunk(batch.tokens, batch.seq, looped=cfg.looped, tap=mine)
             mine("head", 0, hidden)
         for rank in range(min(ranks.world, batches - first)):
             for kind, sums in mine.sums.items():
@@ -2025,12 +2109,12 @@ def error_feedback(hessian: Tensor, damping: float) -> Tensor:
     """
     h, mean = hessian.double(), hessian.diagonal(dim1=1, dim2=2).double().mean(1)
     damp = torch.full_like(mean, damping)
-    for _ in range(6):
+    for _ in range(8):
         damped = h + torch.diag_embed((damp * mean)[:, None].expand(-1, h.size(1)))
         lower, info = torch.linalg.cholesky_ex(damped)
         if not info.any():
             return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
-        damp = torch.where(info > 0, 10 * damp, damp)
+        damp = torch.where(info > 0, (10 * damp).clamp_min(1e-6), damp)
     raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
 
 
@@ -2072,17 +2156,18 @@ def folded_state(model: GPT) -> dict[str, Tensor]:
     return state
 
 
-def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks) -> dict[str, np.ndarray]:
+def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks, widen: float = 1.0) -> dict[str, np.ndarray]:
     """The arrays of the artifact: KIND.LAYER.symbols int8 (rows, cols) and KIND.LAYER.step int16 codes for matrices, fp16 for the rest.
 
-    Kinds are dealt to the ranks; each is solved whole by one of them, so the symbols do not depend on the number of ranks.
+    Every step is ``widen`` times what the settings say. Kinds are dealt to the ranks; each is solved whole by one of them, so the symbols
+    do not depend on the number of ranks.
     """
     state, arrays = folded_state(model), {}
     for i, (name, kind) in enumerate(MATRICES.items()):
         w = state.pop(name)
         w = w if w.ndim == 3 else w[None]
         limit = 2 ** (getattr(cfg, kind.bits) - 1) - 1
-        codes = quantize_scales((getattr(cfg, kind.sigmas) * w.std(2) / limit).clamp_min(1e-6).cpu().numpy())
+        codes = quantize_scales((widen * getattr(cfg, kind.sigmas) * w.std(2) / limit).clamp_min(1e-6).cpu().numpy())
         symbols = torch.empty(w.shape, dtype=torch.int8, device=w.device)
         owner = i % ranks.world
         if ranks.rank == owner:
@@ -2119,8 +2204,9 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
     """Copy parameters by name into the model; a missing, unknown or misshapen one is an error that names the file they came from."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name not in state or state[name].shape != p.shape:
-                raise UserError(f"{origin}: holds {tuple(state[name].shape) if name in state else 'no'} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with")
+            shape = tuple(state[name].shape) if name in state else "no"
+            if shape != tuple(p.shape):
+                raise UserError(f"{origin}: holds {shape} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with")
             p.copy_(state[name])
     unknown = set(state) - {name for name, _ in model.named_parameters()} - (set(FOLDED))
     if unknown:
@@ -2139,9 +2225,9 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
 
 
 LANES = 6144                    # interleaved rANS states; a step codes one column of up to this many rows
-BLOCK = 16                      # columns between refreshes of the rows' gains
+REFRESH = 16                      # columns between refreshes of the rows' gains
 PROB_BITS = 14                  # frequencies of a table add up to 2**14
-HALF, ESCAPE = 127, 255         # symbols are -127..127 around the predicted mean; code 255 escapes to a raw int16
+SPAN, ESCAPE = 127, 255         # symbols are -127..127 around the predicted mean; code 255 escapes to a raw int16
 PHASES = 8                      # the predicted mean is kept to 1/8
 LOG = 32                        # steps per octave in fixed-point log2 of a variance
 LOG_LOW, PER_OCTAVE, BUCKETS = -5, 8, 116      # variance buckets: 2**-5 upwards, 8 per octave
@@ -2154,17 +2240,6 @@ class ArtifactError(UserError):
 
 
 # -- probability tables ------------------------------------------------------------------------------------------------
-
-def binary_roots(n: int) -> list[int]:
-    """2**(i/n) * 2**60 for i < n, n a power of two; integer square roots only."""
-    root, k = 2 << 60, 1
-    while k < n:
-        root, k = math.isqrt(root << 60), 2 * k
-    out = [1 << 60]
-    while len(out) < n:
-        out.append(out[-1] * root >> 60)
-    return out
-
 
 def half_gaussian(steps: int = 128, top: int = 9) -> np.ndarray:
     """Mass of N(0, 1) on [0, i/steps] times 2**30, int64 (steps * top + 1,), by the trapezoid rule in 64-bit fixed point."""
@@ -2200,8 +2275,8 @@ def frequency_tables() -> np.ndarray:
     variance = [(eighth[b % PER_OCTAVE] << b // PER_OCTAVE) * centre >> 80 - LOG_LOW for b in range(BUCKETS)]            # * 2**40
     # A bin adds 1/12 to the variance of what falls into it (Sheppard), so it is taken off here.
     sigma = np.array([math.isqrt(max(v - (1 << 40) // 12, (1 << 40) // 48)) for v in variance])[:, None, None]           # * 2**20
-    edges = (2 * np.arange(-HALF, HALF + 2) - 1) * PHASES - 2 * np.arange(PHASES)[:, None]                               # * 2 * PHASES
-    symbols = np.arange(-HALF, HALF + 1)
+    edges = (2 * np.arange(-SPAN, SPAN + 2) - 1) * PHASES - 2 * np.arange(PHASES)[:, None]                               # * 2 * PHASES
+    symbols = np.arange(-SPAN, SPAN + 1)
     inside = np.abs(symbols) <= (sigma * 6 >> 20) + 2
     room = (1 << PROB_BITS) - 1 - inside.sum(-1, keepdims=True)
     tables = []
@@ -2349,8 +2424,8 @@ class Stack:
         shape = self.members, self.width, end - start
         e, q, own = np.zeros(shape), np.empty(shape), np.zeros(shape[::2])
         rows = Rows(self.square / self.count, None if self.partner is None else self.partner[:, :, start:end].astype(np.float64), shape)
-        for a in range(0, self.width, BLOCK):
-            b = min(a + BLOCK, self.width)
+        for a in range(0, self.width, REFRESH):
+            b = min(a + REFRESH, self.width)
             block = slice(a, b)
             bucket = (log_variance[:, block, None] + rows.log_gain(a)[:, None] - LOG_LOW * LOG) // (LOG // PER_OCTAVE)
             table = np.clip(bucket, 0, BUCKETS - 1) * PHASES
@@ -2428,14 +2503,14 @@ def turned(q: np.ndarray, residual: int, pool) -> bool:
     return likeness(q.transpose(0, 2, 1)) > likeness(q)
 
 
-def plan(q: np.ndarray, earlier: list[np.ndarray], pools: dict) -> dict:
+def plan_stack(q: np.ndarray, earlier: list[np.ndarray], pools: dict) -> dict:
     """Settings of one stack (G, R, n), stored in the file."""
     variance = np.maximum((q.astype(np.float64)**2).mean((1, 2)), 2.0**-5)
     return {"shape": list(q.shape), "log2_variance": np.rint(np.log2(variance)).astype(int).tolist(), "mixture": 0,
             "prior": choose_prior(q, pools.get(q.shape[2])), "partner": choose_partner(q, earlier)}
 
 
-def model(stacks: list[np.ndarray]):
+def coded_stacks(stacks: list[np.ndarray]):
     """Yields for each stack (G, R, C): its settings, the table cells it uses (int32, an array per column and chunk) and escaped values."""
     weight = {}
     for q in stacks:
@@ -2446,13 +2521,13 @@ def model(stacks: list[np.ndarray]):
     for q in stacks:
         turn = turned(q, residual, pools.get(q.shape[2]))
         earlier.append(q := q.transpose(0, 2, 1) if turn else q)
-        head = plan(q, earlier[:-1], pools) | {"turned": int(turn)}
+        head = plan_stack(q, earlier[:-1], pools) | {"turned": int(turn)}
         stack, cells, escaped = Stack(head, pools, done), [], []
         for start, end in stack.chunks():
             columns = np.ascontiguousarray(q[:, start:end].transpose(2, 0, 1), np.int64)
 
             def coder(table, floor, j):
-                symbol = columns[j] - floor + HALF
+                symbol = columns[j] - floor + SPAN
                 outside = (symbol < 0) | (symbol >= ESCAPE)
                 if outside.any():
                     symbol[outside] = ESCAPE
@@ -2498,7 +2573,7 @@ class RansDecoder:
         self.state, self.words, self.used = states.astype(np.int64), words.astype(np.int64), 0
 
     def use(self, mixture: int):
-        self.starts, self.symbols = starts(mixture), np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS * PHASES), FREQ[mixture].ravel())
+        self.starts, self.symbols = cell_starts(mixture), np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS * PHASES), FREQ[mixture].ravel())
 
     def column(self, tables: np.ndarray) -> np.ndarray:
         """tables: int64 (lanes,). Returns codes 0..255, int64."""
@@ -2515,7 +2590,7 @@ class RansDecoder:
         return symbol
 
 
-def starts(mixture: int) -> np.ndarray:
+def cell_starts(mixture: int) -> np.ndarray:
     """For every cell (table * 256 + symbol): frequency << PROB_BITS | sum of the frequencies before it."""
     freq = FREQ[mixture]
     return (freq << PROB_BITS | np.minimum(np.cumsum(freq, 1) - freq, (1 << PROB_BITS) - 1)).ravel()
@@ -2524,8 +2599,8 @@ def starts(mixture: int) -> np.ndarray:
 def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
     """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of ``rider`` travel in it for nothing."""
     heads, steps, escaped = [], [], []
-    for head, cells, lost in model(stacks):
-        table = starts(head["mixture"])
+    for head, cells, lost in coded_stacks(stacks):
+        table = cell_starts(head["mixture"])
         steps += [(c, table) for c in cells]
         heads.append(head)
         escaped.append(lost)
@@ -2553,7 +2628,7 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
         def coder(table, floor, j):
             nonlocal escaped
             symbol = rans.column(table.ravel()).reshape(table.shape)
-            values = symbol + floor - HALF
+            values = symbol + floor - SPAN
             lost = symbol == ESCAPE
             if lost.any():
                 n = int(lost.sum())
@@ -2571,24 +2646,7 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
 
 def code_length_bits(stacks: list[np.ndarray]) -> float:
     """Bits that encode_stacks would take, without the arithmetic coding."""
-    return sum(float(COST[head["mixture"]].ravel()[cell].sum(dtype=np.float64)) for head, cells, _ in model(stacks) for cell in cells)
-
-
-# -- scales ------------------------------------------------------------------------------------------------------------
-
-SCALE_STEPS = 16                                                   # codes per octave: 4.4 % apart
-
-
-def quantize_scales(scale: np.ndarray) -> np.ndarray:
-    """Positive float scales to int16 codes; quantise the weights with dequantize_scales(codes), and the rounding costs nothing but 2 % of step."""
-    return np.clip(np.rint(np.log2(np.maximum(scale, 1e-30)) * SCALE_STEPS), -1600, 1600).astype(np.int16)
-
-
-def dequantize_scales(codes: np.ndarray) -> np.ndarray:
-    """2**(code / 16), float32, equal on every machine."""
-    roots = np.array(binary_roots(SCALE_STEPS), np.float64) / (1 << 60)
-    codes = codes.astype(np.int64)
-    return np.ldexp(roots[codes % SCALE_STEPS], codes // SCALE_STEPS).astype(np.float32)
+    return sum(float(COST[head["mixture"]].ravel()[cell].sum(dtype=np.float64)) for head, cells, _ in coded_stacks(stacks) for cell in cells)
 
 
 # -- container ---------------------------------------------------------------------------------------------------------
@@ -2599,7 +2657,7 @@ MAGIC, VERSION, FIXED = b"GPTGOLF\n", 1, struct.Struct("<8sIQII")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 
 
-def matrix(a: np.ndarray) -> np.ndarray:
+def as_matrix(a: np.ndarray) -> np.ndarray:
     """Any integer tensor as int64 (R, C): vectors and wide matrices are folded, the last row padded with zeros."""
     a = a.astype(np.int64)
     width = 64 if a.ndim == 1 else math.prod(a.shape[1:])
@@ -2619,8 +2677,8 @@ def natural(name: str) -> list:
     return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
 
 
-def save_artifact(path: str | Path, tensors: dict[str, np.ndarray], meta: dict) -> int:
-    """Write tensors (any numpy dtype) and ``meta`` (JSON) to ``path``; returns its bytes. Integer tensors of 64 values or more are entropy-coded.
+def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
+    """Tensors (any numpy dtype) and ``meta`` (JSON) as the bytes of a model file. Integer tensors of 64 values or more are entropy-coded.
 
     Tensors whose names differ only in numbers, of one shape, are coded together, so many small ones cost little.
     """
@@ -2635,7 +2693,7 @@ def save_artifact(path: str | Path, tensors: dict[str, np.ndarray], meta: dict) 
     for (_, shape, dtype), members in groups.items():
         centres = [round(float(np.median(a))) for a in members.values()]
         coded.append([dtype, shape, list(members), centres])
-        stacks.append(np.stack([matrix(a.astype(np.int64) - c) for a, c in zip(members.values(), centres)]))
+        stacks.append(np.stack([as_matrix(a.astype(np.int64) - c) for a, c in zip(members.values(), centres)]))
     plain = [[dtype, [[name, a.shape] for name, a in members.items()]] for dtype, members in rest.items()]
     raw = lzma.compress(b"".join(planes(list(members.values())) for members in rest.values()), lzma.FORMAT_RAW, filters=LZMA)
     code, ridden = encode_stacks(stacks, raw)
@@ -2643,37 +2701,45 @@ def save_artifact(path: str | Path, tensors: dict[str, np.ndarray], meta: dict) 
     head = zlib.compress(json.dumps(head, separators=(",", ":"), sort_keys=True).encode(), 9)
     total = FIXED.size + len(head) + len(code) + len(raw) - ridden + 4
     data = FIXED.pack(MAGIC, VERSION, total, len(head), len(code)) + head + code + raw[ridden:]
-    with whole_file(Path(path)) as f:
-        f.write(data + struct.pack("<I", zlib.crc32(data)))
-    return total
+    return data + struct.pack("<I", zlib.crc32(data))
 
 
-def load_artifact(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Inverse of save_artifact: tensors and meta. A file that is missing, short, altered or of another kind raises ArtifactError."""
-    path = Path(path)
+def save_artifact(path: Path, tensors: dict[str, np.ndarray], meta: dict):
+    with whole_file(path) as f:
+        f.write(encode_artifact(tensors, meta))
+
+
+def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
+    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or of another kind raises ArtifactError."""
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise ArtifactError(f"{path}: cannot be read ({e.strerror}); train first, or set ARTIFACT_DIR to the folder that holds it") from e
+        raise ArtifactError(f"{path}: cannot be read ({e.strerror}); train first, or set ARTIFACT_DIR to the folder that holds it") from None
     if data[:8] != MAGIC:
         raise ArtifactError(f"{path}: not a model file of this script (its first bytes are {data[:8]!r}); set ARTIFACT_DIR to the folder that holds one")
-    if len(data) < FIXED.size or len(data) != (FIXED.unpack_from(data)[2]):
+    if len(data) < FIXED.size or len(data) != FIXED.unpack_from(data)[2]:
         raise ArtifactError(f"{path}: {len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew")
     if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise ArtifactError(f"{path}: checksum does not match; the file was altered: copy it again or write it anew")
     _, version, _, head, code = FIXED.unpack_from(data)
     if version != VERSION:
         raise ArtifactError(f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it")
+    at = FIXED.size + head
+    return json.loads(zlib.decompress(data[FIXED.size:at])), data[at:at + code], data[at + code:-4]
+
+
+def load_artifact(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Inverse of encode_artifact: tensors and meta."""
+    head, code, rest = read_artifact(path)
     try:
-        return unpack(data[FIXED.size:-4], head, code)
-    except Exception as e:                                         # the checksum holds, so this is a file that was made wrongly
+        return unpack_tensors(head, code, rest), head["meta"]
+    except Exception as e:                                              # the checksum holds, so this is a file that was made wrongly
         raise ArtifactError(f"{path}: cannot be decoded ({type(e).__name__}: {e}); write it anew") from e
 
 
-def unpack(data: bytes, head_size: int, code_size: int) -> tuple[dict[str, np.ndarray], dict]:
-    head = json.loads(zlib.decompress(data[:head_size]))
-    stacks, rider = decode_stacks(data[head_size:head_size + code_size])
-    raw = lzma.decompress(rider[:head["ridden"]] + data[head_size + code_size:], lzma.FORMAT_RAW, filters=LZMA)
+def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray]:
+    stacks, rider = decode_stacks(code)
+    raw = lzma.decompress(rider[:head["ridden"]] + rest, lzma.FORMAT_RAW, filters=LZMA)
     tensors, at = {}, 0
     for (dtype, shape, names, centres), stack in zip(head["coded"], stacks, strict=True):
         for name, q, centre in zip(names, stack, centres, strict=True):
@@ -2684,7 +2750,7 @@ def unpack(data: bytes, head_size: int, code_size: int) -> tuple[dict[str, np.nd
         at += size * count
         for name, shape in members:
             tensors[name], values = values[:math.prod(shape)].reshape(shape), values[math.prod(shape):]
-    return tensors, head["meta"]
+    return tensors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2746,7 +2812,7 @@ class Scorer:
         tokens = torch.randint(self.cfg.vocab_size, (self.cfg.val_batch_tokens + 1,), generator=torch.Generator().manual_seed(0)).numpy()
         starts = np.arange(0, self.cfg.val_batch_tokens, self.cfg.eval_seq_len)
         batch = to_device(pack(tokens, starts, self.cfg.eval_seq_len, self.cfg.eval_seq_len, "val", self.cfg.val_batch_tokens), self.ranks.device)
-        self.nats(self.model, batch, self.cfg.num_loops > 0)
+        self.nats(self.model, batch, self.cfg.looped)
 
     @torch.no_grad()
     def score(self, val: ValidationStream, ledger: Ledger, stride: int) -> float:
@@ -2758,7 +2824,7 @@ class Scorer:
         mine = buffers[self.ranks.rank::self.ranks.world]
         for i, buffer in enumerate(mine):
             batch, places, targets = window_batch(val, buffer, self.cfg)
-            nats = self.nats(self.model, to_device(batch, self.ranks.device), self.cfg.num_loops > 0)
+            nats = self.nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped)
             ledger.write(targets, nats[torch.from_numpy(places).to(nats.device)].double().cpu().numpy())
             if time.perf_counter() - shown > 5:
                 shown = time.perf_counter()
@@ -2788,19 +2854,18 @@ def plan_segments(documents: int, cfg: Config) -> list[Segment]:
 
 
 def chunk_ends(longest: int, cfg: Config) -> list[int]:
-    """Ends of the chunks up to ``longest`` positions: TTT_CHUNKS in order, its last size repeated. A function of position, never of a document's length."""
-    sizes = [int(size) for size in cfg.ttt_chunks.split(",")]
-    ends = list(np.cumsum(sizes))
+    """Ends of the chunks that cover ``longest`` positions: TTT_CHUNKS in order, its last size repeated. A function of position, never of a document's length."""
+    sizes, ends = [int(size) for size in cfg.ttt_chunks.split(",")], [0]
     while ends[-1] < longest:
-        ends.append(ends[-1] + sizes[-1])
-    return [int(e) for e in ends if e - longest < sizes[-1] or e <= longest]
+        ends.append(ends[-1] + sizes[min(len(ends), len(sizes)) - 1])
+    return ends[1:]
 
 
 class KVBuffer:
     """Keys and values of the latest tokens of every row, by visit, oldest first; at most ``context`` of them are ever read."""
 
     def __init__(self, model: GPT, rows: int, context: int):
-        shape = (len(model.schedules[model.cfg.num_loops > 0]), rows, 2 * context, model.cfg.num_kv_heads, model.head_dim)
+        shape = (len(model.schedules[model.cfg.looped]), rows, 2 * context, model.cfg.num_kv_heads, model.head_dim)
         self.context, self.end = context, 0
         self.keys, self.values = (torch.empty(shape, dtype=model.dtype, device=model.tok_emb.device) for _ in range(2))
 
@@ -2894,7 +2959,7 @@ class DocumentTTT:
         offset = begin - back if cached else 0
         seq = Seq(self.offsets(rows, width), self.offsets(rows, width + older), width, width + older,
                   torch.arange(offset, offset + width, dtype=torch.int32, device=self.device).repeat(rows))
-        arguments = dict(looped=self.cfg.num_loops > 0, lora=self.lora)
+        arguments = dict(looped=self.cfg.looped, lora=self.lora)
         if cached:
             last = F.embedding(self.gather(index[:, :1]), self.model.tok_emb).to(self.model.dtype)
             hidden, fresh = self.model.trunk(tokens, seq, **arguments, cache=Cache(*self.buffer.read(older, back + held), last))
@@ -2972,7 +3037,7 @@ class TestTimeTraining:
         self.model.requires_grad_(True)
         parameters = list(self.model.parameters())
         momentum = [torch.zeros_like(p) for p in parameters]
-        starts = list(range(0, end - chunk + 1, chunk)) * cfg.global_ttt_epochs
+        starts = list(range(0, end, chunk)) * cfg.global_ttt_epochs
         begun = time.perf_counter()
         for i, at in enumerate(starts):
             self.sgd_gradient(at, min(chunk, end - at))
@@ -3001,7 +3066,7 @@ class TestTimeTraining:
             starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
             starts = starts if len(starts) and starts[0] == 0 else np.insert(starts, 0, 0)
             batch = to_device(pack(tokens, starts, width, width, "val", width), self.ranks.device)
-            self.loss(self.model, batch, count, self.cfg.num_loops > 0).backward()
+            self.loss(self.model, batch, count, self.cfg.looped).backward()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3024,22 +3089,38 @@ exec(compile(s,__file__,"exec"))
 
 def strip_source(source: str) -> str:
     """The source without comments, docstrings and blank lines; names, annotations and layout stay, since Triton and torch read them."""
-    drop = set()
+    lines, drop, inside = source.split("\n"), set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
-            drop.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    lines = source.splitlines()
+            doc = node.body[0]
+            alone = not lines[doc.lineno - 1][:doc.col_offset].strip() and node.body[1].lineno > doc.end_lineno
+            drop.update(range(doc.lineno, doc.end_lineno + 1) if alone else ())
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, col = token.start
         if token.type == tokenize.COMMENT:
-            row, col = token.start
-            lines[row - 1] = lines[row - 1][:col]
-    return "\n".join(line.rstrip() for number, line in enumerate(lines, 1) if number not in drop and line.strip()) + "\n"
+            lines[row - 1] = lines[row - 1][:col].rstrip()
+        elif token.end[0] > row and token.type not in (tokenize.NEWLINE, tokenize.NL):
+            inside.update(range(row, token.end[0] + 1))                 # a string of several lines stays to the letter
+    kept = [line if number in inside else line.rstrip() for number, line in enumerate(lines, 1) if number not in drop and (number in inside or line.strip())]
+    return "\n".join(kept) + "\n"
+
+
+def without_docstrings(source: str) -> str:
+    """The syntax tree as text, docstrings left out."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
-    payload = lzma.compress(strip_source(source).encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters).decode("latin-1")
+    stripped = strip_source(source)
+    if without_docstrings(source) != without_docstrings(stripped):      # a string with a blank line or a trailing space in it
+        raise RuntimeError("stripping comments would change the program")
+    payload = lzma.compress(stripped.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters).decode("latin-1")
     for char, escape in (("\\", "\\\\"), ("\r", "\\r"), ("\n", "\\n"), ("\0", "\\x00"), ('"', '\\"')):
         payload = payload.replace(char, escape)
     return (BOOTSTRAP % payload).encode("latin-1")
@@ -3049,10 +3130,12 @@ def unpack_script(path: Path) -> str:
     """The source inside a packed script, without running it."""
     if not path.is_file():
         raise UserError(f"--unpack {path}: no such file")
-    found = re.search(r's=lzma\.decompress\("(.*)"\.encode\("latin-1"\)\)\n', path.read_bytes().decode("latin-1"))
-    if not found:
-        raise UserError(f"--unpack {path}: not a script packed by train_gpt.py")
-    return lzma.decompress(ast.literal_eval(f'"{found[1]}"').encode("latin-1")).decode()
+    head, tail = (re.escape(part) for part in BOOTSTRAP.split("%s"))
+    found = re.fullmatch(f"{head}(.*){tail}", path.read_bytes().decode("latin-1"))
+    try:
+        return lzma.decompress(ast.literal_eval(f'"{found[1]}"').encode("latin-1")).decode()
+    except (TypeError, ValueError, SyntaxError, lzma.LZMAError):
+        raise UserError(f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3067,23 +3150,27 @@ class Run:
         self.folder = artifact_folder(cfg)
         self.ranks = Ranks(cfg)
         if self.ranks.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        name = "eval.log" if cfg.ttt_eval_only else "train.log"
-        self.log = Log(self.folder / name if self.ranks.main else None, "a" if cfg.quantize_only else "w")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise UserError(f"ARTIFACT_DIR={self.folder}: cannot be made ({e.strerror}); name another folder") from None
+        self.log = Log(self.ranks)
         self.phases, self.verdicts = Phases(self.ranks, self.log), Verdicts()
         self.result = {"bpb": {}, "bytes": {}}
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high")
-        with self.phases("setup"):
+        with self.phases("read"):
             self.val = ValidationStream(cfg)
             self.data = describe_data(cfg, self.val)
+        with self.phases("setup"):
             self.attention = choose_attention(cfg, self.ranks.device)
         self.header()
 
     def header(self):
         cfg, log = self.cfg, self.log
         self.environment = {
-            "hardware": f"{self.ranks.world} x {torch.cuda.get_device_name()}" if self.ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)",
+            "hardware": (f"{self.ranks.world} x {torch.cuda.get_device_name()}" if self.ranks.device.type == "cuda"
+                         else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__},
             "source_sha256": hashlib.sha256(SOURCE.encode()).hexdigest(),
             "settings_sha256": cfg.sha256(), "attention": self.attention}
@@ -3114,25 +3201,43 @@ def artifact_folder(cfg: Config) -> Path:
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
     cfg = run.cfg
-    probe = {"q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8), "q.0.step": np.arange(64, dtype=np.int16), "r": np.ones(3, np.float16)}
-    path = run.folder / "preflight.bin"
     if run.ranks.main:
+        probe = {"q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8), "q.0.step": np.arange(64, dtype=np.int16), "r": np.ones(3, np.float16)}
+        path = run.folder / f"preflight{os.getpid()}.bin"
         save_artifact(path, probe, {"settings": cfg.settings()})
         loaded, _ = load_artifact(path)
         path.unlink()
         if any((loaded[k] != probe[k]).any() for k in probe):
             raise RuntimeError("the artifact codec does not reproduce its input")
-        pack_script(SOURCE)
-        need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
-        free = shutil.disk_usage(run.folder).free
-        if free < need:
-            raise UserError(f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
+        check_outputs(run)
     if not cfg.ttt_eval_only and not cfg.quantize_only:
         stream = TrainStream(cfg)
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
         run.log(f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), {micro_batches} micro-batch(es) a step")
         if micro_batches < run.ranks.world:
             run.log(f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
+
+
+def check_outputs(run: Run):
+    """Room for what will be written, a place for the ledger, and no running script in the way."""
+    cfg = run.cfg
+    if cfg.ledger_path:
+        with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
+            f.write(b"")
+    if cfg.ttt_eval_only:
+        return
+    if not may_write_script(run.folder / "train_gpt.py", pack_script(SOURCE)):
+        raise UserError(f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
+    need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
+    free = shutil.disk_usage(run.folder).free
+    if free < need:
+        raise UserError(f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
+
+
+def may_write_script(path: Path, packed: bytes) -> bool:
+    """The running file is never overwritten, unless by the very same bytes: a packed script that trains in its own folder."""
+    running = Path(globals().get("PACKED_PATH", __file__))
+    return not (path.exists() and path.samefile(running)) or path.read_bytes() == packed
 
 
 def train(run: Run, model: GPT):
@@ -3147,21 +3252,26 @@ def train(run: Run, model: GPT):
         run.result["training"] = trainer.run()
     with run.phases("write"):
         if run.ranks.main:
-            meta = {"settings": run.cfg.settings(), "training": run.result["training"], "seconds": run.phases.seconds}
+            meta = {"settings": run.cfg.settings(), "training": run.result["training"], "seconds": {k: run.phases.seconds[k] for k in ("warmup", "steps")}}
             with whole_file(run.folder / "trained.npz") as f:
                 np.savez(f, meta=np.array(json.dumps(meta)), **{n: p.detach().cpu().numpy() for n, p in model.named_parameters()})
 
 
-def load_trained(run: Run, model: GPT):
-    path = run.folder / "trained.npz"
+def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Weights (fp32) and meta of trained.npz."""
     try:
         arrays = dict(np.load(path))
-        meta = json.loads(str(arrays.pop("meta")))
+        return arrays, json.loads(str(arrays.pop("meta")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: cannot be read ({e}); train again") from None
+        raise UserError(f"{path}: cannot be read ({e}); train again, or set ARTIFACT_DIR to the folder that holds it") from None
+
+
+def load_trained(run: Run, model: GPT):
+    path = run.folder / "trained.npz"
+    arrays, meta = read_trained(path)
     load_state(model, {n: torch.from_numpy(a) for n, a in arrays.items()}, path)
     run.result["training"] = meta["training"]
-    run.phases.seconds.update({k: v for k, v in meta["seconds"].items() if k in ("steps", "warmup")})
+    run.phases.seconds.update(meta["seconds"])
 
 
 def diagnose(run: Run, model: GPT, name: str):
@@ -3172,29 +3282,34 @@ def diagnose(run: Run, model: GPT, name: str):
 
 
 def write_artifact(run: Run, model: GPT):
-    """Calibrate, quantise, and write model.bin and the packed train_gpt.py."""
-    cfg = run.cfg
+    """Calibrate, quantise, and write model.bin and the packed train_gpt.py; steps widen until the two fit under the cap."""
+    cfg, packed = run.cfg, pack_script(SOURCE)
     with run.phases("calibrate"):
         hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
-    with run.phases("quantize"):
-        arrays = quantize(model, hessians, cfg, run.ranks)
+    weights, room, widen = sum(p.numel() for p in model.parameters()), cfg.artifact_cap - cfg.artifact_margin - len(packed), 1.0
+    for _ in range(12):
+        with run.phases("quantize"):
+            arrays = quantize(model, hessians, cfg, run.ranks, widen)
+        with run.phases("write"):
+            data = encode_artifact(arrays, {"settings": cfg.settings()}) if run.ranks.main else b""
+            excess = int(run.ranks.broadcast_(torch.tensor([len(data) - room]))[0])
+        if excess <= 0:
+            break
+        widen *= 2 ** (8 * excess / weights) * 1.002                    # a step 2**x times as wide saves x bits a weight
+        run.log(f"{excess:,} bytes too many: all quantiser steps widen to {widen:.4f} times their settings")
+    else:
+        raise UserError(f"ARTIFACT_CAP={cfg.artifact_cap}: the model does not fit with any step; shrink the model or raise the cap")
     with run.phases("write"):
         if run.ranks.main:
-            save_artifact(run.folder / "model.bin", arrays, {"settings": cfg.settings(), "training": run.result["training"], "seconds": run.phases.seconds})
-            write_script(run.folder / "train_gpt.py", pack_script(SOURCE))
+            with whole_file(run.folder / "model.bin") as f:
+                f.write(data)
+            script = run.folder / "train_gpt.py"
+            if not (script.exists() and script.read_bytes() == packed):
+                with whole_file(script) as f:
+                    f.write(packed)
     run.ranks.barrier()
+    run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
     run.log("seconds: " + ", ".join(f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")))
-
-
-def write_script(path: Path, packed: bytes):
-    """The running file is never overwritten: a packed script in its own folder already is what it would write."""
-    running = globals().get("PACKED_PATH", __file__)
-    if path.exists() and path.samefile(running):
-        if path.read_bytes() != packed:
-            raise UserError(f"ARTIFACT_DIR={path.parent}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
-        return
-    with whole_file(path) as f:
-        f.write(packed)
 
 
 def score_artifact(run: Run, model: GPT):
@@ -3203,9 +3318,9 @@ def score_artifact(run: Run, model: GPT):
     with run.phases("load"):
         arrays, meta = load_artifact(path)
         load_state(model, dequantize(arrays), path)
-    run.result.setdefault("training", meta["training"])
-    for phase, seconds in meta["seconds"].items():
-        run.phases.seconds.setdefault(phase, seconds)
+    others = sorted(k.upper() for k, v in cfg.settings().items() if v != meta["settings"].get(k))
+    if others:
+        run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     ledger = run.ledger("quantized")
     if cfg.ttt_enabled:
         diagnose(run, model, "quantized")
@@ -3221,7 +3336,7 @@ def score_artifact(run: Run, model: GPT):
     run.log(f"{ledger.name}: {run.result['bpb'][ledger.name]:.5f} BPB")
     run.headline = ledger.name
     if cfg.ledger_path and run.ranks.main:
-        with whole_file(Path(cfg.ledger_path)) as f:
+        with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
             np.save(f, ledger.nats)
         run.log(f"ledger written to {cfg.ledger_path}")
 
@@ -3235,9 +3350,10 @@ def finish(run: Run):
     run.verdicts.set("bytes", "PASS" if total <= cfg.artifact_cap else "FAIL", f"{total:,} of {cfg.artifact_cap:,} bytes")
     limit = cfg.max_wallclock_seconds
     train_s, eval_s = phases.budget("train"), phases.budget("eval")
-    if limit:
+    if limit and not cfg.ttt_eval_only:
         run.verdicts.set("train_budget", "PASS" if train_s < limit else "FAIL", f"{train_s:.1f} of {limit:.0f} s: steps, calibration, quantisation")
-        run.verdicts.set("eval_budget", "PASS" if eval_s < limit else "FAIL", f"{eval_s:.1f} of {limit:.0f} s: load, compile, score")
+    if limit:
+        run.verdicts.set("eval_budget", "PASS" if eval_s < limit else "FAIL", f"{eval_s:.1f} of {limit:.0f} s: read, load, compile, score")
     failed = run.verdicts.failed()
     if not failed:
         result["val_bpb"] = result["bpb"][run.headline]
@@ -3259,6 +3375,21 @@ def finish(run: Run):
             else f"no val_bpb: {', '.join(failed)} failed")
 
 
+def configure(env) -> Config:
+    """Settings from the environment; where a run continues from a file, that file's settings stand where the environment says nothing."""
+    cfg, stored, path = Config.from_env(env, check=False), {}, None
+    if cfg.ttt_eval_only:
+        path = artifact_folder(cfg) / "model.bin"
+        stored = read_artifact(path)[0]["meta"]["settings"]
+    elif cfg.quantize_only:
+        path = artifact_folder(cfg) / "trained.npz"
+        stored = read_trained(path)[1]["settings"]
+    unknown = sorted(set(stored) - set(cfg.settings()))
+    if unknown:
+        raise UserError(f"{path}: holds settings this script does not know ({', '.join(unknown)}); use the train_gpt.py that was packed with it")
+    return Config.from_env(env, stored)
+
+
 def execute(cfg: Config):
     """One mode from beginning to end."""
     run = Run(cfg)
@@ -3266,6 +3397,7 @@ def execute(cfg: Config):
         preflight(run)
         if cfg.check_only:
             return
+        run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
         model = run.new_model()
         if not cfg.ttt_eval_only:
             (load_trained if cfg.quantize_only else train)(run, model)
@@ -3288,13 +3420,13 @@ def main(argv: list[str]) -> int:
             return 0
         if argv:
             raise UserError(f"{argv[0]}: not an option; settings are environment variables (--help)")
-        cfg = Config.from_env(os.environ)
-        if cfg.ttt_eval_only:
-            cfg = Config.from_env(os.environ, stored=load_artifact(artifact_folder(cfg) / "model.bin")[1]["settings"])
-        execute(cfg)
+        execute(configure(os.environ))
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {e.filename or 'a file'}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -3302,5 +3434,3 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
-
-

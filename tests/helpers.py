@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import torch._dynamo  # noqa: F401  (2 s that forked children would each spend)
 
@@ -51,9 +50,6 @@ def ranks(cfg=None) -> "train_gpt.Ranks":
     return train_gpt.Ranks(cfg or config())
 
 
-def known(table: dict[str, str], names) -> list:
-    """Parameters of a test; those in the table (name -> what is wrong) are expected to fail, and fail the suite once they do not."""
-    return [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=table[str(name)])) if str(name) in table else name for name in names]
 
 
 class Silent(train_gpt.Log):

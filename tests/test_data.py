@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import BOS, RUN, VOCAB, base_run, config, data, encode, known, main, own_data, processor, spawn, tokenizer, write_shard
+from helpers import BOS, RUN, VOCAB, base_run, config, data, encode, main, own_data, processor, spawn, tokenizer, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +63,7 @@ def remove(*patterns: str):
 
 TRAIN, VAL, SIDECAR = "fineweb_train_000000.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"
 DAMAGE = {
-    "no train shards": (remove("fineweb_train_*"), ("DATA_PATH", "fineweb_train_*.bin", "prepare_data.py")),
+    "no train shards": (remove("fineweb_train_*"), ("fineweb_train_000000.bin", "manifest.json", "prepare")),
     "no validation shards, only the sidecar": (remove("fineweb_val_0*"), ("DATA_PATH", "fineweb_val_*.bin")),
     "train shard truncated": (cut(TRAIN, 3000), (TRAIN, "3000", "truncated")),
     "second train shard truncated": (cut("fineweb_train_000001.bin", 1500), ("fineweb_train_000001.bin", "truncated")),
@@ -84,7 +84,7 @@ DAMAGE = {
     "train token of the second shard outside the vocabulary": (edit("fineweb_train_000001.bin", put(-1, 65535)), ("fineweb_train_000001.bin", "65535", "VOCAB_SIZE")),
     "validation token outside the vocabulary": (edit("fineweb_val_000001.bin", put(-1, VOCAB + 7)), (str(VOCAB + 7), "VOCAB_SIZE")),
     "sidecar too short": (edit(SIDECAR, lambda v: v[:-1]), ("sidecar",)),
-    "sidecar too long": (edit(SIDECAR, lambda v: np.append(v, 1)), ("sidecar",)),
+    "sidecar too long": (edit("fineweb_val_bytes_000001.bin", lambda v: np.append(v, 0)), ("sidecar",)),
     "sidecar counts BOS": (edit(SIDECAR, put(0, 1)), ("sidecar", "BOS")),
     "sidecar of other bytes": (edit(SIDECAR, lambda v: np.where(v == v.max(), v + 1, v)), ("manifest.json", "bytes")),
     "sidecar of no bytes": (lambda f: ([edit(f"fineweb_val_bytes_00000{i}.bin", lambda v: v * 0)(f) for i in (0, 1)], (f / "manifest.json").unlink()), ("bytes",)),
@@ -99,19 +99,8 @@ DAMAGE = {
     "validation shard altered, counts kept": (edit(VAL, put(5, 77)), (VAL, "manifest.json")),
     "training shard of another length": (edit(TRAIN, lambda v: np.append(v, 5)), (TRAIN, "manifest.json")),
 }
-WRONG = {
-    "shard is a folder": "IsADirectoryError from np.fromfile",
-    "train token of the second shard outside the vocabulary": "only the first 2**20 tokens are checked, and the first shard is named whichever holds the token",
-    "sidecar of no bytes": "accepted; the BPB divides by zero after training",
-    "manifest of another BOS": "manifest's bos_id is not compared",
-    "manifest is not JSON": "JSONDecodeError",
-    "manifest is empty": "KeyError",
-    "validation shard altered, counts kept": "the manifest's SHA-256 of the validation shards are not compared",
-    "training shard of another length": "the manifest's token counts of the training shards are not compared",
-}
 
-
-@pytest.mark.parametrize("name", known(WRONG, DAMAGE))
+@pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_data_is_refused(name, tmp_path):
     damage, names = DAMAGE[name]
     folder = own_data(tmp_path / "data")
@@ -136,7 +125,6 @@ def test_a_real_process_prints_one_line_and_exits_with_2(tmp_path):
     refusal(spawn(CHECK, tmp_path / "out", data_path=tmp_path / "nowhere"), "DATA_PATH")
 
 
-@pytest.mark.xfail(strict=True, reason="the log of an earlier run is opened with mode w before anything is checked, by CHECK_ONLY too")
 def test_a_failed_check_loses_nothing(tmp_path):
     """A run's folder is as it was after a refused run, and after a successful check: the log of the run included."""
     shutil.copytree(base_run(), tmp_path / "out")
@@ -159,7 +147,6 @@ def test_validation_shards_are_not_mixed_with_the_sidecar():
     assert (val.starts == np.flatnonzero(tokens == BOS)).all()
 
 
-@pytest.mark.xfail(strict=True, reason="sidecars are globbed without the digits that find_shards asks for")
 def test_files_that_are_no_shards_are_left_alone(tmp_path):
     folder = own_data(tmp_path / "data")
     for name in ("fineweb_val_bytes_x.bin", "fineweb_train_old.bin", "fineweb_val_000000.bin.part", "notes.txt"):
@@ -225,7 +212,6 @@ def test_stripping_tokenizer_bytes(tmp_path):
         assert part.sum() == len(text.strip().encode()), repr(text)
 
 
-@pytest.mark.xfail(strict=True, reason="a marker inside a piece counts its 3 UTF-8 bytes, not the one of the space it stands for")
 def test_pieces_with_spaces_inside(tmp_path):
     """Pieces that span words hold spaces that are not at their beginning: one byte each, not the three of SentencePiece's marker."""
     model = tokenizer(lines=("the of and river stone", "quietly home again said nothing", "of the of the of the", "北京 the naive zebra under over light maybe") * 20,
@@ -237,7 +223,6 @@ def test_pieces_with_spaces_inside(tmp_path):
         assert part.sum() == len(text.encode()), repr(text)
 
 
-@pytest.mark.xfail(strict=True, reason="the first space of a document is dropped though the tokenizer adds none")
 def test_a_tokenizer_without_a_dummy_prefix(tmp_path):
     """It adds no space of its own, so a space that opens a document is the document's."""
     model = tokenizer(add_dummy_prefix=False)
@@ -255,7 +240,6 @@ def test_tokenizer_of_another_size(tmp_path):
     refusal(main(CHECK, tmp_path / "out", folder), "TOKENIZER_PATH", "tokenizer.model")
 
 
-@pytest.mark.xfail(strict=True, reason="RuntimeError from sentencepiece")
 def test_a_damaged_tokenizer(tmp_path):
     folder = own_data(tmp_path / "data")
     remove("fineweb_val_bytes_*", "manifest.json")(folder)

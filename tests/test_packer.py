@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, RUN, base_run, clean_environ, environment, known, main, result
+from helpers import ROOT, RUN, base_run, clean_environ, environment, main, result
 
 import train_gpt
 from train_gpt import UserError, pack_script, strip_source, unpack_script
@@ -62,12 +62,7 @@ HOSTILE = {
 }
 
 
-INSIDE = "strip_source edits lines inside string literals; train_gpt.py has none that it would change"
-ONE_LINE = "strip_source drops whole lines; train_gpt.py has no docstring with code beside it"
-
-
-@pytest.mark.parametrize("name", known({"blank lines in a string": INSIDE, "trailing blanks in a string": INSIDE, "unusual white space": INSIDE,
-                                        "docstring and body on one line": ONE_LINE, "docstring then semicolon": ONE_LINE}, HOSTILE))
+@pytest.mark.parametrize("name", HOSTILE)
 def test_stripping_keeps_any_program(name):
     stripped = strip_source(HOSTILE[name])
     assert bare(stripped) == bare(HOSTILE[name]) and strip_source(stripped) == stripped
@@ -82,7 +77,7 @@ def test_unpack_prints_what_packs_to_the_shipped_bytes():
 NOT_PACKED = {"nothing.py": None, "other.py": "print(1)\n", "train_gpt.py": SOURCE, "broken.py": 's=lzma.decompress("abc".encode("latin-1"))\n', "empty.py": ""}
 
 
-@pytest.mark.parametrize("name", known(dict.fromkeys(("train_gpt.py", "broken.py"), "LZMAError: the pattern also matches BOOTSTRAP in the unpacked script"), NOT_PACKED))
+@pytest.mark.parametrize("name", NOT_PACKED)
 def test_unpack_refuses_what_is_not_packed(name, tmp_path):
     if NOT_PACKED[name] is not None:
         (tmp_path / name).write_text(NOT_PACKED[name])
@@ -188,7 +183,6 @@ def test_the_total_is_the_size_of_the_two_files():
     assert result(base_run())["bytes"] == {**sizes, "total": sum(sizes.values())}
 
 
-@pytest.mark.xfail(strict=True, reason="noticed by write_script only after training")
 def test_the_running_script_is_never_overwritten(tmp_path, monkeypatch):
     """ARTIFACT_DIR is the folder of the unpacked script: refused before training, by a line that names the setting, the file as it was."""
     shutil.copy(ROOT / "train_gpt.py", tmp_path)
@@ -227,6 +221,21 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path):
             f.write(b"new")
             sys.exit(143)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["model.bin"]
+
+
+def test_a_new_file_never_touches_the_old_one(tmp_path):
+    """It appears by rename: another name of the old file still holds the old bytes."""
+    path, other = tmp_path / "model.bin", tmp_path / "other_name"
+    train_gpt.save_artifact(path, {"x": np.zeros(3, np.float16)}, {"version": 1})
+    os.link(path, other)
+    old = path.read_bytes()
+    train_gpt.save_artifact(path, {"x": np.ones(3, np.float16)}, {"version": 2})
+    assert other.read_bytes() == old != path.read_bytes()
+    with train_gpt.whole_file(path) as f:
+        f.write(b"third")
+        f.flush()
+        assert train_gpt.load_artifact(path)[1] == {"version": 2}
+    assert path.read_bytes() == b"third" and other.read_bytes() == old
 
 
 def write_for_ever(path: Path, versions, slow: bool):

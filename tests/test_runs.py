@@ -83,7 +83,6 @@ def test_over_the_cap_is_a_fail_and_no_headline(tmp_path):
         assert found["verdicts"]["bytes"]["verdict"] == "FAIL" and "val_bpb" not in found
 
 
-@pytest.mark.xfail(strict=True, reason="not there yet: the run ends over its cap")
 def test_shrink_to_fit(tmp_path):
     """A run that would end a little over its cap widens the quantiser's step until it fits."""
     cap = result(base_run())["bytes"]["total"] - 2000
@@ -106,7 +105,6 @@ def test_check_only_reads_no_more_than_it_must(tmp_path, monkeypatch):
     main({**RUN, "check_only": True}, tmp_path).ok()
 
 
-@pytest.mark.xfail(strict=True, reason="model.bin holds wall-clock seconds")
 def test_quantize_only_gives_the_same_artifact(tmp_path):
     copy(tmp_path, "trained.npz")
     main({**RUN, "quantize_only": True}, tmp_path).ok()
@@ -130,7 +128,7 @@ def test_eval_only_gives_the_same_scores(tmp_path):
     copy(tmp_path, "model.bin", "train_gpt.py")
     main({"ttt_eval_only": True, "ledger_path": tmp_path / "ledger.npy"}, tmp_path).ok()
     found, ran = result(tmp_path, "eval_result.json"), result(base_run())
-    assert found["val_bpb"] == ran["val_bpb"] and found["settings_sha256"] == ran["settings_sha256"] and found["training"] == ran["training"]
+    assert found["val_bpb"] == ran["val_bpb"] and found["settings_sha256"] == ran["settings_sha256"] and "training" not in found
     assert np.array_equal(np.load(tmp_path / "ledger.npy"), np.load(scratch() / "base_ledger.npy"))
     assert not (tmp_path / "result.json").exists()
 
@@ -175,7 +173,7 @@ def test_eval_only_of_damaged_artifacts(tmp_path):
 FIRST = "the settings are validated beside the defaults before the artifact's are read"
 
 
-@pytest.mark.parametrize("setting, value", (pytest.param("model_dim", 64, marks=pytest.mark.xfail(strict=True, reason=FIRST)),
+@pytest.mark.parametrize("setting, value", (("model_dim", 64),
                                             ("num_layers", 6), ("mlp_mult", 3.0), ("smear_gate_enabled", False), ("skip_gates_enabled", False),
                                             ("num_kv_heads", 4)))
 def test_eval_only_with_settings_that_do_not_fit(setting, value, tmp_path):
@@ -183,7 +181,6 @@ def test_eval_only_with_settings_that_do_not_fit(setting, value, tmp_path):
     refusal(main({"ttt_eval_only": True, setting: value}, tmp_path), "model.bin", "settings")
 
 
-@pytest.mark.xfail(strict=True, reason="TypeError: Config got an unexpected keyword")
 def test_an_artifact_of_another_version(tmp_path):
     """Settings that this script does not know are one line too, not a TypeError."""
     arrays, meta = train_gpt.load_artifact(base_run() / "model.bin")
@@ -192,7 +189,6 @@ def test_an_artifact_of_another_version(tmp_path):
     refusal(main({"ttt_eval_only": True}, tmp_path), "model.bin")
 
 
-@pytest.mark.xfail(strict=True, reason=FIRST)
 def test_eval_only_settings_are_judged_with_the_artifact_s(tmp_path):
     """VAL_BATCH_TOKENS=96 is too small beside the default EVAL_SEQ_LEN, but not beside the artifact's."""
     copy(tmp_path, "model.bin", "train_gpt.py")
@@ -222,14 +218,12 @@ def small_disk(folder: Path, options: str):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.xfail(strict=True, reason="OSError from mkdir")
 def test_artifact_dir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     refusal(main(RUN, tmp_path / "file"), "ARTIFACT_DIR")
     refusal(main(RUN, tmp_path / "file" / "out"), "ARTIFACT_DIR")
 
 
-@pytest.mark.xfail(strict=True, reason="OSError from opening the log")
 def test_a_read_only_disk(tmp_path):
     with small_disk(tmp_path / "disk", "size=1m") as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -259,7 +253,6 @@ def test_a_disk_that_fills_up_during_the_run(name, tmp_path, monkeypatch):
     assert (tmp_path / name).read_bytes() == before[name] and not list(tmp_path.glob("*.part*"))
 
 
-@pytest.mark.xfail(strict=True, reason="tried only when it is written, after the whole run, and the line names ARTIFACT_DIR")
 def test_an_impossible_ledger_path_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "train", lambda *_: pytest.fail("trained"))
     refusal(main({**RUN, "ledger_path": tmp_path / "nowhere" / "ledger.npy"}, tmp_path), "LEDGER_PATH")

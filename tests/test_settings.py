@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from helpers import ROOT, RUN, Silent, config, data, forked, known, main, ranks
+from helpers import ROOT, RUN, Silent, config, data, forked, main, ranks
 
 import train_gpt
 from train_gpt import Config, UserError
@@ -71,10 +71,7 @@ BAD = {"ITERATIONS": ("ten", "1.5", ""), "MATRIX_LR": ("fast", "nan"), "EMA_DECA
        "TRAIN_SEQ_SCHEDULE": ("1024", "1024@0.5", "a@b", "0@0.5,2048@1", "2048@nan"), "GPTQ_RESERVE_SECONDS": ("600",)}
 
 
-ACCEPTED = {"TRAIN_SEQ_SCHEDULE=0@0.5,2048@1": "accepted; division by zero in the first step", "TRAIN_SEQ_SCHEDULE=2048@nan": "accepted"}
-
-
-@pytest.mark.parametrize("setting", known(ACCEPTED, [f"{name}={text}" for name, texts in BAD.items() for text in texts]))
+@pytest.mark.parametrize("setting", [f"{name}={text}" for name, texts in BAD.items() for text in texts])
 def test_a_bad_value_is_one_line(setting, tmp_path):
     name, text = setting.split("=")
     out = main({name.lower(): text}, tmp_path)
@@ -136,15 +133,7 @@ def attempt_all(rank: int, world: int, name: str, path):
     path.write_text("\n".join(filter(None, wrong)))
 
 
-UNCHECKED = {
-    "seed": "above 64 bits: ValueError", "mlp_mult": "no hidden unit: ZeroDivisionError or RuntimeError", "train_seq_len": "negative: ValueError",
-    "beta1": "outside 0..1: ValueError of torch", "beta2": "outside 0..1: ValueError of torch", "adam_eps": "negative: ValueError of torch",
-    "logit_softcap": "0: not a number, RuntimeError after training",
-    "gptq_calibration_batches": "0: RuntimeError after training", "gptq_damping": "negative: RuntimeError after training", "eval_seq_len": "0: plan_windows never ends",
-}
-
-
-@pytest.mark.parametrize("name", known(UNCHECKED, EXTREMES))
+@pytest.mark.parametrize("name", EXTREMES)
 def test_an_extreme_value_works_or_is_refused_at_the_start(name, tmp_path):
     """Zero, negative and odd values of every number: a run or one line that names the setting, never an exception after minutes of training."""
     forked(attempt_all, 1, name, tmp_path / "wrong")
@@ -186,7 +175,6 @@ def sections() -> list[tuple[str, int, int]]:
     return [(title, start, end) for (title, start), end in zip(banners, ends)]
 
 
-@pytest.mark.xfail(strict=True, reason="Config.validate uses POLAR_EXPRESS and ADAPTER_KINDS, which stand below it")
 def test_sections_stand_in_dependency_order():
     """A section's code uses only names of its own or of sections above it."""
     tree, parts = ast.parse(SOURCE), sections()
@@ -203,7 +191,7 @@ def test_sections_stand_in_dependency_order():
 
 def test_the_environment_is_read_in_one_place():
     reads = [line for line in SOURCE.splitlines() if ("environ" in line or "getenv" in line) and not line.lstrip().startswith(("#", '"'))]
-    assert all("Config.from_env(os.environ" in line or "environment" in line for line in reads), reads
+    assert all("configure(os.environ)" in line or "environment" in line for line in reads), reads
 
 
 def test_functions_are_short_and_there_is_no_global():

@@ -164,6 +164,15 @@ def train(args: argparse.Namespace) -> list[Row]:
     return [Row(mode, variant, seconds, ratio, tokens / 1e6, "Mtok/s") for mode, variant, seconds, ratio, tokens in measure(args.public, args.public_settings, args.steps)]
 
 
+@bench("protocol", ("runs", {"nargs": "+", "type": Path, "metavar": "RUN_DIR", "help": "folder with a trained.npz"}))
+def protocol(args: argparse.Namespace) -> list[Row]:
+    """BPB of trained weights in the windows of #1855's own diagnostic, which cuts the stream every 65,536 tokens and drops its last batch."""
+    from bench_train import published_protocol
+    for folder in args.runs:
+        print(published_protocol(folder))
+    return []
+
+
 @bench("kernels")
 def kernels(args: argparse.Namespace) -> list[Row]:
     """Each Triton kernel at the shapes of a training step, beside its compiled reference and its floor; needs a Hopper GPU."""
@@ -182,6 +191,8 @@ def main() -> None:
             command.add_argument(flag, **keywords)
     args = parser.parse_args()
     rows = BENCHES[args.command][0](args)
+    if not rows:
+        return
     print(f"{args.command} on {platform.machine()}, Python {platform.python_version()}")
     print_table(rows)
     if args.json:

@@ -3,7 +3,7 @@
 Medians of CUDA-event times on random data. Each timed call is queued behind a sleeping kernel, so that launches are not part of it. Floors
 use the rates measured here first: device copy for bytes, an 8,192-cubed bf16 product for FLOPs.
 """
-# ruff: noqa: B023  (timed() calls its function at once)
+
 import statistics
 
 import torch

@@ -1,5 +1,6 @@
 """`bench.py train`: step time and loss of our script and of a public one (#1855) beside it, from the same weights on the same batches, on one GPU."""
 import importlib.util
+import math
 import os
 import statistics
 import sys
@@ -7,6 +8,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train_gpt as ours
@@ -135,7 +137,8 @@ def measure(public_path: Path | None, public_settings: Path | None, steps: int):
     backend = ours.choose_attention(cfg, ranks.device)
     public = import_public(public_path.resolve(), public_settings, backend) if public_path else None
     stream = ours.TrainStream(cfg)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, attention {backend}, {cfg.train_batch_tokens:,} tokens a step in micro-batches of {cfg.micro_batch_tokens:,}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, attention {backend}, "
+          f"{cfg.train_batch_tokens:,} tokens a step in micro-batches of {cfg.micro_batch_tokens:,}")
     for looped in (False, True):
         mode = "looped" if looped else "plain"
         sides, losses, seconds, first = side_by_side(cfg, ranks, backend, stream, public, looped, steps)
@@ -147,3 +150,26 @@ def measure(public_path: Path | None, public_settings: Path | None, steps: int):
             print_losses(mode, losses)
         del sides
         torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def published_protocol(folder: Path) -> str:
+    """BPB of a run's trained weights as #1855's own diagnostic counts it, one line.
+
+    Its buffers of 65,536 tokens cut documents once more, and its last, incomplete batch is dropped.
+    """
+    arrays, meta = ours.read_trained(folder / "trained.npz")
+    cfg = ours.Config.from_env(os.environ, stored=meta["settings"])
+    ranks = ours.Ranks(cfg)
+    torch.set_float32_matmul_precision("high")
+    val = ours.ValidationStream(cfg)
+    model = ours.GPT(cfg, ours.choose_attention(cfg, ranks.device), torch.bfloat16 if ranks.device.type == "cuda" else torch.float32).to(ranks.device)
+    ours.load_state(model, {name: torch.from_numpy(a) for name, a in arrays.items()}, folder)
+    limit, nats = val.targets // 65536 * 65536, np.full(val.targets, np.nan)
+    starts = np.unique(np.concatenate([val.starts[val.starts < limit], np.arange(0, limit, 65536)]))
+    for buffer in ours.pack_windows(ours.plan_windows(starts, limit, cfg.eval_seq_len, cfg.eval_seq_len), cfg.val_batch_tokens):
+        batch, places, targets = ours.window_batch(val, buffer, cfg)
+        scores = ours.batch_nats(model, ours.to_device(batch, ranks.device), cfg.looped)
+        nats[targets] = scores[torch.from_numpy(places).to(scores.device)].double().cpu().numpy()
+    bpb = nats[:limit].sum() / math.log(2) / val.target_bytes[:limit].sum(dtype=np.int64)
+    return f"{folder}: {bpb:.5f} BPB on {limit:,} of {val.targets:,} targets"

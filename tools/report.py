@@ -376,7 +376,8 @@ def plot_stages(runs: list[Run], axis) -> None:
         values = [run.stages.get(stage, math.nan) for stage in stages]
         axis.plot(range(len(stages)), values, color=colour, marker="o", linewidth=1.8, zorder=3, label=run.folder.name)
         for x, value in enumerate(values if len(runs) == 1 else ()):
-            axis.annotate(f"{value:.4f}", (x, value), xytext=(0, 8), textcoords="offset points", ha="center", fontweight="bold", color=colour)
+            axis.annotate(f"{value:.4f}", (x, value), xytext=(0, 8), textcoords="offset points", ha="center", fontweight="bold", color=colour,
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0})
     for name, value in (runs[0].baselines or {"bpb": {}})["bpb"].items():
         if name != "token unigram":                                 # far above the rest: it would flatten them
             axis.axhline(value, color=QUIET, linestyle="--", linewidth=1)

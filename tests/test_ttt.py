@@ -1,0 +1,721 @@
+"""Test-time training: the score of a token depends on earlier segments and its own prefix, whatever the batch, the ranks and the later tokens; and it learns what it says."""
+import dataclasses
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import BOS, RUN, TINY, Silent, config, data, forked, gpt, main, random_documents, ranks, result, scratch, spawn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import ADAPTER_KINDS, Cache, DocumentTTT, KVBuffer, Ledger, Seq, TestTimeTraining, Verdicts, chunk_ends, new_lora, plan_segments
+
+TestTimeTraining.__test__ = False                                       # not a test class, whatever its name begins with
+
+# Adaptation that is far above float noise; no phases unless a test asks for them.
+TTT = dict(TINY, ttt_eval_seq_len=128, ttt_chunks="4,4,8,16", ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.01, ttt_batch_size=4, phased_ttt_num_phases=0,
+           global_ttt_chunk_tokens=24, global_ttt_lr=0.01)
+MODES = {"uncached": dict(ttt_cache=False), "cached": dict(ttt_cache=True), "partial": dict(ttt_cache=True, ttt_backprop_tokens=6),
+         "unlimited": dict(ttt_cache=True, ttt_backprop_tokens=10 ** 6)}
+LENGTHS = [9, 40, 1, 30, 75, 2, 33, 1, 20]                              # the last document's last token is no input
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+class Stream:
+    """A validation stream in memory."""
+
+    def __init__(self, documents):
+        self.tokens = np.concatenate(documents).astype(np.uint16)
+        self.starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
+        self.targets = len(self.tokens) - 1
+        self.target_bytes = np.where(self.tokens == BOS, 0, self.tokens % 5 + 1).astype(np.uint16)[1:]
+
+    def ledger(self) -> Ledger:
+        return Ledger("test", self.target_bytes, Verdicts())
+
+    def of(self, i: int) -> slice:
+        """Targets that the tokens of document i predict."""
+        return slice(int(self.starts[i]), int([*self.starts[1:], self.targets][i]))
+
+
+def ttt_config(base: dict = TTT, **overrides):
+    return config(base, **overrides)
+
+
+def network(cfg):
+    """Random weights in every parameter; a small embedding, so that logits stay off the softcap and float noise stays small."""
+    model = gpt(cfg)
+    with torch.no_grad():
+        model.tok_emb.mul_(0.2)
+    return model
+
+
+def adapt(documents, cfg, model=None) -> np.ndarray:
+    """Nats of every target, float64."""
+    stream = Stream(documents)
+    ledger = stream.ledger()
+    bpb = TestTimeTraining(model or network(cfg), cfg, ranks(cfg), Silent(), stream, ledger).score()
+    assert bpb == pytest.approx(ledger.nats.sum() / math.log(2) / stream.target_bytes.sum(dtype=int))
+    return ledger.nats
+
+
+def largest(a, b) -> float:
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max())
+
+
+# ---- slow references ----
+
+def alone(tokens: torch.Tensor, position: int = 0) -> Seq:
+    cu = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    return Seq(cu, cu, len(tokens), len(tokens), torch.arange(position, position + len(tokens), dtype=torch.int32))
+
+
+def chunks_of(length: int, sizes: list[int]):
+    begin, i = 0, 0
+    while begin < length:
+        end = begin + sizes[min(i, len(sizes) - 1)]
+        yield begin, end
+        begin, i = end, i + 1
+
+
+def document(stream: Stream, i: int) -> torch.Tensor:
+    """Its tokens and one more, its last target."""
+    span = stream.of(i)
+    return torch.from_numpy(stream.tokens[span.start:span.stop + 1].astype(np.int64))
+
+
+@torch.no_grad()
+def plain_windows(model, tokens: torch.Tensor, cfg) -> tuple[np.ndarray, int]:
+    """Every chunk from one plain forward over at most TTT_EVAL_SEQ_LEN tokens that ends with it -> nats, and how many of them fill whole chunks."""
+    nats, whole, length = [], 0, len(tokens) - 1
+    for begin, end in chunks_of(length, [int(s) for s in cfg.ttt_chunks.split(",")]):
+        low, stop = max(0, end - cfg.ttt_eval_seq_len), min(end, length)
+        hidden = model.trunk(tokens[low:stop], alone(tokens[low:stop]), looped=True)
+        nats.append(model.nll(hidden[begin - low:], tokens[begin + 1:stop + 1]))
+        whole = end if end == stop else whole
+    return torch.cat(nats).double().numpy() if nats else np.empty(0), whole
+
+
+class PlainAdapters:
+    """The adapters of one document as separate matrices: each site adds alpha / rank B A x."""
+
+    def __init__(self, model, cfg, masked=()):
+        start = new_lora(model, 1, frozenset(masked), cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
+        self.widths, self.scale = start.widths, cfg.ttt_lora_alpha / cfg.ttt_lora_rank
+        self.a, self.b = ({(kind, visit): t[visit, 0].detach().clone().requires_grad_() for kind, t in part.items() for visit in range(len(t))} for part in (start.a, start.b))
+        self.leaves = [*self.a.values(), *self.b.values()]
+        self.squares = [torch.zeros_like(p) for p in self.leaves]
+        self.steps = 0
+
+    def unbind(self):
+        return self
+
+    def at(self, kind, visit):
+        def delta(kind, x):
+            if (kind, visit) not in self.a:
+                return torch.zeros(len(x), self.widths[kind])
+            return (self.scale * self.b[kind, visit] @ self.a[kind, visit] @ x.T).T
+        return lambda x: torch.cat([delta(k, x) for k in (("q", "k", "v") if kind == "qkv" else (kind,))], 1)
+
+    def step(self, loss, cfg):
+        """AdamW with beta1 = 0, written out."""
+        self.steps += 1
+        for p, v, g in zip(self.leaves, self.squares, torch.autograd.grad(loss, self.leaves)):
+            v[...] = cfg.ttt_beta2 * v + (1 - cfg.ttt_beta2) * g ** 2
+            root = torch.sqrt(v / (1 - cfg.ttt_beta2 ** self.steps))
+            lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+            with torch.no_grad():
+                p -= lr * cfg.ttt_weight_decay * p + lr * g / (root + 1e-10)
+
+
+def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
+    """One document: score a chunk, learn from it if another follows. Keys and values of all positions are kept; a window ends with its chunk."""
+    model.requires_grad_(False)
+    length, context = len(tokens) - 1, cfg.ttt_eval_seq_len
+    adapters, nats = PlainAdapters(model, cfg, cfg.ttt_mask.split(",")), np.empty(0)
+    keys = values = torch.zeros(len(model.schedules[True]), 1, 0, cfg.num_kv_heads, model.head_dim)
+    for begin, end in chunks_of(length, [int(s) for s in cfg.ttt_chunks.split(",")]):
+        stop, low = min(end, length), max(0, end - context)             # the window, its first position
+        again = max(low, begin - cfg.ttt_backprop_tokens) if cfg.ttt_cache else low          # first position that is run
+        for step in range(cfg.ttt_grad_steps + 1):
+            if cfg.ttt_cache:
+                n = stop - again
+                seq = Seq(torch.tensor([0, n], dtype=torch.int32), torch.tensor([0, stop - low], dtype=torch.int32), n, stop - low, torch.arange(again, stop, dtype=torch.int32))
+                last = model.tok_emb[tokens[again - 1] if again else 0][None]
+                hidden, new = model.trunk(tokens[again:stop], seq, looped=True, lora=adapters, cache=Cache(keys[:, :, low:again], values[:, :, low:again], last))
+            else:
+                hidden = model.trunk(tokens[again:stop], alone(tokens[again:stop]), looped=True, lora=adapters)
+            scores = model.nll(hidden[begin - again:], tokens[begin + 1:stop + 1], lora=adapters)
+            if step == 0:
+                nats = np.append(nats, scores.detach().double().numpy())
+                fresh = new if cfg.ttt_cache else None
+            if end >= length or step == cfg.ttt_grad_steps:
+                break
+            adapters.step(scores.mean(), cfg)
+        if cfg.ttt_cache:
+            keys, values = (torch.cat((old[:, :, :again], t.detach()), 2) for old, t in ((keys, fresh.keys), (values, fresh.values)))
+    return nats
+
+
+# ---- without learning: the base model ----
+
+@pytest.mark.parametrize("batch_size", (1, 4))
+@every_mode
+def test_zero_adapters_give_the_base_models_scores(mode, batch_size):
+    """The context covers every document. Alone and uncached, whole chunks are equal to the bit: the same shapes go through the same operators."""
+    cfg = ttt_config(ttt_grad_steps=0, ttt_batch_size=batch_size, **MODES[mode])
+    stream = Stream(random_documents(LENGTHS))
+    nats = adapt(random_documents(LENGTHS), cfg)
+    for i in range(len(LENGTHS)):
+        wanted, whole = plain_windows(network(cfg), document(stream, i), cfg)
+        found = nats[stream.of(i)]
+        assert len(found) == len(wanted)
+        if len(found):
+            assert largest(found, wanted) < 1e-5, i
+        if mode == "uncached" and batch_size == 1:
+            assert np.array_equal(found[:whole], wanted[:whole]), i
+
+
+@pytest.mark.parametrize("mode", ("uncached", "unlimited"))
+def test_longer_documents_get_a_whole_context(mode):
+    """The chunk and as much before it as TTT_EVAL_SEQ_LEN holds, run exactly. Without SmearGate, which looks one token further where a cache remembers it."""
+    cfg = ttt_config(ttt_grad_steps=0, ttt_eval_seq_len=24, smear_gate_enabled=False, **MODES[mode])
+    stream = Stream(random_documents([100, 61, 24, 25]))
+    nats = adapt(random_documents([100, 61, 24, 25]), cfg)
+    for i in range(4):
+        assert largest(nats[stream.of(i)], plain_windows(network(cfg), document(stream, i), cfg)[0]) < 1e-5
+
+
+def test_cached_windows_are_as_long_as_the_context(monkeypatch):
+    """One forward of each whole document under a mask: from a chunk that ends at e, keys from e - TTT_EVAL_SEQ_LEN on are seen, and no others."""
+    cfg = ttt_config(ttt_grad_steps=0, ttt_eval_seq_len=24, ttt_chunks="4,4,8")
+    documents, model = random_documents([100, 61, 24, 30]), network(cfg)
+    stream, nats = Stream(documents), adapt(documents, cfg)
+
+    def masked(q, k, v, seq, backend):
+        n, group = len(q), q.size(1) // k.size(1)
+        ends = np.repeat([e for _, e in chunks_of(n, [4, 4, 8])], [e - b for b, e in chunks_of(n, [4, 4, 8])])[:n]
+        at = torch.arange(n)
+        seen = (at[None] <= at[:, None]) & (at[None] >= torch.from_numpy(ends)[:, None] - 24)
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.size(2))
+        return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+    monkeypatch.setattr(train_gpt, "attend", masked)
+    for i in range(len(documents)):
+        tokens = document(stream, i)
+        with torch.no_grad():
+            wanted = model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).numpy()
+        assert largest(nats[stream.of(i)], wanted) < 1e-5
+
+
+# ---- adapters ----
+
+@torch.no_grad()
+def random_lora(model, documents: int):
+    lora = new_lora(model, documents, frozenset(), 3, 6.0, seed=0)
+    for t in lora.leaves():
+        t.copy_(0.3 * torch.randn(t.shape, generator=torch.Generator().manual_seed(t.numel())))
+    return lora
+
+
+class Merged(train_gpt.GPT):
+    """Adapters of one document of a model without loops, merged into weights where they sit on one, added as a matrix where they run beside a sublayer."""
+
+    def set(self, source, lora, row: int):
+        self.load_state_dict(source.state_dict())
+        self.extra = {kind: lora.scale * lora.b[kind][:, row] @ lora.a[kind][:, row] for kind in ADAPTER_KINDS}      # (visits, out, in)
+        self.qkv += torch.cat([self.extra[kind] for kind in ("q", "k", "v")], 1)
+
+    def layer_weights(self):
+        return [(*w, layer) for layer, w in enumerate(super().layer_weights())]
+
+    def attn(self, n, layer, *rest):
+        y, kv = super().attn(n, layer, *rest)
+        return y + n @ self.extra["o"][layer].T, kv
+
+    def mlp(self, n, w, *rest):
+        return super().mlp(n, w, *rest) + n @ self.extra["mlp"][w[4]].T
+
+
+@torch.no_grad()
+def test_adapters_sit_on_the_projections_and_beside_the_sublayers():
+    """Documents side by side with adapters of their own against each document in a model that has them merged."""
+    cfg = ttt_config(num_loops=0)
+    model, merged, n = network(cfg), Merged(cfg, "reference", torch.float32), 12
+    lora = random_lora(model, 3)
+    tokens = torch.from_numpy(np.concatenate(random_documents([n] * 3)))
+    cu = torch.arange(0, 3 * n + 1, n, dtype=torch.int32)
+    targets = tokens.flip(0)
+    found = model.nll(model.trunk(tokens, Seq(cu, cu, n, n, torch.arange(n, dtype=torch.int32).repeat(3)), looped=False, lora=lora), targets, lora=lora)
+    for row in range(3):
+        merged.set(model, lora, row)
+        span = slice(row * n, row * n + n)
+        hidden = merged.trunk(tokens[span], alone(tokens[span]), looped=False)
+        merged.tok_emb += merged.extra["head"][0]                       # of the head alone: the trunk has read its embedding
+        assert largest(found[span], merged.nll(hidden, targets[span])) < 1e-4
+        assert largest(found[span], model.nll(model.trunk(tokens[span], alone(tokens[span]), looped=False), targets[span])) > 0.1
+
+
+def test_adapters_begin_equal_for_every_document():
+    """B zero; A uniform in +-1/sqrt(in), the same for every document of any batch, other for every visit and kind."""
+    model = network(ttt_config())
+    one, five = (new_lora(model, n, frozenset(), 8, 16.0, seed=3) for n in (1, 5))
+    for kind in ADAPTER_KINDS:
+        visits = 1 if kind == "head" else len(model.schedules[True])
+        assert five.a[kind].shape == (visits, 5, 8, 32) and five.b[kind].shape[:2] == (visits, 5) and five.b[kind].shape[3] == 8
+        assert not five.b[kind].any() and (five.a[kind] == one.a[kind]).all()
+        assert 0.9 / math.sqrt(32) < five.a[kind].abs().max() <= 1 / math.sqrt(32) and abs(five.a[kind].mean()) < 0.02
+    rows = torch.cat([a[:, 0] for a in one.a.values()])
+    assert len(torch.unique(rows.flatten(1), dim=0)) == len(rows)
+    assert not torch.equal(one.a["q"], new_lora(model, 1, frozenset(), 8, 16.0, seed=4).a["q"])
+
+
+# ---- one document, learning ----
+
+LEARNING = {"uncached": MODES["uncached"], "two steps": dict(ttt_cache=False, ttt_grad_steps=2), "uncached, short context": dict(ttt_cache=False, ttt_eval_seq_len=24),
+            "cached": MODES["cached"], "cached, short context, two steps": dict(ttt_eval_seq_len=24, ttt_grad_steps=2),
+            "partial, short context": dict(ttt_eval_seq_len=24, ttt_backprop_tokens=5), "partial, two steps, masked": dict(ttt_backprop_tokens=5, ttt_grad_steps=2, ttt_mask="k,o")}
+
+
+@pytest.mark.parametrize("how", LEARNING)
+def test_documents_learn_as_one_alone_would(how):
+    """A batch of nine documents, some of which end while the others go on, against each in a slow loop of its own."""
+    cfg = ttt_config(ttt_batch_size=9, ttt_weight_decay=0.5, ttt_local_lr_mult=0.7, **LEARNING[how])
+    documents, model = random_documents(LENGTHS), network(cfg)
+    stream, nats = Stream(documents), adapt(documents, cfg)
+    unadapted = adapt(documents, dataclasses.replace(cfg, ttt_grad_steps=0))
+    assert largest(nats, unadapted) > 0.03
+    for i in range(len(LENGTHS)):
+        if LENGTHS[i] > 1:
+            assert largest(nats[stream.of(i)], slow_document(model, document(stream, i), cfg)) < 1e-5, i
+
+
+def test_gradients_reach_back_as_if_nothing_was_cached():
+    """Two steps on every chunk; all tokens run again each time: the cache may not show."""
+    documents = random_documents(LENGTHS)
+    exact, cached, short = (adapt(documents, ttt_config(ttt_grad_steps=2, **MODES[mode])) for mode in ("uncached", "unlimited", "cached"))
+    assert largest(exact, cached) < 1e-5 < 1e-3 < largest(exact, short)
+
+
+def test_learning_lowers_the_loss_of_repetition():
+    """A document that repeats three tokens: later chunks score better with adaptation than without."""
+    documents = [np.array([BOS, *[7, 8, 9] * 30])]
+    still, learning = (adapt(documents, ttt_config(ttt_grad_steps=steps)) for steps in (0, 1))
+    assert np.array_equal(still[:4], learning[:4]) and learning[60:].mean() < still[60:].mean() - 0.5
+
+
+# ---- batches and ranks ----
+
+PHASES = dict(TTT, phased_ttt_num_phases=2, phased_ttt_prefix_docs=6, segment_docs=4)
+
+
+@pytest.mark.parametrize("mode", ("uncached", "partial"))
+def test_batch_size_changes_float_noise_only(mode):
+    documents = random_documents(LENGTHS)
+    one, *others = (adapt(documents, ttt_config(PHASES, ttt_batch_size=n, **MODES[mode])) for n in (1, 3, 64))
+    assert max(largest(one, other) for other in others) < 1e-5
+
+
+def test_the_order_in_a_batch_changes_float_noise_only():
+    cfg, found = ttt_config(), []
+    stream = Stream(random_documents(LENGTHS))
+    for order in (np.arange(9), np.array([4, 0, 8, 2, 6, 1, 7, 3, 5])):
+        ledger = stream.ledger()
+        DocumentTTT(network(cfg), cfg, stream, order, ledger).run()
+        found.append(ledger.nats)
+    assert not np.isnan(found[0]).any() and largest(*found) < 1e-5
+
+
+# Three pieces in every SGD step, and no clipping to hide a wrong scale.
+SHARED = dict(PHASES, ttt_batch_size=2, ttt_eval_seq_len=16, ttt_chunks="4,4,8", global_ttt_chunk_tokens=40, global_ttt_grad_clip=1e9, global_ttt_lr=0.001)
+
+
+def adapt_on(rank: int, world: int, folder):
+    cfg = ttt_config(SHARED, rank=rank, world_size=world)
+    group, model, stream = train_gpt.Ranks(cfg), network(cfg), Stream(random_documents(LENGTHS))
+    ledger = stream.ledger()
+    TestTimeTraining(model, cfg, group, Silent(), stream, ledger).score()
+    np.savez(folder / f"{world}_{rank}", nats=ledger.nats, weights=torch.cat([p.flatten() for p in model.parameters()]).numpy())
+    group.close()
+
+
+def test_ranks_change_float_noise_only(tmp_path):
+    """1, 2 and 3 ranks over gloo, two phases: every rank holds the whole ledger and, to the bit, the same weights."""
+    for world in (1, 2, 3):
+        forked(adapt_on, world, tmp_path)
+    one = np.load(tmp_path / "1_0.npz")
+    assert np.array_equal(one["nats"], adapt(random_documents(LENGTHS), ttt_config(SHARED)))
+    assert largest(one["nats"], adapt(random_documents(LENGTHS), ttt_config(SHARED, phased_ttt_num_phases=0))) > 1e-3      # the phases were not in vain
+    for world in (2, 3):
+        first, *rest = (np.load(tmp_path / f"{world}_{rank}.npz") for rank in range(world))
+        assert largest(one["nats"], first["nats"]) < 1e-5 and largest(one["weights"], first["weights"]) < 1e-5
+        for other in rest:
+            assert np.array_equal(first["nats"], other["nats"]) and np.array_equal(first["weights"], other["weights"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=30), size=st.integers(1, 8), world=st.integers(1, 4), first=st.integers(0, 5))
+def test_every_document_of_a_segment_is_dealt_once(lengths, size, world, first):
+    dealt = train_gpt.deal_batches(np.array(lengths), first, ttt_config(ttt_batch_size=size), world)
+    assert len(dealt) == world and all(0 < len(batch) <= size for mine in dealt for batch in mine)
+    assert sorted(int(i) for mine in dealt for batch in mine for i in batch) == list(range(first, first + len(lengths)))
+
+
+# ---- causality ----
+
+def other_values(documents, i: int, at: int):
+    """The documents with other values from token ``at`` of document i on; every length kept."""
+    changed = [d.copy() for d in documents]
+    changed[i][at:] = (changed[i][at:] - 2 + 100) % 318 + 2             # 2..319: never BOS
+    return changed
+
+
+@every_mode
+def test_later_tokens_change_no_earlier_score(mode):
+    """To the bit: neither the document's earlier targets, nor those of any other document of its segment or of earlier ones."""
+    cfg, documents = ttt_config(PHASES, phased_ttt_num_phases=1, phased_ttt_prefix_docs=3, segment_docs=100, **MODES[mode]), random_documents(LENGTHS)
+    before = adapt(documents, cfg)
+    for i, at in ((4, 33), (4, 1), (4, 74), (6, 17)):
+        span, after = Stream(documents).of(i), adapt(other_values(documents, i, at), cfg)
+        touched = np.zeros(len(before), bool)
+        touched[span.start + at - 1:span.stop] = True
+        assert (before != after)[touched].mean() > 0.9 and np.array_equal(before[~touched], after[~touched]), (i, at)
+
+
+@every_mode
+def test_scored_segments_teach_the_base_weights(mode):
+    """A document's values change no other score of its segment, to the bit, and nearly every score after a phase has ended behind it."""
+    documents = random_documents(LENGTHS)
+    poisoned = other_values(documents, 1, 5)
+    end = sum(LENGTHS[:3])
+    for phases in (1, 0):
+        cfg = ttt_config(PHASES, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=3, segment_docs=3, **MODES[mode])
+        before, after = adapt(documents, cfg), adapt(poisoned, cfg)
+        own = np.zeros(len(before), bool)
+        own[Stream(documents).of(1)] = True
+        assert np.array_equal(before[:end][~own[:end]], after[:end][~own[:end]])
+        changed = (before[end:] != after[end:]).mean()
+        assert changed > 0.9 if phases else changed == 0
+
+
+@every_mode
+def test_lengths_change_float_noise_only(mode):
+    """A document cut short, another gone: earlier scores and those of the others move by the rounding of other shapes."""
+    cfg, documents = ttt_config(segment_docs=100, **MODES[mode]), random_documents(LENGTHS)
+    stream, whole = Stream(documents), adapt(documents, cfg)
+    shorter = [*documents[:4], documents[4][:50], *documents[5:6], *documents[7:]]
+    found, less = adapt(shorter, cfg), Stream(shorter)
+    pairs = [(i, i) for i in range(6)] + [(7, 6), (8, 7)]
+    for a, b in pairs:
+        n = 49 if a == 4 else stream.of(a).stop - stream.of(a).start    # token 50 was a word and is BOS now
+        assert largest(whole[stream.of(a)][:n], found[less.of(b)][:n]) < 1e-5
+
+
+# ---- plans ----
+
+def check_chunks(sizes, lengths):
+    cfg = ttt_config(ttt_chunks=",".join(map(str, sizes)))
+    found = [chunk_ends(longest, cfg) for longest in sorted(lengths)]
+    for longest, ends in zip(sorted(lengths), found):
+        assert all(type(e) is int for e in ends)
+        endless = [*sizes, *[sizes[-1]] * len(ends)][:len(ends)]
+        assert np.diff([0, *ends]).tolist() == endless                  # contiguous from 0, the sizes in order: no position twice or left out
+        assert longest == 0 or (ends and ends[-1] >= longest)
+    for a, b in zip(found, found[1:]):
+        assert b[:len(a)] == a                                          # a longer document begins with the same chunks
+
+
+@settings(max_examples=300, deadline=None)
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=5), lengths=st.lists(st.integers(0, 120), min_size=2, max_size=4))
+def test_chunks_depend_on_position_only(sizes, lengths):
+    check_chunks(sizes, lengths)
+
+
+def test_no_chunk_begins_past_the_longest_document():
+    counts = {1: 1, 5: 1, 8: 1, 9: 2, 64: 4, 65: 5, 129: 6}
+    assert {longest: len(chunk_ends(longest, ttt_config(ttt_chunks="8,8,16,32,64"))) for longest in counts} == counts
+
+
+@settings(max_examples=300, deadline=None)
+@given(documents=st.integers(1, 60), size=st.integers(1, 70), phases=st.integers(0, 4), prefix=st.integers(0, 70))
+def test_segments(documents, size, phases, prefix):
+    """All documents once, in order; a border at every phase and every SEGMENT_DOCS, nowhere else; learning follows the phases only, each before the last document."""
+    segments = plan_segments(documents, ttt_config(segment_docs=size, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=prefix))
+    assert [i for s in segments for i in range(s.first, s.last)] == list(range(documents)) and all(s.first < s.last for s in segments)
+    ends, learns = {s.last for s in segments}, {s.last for s in segments if s.phase_ends}
+    share = min(prefix, documents - 1)
+    assert learns == {share * p // phases for p in range(1, phases + 1)} - {0} if phases else not learns
+    assert ends == learns | {i for i in range(1, documents) if i % size == 0} | {documents}
+
+
+def test_a_chunk_fits_the_context():
+    with pytest.raises(train_gpt.UserError, match="TTT_CHUNKS"):
+        ttt_config(ttt_eval_seq_len=24, ttt_chunks="8,32")
+
+
+# ---- probabilities ----
+
+@pytest.mark.parametrize("base", (TTT, PHASES), ids=("adapted", "with phases"))
+@every_mode
+def test_probabilities_sum_to_one(mode, base):
+    """Two prefixes before every token of the vocabulary, BOS as the next document's: documents of one segment, scored after several updates.
+
+    One prefix ends inside a chunk, the other before the first token of one."""
+    vocab, documents, ends = 12, random_documents([30, 41], 12, seed=1), {}
+    for length in (25, 33):
+        prefix = random_documents([length], vocab, seed=length)[0]
+        ends[length] = len(documents) + np.arange(vocab)
+        documents += [prefix, *(np.append(prefix, token) for token in range(vocab) if token != BOS)]
+    cfg = ttt_config(base, vocab_size=vocab, segment_docs=100, phased_ttt_prefix_docs=2, ttt_batch_size=7, **MODES[mode])
+    stream, found = Stream(documents), {}
+    for steps in (0, 1):
+        nats = adapt(documents, dataclasses.replace(cfg, ttt_grad_steps=steps))
+        found[steps] = {length: np.exp(-nats[stream.starts[which] + length - 1]) for length, which in ends.items()}
+    for length in ends:
+        assert found[1][length].sum() == pytest.approx(1, abs=1e-5) and found[1][length].min() > 0
+        assert largest(found[0][length], found[1][length]) > 1e-3       # the updates were not in vain
+
+
+# ---- global SGD ----
+
+def slow_sgd(model, stream, end: int, cfg):
+    """Momentum SGD over whole chunks of targets 0..end; pieces of TTT_EVAL_SEQ_LEN, cut again at every BOS, one forward each."""
+    chunk, parameters = cfg.global_ttt_chunk_tokens, list(model.parameters())
+    velocity = [torch.zeros_like(p) for p in parameters]
+    steps = [i * chunk for _ in range(cfg.global_ttt_epochs) for i in range(end // chunk)]
+    for step, begin in enumerate(steps):
+        loss = 0.0
+        cuts = sorted({*range(begin, begin + chunk, cfg.ttt_eval_seq_len), *(s for s in stream.starts.tolist() if begin < s < begin + chunk), begin + chunk})
+        for lo, hi in zip(cuts, cuts[1:]):
+            tokens = torch.from_numpy(stream.tokens[lo:hi + 1].astype(np.int64))
+            loss = loss + model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).sum() / chunk
+        grads = [g if g is not None else torch.zeros_like(p) for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))]
+        norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads))
+        lr = cfg.global_ttt_lr * (1 + math.cos(math.pi * step / len(steps))) / 2
+        with torch.no_grad():
+            for p, v, g in zip(parameters, velocity, grads):
+                v[...] = cfg.global_ttt_momentum * v + g * min(1, cfg.global_ttt_grad_clip / norm)
+                p -= lr * v
+
+
+@pytest.mark.parametrize("overrides", (dict(), dict(global_ttt_epochs=2, global_ttt_grad_clip=1e9), dict(global_ttt_momentum=0.0)), ids=str)
+def test_base_weights_learn_by_sgd(overrides):
+    """Five chunks of three pieces each, documents kept apart; every parameter that reaches the loss moves."""
+    cfg = ttt_config(ttt_eval_seq_len=16, ttt_chunks="4,8", global_ttt_chunk_tokens=40, **overrides)
+    stream = Stream(random_documents([50, 1, 90, 59, 30]))
+    ledger, found, wanted, start = stream.ledger(), network(cfg), network(cfg), network(cfg)
+    ledger.write(np.arange(200), np.ones(200))
+    TestTimeTraining(found, cfg, ranks(cfg), Silent(), stream, ledger).global_sgd(200)
+    slow_sgd(wanted, stream, 200, cfg)
+    for (name, a), b, before in zip(found.named_parameters(), wanted.parameters(), start.parameters()):
+        assert largest(a.detach(), b.detach()) < 2e-6 + 1e-3 * largest(b.detach(), before.detach()), name
+        assert not torch.equal(a, before), name
+        assert a.grad is None and not a.requires_grad
+
+
+def test_phases_learn_from_the_scored_prefix():
+    """What each phase is given: the targets of all documents so far, their last BOS included; and the model is frozen while documents adapt."""
+    cfg = ttt_config(PHASES, phased_ttt_num_phases=3, phased_ttt_prefix_docs=6)
+    stream, model = Stream(random_documents(LENGTHS)), network(cfg)
+    learner, seen = TestTimeTraining(model, cfg, ranks(cfg), Silent(), stream, stream.ledger()), []
+    learner.global_sgd = lambda end: seen.append((end, int(learner.ledger.scored.sum()), any(p.requires_grad for p in model.parameters())))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    learner.score()
+    assert seen == [(sum(LENGTHS[:n]), sum(LENGTHS[:n]), False) for n in (2, 4, 6)]
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+# ---- the ledger ----
+
+def failing(cfg, match: str):
+    """A pass over the usual documents that must abort; its verdicts."""
+    stream = Stream(random_documents(LENGTHS))
+    ledger = stream.ledger()
+    with pytest.raises(RuntimeError, match=match):
+        TestTimeTraining(network(cfg), cfg, ranks(cfg), Silent(), stream, ledger).score()
+    return ledger.verdicts.failed()
+
+
+def test_learning_before_scoring_aborts(monkeypatch):
+    def learn_first(self, begin, end):
+        targets, goes_on = self.starts[:, None] + np.arange(begin, end), self.lengths > end
+        with torch.enable_grad():
+            nats = self.forward(begin, end, keep=True)
+        self.learn(nats, targets, goes_on)
+    monkeypatch.setattr(DocumentTTT, "chunk", learn_first)
+    assert failing(ttt_config(), "not scored") == ["C3"]
+
+
+def test_a_phase_that_runs_ahead_aborts(monkeypatch):
+    honest = TestTimeTraining.global_sgd
+    monkeypatch.setattr(TestTimeTraining, "global_sgd", lambda self, end: honest(self, end + 1))
+    assert failing(ttt_config(PHASES), "not scored") == ["C3"]
+
+
+@pytest.mark.parametrize("copies, match", ((2, "twice"), (0, "targets were never scored")))
+def test_a_batch_lost_or_dealt_twice_aborts(monkeypatch, copies, match):
+    honest = train_gpt.deal_batches
+
+    def wrong(*arguments):
+        dealt = honest(*arguments)
+        return [[*dealt[0][1:], *dealt[0][:1] * copies], *dealt[1:]]
+    monkeypatch.setattr(train_gpt, "deal_batches", wrong)
+    failing(ttt_config(), match)
+
+
+class TwoRanks(train_gpt.Ranks):
+    """all_reduce_ with what another rank has scored since the last merge, without a process group."""
+
+    def __init__(self, *entries):
+        self.rank, self.world, self.entries = 0, 2, iter([e for nats in entries for e in (~np.isnan(nats), np.nan_to_num(nats))])
+
+    def all_reduce_(self, t):
+        return t.add_(torch.from_numpy(next(self.entries).astype(t.numpy().dtype)))
+
+
+def test_ledgers_merge_segment_by_segment():
+    nan = np.nan
+    book = Ledger("test", np.ones(5, np.uint16), Verdicts())
+    group = TwoRanks(np.array([nan, 1.5, nan, nan, nan]), np.array([nan, nan, nan, 3.5, 4.5]))
+    book.write(np.array([0]), np.array([0.5]))
+    book.merge(group)
+    assert book.scored.tolist() == [True, True, False, False, False]
+    book.write(np.array([2]), np.array([2.5]))
+    book.merge(group)
+    assert book.nats.tolist() == [0.5, 1.5, 2.5, 3.5, 4.5] and book.bpb() == pytest.approx(12.5 / 5 / math.log(2))
+    again = Ledger("test", np.ones(2, np.uint16), Verdicts())
+    group = TwoRanks(np.array([nan, 1.5]), np.array([2.5, nan]))
+    again.write(np.array([0]), np.array([0.5]))
+    again.merge(group)
+    with pytest.raises(RuntimeError, match="twice"):
+        again.write(np.array([1]), np.ones(1))                          # scored by the other rank
+    with pytest.raises(RuntimeError, match="same target"):
+        again.merge(group)                                              # the other rank scores what this one has already merged
+
+
+# ---- masks ----
+
+def leaves_after(cfg):
+    stream = Stream(random_documents([40, 30]))
+    batch = DocumentTTT(network(cfg), cfg, stream, np.arange(2), stream.ledger())
+    batch.drop_finished = lambda begin: None
+    batch.run()
+    return batch.lora
+
+
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
+def test_each_kind_learns_alone_at_every_visit(kind):
+    """All other kinds masked: they are gone, this one gets a gradient in A and B at every visit, and later scores move."""
+    cfg = ttt_config(ttt_mask=",".join(k for k in ADAPTER_KINDS if k != kind))
+    lora = leaves_after(cfg)
+    assert set(lora.a) == set(lora.b) == {kind}
+    start = new_lora(network(cfg), 2, frozenset(), cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
+    decayed = start.a[kind] * (1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay) ** 4            # what A would be with no gradient: 4 updates in 40 positions
+    assert lora.b[kind].flatten(2).any(2).all() and ((lora.a[kind] - decayed).abs().flatten(2).amax(2) > 1e-3).all()
+    documents = random_documents([40, 30])
+    still, learning = (adapt(documents, dataclasses.replace(cfg, ttt_grad_steps=steps)) for steps in (0, 1))
+    assert np.array_equal(still[:4], learning[:4]) and largest(still[8:40], learning[8:40]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
+def test_a_masked_kind_is_gone(kind):
+    """As if its B had stayed zero: every other kind learns on, and scores differ from those with all kinds on."""
+    masked, every = ttt_config(ttt_mask=kind), ttt_config()
+    assert set(leaves_after(masked).a) == set(ADAPTER_KINDS) - {kind} and set(leaves_after(every).a) == set(ADAPTER_KINDS)
+    documents = random_documents([40, 30])
+    found = adapt(documents, masked)
+    assert largest(found, adapt(documents, every)) > 1e-4
+    stream = Stream(documents)
+    assert largest(found[stream.of(0)], slow_document(network(masked), document(stream, 0), masked)) < 1e-5
+
+
+def test_no_qv_masks_q_and_v():
+    assert set(leaves_after(ttt_config(ttt_mask="no_qv")).a) == {"k", "o", "mlp", "head"}
+    documents = random_documents([40, 30])
+    assert np.array_equal(*(adapt(documents, ttt_config(ttt_mask=mask)) for mask in ("no_qv", "q,v")))
+
+
+def test_every_kind_masked_is_the_base_model():
+    """Nothing is left to learn: refused, and with no steps the base model."""
+    for mask in (",".join(ADAPTER_KINDS), "no_qv,k,o,mlp,head"):
+        with pytest.raises(train_gpt.UserError, match="TTT_MASK"):
+            ttt_config(ttt_mask=mask)
+    documents = random_documents([20, 9])
+    base, masked = (adapt(documents, ttt_config(ttt_grad_steps=0, ttt_mask=m)) for m in ("", mask))
+    assert largest(base, masked) < 1e-6
+
+
+# ---- the key and value buffer ----
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_buffer_slides(data):
+    """Any mix of appends and rewrites, far past its capacity, against all keys ever written; rows leave on the way."""
+    context = data.draw(st.integers(1, 9), label="context")
+    model = train_gpt.GPT(ttt_config(num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=0), "reference", torch.float32)
+    buffer, total, rows = KVBuffer(model, 3, context), 0, [0, 1, 2]
+    all_keys = torch.zeros(2, 3, 0, 2, 8)
+    for number in range(data.draw(st.integers(1, 12), label="writes")):
+        back = data.draw(st.integers(0, min(all_keys.size(2), context - 1)), label="back")
+        count = back + data.draw(st.integers(1, context - back), label="new")
+        new = torch.arange(total, total + 2 * 3 * count * 16, dtype=torch.float32).view(2, 3, count, 2, 8)[:, rows]
+        total += new.numel() * 3
+        all_keys = torch.cat((all_keys[:, :, :all_keys.size(2) - back], new), 2)
+        buffer.write(new, -new, back)
+        if number == 4:
+            rows = [0, 2]
+            buffer.keep_rows(torch.tensor(rows))
+            all_keys = all_keys[:, rows]
+        length, skipped = all_keys.size(2), data.draw(st.integers(0, min(all_keys.size(2), context)), label="skipped")
+        reach = min(length, context) - skipped
+        keys, values = buffer.read(reach, skipped)
+        assert torch.equal(keys, all_keys[:, :, length - skipped - reach:length - skipped]) and torch.equal(values, -keys)
+
+
+# ---- runs ----
+
+STORED = {**RUN, "iterations": 4, "ttt_eval_seq_len": 48, "ttt_chunks": "4,4,8,16", "ttt_lora_rank": 4, "ttt_batch_size": 3, "ttt_lora_lr": 0.003, "phased_ttt_num_phases": 2,
+          "phased_ttt_prefix_docs": 6, "segment_docs": 4, "global_ttt_chunk_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    folder = scratch() / "ttt"
+    main({**STORED, "ledger_path": scratch() / "ttt.npy"}, folder).ok()
+    return folder
+
+
+def rescore(shipped, folder, **options):
+    folder.mkdir()
+    for name in ("train_gpt.py", "model.bin"):
+        shutil.copy(shipped / name, folder)
+    settings = {"ttt_eval_only": True, "ledger_path": folder / "ledger.npy", "data_path": data()}
+    (spawn(settings, folder, **options) if options else main(settings, folder)).ok()
+    return result(folder, "eval_result.json"), np.load(folder / "ledger.npy")
+
+
+def test_the_headline_is_the_adapted_pass(shipped):
+    found, nats = result(shipped), np.load(scratch() / "ttt.npy")
+    assert found["val_bpb"] == found["bpb"]["adapted"] != found["bpb"]["quantized"] and found["seconds"]["eval"] >= found["seconds"]["adapt"] > 0
+    assert len(nats) == found["data"]["val_targets"] and np.isfinite(nats).all()
+    log = (shipped / "train.log").read_text()
+    assert "5 segment(s) of [3, 1, 2, 2, 2] documents" in log
+    assert log.count("base weights learnt from") == 2
+
+
+def test_a_rerun_of_the_artifact_gives_the_same_number(shipped, tmp_path):
+    """Its settings lie in model.bin: nothing else is said, and the last digit agrees."""
+    found, nats = rescore(shipped, tmp_path / "rerun")
+    assert found["val_bpb"] == result(shipped)["val_bpb"] and found["bpb"]["quantized"] == result(shipped)["bpb"]["quantized"]
+    assert np.array_equal(nats, np.load(scratch() / "ttt.npy"))
+    assert found["settings_sha256"] == result(shipped)["settings_sha256"]
+
+
+def test_a_rerun_on_two_ranks_agrees(shipped, tmp_path):
+    """Through torchrun, as users start it."""
+    found, nats = rescore(shipped, tmp_path / "two", world=2)
+    assert found["val_bpb"] == pytest.approx(result(shipped)["val_bpb"], abs=1e-5) and largest(nats, np.load(scratch() / "ttt.npy")) < 1e-5
