@@ -63,6 +63,7 @@ ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 
 
 def setting(default, meaning: str):
+    """A field of Config with its default and its line in --help."""
     return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
@@ -155,7 +156,7 @@ class Config:
     val_batch_tokens: int = setting(131072, "tokens of one scoring forward on one rank")
     # test-time training
     ttt_enabled: bool = setting(True, "adapt to each document while scoring it: score a chunk, then learn from it")
-    segment_docs: int = setting(2500, "documents of a segment; state crosses documents only between segments")
+    segment_docs: int = setting(50000, "most documents of a segment; state crosses documents only between segments, and a segment waits for its longest document")
     ttt_batch_size: int = setting(64, "documents adapted together, of similar length; no score depends on it")
     ttt_chunks: str = setting("8,8,16,32,64", "sizes of the chunks from a document's start; the last repeats")
     ttt_eval_seq_len: int = setting(2048, "longest context of a scored token")
@@ -291,6 +292,7 @@ def context_schedule(cfg: Config) -> list[tuple[float, int]]:
 
 
 def help_text() -> str:
+    """The table of --help."""
     lines = ["Settings (environment variables), their defaults and meaning:"]
     for f in dataclasses.fields(Config):
         shown = int(f.default) if isinstance(f.default, bool) else f.default
@@ -510,7 +512,7 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        raise UserError(f"{setting}: {path} cannot be written ({e.strerror}); free space there or name another folder") from None
+        raise UserError(f"{path}: cannot be written ({e.strerror}); free space there or set {setting} to another place") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -535,6 +537,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]:
+    """Files of ``pattern`` (its * is digits) in name order; UserError where there are none and one is required."""
     paths = sorted(p for p in folder.glob(pattern) if re.fullmatch(pattern.replace("*", r"\d+"), p.name) and p.is_file())    # val_* must not match val_bytes_*
     if not paths and required:
         raise UserError(f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
@@ -551,6 +554,7 @@ class Seq(NamedTuple):
 
 
 class Batch(NamedTuple):
+    """One packed buffer and where it comes from."""
     tokens: Tensor        # int64 (tokens,)
     targets: Tensor       # int64 (tokens,): -1 where padded
     seq: Seq
@@ -682,6 +686,7 @@ class ValidationStream:
 
 
 def tokenizer_path(cfg: Config) -> Path:
+    """TOKENIZER_PATH, or tokenizer.model beside the shards; UserError where there is no such file."""
     path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else Path(cfg.data_path) / "tokenizer.model"
     if not path.is_file():
         raise UserError(f"TOKENIZER_PATH={path}: no such file")
@@ -780,12 +785,14 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def use_kernels(x: Tensor, head_dim: int = 16) -> bool:
+    """Whether bf16 x can go through the Triton kernels; ``head_dim`` must be a power of two."""
     return x.dtype == torch.bfloat16 and head_dim & (head_dim - 1) == 0 and has_kernels(x.device)
 
 
 # --- MLP: down(leaky_relu(up(x))^2) ---
 
 def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """mlp() in plain PyTorch."""
     hidden = F.leaky_relu(F.linear(x, w_up), slope).square()
     return F.linear(hidden, w_down), hidden.detach()
 
@@ -856,6 +863,7 @@ def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: 
 
 @torch.library.custom_op("golf::mlp", mutates_args=())
 def mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """mlp() through the fused kernel and one cuBLAS product; bf16."""
     hidden = x.new_empty(x.size(0), w_up.size(0))
     mlp_gemm(x.contiguous(), w_up.contiguous(), hidden, None, slope)
     return F.linear(hidden, w_down), hidden
@@ -868,6 +876,7 @@ def _(x, w_up, w_down, slope):
 
 @torch.library.custom_op("golf::mlp_d_pre", mutates_args=())
 def mlp_d_pre_op(d_out: Tensor, w_down: Tensor, hidden: Tensor, slope: float) -> Tensor:
+    """Gradient of the pre-activations: (d_out @ w_down) times the slope that hidden remembers, (T, h) bf16."""
     d_pre = torch.empty_like(hidden)
     mlp_gemm(d_out.contiguous(), w_down.contiguous(), hidden, d_pre, slope)
     return d_pre
@@ -912,6 +921,7 @@ def softcap(z: Tensor, caps: Tensor) -> Tensor:
 
 
 def softcap_nll_reference(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
+    """softcap_nll() in plain PyTorch."""
     logits = softcap(z, caps)
     lse = logits.logsumexp(-1)
     return lse - logits.gather(1, targets[:, None])[:, 0], lse.detach()
@@ -969,6 +979,7 @@ def launch_softcap_nll(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tenso
 
 @torch.library.custom_op("golf::softcap_nll", mutates_args=())
 def softcap_nll_op(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
+    """softcap_nll() through the kernel."""
     return launch_softcap_nll(z.contiguous(), targets, caps)[:2]
 
 
@@ -979,6 +990,7 @@ def _(z, targets, caps):
 
 @torch.library.custom_op("golf::softcap_nll_gradient", mutates_args=())
 def softcap_nll_gradient_op(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tensor, want_caps: bool) -> tuple[Tensor, Tensor]:
+    """dz (T, V) in z's dtype and, if wanted, the gradient of the caps by row (T, 2)."""
     z = z.contiguous()
     dz = torch.empty_like(z)
     return dz, launch_softcap_nll(z, targets, caps, row_grad.float().contiguous(), dz, want_caps)[2]
@@ -1012,6 +1024,7 @@ def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("golf::head_nll", mutates_args=())
 def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Nats (T,), and in place of the logits their gradient (T, V); the caps' gradient by row if wanted."""
     z = F.linear(x, w)
     nll, _, d_caps = launch_softcap_nll(z, targets, caps, dz=z, want_caps=want_caps)
     return nll, z, d_caps                                               # z now holds d nll / d z
@@ -1061,6 +1074,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def qkv_heads_reference(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv_heads() in plain PyTorch."""
     H = gain.numel()
     heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
     q, k, v = heads.split((H, kv_heads, kv_heads), dim=1)
@@ -1084,6 +1098,7 @@ def head_rows(T, HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: t
 @triton.jit(do_not_specialize=["T"])
 def qk_heads_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, rstd_ptr, T, eps, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
                     N: tl.constexpr, BLOCK: tl.constexpr):
+    """Normed, rotated, scaled q and k of BLOCK (token, head) rows; the 1 / rms of each is kept for backward."""
     token, head, ok, at, other, sign = head_rows(T, H + KV, D, N, BLOCK)
     x_ptr = qkv_ptr + token * ((H + 2 * KV) * D) + head * D
     x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
@@ -1129,6 +1144,7 @@ HEAD_ROWS = 32                                                          # rows o
 
 @torch.library.custom_op("golf::qk_heads", mutates_args=())
 def qk_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q (T, H, D), k (T, KV, D) and 1 / rms of every head (T, H + KV) fp32."""
     T, H, KV, N = qkv.size(0), gain.numel(), kv_heads, cos.size(1)
     D = qkv.size(1) // (H + 2 * KV)
     q, k, rstd = qkv.new_empty(T, H, D), qkv.new_empty(T, KV, D), qkv.new_empty(T, H + KV, dtype=torch.float32)
@@ -1147,6 +1163,7 @@ def _(qkv, gain, cos, sin, kv_heads, eps):
 @torch.library.custom_op("golf::qk_heads_gradient", mutates_args=())
 def qk_heads_gradient_op(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
                          rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the packed qkv (T, (H + 2 KV) D), and q . dq of each head (T, H) fp32."""
     (T, H, D), KV, N = q.shape, k.size(1), cos.size(1)
     d_qkv, dot = q.new_empty(T, (H + 2 * KV) * D), q.new_empty(T, H, dtype=torch.float32)
     dense = (t.contiguous() for t in (dq, dk, dv, q, k, gain, cos, sin))
@@ -1189,6 +1206,7 @@ def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 # --- XSA and the gate of each head's output ---
 
 def xsa_gate_reference(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """xsa_gate() in plain PyTorch."""
     grouped, v = y.unflatten(1, (v.size(1), -1)).float(), v[:, :, None].float()
     along = (grouped * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp_min(1e-12)
     return ((grouped - along * v).flatten(1, 2) * gate[:, :, None]).to(y.dtype)
@@ -1239,6 +1257,7 @@ def launch_xsa_gate(y: Tensor, v: Tensor, gate: Tensor, d_out: Tensor | None = N
 
 @torch.library.custom_op("golf::xsa_gate", mutates_args=())
 def xsa_gate_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """xsa_gate() through the kernel."""
     return launch_xsa_gate(y, v, gate)
 
 
@@ -1249,6 +1268,7 @@ def _(y, v, gate):
 
 @torch.library.custom_op("golf::xsa_gate_gradient", mutates_args=())
 def xsa_gate_gradient_op(d_out: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, v and gate (fp32)."""
     return launch_xsa_gate(y, v, gate, d_out)
 
 
@@ -1300,6 +1320,7 @@ def heads_first(t: Tensor, segments: int, kv_heads: int) -> Tensor:
 
 
 def tokens_first(t: Tensor) -> Tensor:
+    """(segments, KV, H / KV, n, D) -> (segments n, H, D)."""
     return t.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
@@ -1313,6 +1334,7 @@ def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0) -> tuple[Tensor, Te
 
 
 def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0):
+    """Gradients of reference_forward by q, k, v, written out."""
     dq, dk, dv, kv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), k.size(1)
     for at_q, at_k, segments, mask in segment_groups(cu_q, cu_k):
         qs, ds = heads_first(q[at_q], segments, kv), heads_first(dout[at_q], segments, kv)
@@ -1327,6 +1349,7 @@ def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0):
 
 
 def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k):
+    """FlashAttention 3: out (Tq, H, D) and log-sum-exp (H, Tq) fp32."""
     nothing = [None] * 4
     out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, *nothing, cu_q, cu_k, None, None, None, max_q, max_k, *nothing, None, None, None, None, None,
                                               q.size(-1) ** -0.5, True, num_splits=1)    # its own choice splits, and a combining kernel eats the gain
@@ -1334,18 +1357,21 @@ def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k):
 
 
 def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
+    """FlashAttention 3: gradients of q, k, v."""
     grads = torch.empty_like(q), torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, *grads, cu_q, cu_k, None, None, max_q, max_k, q.size(-1) ** -0.5, True)
     return grads                                                        # written in place; builds differ in what the operator returns
 
 
 def fa2_forward(q, k, v, cu_q, cu_k, max_q, max_k):
+    """FlashAttention 2: out and log-sum-exp."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
     out, lse, *_ = _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, q.size(-1) ** -0.5, True)
     return out, lse
 
 
 def fa2_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
+    """FlashAttention 2: gradients of q, k, v."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     _flash_attn_varlen_backward(dout, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k, 0.0, q.size(-1) ** -0.5, True, -1, -1, 0.0, None, False)
@@ -1353,11 +1379,13 @@ def fa2_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
 
 
 def torch_forward(q, k, v, cu_q, cu_k, max_q, max_k):
+    """torch's own FlashAttention 2: out and log-sum-exp."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False)
     return out, lse
 
 
 def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
+    """torch's own FlashAttention 2: gradients of q, k, v."""
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)          # dropout state, unused at rate 0
     return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, seed, seed[0])
 
@@ -1419,6 +1447,7 @@ def check_backend(name: str, cfg: Config, device: torch.device):
 
 @torch.library.custom_op("golf::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, backend: str) -> tuple[Tensor, Tensor]:
+    """The chosen backend as one opaque operator: out (Tq, H, D) and what its backward needs, (H, Tq) fp32 or empty."""
     return BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k)
 
 
@@ -1431,6 +1460,7 @@ def _(q, k, v, cu_q, cu_k, max_q, max_k, backend):
 @torch.library.custom_op("golf::attention_backward", mutates_args=())
 def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
                           max_q: int, max_k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v through the same backend."""
     dq, dk, dv, *_ = BACKENDS[backend][1](dout.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k)
     return dq, dk, dv
 
@@ -1505,6 +1535,7 @@ def project(x: Tensor, w: Tensor, delta: Callable | None = None, tap: Callable |
 
 
 def rms_norm(x: Tensor) -> Tensor:
+    """x over the root mean square of its last dimension, no weight."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
@@ -1944,6 +1975,7 @@ def compiled(function: Callable, cfg: Config, device: torch.device) -> Callable:
 
 
 class Trainer:
+    """Everything a training run holds: data, optimizer, schedule, compiled loss, and the curve it leaves."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, phases: Phases):
         self.model, self.cfg, self.ranks, self.log, self.phases = model, cfg, ranks, log, phases
         self.stream = TrainStream(cfg)
@@ -2023,6 +2055,7 @@ class Trainer:
 # ----------------------------------------------------------------------------------------------------------------------
 
 class MatrixKind(NamedTuple):
+    """How one kind of matrix is quantised."""
     hessian: str          # which tap weighs its rounding error
     bits: str             # settings that hold its symbol range and its step
     sigmas: str
@@ -2674,6 +2707,7 @@ def planes(arrays: list[np.ndarray]) -> bytes:
 
 
 def natural(name: str) -> list:
+    """Sort key that orders the numbers in a name by value."""
     return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
 
 
@@ -2705,6 +2739,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
 
 
 def save_artifact(path: Path, tensors: dict[str, np.ndarray], meta: dict):
+    """Write encode_artifact's bytes whole, by rename."""
     with whole_file(path) as f:
         f.write(encode_artifact(tensors, meta))
 
@@ -2738,6 +2773,7 @@ def load_artifact(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray]:
+    """The tensors that a model file's header describes."""
     stacks, rider = decode_stacks(code)
     raw = lzma.decompress(rider[:head["ridden"]] + rest, lzma.FORMAT_RAW, filters=LZMA)
     tensors, at = {}, 0
@@ -3193,6 +3229,7 @@ class Run:
 
 
 def artifact_folder(cfg: Config) -> Path:
+    """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
     if cfg.artifact_dir:
         return Path(cfg.artifact_dir)
     return SCRIPT_DIR if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
@@ -3267,6 +3304,7 @@ def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def load_trained(run: Run, model: GPT):
+    """Put the weights of trained.npz into the model, and its counts and times into the result."""
     path = run.folder / "trained.npz"
     arrays, meta = read_trained(path)
     load_state(model, {n: torch.from_numpy(a) for n, a in arrays.items()}, path)
@@ -3410,6 +3448,7 @@ def execute(cfg: Config):
 
 
 def main(argv: list[str]) -> int:
+    """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C."""
     if argv in (["--help"], ["-h"]):
         print(__doc__ or "", help_text(), sep="\n")
         return 0
