@@ -844,7 +844,7 @@ def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.con
 
 
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, programs per multiprocessor
-MLP_TILES = {"forward": (128, 256, 64, 8, 4, 1), "backward": (128, 256, 64, 8, 3, 1)}
+MLP_TILES = {"forward": (128, 128, 64, 4, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}
 
 
 def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: float, tile: tuple | None = None):
