@@ -20,6 +20,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -789,6 +790,27 @@ def use_kernels(x: Tensor, head_dim: int = 16) -> bool:
     return x.dtype == torch.bfloat16 and head_dim & (head_dim - 1) == 0 and has_kernels(x.device)
 
 
+def operator(outputs: Callable, gradient: Callable | None = None, keep: tuple[int, ...] = ()):
+    """Decorator of NAME_op: the operator golf::NAME, opaque to torch.compile. outputs(*inputs) makes empty tensors like its outputs.
+
+    Only the first output has a gradient. gradient(ctx, gradient of that output) gives those of the inputs; ctx.saved_tensors are the items of
+    (*inputs, *outputs) whose numbers are in ``keep``, ctx.constants the inputs that are no tensors.
+    """
+    def context(ctx, inputs, output):
+        values = *inputs, *(output if isinstance(output, tuple) else (output,))
+        ctx.save_for_backward(*(values[i] for i in keep))
+        ctx.constants = [x for x in inputs if not isinstance(x, Tensor)]
+        ctx.mark_non_differentiable(*values[len(inputs) + 1:])
+
+    def register(function):
+        op = torch.library.custom_op(f"golf::{function.__name__.removesuffix('_op')}", function, mutates_args=())
+        op.register_fake(outputs)
+        if gradient is not None:
+            op.register_autograd(lambda ctx, d_out, *_: gradient(ctx, d_out), setup_context=context)
+        return op
+    return register
+
+
 # --- MLP: down(leaky_relu(up(x))^2) ---
 
 def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
@@ -861,20 +883,7 @@ def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: 
                                  slope, T, N, K, backward, bm, bn, bk, num_warps=warps, num_stages=stages)
 
 
-@torch.library.custom_op("golf::mlp", mutates_args=())
-def mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """mlp() through the fused kernel and one cuBLAS product; bf16."""
-    hidden = x.new_empty(x.size(0), w_up.size(0))
-    mlp_gemm(x.contiguous(), w_up.contiguous(), hidden, None, slope)
-    return F.linear(hidden, w_down), hidden
-
-
-@mlp_op.register_fake
-def _(x, w_up, w_down, slope):
-    return x.new_empty(x.size(0), w_down.size(0)), x.new_empty(x.size(0), w_up.size(0))
-
-
-@torch.library.custom_op("golf::mlp_d_pre", mutates_args=())
+@operator(lambda d_out, w_down, hidden, slope: torch.empty_like(hidden))
 def mlp_d_pre_op(d_out: Tensor, w_down: Tensor, hidden: Tensor, slope: float) -> Tensor:
     """Gradient of the pre-activations: (d_out @ w_down) times the slope that hidden remembers, (T, h) bf16."""
     d_pre = torch.empty_like(hidden)
@@ -882,25 +891,19 @@ def mlp_d_pre_op(d_out: Tensor, w_down: Tensor, hidden: Tensor, slope: float) ->
     return d_pre
 
 
-@mlp_d_pre_op.register_fake
-def _(d_out, w_down, hidden, slope):
-    return torch.empty_like(hidden)
-
-
-def _mlp_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], output[1])
-    ctx.slope = inputs[3]
-    ctx.mark_non_differentiable(output[1])
-
-
-def _mlp_gradient(ctx, d_out, _):
+def mlp_backward(ctx, d_out):
     x, w_up, w_down, hidden = ctx.saved_tensors
     need_x, need_up, need_down, _ = ctx.needs_input_grad                # test-time training freezes the weights
-    d_pre = mlp_d_pre_op(d_out, w_down, hidden, ctx.slope) if need_x or need_up else None
+    d_pre = mlp_d_pre_op(d_out, w_down, hidden, *ctx.constants) if need_x or need_up else None
     return d_pre @ w_up if need_x else None, d_pre.T @ x if need_up else None, d_out.T @ hidden if need_down else None, None
 
 
-mlp_op.register_autograd(_mlp_gradient, setup_context=_mlp_context)
+@operator(lambda x, w_up, w_down, slope: (x.new_empty(len(x), len(w_down)), x.new_empty(len(x), len(w_up))), mlp_backward, keep=(0, 1, 2, 5))
+def mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """mlp() through the fused kernel and one cuBLAS product; bf16."""
+    hidden = x.new_empty(len(x), len(w_up))
+    mlp_gemm(x.contiguous(), w_up.contiguous(), hidden, None, slope)
+    return F.linear(hidden, w_down), hidden
 
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
@@ -977,18 +980,7 @@ def launch_softcap_nll(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tenso
     return nll, lse, d_caps
 
 
-@torch.library.custom_op("golf::softcap_nll", mutates_args=())
-def softcap_nll_op(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
-    """softcap_nll() through the kernel."""
-    return launch_softcap_nll(z.contiguous(), targets, caps)[:2]
-
-
-@softcap_nll_op.register_fake
-def _(z, targets, caps):
-    return z.new_empty(z.size(0), dtype=torch.float32), z.new_empty(z.size(0), dtype=torch.float32)
-
-
-@torch.library.custom_op("golf::softcap_nll_gradient", mutates_args=())
+@operator(lambda z, targets, caps, row_grad, want_caps: (z.new_empty(z.shape), z.new_empty(len(z) if want_caps else 0, 2, dtype=torch.float32)))
 def softcap_nll_gradient_op(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tensor, want_caps: bool) -> tuple[Tensor, Tensor]:
     """dz (T, V) in z's dtype and, if wanted, the gradient of the caps by row (T, 2)."""
     z = z.contiguous()
@@ -996,22 +988,15 @@ def softcap_nll_gradient_op(z: Tensor, targets: Tensor, caps: Tensor, row_grad: 
     return dz, launch_softcap_nll(z, targets, caps, row_grad.float().contiguous(), dz, want_caps)[2]
 
 
-@softcap_nll_gradient_op.register_fake
-def _(z, targets, caps, row_grad, want_caps):
-    return z.new_empty(z.shape), z.new_empty(z.size(0) if want_caps else 0, 2, dtype=torch.float32)
-
-
-def _softcap_nll_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _softcap_nll_gradient(ctx, d_nll, _):
+def softcap_nll_backward(ctx, d_nll):
     dz, d_caps = softcap_nll_gradient_op(*ctx.saved_tensors, d_nll, ctx.needs_input_grad[2])
     return dz, None, d_caps.sum(0) if ctx.needs_input_grad[2] else None
 
 
-softcap_nll_op.register_autograd(_softcap_nll_gradient, setup_context=_softcap_nll_context)
+@operator(lambda z, targets, caps: tuple(z.new_empty(len(z), dtype=torch.float32) for _ in range(2)), softcap_nll_backward, keep=(0, 1, 2))
+def softcap_nll_op(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
+    """softcap_nll() through the kernel."""
+    return launch_softcap_nll(z.contiguous(), targets, caps)[:2]
 
 
 def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
@@ -1022,26 +1007,11 @@ def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tenso
     return (softcap_nll_op if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
 
 
-@torch.library.custom_op("golf::head_nll", mutates_args=())
-def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats (T,), and in place of the logits their gradient (T, V); the caps' gradient by row if wanted."""
-    z = F.linear(x, w)
-    nll, _, d_caps = launch_softcap_nll(z, targets, caps, dz=z, want_caps=want_caps)
-    return nll, z, d_caps                                               # z now holds d nll / d z
+def head_nll_outputs(x, w, targets, caps, want_caps):
+    return x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(w)), x.new_empty(len(x) if want_caps else 0, 2, dtype=torch.float32)
 
 
-@head_nll_op.register_fake
-def _(x, w, targets, caps, want_caps):
-    T = x.size(0)
-    return x.new_empty(T, dtype=torch.float32), x.new_empty(T, w.size(0)), x.new_empty(T if want_caps else 0, 2, dtype=torch.float32)
-
-
-def _head_nll_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _head_nll_gradient(ctx, d_nll, *_):
+def head_nll_backward(ctx, d_nll):
     x, w, dz, d_caps = ctx.saved_tensors
     need_x, need_w, _, need_caps, _ = ctx.needs_input_grad
     row = d_nll[:, None]
@@ -1049,7 +1019,12 @@ def _head_nll_gradient(ctx, d_nll, *_):
             (d_caps * row).sum(0) if need_caps else None, None)
 
 
-head_nll_op.register_autograd(_head_nll_gradient, setup_context=_head_nll_context)
+@operator(head_nll_outputs, head_nll_backward, keep=(0, 1, 6, 7))
+def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Nats (T,), and in place of the logits their gradient (T, V); the caps' gradient by row if wanted."""
+    z = F.linear(x, w)
+    nll, _, d_caps = launch_softcap_nll(z, targets, caps, dz=z, want_caps=want_caps)
+    return nll, z, d_caps                                               # z now holds d nll / d z
 
 
 def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
@@ -1083,98 +1058,89 @@ def qkv_heads_reference(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_
 
 
 @triton.jit
-def head_rows(T, HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK consecutive (token, head) rows of HEADS heads as (D / N, BLOCK, N) tiles: the partner of element (0, row, i) is (1, row, i).
-
-    -> token, head, mask of the rows (1, BLOCK, 1), element of each row and its partner's (D / N, 1, N), +1 / -1 / 0 of the partner's sine.
-    The groups come first, since Triton lays neighbouring lanes along them: a row is read by neighbouring lanes.
-    """
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :, None]
-    group, i = tl.arange(0, D // N)[:, None, None], tl.arange(0, N)[None, None, :]
-    partner = tl.where(group < 2, 1 - group, group)
-    return (row // HEADS).to(tl.int64), row % HEADS, row < T * HEADS, group * N + i, partner * N + i, tl.where(group == 0, 1.0, tl.where(group == 1, -1.0, 0.0))
+def store_turned(out_ptr, x, a, b, cos, sin, ok, D: tl.constexpr, N: tl.constexpr):
+    """Store rows x (BLOCK, D) with a, b (BLOCK, N), turned by an angle, in place of their first 2N columns."""
+    at, i = tl.arange(0, D)[None, :], tl.arange(0, N)[None, :]
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=ok & (at >= 2 * N))
+    tl.store(out_ptr + i, (a * cos + b * sin).to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + N + i, (b * cos - a * sin).to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["T"])
 def qk_heads_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, rstd_ptr, T, eps, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
                     N: tl.constexpr, BLOCK: tl.constexpr):
-    """Normed, rotated, scaled q and k of BLOCK (token, head) rows; the 1 / rms of each is kept for backward."""
-    token, head, ok, at, other, sign = head_rows(T, H + KV, D, N, BLOCK)
-    x_ptr = qkv_ptr + token * ((H + 2 * KV) * D) + head * D
+    """Normed, rotated, scaled rows of one head, of q or k, of BLOCK tokens; the 1 / rms of each is kept for backward."""
+    head, row = tl.program_id(0) % (H + KV), (tl.program_id(0) // (H + KV) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    token, at, i = row[:, None], tl.arange(0, D)[None, :], tl.arange(0, N)[None, :]
+    ok = token < T
+    x_ptr = qkv_ptr + (token * (H + 2 * KV) + head) * D
+    if head < H:
+        gain, out_ptr = tl.load(gain_ptr + head), q_ptr + (token * H + head) * D
+    else:
+        gain, out_ptr = 1.0, k_ptr + (token * KV + head - H) * D
     x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    partner = tl.load(x_ptr + other, mask=ok & (sign != 0), other=0.0).to(tl.float32)       # an L1 hit
-    angle = token * N + at % N
-    cos = tl.load(cos_ptr + angle, mask=ok & (sign != 0), other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=ok & (sign != 0), other=0.0)
-    rstd = tl.rsqrt(tl.sum(tl.sum(x * x, 2, keep_dims=True), 0, keep_dims=True) / D + eps)
-    gain = tl.load(gain_ptr + head, mask=ok & (head < H), other=1.0)
-    out = (x * cos + partner * sin * sign) * (rstd * gain)
-    tl.store(rstd_ptr + token * (H + KV) + head, rstd, mask=ok)
-    tl.store(q_ptr + (token * H + head) * D + at, out.to(q_ptr.dtype.element_ty), mask=ok & (head < H))
-    tl.store(k_ptr + (token * KV + head - H) * D + at, out.to(k_ptr.dtype.element_ty), mask=ok & (head >= H))
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    tl.store(rstd_ptr + row * (H + KV) + head, rstd, mask=row < T)
+    scale = rstd[:, None] * gain
+    a, b = tl.load(x_ptr + i, mask=ok, other=0.0) * scale, tl.load(x_ptr + N + i, mask=ok, other=0.0) * scale       # L1 hits
+    cos, sin = tl.load(cos_ptr + token * N + i, mask=ok, other=0.0), tl.load(sin_ptr + token * N + i, mask=ok, other=0.0)
+    store_turned(out_ptr, x * scale, a, b, cos, sin, ok, D, N)
 
 
 @triton.jit(do_not_specialize=["T"])
 def qk_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, gain_ptr, cos_ptr, sin_ptr, rstd_ptr, d_qkv_ptr, dot_ptr, T,
                              H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Rebuilds the normed vectors from q and k as attention saved them: q / gain, unrotated. Writes one packed d(qkv) and q . dq of each head."""
-    token, head, ok, at, other, sign = head_rows(T, H + 2 * KV, D, N, BLOCK)
-    is_q, is_k, is_v = ok & (head < H), ok & (head >= H) & (head < H + KV), ok & (head >= H + KV)
-    q_row, k_row, v_row = (token * H + head) * D, (token * KV + head - H) * D, (token * KV + head - H - KV) * D
-    y = tl.load(q_ptr + q_row + at, mask=is_q, other=0.0).to(tl.float32) + tl.load(k_ptr + k_row + at, mask=is_k, other=0.0).to(tl.float32)
-    dy = tl.load(dq_ptr + q_row + at, mask=is_q, other=0.0).to(tl.float32) + tl.load(dk_ptr + k_row + at, mask=is_k, other=0.0).to(tl.float32)
-    turns_q, turns_k = is_q & (sign != 0), is_k & (sign != 0)
-    y2 = tl.load(q_ptr + q_row + other, mask=turns_q, other=0.0).to(tl.float32) + tl.load(k_ptr + k_row + other, mask=turns_k, other=0.0).to(tl.float32)
-    dy2 = tl.load(dq_ptr + q_row + other, mask=turns_q, other=0.0).to(tl.float32) + tl.load(dk_ptr + k_row + other, mask=turns_k, other=0.0).to(tl.float32)
-    angle = token * N + at % N
-    cos = tl.load(cos_ptr + angle, mask=turns_q | turns_k, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turns_q | turns_k, other=0.0)
-    gain = tl.load(gain_ptr + head, mask=is_q, other=1.0)
-    rstd = tl.load(rstd_ptr + token * (H + KV) + head, mask=is_q | is_k, other=0.0)
-    dot = tl.sum(tl.sum(y * dy, 2, keep_dims=True), 0, keep_dims=True)                      # no rotation or gain changes it
-    keep, drop = rstd * gain, rstd * dot / (D * gain)
-    dx = (keep * dy - drop * y) * cos - (keep * dy2 - drop * y2) * sin * sign
-    dx += tl.load(dv_ptr + v_row + at, mask=is_v, other=0.0).to(tl.float32)
-    tl.store(dot_ptr + token * H + head, dot, mask=is_q)
-    tl.store(d_qkv_ptr + token * ((H + 2 * KV) * D) + head * D + at, dx.to(d_qkv_ptr.dtype.element_ty), mask=ok)
+    """One head of d(qkv), of q, k or v, of BLOCK tokens, and q . dq. The normed vectors come from q and k as attention saved them: q / gain, unrotated."""
+    head, row = tl.program_id(0) % (H + 2 * KV), (tl.program_id(0) // (H + 2 * KV) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    token, at, i = row[:, None], tl.arange(0, D)[None, :], tl.arange(0, N)[None, :]
+    ok = token < T
+    dx_ptr = d_qkv_ptr + (token * (H + 2 * KV) + head) * D
+    if head >= H + KV:
+        tl.store(dx_ptr + at, tl.load(dv_ptr + (token * KV + head - H - KV) * D + at, mask=ok), mask=ok)
+    else:
+        if head < H:
+            gain, y_ptr, dy_ptr = tl.load(gain_ptr + head), q_ptr + (token * H + head) * D, dq_ptr + (token * H + head) * D
+        else:
+            gain, y_ptr, dy_ptr = 1.0, k_ptr + (token * KV + head - H) * D, dk_ptr + (token * KV + head - H) * D
+        y, dy = tl.load(y_ptr + at, mask=ok, other=0.0).to(tl.float32), tl.load(dy_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row * (H + KV) + head, mask=row < T, other=0.0)
+        dot = tl.sum(y * dy, 1)                                         # no rotation or gain changes it
+        keep, drop = (rstd * gain)[:, None], (rstd * dot / (D * gain))[:, None]
+        a = keep * tl.load(dy_ptr + i, mask=ok, other=0.0) - drop * tl.load(y_ptr + i, mask=ok, other=0.0)          # L1 hits
+        b = keep * tl.load(dy_ptr + N + i, mask=ok, other=0.0) - drop * tl.load(y_ptr + N + i, mask=ok, other=0.0)
+        cos, sin = tl.load(cos_ptr + token * N + i, mask=ok, other=0.0), tl.load(sin_ptr + token * N + i, mask=ok, other=0.0)
+        store_turned(dx_ptr, keep * dy - drop * y, a, b, cos, -sin, ok, D, N)
+        if head < H:
+            tl.store(dot_ptr + row * H + head, dot, mask=row < T)
 
 
 HEAD_ROWS = 32                                                          # rows of head_dim elements per program of 4 warps
 
 
-@torch.library.custom_op("golf::qk_heads", mutates_args=())
-def qk_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q (T, H, D), k (T, KV, D) and 1 / rms of every head (T, H + KV) fp32."""
-    T, H, KV, N = qkv.size(0), gain.numel(), kv_heads, cos.size(1)
-    D = qkv.size(1) // (H + 2 * KV)
-    q, k, rstd = qkv.new_empty(T, H, D), qkv.new_empty(T, KV, D), qkv.new_empty(T, H + KV, dtype=torch.float32)
-    dense = (t.contiguous() for t in (qkv, gain, cos, sin))
-    qk_heads_kernel[(triton.cdiv(T * (H + KV), HEAD_ROWS),)](*dense, q, k, rstd, T, eps, H, KV, D, N, HEAD_ROWS)
-    return q, k, rstd
-
-
-@qk_heads_op.register_fake
-def _(qkv, gain, cos, sin, kv_heads, eps):
-    T, H = qkv.size(0), gain.numel()
-    D = qkv.size(1) // (H + 2 * kv_heads)
+def qk_heads_outputs(qkv, gain, cos, sin, kv_heads, eps):
+    T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
     return qkv.new_empty(T, H, D), qkv.new_empty(T, kv_heads, D), qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
 
 
-@torch.library.custom_op("golf::qk_heads_gradient", mutates_args=())
+@operator(qk_heads_outputs)
+def qk_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q (T, H, D), k (T, KV, D) and 1 / rms of every head (T, H + KV) fp32."""
+    q, k, rstd = outputs = qk_heads_outputs(qkv, gain, cos, sin, kv_heads, eps)
+    (T, heads), (_, H, D) = rstd.shape, q.shape
+    dense = (t.contiguous() for t in (qkv, gain, cos, sin))
+    qk_heads_kernel[(triton.cdiv(T, HEAD_ROWS) * heads,)](*dense, *outputs, T, eps, H, kv_heads, D, cos.size(1), HEAD_ROWS)
+    return outputs
+
+
+@operator(lambda dq, dk, dv, q, k, *_: (q.new_empty(len(q), (q.size(1) + 2 * k.size(1)) * q.size(2)), q.new_empty(q.shape[:2], dtype=torch.float32)))
 def qk_heads_gradient_op(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
                          rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of the packed qkv (T, (H + 2 KV) D), and q . dq of each head (T, H) fp32."""
-    (T, H, D), KV, N = q.shape, k.size(1), cos.size(1)
+    (T, H, D), KV = q.shape, k.size(1)
     d_qkv, dot = q.new_empty(T, (H + 2 * KV) * D), q.new_empty(T, H, dtype=torch.float32)
     dense = (t.contiguous() for t in (dq, dk, dv, q, k, gain, cos, sin))
-    qk_heads_gradient_kernel[(triton.cdiv(T * (H + 2 * KV), HEAD_ROWS),)](*dense, rstd, d_qkv, dot, T, H, KV, D, N, HEAD_ROWS)
+    qk_heads_gradient_kernel[(triton.cdiv(T, HEAD_ROWS) * (H + 2 * KV),)](*dense, rstd, d_qkv, dot, T, H, KV, D, cos.size(1), HEAD_ROWS)
     return d_qkv, dot
-
-
-@qk_heads_gradient_op.register_fake
-def _(dq, dk, dv, q, k, gain, cos, sin, rstd):
-    T, H, D = q.shape
-    return q.new_empty(T, (H + 2 * k.size(1)) * D), q.new_empty(T, H, dtype=torch.float32)
 
 
 class QKVHeads(torch.autograd.Function):
@@ -1213,76 +1179,54 @@ def xsa_gate_reference(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["T"])
-def xsa_gate_kernel(y_ptr, v_ptr, gate_ptr, d_out_ptr, out_ptr, dy_ptr, dv_ptr, d_gate_ptr, T, v_stride, KV: tl.constexpr, GROUP: tl.constexpr,
+def xsa_gate_kernel(y_ptr, v_ptr, gate_ptr, d_out_ptr, out_ptr, dv_ptr, d_gate_ptr, T, v_stride, KV: tl.constexpr, GROUP: tl.constexpr,
                     D: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows are (token, KV head); the GROUP query heads that share a value pass one after another. Without d_out_ptr forward, else backward."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    d, ok = tl.arange(0, D)[None, :], row < T * KV
-    v = tl.load(v_ptr + (row // KV).to(tl.int64) * v_stride + (row % KV) * D + d, mask=ok, other=0.0).to(tl.float32)
-    inverse = 1.0 / tl.maximum(tl.sum(v * v, 1, keep_dims=True), 1e-12)
+    """Rows are (token, KV head); the GROUP query heads that share a value pass one after another. With d_out_ptr backward: out is d(y)."""
+    row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    d, ok = tl.arange(0, D)[None, :], (row < T * KV)[:, None]
+    v = tl.load(v_ptr + (row // KV * v_stride + row % KV * D)[:, None] + d, mask=ok, other=0.0).to(tl.float32)
+    inverse = 1.0 / tl.maximum(tl.sum(v * v, 1), 1e-12)[:, None]
     dv = tl.zeros((BLOCK, D), tl.float32)
     for g in tl.static_range(GROUP):
-        head = row.to(tl.int64) * GROUP + g
-        y = tl.load(y_ptr + head * D + d, mask=ok, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + head, mask=ok, other=0.0).to(tl.float32)
-        along = tl.sum(y * v, 1, keep_dims=True) * inverse
+        head = row * GROUP + g
+        at = head[:, None] * D + d
+        y = tl.load(y_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + head, mask=row < T * KV, other=0.0).to(tl.float32)[:, None]
+        along = tl.sum(y * v, 1)[:, None] * inverse
         kept = y - along * v
         if d_out_ptr is None:
-            tl.store(out_ptr + head * D + d, (kept * gate).to(out_ptr.dtype.element_ty), mask=ok)
+            tl.store(out_ptr + at, (kept * gate).to(out_ptr.dtype.element_ty), mask=ok)
         else:
-            d_out = tl.load(d_out_ptr + head * D + d, mask=ok, other=0.0).to(tl.float32)
-            tl.store(d_gate_ptr + head, tl.sum(d_out * kept, 1, keep_dims=True), mask=ok)
+            d_out = tl.load(d_out_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            tl.store(d_gate_ptr + head, tl.sum(d_out * kept, 1).to(d_gate_ptr.dtype.element_ty), mask=row < T * KV)
             d_kept = d_out * gate
-            d_along = tl.sum(d_kept * v, 1, keep_dims=True) * inverse
-            tl.store(dy_ptr + head * D + d, (d_kept - d_along * v).to(dy_ptr.dtype.element_ty), mask=ok)
+            d_along = tl.sum(d_kept * v, 1)[:, None] * inverse
+            tl.store(out_ptr + at, (d_kept - d_along * v).to(out_ptr.dtype.element_ty), mask=ok)
             dv += 2.0 * along * d_along * v - d_along * y - along * d_kept
     if d_out_ptr is not None:
-        tl.store(dv_ptr + row.to(tl.int64) * D + d, dv.to(dv_ptr.dtype.element_ty), mask=ok)
+        tl.store(dv_ptr + row[:, None] * D + d, dv.to(dv_ptr.dtype.element_ty), mask=ok)
 
 
 def launch_xsa_gate(y: Tensor, v: Tensor, gate: Tensor, d_out: Tensor | None = None):
-    """-> out like y, or with d_out the gradients of y, v and gate (fp32). v's heads lie side by side, its tokens at any stride."""
+    """-> (out like y, None, None), or with d_out the gradients of y, v and gate. v's heads lie side by side, its tokens at any stride."""
     T, KV, D = v.shape
     v = v if v.stride()[1:] == (D, 1) else v.contiguous()
-    y, gate = y.contiguous(), gate.contiguous()
-    out, dy, dv, d_gate = None, None, None, None
-    if d_out is None:
-        out = torch.empty_like(y)
-    else:
-        d_out, dy, dv, d_gate = d_out.contiguous(), torch.empty_like(y), v.new_empty(v.shape), torch.empty_like(gate, dtype=torch.float32)
-    grid = (triton.cdiv(T * KV, HEAD_ROWS),)
-    xsa_gate_kernel[grid](y, v, gate, d_out, out, dy, dv, d_gate, T, v.stride(0), KV, y.size(1) // KV, D, HEAD_ROWS)
-    return out if d_out is None else (dy, dv, d_gate)
+    y, gate, d_out = y.contiguous(), gate.contiguous(), d_out.contiguous() if d_out is not None else None
+    results = torch.empty_like(y), *((None, None) if d_out is None else (v.new_empty(v.shape), torch.empty_like(gate)))
+    xsa_gate_kernel[(triton.cdiv(T * KV, HEAD_ROWS),)](y, v, gate, d_out, *results, T, v.stride(0), KV, y.size(1) // KV, D, HEAD_ROWS)
+    return results
 
 
-@torch.library.custom_op("golf::xsa_gate", mutates_args=())
-def xsa_gate_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """xsa_gate() through the kernel."""
-    return launch_xsa_gate(y, v, gate)
-
-
-@xsa_gate_op.register_fake
-def _(y, v, gate):
-    return y.new_empty(y.shape)
-
-
-@torch.library.custom_op("golf::xsa_gate_gradient", mutates_args=())
+@operator(lambda d_out, *inputs: tuple(t.new_empty(t.shape) for t in inputs))
 def xsa_gate_gradient_op(d_out: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, v and gate (fp32)."""
+    """Gradients of y, v and gate."""
     return launch_xsa_gate(y, v, gate, d_out)
 
 
-@xsa_gate_gradient_op.register_fake
-def _(d_out, y, v, gate):
-    return y.new_empty(y.shape), v.new_empty(v.shape), gate.new_empty(gate.shape, dtype=torch.float32)
-
-
-def _xsa_gate_gradient(ctx, d_out):
-    dy, dv, d_gate = xsa_gate_gradient_op(d_out, *ctx.saved_tensors)
-    return dy, dv, d_gate.to(ctx.saved_tensors[2].dtype)
-
-
-xsa_gate_op.register_autograd(_xsa_gate_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+@operator(lambda y, v, gate: y.new_empty(y.shape), lambda ctx, d_out: xsa_gate_gradient_op(d_out, *ctx.saved_tensors), keep=(0, 1, 2))
+def xsa_gate_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """xsa_gate() through the kernel."""
+    return launch_xsa_gate(y, v, gate)[0]
 
 
 def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
@@ -1296,17 +1240,12 @@ def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor):
     """Runs of consecutive segments of equal lengths: (slice of queries, slice of keys, segments, causal mask (n, m) aligned at its end)."""
-    at_q, at_k = cu_q.tolist(), cu_k.tolist()
-    lengths = [(b - a, d - c) for a, b, c, d in zip(at_q, at_q[1:], at_k, at_k[1:])]
-    i = 0
-    while i < len(lengths):
-        j = i
-        while j < len(lengths) and lengths[j] == lengths[i]:
-            j += 1
-        n, m = lengths[i]
+    end_q = end_k = 0
+    for (n, m), run in itertools.groupby(zip(cu_q.diff().tolist(), cu_k.diff().tolist())):
+        segments = sum(1 for _ in run)
+        at_q, at_k, end_q, end_k = end_q, end_k, end_q + segments * n, end_k + segments * m
         if n:
-            yield slice(at_q[i], at_q[j]), slice(at_k[i], at_k[j]), j - i, torch.ones(n, m, dtype=torch.bool, device=cu_q.device).tril(m - n)
-        i = j
+            yield slice(at_q, end_q), slice(at_k, end_k), segments, torch.ones(n, m, dtype=torch.bool, device=cu_q.device).tril(m - n)
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
@@ -1348,6 +1287,11 @@ def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0):
     return dq, dk, dv
 
 
+def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors of the same shapes, unset."""
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
 def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k):
     """FlashAttention 3: out (Tq, H, D) and log-sum-exp (H, Tq) fp32."""
     nothing = [None] * 4
@@ -1358,7 +1302,7 @@ def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k):
 
 def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
     """FlashAttention 3: gradients of q, k, v."""
-    grads = torch.empty_like(q), torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    grads = empty_like(q, k, v)
     torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, *grads, cu_q, cu_k, None, None, max_q, max_k, q.size(-1) ** -0.5, True)
     return grads                                                        # written in place; builds differ in what the operator returns
 
@@ -1373,7 +1317,7 @@ def fa2_forward(q, k, v, cu_q, cu_k, max_q, max_k):
 def fa2_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
     """FlashAttention 2: gradients of q, k, v."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    grads = empty_like(q, k, v)
     _flash_attn_varlen_backward(dout, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k, 0.0, q.size(-1) ** -0.5, True, -1, -1, 0.0, None, False)
     return grads
 
@@ -1445,42 +1389,25 @@ def check_backend(name: str, cfg: Config, device: torch.device):
             raise RuntimeError(f"differs from the reference by {error:.1%}")
 
 
-@torch.library.custom_op("golf::attention", mutates_args=())
-def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, backend: str) -> tuple[Tensor, Tensor]:
-    """The chosen backend as one opaque operator: out (Tq, H, D) and what its backward needs, (H, Tq) fp32 or empty."""
-    return BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k)
-
-
-@attention_op.register_fake
-def _(q, k, v, cu_q, cu_k, max_q, max_k, backend):
-    lse = q.new_empty((0,) if backend == "reference" else (q.size(1), q.size(0)), dtype=torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
-
-
-@torch.library.custom_op("golf::attention_backward", mutates_args=())
+@operator(lambda dout, q, k, v, *_: empty_like(q, k, v))
 def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
                           max_q: int, max_k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v through the same backend."""
-    dq, dk, dv, *_ = BACKENDS[backend][1](dout.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k)
-    return dq, dk, dv
+    return tuple(BACKENDS[backend][1](dout.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k)[:3])
 
 
-@attention_backward_op.register_fake
-def _(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, backend):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+def attention_outputs(q, k, v, cu_q, cu_k, max_q, max_k, backend):
+    return *empty_like(q), q.new_empty((0,) if backend == "reference" else (q.size(1), q.size(0)), dtype=torch.float32)
 
 
-def _attention_context(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+def attention_backward(ctx, dout):
+    return *attention_backward_op(dout, *ctx.saved_tensors, *ctx.constants), None, None, None, None, None
 
 
-def _attention_gradient(ctx, dout, _):
-    q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
-    return *attention_backward_op(dout, q, k, v, out, lse, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.backend), None, None, None, None, None
-
-
-attention_op.register_autograd(_attention_gradient, setup_context=_attention_context)
+@operator(attention_outputs, attention_backward, keep=(0, 1, 2, 8, 9, 3, 4))
+def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, backend: str) -> tuple[Tensor, Tensor]:
+    """The chosen backend as one opaque operator: out (Tq, H, D) and what its backward needs, (H, Tq) fp32 or empty."""
+    return BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, backend: str) -> Tensor:
