@@ -56,6 +56,21 @@ class UserError(Exception):
     """Bad input: printed as one line that names the file or setting and the remedy; the process exits with status 2."""
 
 
+def require(holds, message: str):
+    """Raise UserError unless ``holds``."""
+    if not holds:
+        raise UserError(message)
+
+
+@contextlib.contextmanager
+def explained(message: str, *errors: type[Exception]):
+    """Turn ``errors`` of the block into a UserError; {} in the message is the error's own text."""
+    try:
+        yield
+    except errors as e:
+        raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,16 +78,27 @@ class UserError(Exception):
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 
 
-def setting(default, meaning: str):
-    """A field of Config with its default and its line in --help."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+POSITIVE, SHARE = "(0, inf)", "[0, 1)"
+
+
+def setting(default, meaning: str, within: str = ""):
+    """A field of Config: its default, its line in --help, and the interval of a number ([0, inf) if none is given) or the choices of a string."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "within": within or ("" if isinstance(default, str) else "[0, inf)")})
+
+
+def lies_within(value, within: str) -> bool:
+    """Whether a number lies in an interval like [0, 1), without its end at a round bracket; whether a string is among "a, b, c"."""
+    if isinstance(value, str):
+        return not within or value in within.split(", ")
+    low, high = map(float, within[1:-1].split(", "))
+    return (low < value or low == value and within[0] == "[") and (value < high or value == high and within[-1] == "]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every setting once: the environment variable is the field's name in capitals. Defaults are our best configuration."""
     # run
-    seed: int = setting(1337, "seed of the initial weights; the order of the data is fixed")
+    seed: int = setting(1337, "seed of the initial weights; the order of the data is fixed", "[0, 9e18]")
     data_path: str = setting("data", "folder of shards fineweb_{train,val,val_bytes}_*.bin and manifest.json")
     tokenizer_path: str = setting("", "SentencePiece model; empty: tokenizer.model in DATA_PATH")
     artifact_dir: str = setting("", "where train_gpt.py, model.bin, result.json and the log go; empty: runs/SEED (packed script: its own folder)")
@@ -80,28 +106,28 @@ class Config:
     ttt_eval_only: bool = setting(False, "score the artifact in ARTIFACT_DIR and stop")
     quantize_only: bool = setting(False, "start from ARTIFACT_DIR/trained.npz instead of training")
     check_only: bool = setting(False, "run every pre-flight check and stop")
-    device: str = setting("auto", "cuda, cpu, or auto")
+    device: str = setting("auto", "where to run; auto: a GPU if there is one", "auto, cpu, cuda")
     compile: bool = setting(True, "torch.compile on a GPU; the CPU always runs eagerly")
-    attention: str = setting("auto", "fa3, fa2, torch, reference, or auto (that order)")
+    attention: str = setting("auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, fa2, torch, reference")
     fa3_library: str = setting("", "shared object that registers torch.ops.flash_attn_3 (for example of the xformers wheel)")
     # model
-    vocab_size: int = setting(8192, "tokens in the vocabulary, at most 65536")
+    vocab_size: int = setting(8192, "tokens in the vocabulary; tokens are stored in 16 bits", "[8, 65536]")
     bos_id: int = setting(1, "token that begins every document")
-    num_layers: int = setting(11, "physical layers")
-    model_dim: int = setting(512, "width of the residual stream")
-    num_heads: int = setting(8, "query heads")
-    num_kv_heads: int = setting(4, "key/value heads")
+    num_layers: int = setting(11, "physical layers", POSITIVE)
+    model_dim: int = setting(512, "width of the residual stream", POSITIVE)
+    num_heads: int = setting(8, "query heads", POSITIVE)
+    num_kv_heads: int = setting(4, "key/value heads", POSITIVE)
     mlp_mult: float = setting(4.0, "MLP hidden width over MODEL_DIM")
     leaky_relu_sq_slope: float = setting(0.5, "negative slope of the squared leaky ReLU")
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding")
-    logit_softcap: float = setting(30.0, "logits are capped to +-this by a tanh")
-    rope_base: float = setting(10000.0, "RoPE base")
+    logit_softcap: float = setting(30.0, "logits are capped to +-this by a tanh", POSITIVE)
+    rope_base: float = setting(10000.0, "RoPE base", POSITIVE)
     rope_dims: int = setting(16, "rotated dimensions of each head")
     qk_gain_init: float = setting(5.0, "initial gain of each normalised query head")
     xsa_last_n: int = setting(11, "layers, from the last, whose heads drop the component along their own value")
     ln_scale: bool = setting(True, "scale sublayer inputs by 1/sqrt(layer + 1)")
     smear_gate_enabled: bool = setting(True, "add a gated copy of the previous token's embedding")
-    gate_window: int = setting(12, "leading channels that SmearGate and the sparse attention gate read")
+    gate_window: int = setting(12, "leading channels that SmearGate and the sparse attention gate read", POSITIVE)
     sparse_attn_gate_enabled: bool = setting(True, "gate each head's output by a sigmoid of the leading channels")
     sparse_attn_gate_scale: float = setting(0.5, "factor inside that sigmoid")
     skip_gates_enabled: bool = setting(True, "U-Net skips are merged by a learned gate (off: added)")
@@ -110,78 +136,78 @@ class Config:
     loop_end: int = setting(5, "last looped layer")
     enable_looping_at: float = setting(0.35, "progress at which the loops switch on")
     parallel_start_layer: int = setting(8, "first layer of the two-lane decoder; 0: none")
-    parallel_final_lane: str = setting("mean", "what the lanes end in: mean, attn or mlp")
+    parallel_final_lane: str = setting("mean", "what the two lanes end in", "mean, attn, mlp")
     # training
     max_wallclock_seconds: float = setting(600.0, "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read")
     gptq_reserve_seconds: float = setting(6.0, "part of the budget kept for calibration and quantisation")
-    iterations: int = setting(20000, "most steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many")
-    train_batch_tokens: int = setting(786432, "tokens of one step over all ranks")
-    micro_batch_tokens: int = setting(98304, "tokens of one forward; a step's micro-batches are dealt to the ranks, so results do not depend on their number")
-    train_seq_len: int = setting(2048, "longest attention span: documents are cut there")
+    iterations: int = setting(20000, "most steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many", POSITIVE)
+    train_batch_tokens: int = setting(786432, "tokens of one step over all ranks", POSITIVE)
+    micro_batch_tokens: int = setting(98304, "tokens of one forward; a step's micro-batches are dealt to the ranks, so results do not depend on their number", POSITIVE)
+    train_seq_len: int = setting(2048, "longest attention span: documents are cut there", POSITIVE)
     train_seq_schedule: str = setting("", "progressive context, LEN@END_PROGRESS,...; empty: TRAIN_SEQ_LEN throughout")
     seq_change_warmup_steps: int = setting(32, "learning-rate ramp after a change of context")
     warmup_steps: int = setting(3, "steps of each graph run and undone before the clock starts")
     warmdown_frac: float = setting(0.85, "share of the budget in the linear decay of the learning rate")
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier")
-    train_log_every: int = setting(100, "steps between log lines")
+    train_log_every: int = setting(100, "steps between log lines", POSITIVE)
     # optimizers
     matrix_lr: float = setting(0.026, "Muon learning rate")
     scalar_lr: float = setting(0.02, "Adam learning rate of vectors, gates and scalars")
     tied_embed_lr: float = setting(0.03, "Adam learning rate of the embedding")
-    muon_momentum: float = setting(0.97, "Muon momentum at the end of its warm-up")
+    muon_momentum: float = setting(0.97, "Muon momentum at the end of its warm-up", SHARE)
     muon_momentum_warmup_start: float = setting(0.92, "Muon momentum at step 0")
     muon_momentum_warmup_steps: int = setting(1500, "steps of its linear warm-up")
-    muon_backend_steps: int = setting(5, "Polar Express iterations, at most 5")
+    muon_backend_steps: int = setting(5, "Polar Express iterations", "[1, 5]")
     muon_row_normalize: bool = setting(True, "normalise the rows of the update before orthogonalisation")
     muon_wd: float = setting(0.095, "decoupled weight decay of matrices")
     adam_wd: float = setting(0.02, "decoupled weight decay of vectors, gates and scalars")
     embed_wd: float = setting(0.085, "decoupled weight decay of the embedding")
-    beta1: float = setting(0.9, "Adam beta1")
-    beta2: float = setting(0.99, "Adam beta2")
-    adam_eps: float = setting(1e-8, "Adam epsilon")
+    beta1: float = setting(0.9, "Adam beta1", SHARE)
+    beta2: float = setting(0.99, "Adam beta2", SHARE)
+    adam_eps: float = setting(1e-8, "Adam epsilon", POSITIVE)
     grad_clip_norm: float = setting(0.3, "norm to which the reduced gradient is clipped; 0: not clipped")
-    ema_decay: float = setting(0.9965, "decay of the debiased average of the weights that is kept; 0: the last weights")
+    ema_decay: float = setting(0.9965, "decay of the debiased average of the weights that is kept; 0: the last weights", SHARE)
     # quantizer and artifact
-    matrix_bits: int = setting(6, "symbol range of matrices: +-(2^(bits-1) - 1)")
-    embed_bits: int = setting(7, "symbol range of the embedding")
+    matrix_bits: int = setting(6, "symbol range of matrices: +-(2^(bits-1) - 1)", "[2, 8]")
+    embed_bits: int = setting(7, "symbol range of the embedding", "[2, 8]")
     mlp_clip_sigmas: float = setting(11.5, "MLP rows: step = this many row standard deviations over the range")
     attn_clip_sigmas: float = setting(13.0, "the same for attention rows")
     embed_clip_sigmas: float = setting(14.0, "the same for embedding rows")
-    gptq_calibration_batches: int = setting(16, "micro-batches of training data whose activations weigh the rounding error")
+    gptq_calibration_batches: int = setting(16, "micro-batches of training data whose activations weigh the rounding error", POSITIVE)
     gptq_damping: float = setting(0.01, "added to the Hessian's diagonal, as a share of its mean")
-    artifact_cap: int = setting(16_000_000, "most bytes of train_gpt.py and model.bin together")
+    artifact_cap: int = setting(16_000_000, "most bytes of train_gpt.py and model.bin together", POSITIVE)
     artifact_margin: int = setting(2_000, "bytes below ARTIFACT_CAP at which the quantiser's steps begin to widen")
     # scoring
-    eval_seq_len: int = setting(2048, "longest context of a scored token; windows never cross a document's start")
+    eval_seq_len: int = setting(2048, "longest context of a scored token; windows never cross a document's start", POSITIVE)
     eval_stride: int = setting(0, "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
     val_batch_tokens: int = setting(131072, "tokens of one scoring forward on one rank")
     # test-time training
     ttt_enabled: bool = setting(True, "adapt to each document while scoring it: score a chunk, then learn from it")
-    segment_docs: int = setting(50000, "most documents of a segment; state crosses documents only between segments, and a segment waits for its longest document")
-    ttt_batch_size: int = setting(64, "documents adapted together, of similar length; no score depends on it")
+    segment_docs: int = setting(50000, "most documents of a segment; state crosses documents only between segments, and a segment waits for its longest document", POSITIVE)
+    ttt_batch_size: int = setting(64, "documents adapted together, of similar length; no score depends on it", POSITIVE)
     ttt_chunks: str = setting("8,8,16,32,64", "sizes of the chunks from a document's start; the last repeats")
-    ttt_eval_seq_len: int = setting(2048, "longest context of a scored token")
+    ttt_eval_seq_len: int = setting(2048, "longest context of a scored token", POSITIVE)
     ttt_cache: bool = setting(True, "reuse the keys and values of scored tokens (off: recompute the whole context for each chunk, exact and slow)")
     ttt_backprop_tokens: int = setting(0, "tokens before a chunk that are run again with it, so that gradients reach back through them")
     ttt_mask: str = setting("", "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
-    ttt_lora_rank: int = setting(80, "rank of the adapters")
+    ttt_lora_rank: int = setting(80, "rank of the adapters", POSITIVE)
     ttt_lora_alpha: float = setting(144.0, "adapters are scaled by this over their rank")
     ttt_lora_lr: float = setting(1e-4, "Adam learning rate of the adapters")
     ttt_local_lr_mult: float = setting(1.0, "factor of TTT_LORA_LR")
-    ttt_beta2: float = setting(0.99, "Adam beta2 of the adapters; there is no first moment")
+    ttt_beta2: float = setting(0.99, "Adam beta2 of the adapters; there is no first moment", SHARE)
     ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters")
     ttt_grad_steps: int = setting(1, "steps on each chunk after it is scored; 0: carried context only")
     phased_ttt_num_phases: int = setting(3, "times the base weights learn from the scored prefix; 0: never")
     phased_ttt_prefix_docs: int = setting(2500, "documents of that prefix, in stream order")
     global_ttt_lr: float = setting(0.001, "SGD learning rate of the base weights, cosine to zero over a phase")
-    global_ttt_momentum: float = setting(0.9, "SGD momentum, fresh in each phase")
+    global_ttt_momentum: float = setting(0.9, "SGD momentum, fresh in each phase", SHARE)
     global_ttt_epochs: int = setting(1, "passes over the prefix in each phase")
-    global_ttt_chunk_tokens: int = setting(32768, "tokens of one SGD step over all ranks")
+    global_ttt_chunk_tokens: int = setting(32768, "tokens of one SGD step over all ranks", POSITIVE)
     global_ttt_grad_clip: float = setting(1.0, "norm to which the reduced SGD gradient is clipped")
     # set by torchrun
     rank: int = setting(0, "rank of this process")
     local_rank: int = setting(0, "its GPU")
-    world_size: int = setting(1, "processes")
+    world_size: int = setting(1, "processes", POSITIVE)
 
     @classmethod
     def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
@@ -196,42 +222,27 @@ class Config:
 
     def validate(self):
         """Refuse settings that could not work, before anything is read or trained."""
-        positive = ("num_layers", "model_dim", "num_heads", "num_kv_heads", "train_seq_len", "eval_seq_len", "micro_batch_tokens", "train_batch_tokens",
-                    "gptq_calibration_batches", "logit_softcap", "segment_docs", "ttt_batch_size", "ttt_eval_seq_len", "ttt_lora_rank", "global_ttt_chunk_tokens",
-                    "train_log_every", "artifact_cap", "world_size", "rope_base", "iterations", "adam_eps")
-        shares = ("beta1", "beta2", "ttt_beta2", "ema_decay", "muon_momentum", "global_ttt_momentum")
-        rules = [(name.upper(), getattr(self, name) > 0, "must be positive") for name in positive]
-        rules += [(name.upper(), 0 <= getattr(self, name) < 1, "must be at least 0 and below 1") for name in shares]
-        rules += [(name.upper(), getattr(self, name) >= 0, "must not be negative") for name, value in self.settings().items() if not isinstance(value, str)]
-        rules += [
-            ("NUM_HEADS", self.num_heads > 0 and self.model_dim % self.num_heads == 0, "must divide MODEL_DIM"),
-            ("NUM_KV_HEADS", self.num_kv_heads > 0 and self.num_heads % max(self.num_kv_heads, 1) == 0, "must divide NUM_HEADS"),
-            ("ROPE_DIMS", self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // max(self.num_heads, 1), "must be even and at most the head width"),
-            ("VOCAB_SIZE", 8 <= self.vocab_size <= 65536, "must lie in 8..65536: tokens are stored in 16 bits"),
-            ("LOOP_END", self.num_loops == 0 or 0 <= self.loop_start <= self.loop_end < self.num_layers, "must satisfy 0 <= LOOP_START <= LOOP_END < NUM_LAYERS"),
-            ("PARALLEL_FINAL_LANE", self.parallel_final_lane in ("mean", "attn", "mlp"), "must be mean, attn or mlp"),
-            ("GATE_WINDOW", 0 < self.gate_window <= self.model_dim, "must lie in 1..MODEL_DIM"),
-            ("DEVICE", self.device in ("auto", "cpu", "cuda"), "must be auto, cpu or cuda"),
-            ("ATTENTION", self.attention in ("auto", "fa3", "fa2", "torch", "reference"), "must be auto, fa3, fa2, torch or reference"),
-            ("MUON_BACKEND_STEPS", 1 <= self.muon_backend_steps <= 5, "must lie in 1..5"),
-            ("SEED", self.seed < 2 ** 63, "must be below 2**63"),
-            ("MLP_MULT", int(self.mlp_mult * self.model_dim) >= 8, "gives an MLP of fewer than 8 units"),
-            ("ARTIFACT_MARGIN", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
-            ("GPTQ_RESERVE_SECONDS", self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds, "must be below MAX_WALLCLOCK_SECONDS"),
-            ("EVAL_STRIDE", 0 <= self.eval_stride <= self.eval_seq_len, "must lie in 0..EVAL_SEQ_LEN"),
-            ("VAL_BATCH_TOKENS", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
-            ("MATRIX_BITS", 2 <= self.matrix_bits <= 8, "must lie in 2..8"),
-            ("EMBED_BITS", 2 <= self.embed_bits <= 8, "must lie in 2..8"),
-            ("TTT_CHUNKS", re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.ttt_chunks) is not None, "must be sizes like 8,8,16,32,64"),
-            ("TTT_CHUNKS", not re.search(r"\d{5}", self.ttt_chunks) and all(int(c) <= self.ttt_eval_seq_len for c in re.findall(r"\d+", self.ttt_chunks)),
-             f"has a chunk above TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"),
-            ("TTT_MASK", self.ttt_grad_steps == 0 or not set(ADAPTER_KINDS) <= set(self.ttt_mask.replace("no_qv", "q,v").split(",")),
-             "leaves no adapter to learn; set TTT_GRAD_STEPS=0"),
-            ("TTT_MASK", set(self.ttt_mask.split(",")) <= {"", "no_qv", *ADAPTER_KINDS}, f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
-        ]
-        for name, holds, rule in rules:
-            if not holds:
-                raise UserError(f"{name}={getattr(self, name.lower())} {rule}")
+        for f in dataclasses.fields(self):
+            value, within = getattr(self, f.name), f.metadata["within"]
+            require(lies_within(value, within), f"{f.name.upper()}={value} must be {'one of' if isinstance(value, str) else 'in'} {within}")
+        chunks = [int(c) for c in self.ttt_chunks.split(",")] if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", self.ttt_chunks) else []
+        masked = set(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
+        for name, holds, rule in (
+            ("num_heads", self.model_dim % self.num_heads == 0, "must divide MODEL_DIM"),
+            ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "must divide NUM_HEADS"),
+            ("rope_dims", self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads, "must be even and at most the head width"),
+            ("loop_end", self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers, "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS"),
+            ("gate_window", self.gate_window <= self.model_dim, "must be at most MODEL_DIM"),
+            ("mlp_mult", int(self.mlp_mult * self.model_dim) >= 8, "gives an MLP of fewer than 8 units"),
+            ("artifact_margin", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
+            ("gptq_reserve_seconds", self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds, "must be below MAX_WALLCLOCK_SECONDS"),
+            ("eval_stride", self.eval_stride <= self.eval_seq_len, "must be at most EVAL_SEQ_LEN"),
+            ("val_batch_tokens", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
+            ("ttt_chunks", chunks and max(chunks) <= self.ttt_eval_seq_len, f"must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"),
+            ("ttt_mask", masked <= set(ADAPTER_KINDS), f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
+            ("ttt_mask", self.ttt_grad_steps == 0 or masked != set(ADAPTER_KINDS), "leaves no adapter to learn; set TTT_GRAD_STEPS=0"),
+        ):
+            require(holds, f"{name.upper()}={getattr(self, name)} {rule}")
         context_schedule(self)
 
     @property
@@ -266,14 +277,11 @@ def check_names(env, fields):
 
 def parse_setting(name: str, text: str, kind: type):
     """Text of an environment variable -> bool, int, float or str."""
-    try:
+    with explained(f"{name}={text!r} is not {'0 or 1' if kind is bool else 'of type ' + kind.__name__}", ValueError, KeyError):
         if kind is bool:
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}[text.strip().lower()]
         value = kind(text)
-    except (ValueError, KeyError):
-        raise UserError(f"{name}={text!r} is not {'0 or 1' if kind is bool else 'of type ' + kind.__name__}") from None
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{name}={text!r} is not finite")
+    require(kind is not float or math.isfinite(value), f"{name}={text!r} is not finite")
     return value
 
 
@@ -281,23 +289,21 @@ def context_schedule(cfg: Config) -> list[tuple[float, int]]:
     """TRAIN_SEQ_SCHEDULE as (progress at which the stage ends, attention span), in order; the last stage ends at infinity (#2014)."""
     if not cfg.train_seq_schedule:
         return [(math.inf, cfg.train_seq_len)]
-    try:
+    name = f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r}"
+    with explained(f"{name} is not of the form 1024@0.1,2048@0.7,3072@1.0", ValueError):
         stages = sorted((float(end), int(length)) for length, end in (part.split("@") for part in cfg.train_seq_schedule.split(",")))
-    except ValueError:
-        raise UserError(f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r} is not of the form 1024@0.1,2048@0.7,3072@1.0") from None
-    if any(length <= 0 or not end > 0 for end, length in stages):
-        raise UserError(f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r}: lengths and ends must be positive")
-    if max(length for _, length in stages) != cfg.train_seq_len:
-        raise UserError(f"TRAIN_SEQ_SCHEDULE's longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}")
+    require(all(length > 0 and end > 0 for end, length in stages), f"{name}: lengths and ends must be positive")
+    require(max(length for _, length in stages) == cfg.train_seq_len, f"{name}: the longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}")
     return [*stages[:-1], (math.inf, stages[-1][1])]
 
 
 def help_text() -> str:
     """The table of --help."""
-    lines = ["Settings (environment variables), their defaults and meaning:"]
+    lines = ["Settings (environment variables), their defaults, meaning and limits; a number without them is in [0, inf):"]
     for f in dataclasses.fields(Config):
-        shown = int(f.default) if isinstance(f.default, bool) else f.default
-        lines.append(f"  {f.name.upper():28s} {str(shown) or '(empty)':>12s}   {f.metadata['meaning']}")
+        shown, within = int(f.default) if isinstance(f.default, bool) else f.default, f.metadata["within"]
+        limits = f"; {within}" if within not in ("", "[0, inf)") else ""
+        lines.append(f"  {f.name.upper():28s} {str(shown) or '(empty)':>12s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
 
 
@@ -309,20 +315,15 @@ class Ranks:
     """The process group. On one rank every collective is a no-op, so nothing else asks how many there are."""
 
     def __init__(self, cfg: Config):
-        self.rank, self.world = cfg.rank, cfg.world_size
+        self.rank, self.world, self.main = cfg.rank, cfg.world_size, cfg.rank == 0
         use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-        if use_cuda and not torch.cuda.is_available():
-            raise UserError("DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
+        require(torch.cuda.is_available() or not use_cuda, "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
         self.device = torch.device("cuda", cfg.local_rank) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             # Tensors on the CPU travel over gloo, so the clock is shared without touching the GPU's queue.
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
 
     def all_reduce_(self, t: Tensor) -> Tensor:
         if self.world > 1:
@@ -334,8 +335,9 @@ class Ranks:
             dist.broadcast(t, 0)
         return t
 
-    def barrier(self):
-        self.broadcast_(torch.zeros(1))
+    def agree(self, value: float) -> float:
+        """Rank 0's value, sent over the CPU group; also a barrier."""
+        return self.broadcast_(torch.tensor(value, dtype=torch.float64)).item()
 
     def synchronize(self):
         if self.device.type == "cuda":
@@ -381,7 +383,7 @@ class Clock:
     def __init__(self, ranks: Ranks):
         self.ranks, self.pending, self.steps, self.seconds = ranks, deque(), 0, 0.0
         ranks.synchronize()
-        ranks.barrier()
+        ranks.agree(0)
         self.start = time.perf_counter()
 
     def tick(self) -> float:
@@ -392,8 +394,7 @@ class Clock:
             self.pending.popleft()
         now = time.perf_counter() - self.start
         done = self.steps - len(self.pending)
-        self.seconds = now + len(self.pending) * (now / done if done else 0.0)
-        self.seconds = self.ranks.broadcast_(torch.tensor([self.seconds], dtype=torch.float64)).item()
+        self.seconds = self.ranks.agree(now + len(self.pending) * (now / done if done else 0.0))
         return self.seconds
 
     def step_done(self):
@@ -408,7 +409,7 @@ class Clock:
 
     def stop(self) -> float:
         self.ranks.synchronize()
-        self.seconds = self.ranks.broadcast_(torch.tensor([time.perf_counter() - self.start], dtype=torch.float64)).item()
+        self.seconds = self.ranks.agree(time.perf_counter() - self.start)
         return self.seconds
 
 
@@ -506,17 +507,16 @@ class Ledger:
 def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
     """Open ``path`` for writing bytes so that it appears whole, by rename, or not at all. ``setting`` is what an error tells the user to change."""
     part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        with open(part, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); free space there or set {setting} to another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    with explained(f"{path}: cannot be written ({{}}); free space there or set {setting} to another place", OSError):
+        try:
+            with open(part, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -529,19 +529,16 @@ SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024
 def open_shard(path: Path) -> np.ndarray:
     """Memory-map the uint16 values of a shard: 256 little-endian int32 of header ([magic, 1, count, 0, ...]), then the values."""
     header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != 1:
-        raise UserError(f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py")
+    require(len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, 1), f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py")
     size, expected = path.stat().st_size, SHARD_HEADER_BYTES + 2 * int(header[2])
-    if size != expected:
-        raise UserError(f"{path}: {size} bytes, its header promises {expected}; the file is truncated or damaged: fetch or make it again")
+    require(size == expected, f"{path}: {size} bytes, its header promises {expected}; the file is truncated or damaged: fetch or make it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
 
 
 def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]:
     """Files of ``pattern`` (its * is digits) in name order; UserError where there are none and one is required."""
     paths = sorted(p for p in folder.glob(pattern) if re.fullmatch(pattern.replace("*", r"\d+"), p.name) and p.is_file())    # val_* must not match val_bytes_*
-    if not paths and required:
-        raise UserError(f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
+    require(paths or not required, f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
     return paths
 
 
@@ -585,14 +582,19 @@ def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy without waiting. The number of documents is marked dynamic: no compiled graph depends on it."""
-    if device.type == "cpu":
-        move = lambda t: t
-    else:
-        move = lambda t: t.pin_memory().to(device, non_blocking=True)
+    move = lambda t: t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
     cu = move(batch.seq.cu_q)
     torch._dynamo.mark_dynamic(cu, 0)
     seq = batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions))
     return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=seq)
+
+
+def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, begins: bool = False):
+    """Every token is in the vocabulary; the first is BOS where a stream ``begins``."""
+    if begins:
+        require(list(tokens[:1]) == [cfg.bos_id], f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again")
+    highest = tokens.max(initial=0)
+    require(highest < cfg.vocab_size, f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
 
 
 class TrainStream:
@@ -604,13 +606,10 @@ class TrainStream:
         self.shards = [open_shard(p) for p in self.paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
         self.tokens = int(self.ends[-1])
-        if self.tokens <= cfg.micro_batch_tokens:
-            raise UserError(f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; lower MICRO_BATCH_TOKENS or prepare more documents")
-        for path, shard in zip(self.paths, self.shards):                # the whole shard is checked as it is read
-            self.check_tokens(path, shard[:1 << 20])
-        first = int(self.shards[0][0])
-        if first != cfg.bos_id:
-            raise UserError(f"{self.paths[0]}: the first token is {first}, not BOS_ID={cfg.bos_id}; prepare the data again (prepare_data.py puts BOS before every document)")
+        require(self.tokens > cfg.micro_batch_tokens, f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
+                                                      "lower MICRO_BATCH_TOKENS or prepare more documents")
+        for i, (path, shard) in enumerate(zip(self.paths, self.shards)):    # the whole shard is checked as it is read
+            check_tokens(path, shard[:1 << 20], cfg, begins=i == 0)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """``count`` tokens from position ``start`` of the endless stream, int64."""
@@ -620,13 +619,9 @@ class TrainStream:
             i = int(np.searchsorted(self.ends, start, side="right"))
             offset = start - (int(self.ends[i]) - len(self.shards[i]))
             pieces.append(self.shards[i][offset:offset + count].astype(np.int64))
-            self.check_tokens(self.paths[i], pieces[-1])
+            check_tokens(self.paths[i], pieces[-1], self.cfg)
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
-
-    def check_tokens(self, path: Path, tokens: np.ndarray):
-        if len(tokens) and int(tokens.max()) >= self.cfg.vocab_size:
-            raise UserError(f"{path}: token {tokens.max()} is outside VOCAB_SIZE={self.cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
 
     def micro_batch(self, start: int, count: int, span: int) -> Batch:
         """Inputs [start, start + count) and their targets; a document already running at ``start`` begins anew there."""
@@ -663,22 +658,16 @@ class ValidationStream:
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
         self.tokens = np.concatenate([open_shard(p) for p in find_shards(folder, "fineweb_val_*.bin")])
-        starts = np.flatnonzero(self.tokens == cfg.bos_id)
-        if not len(starts) or starts[0] != 0:
-            raise UserError(f"{folder}: the validation stream does not begin with BOS_ID={cfg.bos_id}; prepare the data again")
-        if int(self.tokens.max()) >= cfg.vocab_size:
-            raise UserError(f"{folder}: validation token {self.tokens.max()} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
-        self.starts = starts.astype(np.int64)
+        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg, begins=True)
+        self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         self.targets = len(self.tokens) - 1
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
         self.byte_source = "sidecar" if sidecars else "tokenizer"
         self.bytes = np.concatenate([open_shard(p) for p in sidecars]) if sidecars else tokenizer_bytes(cfg, self.tokens)
-        if len(self.bytes) != len(self.tokens):
-            raise UserError(f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go")
-        if sidecars and not self.bytes.any():
-            raise UserError(f"{sidecars[0]}: the byte sidecar holds only zeros; prepare the data again")
-        if int(self.bytes[self.starts].max()) > 0:
-            raise UserError(f"{folder}: the byte sidecar counts bytes for BOS; prepare the data again")
+        require(len(self.bytes) == len(self.tokens),
+                f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go")
+        require(not sidecars or self.bytes.any(), f"{folder}/fineweb_val_bytes_*.bin: the byte sidecar holds only zeros; prepare the data again")
+        require(not self.bytes[self.starts].any(), f"{folder}: the byte sidecar counts bytes for BOS; prepare the data again")
 
     @property
     def target_bytes(self) -> np.ndarray:
@@ -689,8 +678,7 @@ class ValidationStream:
 def tokenizer_path(cfg: Config) -> Path:
     """TOKENIZER_PATH, or tokenizer.model beside the shards; UserError where there is no such file."""
     path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else Path(cfg.data_path) / "tokenizer.model"
-    if not path.is_file():
-        raise UserError(f"TOKENIZER_PATH={path}: no such file")
+    require(path.is_file(), f"TOKENIZER_PATH={path}: no such file")
     return path
 
 
@@ -701,14 +689,11 @@ def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     """
     import sentencepiece
     path = tokenizer_path(cfg)
-    try:
+    with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one", RuntimeError, OSError):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError):
-        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one") from None
-    if sp.vocab_size() != cfg.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={path}: {sp.vocab_size()} pieces, VOCAB_SIZE={cfg.vocab_size}")
-    if any(sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(8)):
-        raise UserError(f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; prepare the data again")
+    require(sp.vocab_size() == cfg.vocab_size, f"TOKENIZER_PATH={path}: {sp.vocab_size()} pieces, VOCAB_SIZE={cfg.vocab_size}")
+    require(not any(sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(8)),
+            f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; prepare the data again")
     special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(cfg.vocab_size)])
     texts = ["" if special[i] else sp.id_to_piece(i).replace("\u2581", " ") for i in range(cfg.vocab_size)]
     table = np.array([1 if sp.is_byte(i) else len(text.encode()) for i, text in enumerate(texts)], np.uint16)
@@ -728,21 +713,17 @@ KNOWN_VALIDATION_SETS = {                                                # token
 def check_manifest(promised: dict, cfg: Config, manifest: Path, have: dict[str, int]):
     """Counts, hashes of the validation files, vocabulary, BOS and tokenizer against manifest.json; training shards by their counts."""
     for key, count in have.items():
-        if promised["val"][key] is not None and promised["val"][key] != count:
-            raise UserError(f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again")
+        require(promised["val"][key] in (None, count), f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again")
     for name, file in promised["files"].items():
         path = manifest.parent / name
-        if not path.is_file():
-            raise UserError(f"{path}: promised by {manifest.name}, not there; prepare the data again")
-        damaged = len(open_shard(path)) != file["tokens"] if "train" in name else hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]
-        if damaged:
-            raise UserError(f"{path}: not the file that {manifest.name} describes; fetch or prepare it again")
+        require(path.is_file(), f"{path}: promised by {manifest.name}, not there; prepare the data again")
+        intact = len(open_shard(path)) == file["tokens"] if "train" in name else hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
+        require(intact, f"{path}: not the file that {manifest.name} describes; fetch or prepare it again")
     for key in ("vocab_size", "bos_id"):
-        if promised[key] != getattr(cfg, key):
-            raise UserError(f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}")
+        require(promised[key] == getattr(cfg, key), f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}")
     model = tokenizer_path(cfg)
-    if hashlib.sha256(model.read_bytes()).hexdigest() != promised["tokenizer"]["sha256"]:
-        raise UserError(f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
+    require(hashlib.sha256(model.read_bytes()).hexdigest() == promised["tokenizer"]["sha256"],
+            f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
 
 
 def describe_data(cfg: Config, val: ValidationStream) -> dict:
@@ -754,14 +735,11 @@ def describe_data(cfg: Config, val: ValidationStream) -> dict:
              "val_sha256": hashlib.sha256(np.ascontiguousarray(val.tokens)).hexdigest(), "dataset": "contest" if contest else "other"}
     manifest = Path(cfg.data_path) / "manifest.json"
     found["manifest"] = manifest.is_file()
-    if not manifest.is_file():
-        return found
-    try:
-        promised = json.loads(manifest.read_text())
-        check_manifest(promised, cfg, manifest, {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": total})
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again") from None
-    found.update(transform=promised["transform"], tokenizer_sha256=promised["tokenizer"]["sha256"])
+    if found["manifest"]:
+        with explained(f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again", ValueError, KeyError, TypeError):
+            promised = json.loads(manifest.read_text())
+            check_manifest(promised, cfg, manifest, {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": total})
+            found.update(transform=promised["transform"], tokenizer_sha256=promised["tokenizer"]["sha256"])
     return found
 
 
@@ -1967,8 +1945,7 @@ class Trainer:
 
     def report(self, step, clock, loss, scale, progress, budget):
         loss = self.ranks.all_reduce_(loss.clone()).item()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
+        require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
         seconds = time.perf_counter() - clock.start
         rate = seconds / step
         left = budget - seconds if budget else (self.cfg.iterations - step) * rate
@@ -3257,7 +3234,7 @@ def write_artifact(run: Run, model: GPT):
             arrays = quantize(model, hessians, cfg, run.ranks, widen)
         with run.phases("write"):
             data = encode_artifact(arrays, {"settings": cfg.settings()}) if run.ranks.main else b""
-            excess = int(run.ranks.broadcast_(torch.tensor([len(data) - room]))[0])
+            excess = int(run.ranks.agree(len(data) - room))
         if excess <= 0:
             break
         widen *= 2 ** (8 * excess / weights) * 1.002                    # a step 2**x times as wide saves x bits a weight
@@ -3272,7 +3249,7 @@ def write_artifact(run: Run, model: GPT):
             if not (script.exists() and script.read_bytes() == packed):
                 with whole_file(script) as f:
                     f.write(packed)
-    run.ranks.barrier()
+    run.ranks.agree(0)
     run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
     run.log("seconds: " + ", ".join(f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")))
 
