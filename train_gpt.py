@@ -1517,29 +1517,23 @@ class GPT(nn.Module):
         """
         deltas = lora.unbind() if lora is not None else None
         raw, x = self.embed(tokens, seq.positions, cache)
-        x = x0 = rms_norm(x)
+        x0 = rms_norm(x)
         angle = seq.positions[:, None].float() * self.rope_frequency
         rope = angle.cos(), angle.sin()
-        weights, outputs, fresh, lanes = self.layer_weights(), [], [], None
+        weights, outputs, fresh, lanes = self.layer_weights(), [], [], (x0,)
         for i, visit in enumerate(self.schedules[looped]):
             layer = visit.layer
             delta = (lambda kind, i=i: deltas.at(kind, i)) if deltas is not None else lambda kind: None
             watch = (lambda kind, layer=layer: lambda x: tap(kind, layer, x)) if tap is not None else lambda kind: None
-            block = (layer, weights[layer], x0, rope, seq, delta, watch, (cache.keys[i], cache.values[i]) if cache is not None else None)
-            if visit.lanes and lanes is None:
-                lanes = x, x
+            past = (cache.keys[i], cache.values[i]) if cache is not None else None
+            lanes = lanes * 2 if visit.lanes and len(lanes) == 1 else lanes
             if visit.skip is not None:                                  # only the attention lane receives the skip
-                merged = self.merge(x if lanes is None else lanes[0], outputs[visit.source], visit.skip)
-                x, lanes = (merged, None) if lanes is None else (x, (merged, lanes[1]))
-            if lanes is None:
-                x, kv = self.block(x, *block)
-                outputs.append(x)
-            else:
-                lanes, kv = self.two_lane_block(lanes, *block)
+                lanes = self.merge(lanes[0], outputs[visit.source], visit.skip), *lanes[1:]
+            lanes, kv = self.block(lanes, layer, weights[layer], x0, rope, seq, delta, watch, past)
+            outputs.append(lanes[0])
             fresh.append(kv)
-        if lanes is not None:
-            x = {"mean": lambda: 0.5 * (lanes[0] + lanes[1]), "attn": lambda: lanes[0], "mlp": lambda: lanes[1]}[self.cfg.parallel_final_lane]()
-        hidden = rms_norm(x)
+        final = {"mean": 0.5 * (lanes[0] + lanes[-1]), "attn": lanes[0], "mlp": lanes[-1]}[self.cfg.parallel_final_lane]
+        hidden = rms_norm(final if len(lanes) == 2 else lanes[0])
         if cache is None:
             return hidden
         rows = cache.last.size(0)
@@ -1553,21 +1547,16 @@ class GPT(nn.Module):
             return (x + skip).to(self.dtype)
         return torch.lerp(skip, x.float(), torch.sigmoid(self.skip_gates[row])).to(self.dtype)
 
-    def mixed(self, x: Tensor, x0: Tensor, layer: int) -> Tensor:
-        return (self.resid_mix[layer, 0] * x + self.resid_mix[layer, 1] * x0).to(self.dtype)
-
     def normed(self, x: Tensor, layer: int) -> Tensor:
         return rms_norm(x) * (1 / math.sqrt(layer + 1) if self.cfg.ln_scale else 1.0)
 
-    def block(self, x, layer, w, x0, rope, seq, delta, watch, cache):
-        x = self.mixed(x, x0, layer)
+    def block(self, lanes, layer, w, x0, rope, seq, delta, watch, cache):
+        """One residual stream (T, d), or two: then attention reads lane 0, the MLP lane 1, and both write both (#1529)."""
+        x = (self.resid_mix[layer, 0] * lanes[0] + self.resid_mix[layer, 1] * x0).to(self.dtype)
         a, kv = self.attn(self.normed(x, layer), layer, w, rope, seq, delta, watch, cache)
-        x = x + a
-        return x + self.mlp(self.normed(x, layer), w, delta, watch), kv
-
-    def two_lane_block(self, lanes, layer, w, x0, rope, seq, delta, watch, cache):
-        """Attention reads lane 0, the MLP lane 1, and both write both lanes (#1529)."""
-        a, kv = self.attn(self.normed(self.mixed(lanes[0], x0, layer), layer), layer, w, rope, seq, delta, watch, cache)
+        if len(lanes) == 1:
+            x = x + a
+            return (x + self.mlp(self.normed(x, layer), w, delta, watch),), kv
         m = self.mlp(self.normed(lanes[1], layer), w, delta, watch)
         post, keep = self.parallel_post[layer], self.parallel_resid[layer]
         return tuple((keep[j] * lanes[j].float() + post[0, j] * a + post[1, j] * m).to(self.dtype) for j in (0, 1)), kv
@@ -1676,9 +1665,6 @@ def polar_express(u: Tensor, steps: int) -> Tensor:
     return x.mT if u.size(1) > u.size(2) else x
 
 
-ADAM_RULES = {"tok_emb": ("tied_embed_lr", "embed_wd")}                 # every other vector, gate and scalar: scalar_lr, adam_wd
-
-
 class MuonGroup:
     """Matrices of one shape out of several parameters: blocks are (parameter, first row, end row), all layers each."""
 
@@ -1712,49 +1698,33 @@ class Optimizer:
     """
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
-        self.cfg, self.ranks, self.model = cfg, ranks, model
-        named = dict(model.named_parameters())
-        self.muon = self.muon_groups(model, named, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+        self.cfg, self.ranks, self.model, self.parameters = cfg, ranks, model, list(model.parameters())
+        self.muon = self.muon_groups(model, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
         in_muon = {id(p) for g in self.muon for p, _, _ in g.blocks}
-        self.small = [p for p in named.values() if id(p) not in in_muon]
-        groups = {}
-        for name, p in named.items():
-            if id(p) not in in_muon:
-                groups.setdefault(ADAM_RULES.get(name, ("scalar_lr", "adam_wd")), []).append(p)
-        self.adam = torch.optim.AdamW(
-            [{"params": params, "base_lr": getattr(cfg, lr), "lr": getattr(cfg, lr), "weight_decay": getattr(cfg, wd)} for (lr, wd), params in groups.items()],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-        self.parameters = list(named.values())
-        self.check_partition(named)
+        self.small = [p for p in self.parameters if id(p) not in in_muon]
+        covered = sum(p.numel() for p in self.small) + sum(g.count * g.rows * g.cols for g in self.muon)
+        assert covered == sum(p.numel() for p in self.parameters), "every element of every parameter needs exactly one rule"
+        rules = ([model.tok_emb], cfg.tied_embed_lr, cfg.embed_wd), ([p for p in self.small if p is not model.tok_emb], cfg.scalar_lr, cfg.adam_wd)
+        self.adam = torch.optim.AdamW([{"params": params, "base_lr": lr, "lr": lr, "weight_decay": wd} for params, lr, wd in rules],
+                                      betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
         self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
         self.averaged_steps = 0
 
-    def muon_groups(self, model, named, dtype) -> list[MuonGroup]:
+    def muon_groups(self, model: GPT, dtype: torch.dtype) -> list[MuonGroup]:
+        """One group for each shape of matrix: q and o, k and v, up, down where the widths differ."""
         q, kv = model.q_dim, model.kv_dim
-        rows = {"qkv": {"q": [(0, q)], "kv": [(q, q + kv), (q + kv, q + 2 * kv)]}, "o": {"q": [(0, model.cfg.model_dim)]},
-                "up": {"up": [(0, named["up"].size(1))]}, "down": {"down": [(0, model.cfg.model_dim)]}}
+        blocks = [(model.qkv, 0, q), (model.qkv, q, q + kv), (model.qkv, q + kv, q + 2 * kv), *((p, 0, p.size(1)) for p in (model.o, model.up, model.down))]
         shapes = {}
-        for name, kinds in rows.items():
-            for spans in kinds.values():
-                for lo, hi in spans:
-                    shapes.setdefault((hi - lo, named[name].size(2)), []).append((named[name], lo, hi))
+        for p, lo, hi in blocks:
+            shapes.setdefault((hi - lo, p.size(2)), []).append((p, lo, hi))
         groups = [MuonGroup(blocks, self.ranks.world, dtype) for blocks in shapes.values()]
         return sorted(groups, key=lambda g: -g.momentum.numel())        # largest first: its communication hides the most
 
-    def check_partition(self, named):
-        """Every element of every parameter has exactly one rule."""
-        covered = sum(p.numel() for p in self.small) + sum(g.count * g.rows * g.cols for g in self.muon)
-        total = sum(p.numel() for p in named.values())
-        if covered != total:
-            raise AssertionError(f"optimizer groups cover {covered} of {total} parameters")
-
     def reset(self):
         """Forget everything: momentum, Adam's moments and the average."""
-        for g in self.muon:
-            g.momentum.zero_()
+        for t in (*(g.momentum for g in self.muon), *self.average):
+            t.zero_()
         self.adam.state.clear()
-        for a in self.average:
-            a.zero_()
         self.averaged_steps = 0
 
     def momentum(self, step: int) -> float:
@@ -3027,14 +2997,18 @@ exec(compile(s,__file__,"exec"))
 """
 
 
+def documented(tree: ast.Module) -> list:
+    """Nodes whose first statement is a docstring and not the only one."""
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1]
+
+
 def strip_source(source: str) -> str:
     """The source without comments, docstrings and blank lines; names, annotations and layout stay, since Triton and torch read them."""
     lines, drop, inside = source.split("\n"), set(), set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
-            doc = node.body[0]
-            alone = not lines[doc.lineno - 1][:doc.col_offset].strip() and node.body[1].lineno > doc.end_lineno
-            drop.update(range(doc.lineno, doc.end_lineno + 1) if alone else ())
+    for node in documented(ast.parse(source)):
+        doc = node.body[0]
+        alone = not lines[doc.lineno - 1][:doc.col_offset].strip() and node.body[1].lineno > doc.end_lineno
+        drop.update(range(doc.lineno, doc.end_lineno + 1) if alone else ())
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         row, col = token.start
         if token.type == tokenize.COMMENT:
@@ -3048,9 +3022,8 @@ def strip_source(source: str) -> str:
 def without_docstrings(source: str) -> str:
     """The syntax tree as text, docstrings left out."""
     tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
-            del node.body[0]
+    for node in documented(tree):
+        del node.body[0]
     return ast.dump(tree)
 
 
@@ -3068,14 +3041,11 @@ def pack_script(source: str) -> bytes:
 
 def unpack_script(path: Path) -> str:
     """The source inside a packed script, without running it."""
-    if not path.is_file():
-        raise UserError(f"--unpack {path}: no such file")
+    require(path.is_file(), f"--unpack {path}: no such file")
     head, tail = (re.escape(part) for part in BOOTSTRAP.split("%s"))
     found = re.fullmatch(f"{head}(.*){tail}", path.read_bytes().decode("latin-1"))
-    try:
+    with explained(f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one", TypeError, ValueError, SyntaxError, lzma.LZMAError):
         return lzma.decompress(ast.literal_eval(f'"{found[1]}"').encode("latin-1")).decode()
-    except (TypeError, ValueError, SyntaxError, lzma.LZMAError):
-        raise UserError(f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3090,10 +3060,8 @@ class Run:
         self.folder = artifact_folder(cfg)
         self.ranks = Ranks(cfg)
         if self.ranks.main:
-            try:
+            with explained(f"ARTIFACT_DIR={self.folder}: cannot be made ({{}}); name another folder", OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise UserError(f"ARTIFACT_DIR={self.folder}: cannot be made ({e.strerror}); name another folder") from None
         self.log = Log(self.ranks)
         self.phases, self.verdicts = Phases(self.ranks, self.log), Verdicts()
         self.result = {"bpb": {}, "bytes": {}}
@@ -3167,12 +3135,10 @@ def check_outputs(run: Run):
             f.write(b"")
     if cfg.ttt_eval_only:
         return
-    if not may_write_script(run.folder / "train_gpt.py", pack_script(SOURCE)):
-        raise UserError(f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
+    require(may_write_script(run.folder / "train_gpt.py", pack_script(SOURCE)), f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
     need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
     free = shutil.disk_usage(run.folder).free
-    if free < need:
-        raise UserError(f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
+    require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
 
 
 def may_write_script(path: Path, packed: bytes) -> bool:
@@ -3200,11 +3166,9 @@ def train(run: Run, model: GPT):
 
 def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
-    try:
+    with explained(f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it", OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         arrays = dict(np.load(path))
         return arrays, json.loads(str(arrays.pop("meta")))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: cannot be read ({e}); train again, or set ARTIFACT_DIR to the folder that holds it") from None
 
 
 def load_trained(run: Run, model: GPT):
@@ -3304,15 +3268,12 @@ def finish(run: Run):
     if run.ranks.main:
         with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
             f.write(json.dumps(result, indent=1).encode())
-    run.log("")
-    for name, bpb in result["bpb"].items():
-        run.log(f"  {name + ' BPB':24s} {bpb:.6f}")
-    for name, size in result["bytes"].items():
-        run.log(f"  {name + ' bytes':24s} {size:,}")
-    for name, seconds in result["seconds"].items():
-        run.log(f"  {name + ' seconds':24s} {seconds:.1f}")
-    for condition, (verdict, reason) in run.verdicts.table.items():
-        run.log(f"  {condition:24s} {verdict:9s} {reason}")
+    table = [("", "")] + [(f"{name} BPB", f"{bpb:.6f}") for name, bpb in result["bpb"].items()]
+    table += [(f"{name} bytes", f"{size:,}") for name, size in result["bytes"].items()]
+    table += [(f"{name} seconds", f"{seconds:.1f}") for name, seconds in result["seconds"].items()]
+    table += [(condition, f"{verdict:9s} {reason}") for condition, (verdict, reason) in run.verdicts.table.items()]
+    for name, value in table:
+        run.log(f"  {name:24s} {value}".rstrip())
     run.log(f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}" if not failed
             else f"no val_bpb: {', '.join(failed)} failed")
 
@@ -3327,8 +3288,7 @@ def configure(env) -> Config:
         path = artifact_folder(cfg) / "trained.npz"
         stored = read_trained(path)[1]["settings"]
     unknown = sorted(set(stored) - set(cfg.settings()))
-    if unknown:
-        raise UserError(f"{path}: holds settings this script does not know ({', '.join(unknown)}); use the train_gpt.py that was packed with it")
+    require(not unknown, f"{path}: holds settings this script does not know ({', '.join(unknown)}); use the train_gpt.py that was packed with it")
     return Config.from_env(env, stored)
 
 
@@ -3361,8 +3321,7 @@ def main(argv: list[str]) -> int:
         if len(argv) == 2 and argv[0] == "--unpack":
             sys.stdout.write(unpack_script(Path(argv[1])))
             return 0
-        if argv:
-            raise UserError(f"{argv[0]}: not an option; settings are environment variables (--help)")
+        require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
         execute(configure(os.environ))
         return 0
     except UserError as e:
