@@ -204,6 +204,16 @@ class Config:
     global_ttt_epochs: int = setting(1, "passes over the prefix in each phase")
     global_ttt_chunk_tokens: int = setting(32768, "tokens of one SGD step over all ranks", POSITIVE)
     global_ttt_grad_clip: float = setting(1.0, "norm to which the reduced SGD gradient is clipped")
+    # n-grams
+    ngram_enabled: bool = setting(False, "let exact counts of earlier segments and of the document so far improve the scored probabilities")
+    ngram_mode: str = setting("tilt", "tilt: raise the hinted token's probability; mix: mix in the counts, the network as the lowest order", "tilt, mix")
+    ngram_order: int = setting(16, "longest n-gram, its last token included (TOKEN_ORDER of #2140)", "[2, 64]")
+    ngram_min_order: int = setting(3, "shortest n-gram (#2140: 16)", "[2, 64]")
+    ngram_threshold: float = setting(0.5, "least share of the commonest continuation (TOKEN_THRESHOLD of #2140: 0.8)", "[0, 1]")
+    ngram_min_count: int = setting(2, "least number of times a context was seen (#2140: 1)", "[1, inf)")
+    ngram_boost: float = setting(1.0, "log-odds added to the hinted token (TOKEN_BOOST of #2140: 2.625)", "[0, 12]")
+    ngram_calibrate: bool = setting(True, "learn the boost of each order, count and share from scored segments (#2140: 0)")
+    ngram_weight: float = setting(0.2, "weight of each order in the mixture", "[0, 1)")
     # set by torchrun
     rank: int = setting(0, "rank of this process")
     local_rank: int = setting(0, "its GPU")
@@ -239,6 +249,7 @@ class Config:
             ("eval_stride", self.eval_stride <= self.eval_seq_len, "must be at most EVAL_SEQ_LEN"),
             ("val_batch_tokens", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
             ("ttt_chunks", chunks and max(chunks) <= self.ttt_eval_seq_len, f"must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"),
+            ("ngram_min_order", self.ngram_min_order <= self.ngram_order, "must be at most NGRAM_ORDER"),
             ("ttt_mask", masked <= set(ADAPTER_KINDS), f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
             ("ttt_mask", self.ttt_grad_steps == 0 or masked != set(ADAPTER_KINDS), "leaves no adapter to learn; set TTT_GRAD_STEPS=0"),
         ):
@@ -2704,16 +2715,22 @@ def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tup
     return batch, places, index[places]
 
 
-def batch_nats(model: GPT, batch: Batch, looped: bool) -> Tensor:
-    """Nats of every target of the batch, fp32 (tokens,)."""
-    return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0))
+def batch_nats(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None):
+    """Nats of every target of the batch, fp32 (tokens,); with hints (tokens,) also their log-probabilities."""
+    return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0), hint=hint)
+
+
+def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
+    """Write the nats (or pair with the hints' log-probabilities) that a forward found at places ``at`` as the scores of ``targets``, improved by an NGram."""
+    parts = [t.detach()[at].double().cpu().numpy() for t in (found if isinstance(found, tuple) else (found,))]
+    ledger.write(targets, parts[0] if ngram is None else ngram.scored(targets, *parts))
 
 
 class Scorer:
     """Document-bounded scoring: windows never cross a document's start, each validation target is scored once, whatever the number of ranks."""
 
-    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log):
-        self.model, self.cfg, self.ranks, self.log = model, cfg, ranks, log
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, ngram=None):
+        self.model, self.cfg, self.ranks, self.log, self.ngram = model, cfg, ranks, log, ngram
         self.nats = compiled(batch_nats, cfg, ranks.device)
 
     @torch.no_grad()
@@ -2724,24 +2741,171 @@ class Scorer:
         batch = to_device(pack(tokens, starts, self.cfg.eval_seq_len, self.cfg.eval_seq_len, "val", self.cfg.val_batch_tokens), self.ranks.device)
         self.nats(self.model, batch, self.cfg.looped)
 
-    @torch.no_grad()
     def score(self, val: ValidationStream, ledger: Ledger, stride: int) -> float:
         """Fill the ledger and return its BPB."""
-        windows = plan_windows(val.starts, val.targets, self.cfg.eval_seq_len, stride or self.cfg.eval_seq_len)
+        self.score_documents(val, ledger, stride, 0, len(val.starts))
+        return ledger.bpb()
+
+    @torch.no_grad()
+    def score_documents(self, val: ValidationStream, ledger: Ledger, stride: int, first: int, last: int):
+        """Score documents first..last (exclusive) and share the scores with all ranks."""
+        windows = plan_windows(val.starts[first:last], int(np.append(val.starts, val.targets)[last]), self.cfg.eval_seq_len, stride or self.cfg.eval_seq_len)
         buffers = pack_windows(windows, self.cfg.val_batch_tokens)
-        self.log(f"scoring {ledger.name}: {val.targets:,} targets in {len(windows):,} windows, {len(buffers):,} forwards over {self.ranks.world} rank(s)")
+        self.log(f"scoring {ledger.name}: {last - first:,} documents in {len(windows):,} windows, {len(buffers):,} forwards over {self.ranks.world} rank(s)")
         begun = shown = time.perf_counter()
         mine = buffers[self.ranks.rank::self.ranks.world]
         for i, buffer in enumerate(mine):
             batch, places, targets = window_batch(val, buffer, self.cfg)
-            nats = self.nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped)
-            ledger.write(targets, nats[torch.from_numpy(places).to(nats.device)].double().cpu().numpy())
+            at, hint = torch.from_numpy(places).to(self.ranks.device), self.ngram and self.ngram.hints(targets)
+            hint = () if hint is None else (torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=at.device).index_copy(0, at, hint),)
+            book(ledger, targets, self.nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint), at, self.ngram)
             if time.perf_counter() - shown > 5:
                 shown = time.perf_counter()
                 self.log(f"  {100 * (i + 1) / len(mine):5.1f} %  BPB so far {ledger.running_bpb():.4f}  {(i + 1) / (shown - begun) * self.cfg.val_batch_tokens:,.0f} tokens/s"
                          f"  {(shown - begun) * (len(mine) / (i + 1) - 1):.0f} s left")
         ledger.merge(self.ranks)
-        return ledger.bpb()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# N-gram: exact causal token statistics, and the tilt or mixture that they give the scored probabilities
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Continuations(NamedTuple):
+    """What had followed the contexts of one order before each of ``targets``; all (n,) on the device. A context that occurs once in the stream is left out."""
+    order: int            # tokens of the context and the one it predicts
+    targets: Tensor       # int64
+    hint: Tensor          # int32: the token seen most often, of equals the one that got there first
+    top: Tensor           # int64: how often it was seen
+    total: Tensor         # int64: how often the context was seen; 0: hint is meaningless
+    seen: Tensor          # int64: how often the realised target was seen
+    distinct: Tensor      # int64: how many different tokens were seen
+
+
+def begins(*keys: Tensor) -> Tensor:
+    """Places (n,) bool where any of the sorted keys differs from the place before."""
+    first = torch.zeros_like(keys[0], dtype=torch.bool)
+    first[:1] = True
+    for key in keys:
+        first[1:] |= key[1:] != key[:-1]
+    return first
+
+
+def latest(flags: Tensor) -> Tensor:
+    """Index (n,) int64 of the last True at or before each place; flags[0] is True."""
+    return flags.nonzero()[:, 0][flags.cumsum(0) - 1]
+
+
+def running_max(x: Tensor) -> Tensor:
+    """Cumulative maximum of x (n,), not negative, by rows: a scan over one long row would occupy a single block of the GPU."""
+    width = max(math.isqrt(len(x)), 1)
+    rows = F.pad(x, (0, -len(x) % width)).view(-1, width).cummax(1).values
+    return torch.maximum(rows, F.pad(rows[:-1, -1].cummax(0).values, (1, 0))[:, None]).flatten()[:len(x)]
+
+
+def leader(start: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Inside groups that begin at ``start`` (n,): the highest of the counts (n,) so far, and where it was first reached."""
+    highest = running_max((start << 32) + counts)
+    return highest & 0xFFFFFFFF, latest(begins(highest))
+
+
+def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int, vocab: int):
+    """Yield Continuations of order 2, 3, ..., ``orders``. tokens int32 (n + 1,); document and segment of each target int32 (n,), both rising.
+
+    A target sees the targets of earlier segments and the earlier ones of its own document, whose contexts lie inside their documents. Counts
+    are exact: a context is known by its rank among the sorted pairs (context one token shorter, its last token), never by a hash. One stable
+    sort by (context, target) serves an order, and shifted by one place it lists the contexts of the next; places run through those lists.
+    """
+    at = tokens[:-1].sort(stable=True).indices                          # targets in the order of their contexts, and of the stream where these agree
+    context = tokens[at].long()
+    for order in range(2, orders + 1):
+        alone = begins(context)
+        alone = alone & F.pad(alone[1:], (0, 1), value=True)            # met once: it, and all longer ones that end in it, know nothing
+        at, context = at[~alone], context[~alone]
+        if not len(at):
+            return
+        place, target, own, block = torch.arange(len(at), device=at.device), tokens[at + 1], document[at], segment[at]
+        pair, by_pair = (context * vocab + target).sort(stable=True)
+        whole, old, mine = latest(begins(pair)), latest(begins(pair, block[by_pair])), latest(begins(pair, own[by_pair]))
+        seen, rank = torch.empty_like(at), torch.empty_like(at)
+        seen[by_pair], rank[by_pair] = old - whole + place - mine, place - whole      # of this pair, before: visible from here; in the whole stream
+        whole, old, mine = latest(begins(context)), latest(begins(context, block)), latest(begins(context, own))
+        frozen, frozen_at = (t[(old - 1).clamp(min=0)] for t in leader(whole, rank + 1))
+        top, top_at = (t[(place - 1).clamp(min=0)] for t in leader(mine, seen + 1))
+        frozen, top = torch.where(old > whole, frozen, 0), torch.where(place > mine, top, 0)
+        firsts, news = (F.pad((count == 0).cumsum(0), (1, 0)) for count in (rank, seen))
+        yield Continuations(order, at, target[torch.where(top > frozen, top_at, frozen_at)], torch.maximum(top, frozen), old - whole + place - mine, seen,
+                            firsts[old] - firsts[whole] + news[place] - news[mine])
+        at, context = at[by_pair], begins(pair).cumsum(0)
+        goes_on = at + 1 < len(document)
+        goes_on[goes_on.clone()] = document[at[goes_on] + 1] == document[at[goes_on]]
+        at, context = at[goes_on] + 1, context[goes_on]
+
+
+class NGram:
+    """Improves the scored probabilities by what earlier segments and the document so far have shown to follow the last tokens.
+
+    An order clears when its context was seen NGRAM_MIN_COUNT times and its commonest continuation has a share of NGRAM_THRESHOLD.
+    tilt: the longest order that clears hints at that token h, and p' = p e^(b [x = h]) / (1 + p(h) (e^b - 1)) (#1145). b is NGRAM_BOOST; with
+    NGRAM_CALIBRATE it is, for each bucket of (order, count, share), moved to the most probable value given the hits on scored segments.
+    mix: each order that clears takes NGRAM_WEIGHT from the distribution of the orders below, the lowest of which is the network:
+    p_n(x) = (1 - w) p_(n-1)(x) + w ((c(x) - 1/2)+ / total + distinct / (2 total) p_(n-1)(x)), PPM-D with its exact escape, so p sums to one.
+    """
+    COUNTS, SHARES, PRIOR = 6, 9, 20.0      # buckets: powers of two, eighths; NGRAM_BOOST weighs as much as 80 targets of which half hit
+
+    def __init__(self, cfg: Config, ranks: Ranks, val: ValidationStream, sizes: list[int], log: Log):
+        """sizes: documents of each segment, in order. Every rank counts the whole stream: integers, so all agree."""
+        self.cfg, self.ranks, self.val, self.fresh, begun = cfg, ranks, val, [], time.perf_counter()
+        n, device, segments = val.targets, ranks.device, torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(sizes))
+        tokens, document = torch.from_numpy(val.tokens.astype(np.int32)).to(device), torch.zeros(n, dtype=torch.int32)
+        document[torch.from_numpy(val.starts[val.starts < n])] = 1
+        document = document.to(device).cumsum(0, dtype=torch.int32) - 1
+        hint, bucket = torch.full((n,), -1, dtype=torch.int32, device=device), torch.zeros(n, dtype=torch.int16, device=device)
+        mass, rest = torch.zeros(n, device=device), torch.ones(n, device=device)
+        for found in continuations(tokens, document, segments.to(device)[document], cfg.ngram_order, cfg.vocab_size):
+            share = found.top.double() / found.total
+            clears = ((found.total >= cfg.ngram_min_count) & (share >= cfg.ngram_threshold)).nonzero()[:, 0]
+            if found.order < cfg.ngram_min_order or not len(clears):
+                continue
+            at, share, total, seen, distinct = found.targets[clears], share[clears], found.total[clears], found.seen[clears], found.distinct[clears]
+            level = total.double().log2().long().clamp(max=self.COUNTS - 1)
+            hint[at] = found.hint[clears]
+            bucket[at] = ((found.order * self.COUNTS + level) * self.SHARES + (share * (self.SHARES - 1)).long()).short()
+            keep = 1 - cfg.ngram_weight + cfg.ngram_weight * distinct / (2 * total)
+            mass[at] = keep * mass[at] + cfg.ngram_weight * (seen - 0.5).clamp(min=0) / total
+            rest[at] *= keep
+        self.hint, self.bucket, self.mass, self.rest = (t.cpu().numpy() for t in (hint, bucket, mass, rest))
+        self.boost = np.full((cfg.ngram_order + 1) * self.COUNTS * self.SHARES, cfg.ngram_boost)
+        self.precision = np.full_like(self.boost, self.PRIOR)
+        log(f"n-grams of order {cfg.ngram_min_order}..{cfg.ngram_order}: hints at {100 * (self.hint >= 0).mean():.2f} % of the targets, {time.perf_counter() - begun:.1f} s")
+
+    def hints(self, targets: np.ndarray) -> Tensor | None:
+        """The tokens whose log-probability scored() will ask for, int64 in the shape of ``targets``, on the device; None where it asks for none."""
+        tokens = np.maximum(self.hint[np.minimum(targets, self.val.targets - 1)], 0)
+        return torch.from_numpy(tokens.astype(np.int64)).to(self.ranks.device) if self.cfg.ngram_mode == "tilt" else None
+
+    def scored(self, targets: np.ndarray, nats: np.ndarray, log_q: np.ndarray | None = None) -> np.ndarray:
+        """Nats of the network for ``targets`` (n,), and its log-probabilities of their hints -> the nats to be booked, float64."""
+        if log_q is None:
+            return -np.log(self.mass[targets] + self.rest[targets] * np.exp(-nats))
+        hinted, hit = self.hint[targets] >= 0, self.hint[targets] == self.val.tokens[targets + 1]
+        self.fresh.append((targets[hinted], hit[hinted], np.exp(log_q[hinted])))
+        boost = np.where(hinted, self.boost[self.bucket[targets]], 0.0)
+        return nats - boost * hit + np.log1p(np.exp(log_q) * np.expm1(boost))
+
+    def learn(self, ledger: Ledger):
+        """At a segment's end: Newton steps towards the boosts under which its hits are likeliest, given what earlier segments said."""
+        if not self.cfg.ngram_calibrate or self.cfg.ngram_mode != "tilt":
+            return
+        targets, hit, q = (np.concatenate(parts) for parts in zip((np.empty(0, np.int64), np.empty(0), np.empty(0)), *self.fresh))
+        ledger.may_train(targets)
+        self.fresh, centre, bucket = [], self.boost, self.bucket[targets]
+        for _ in range(6):
+            odds = q * np.exp(self.boost[bucket])
+            p = odds / (1 - q + odds)
+            sums = np.stack([np.bincount(bucket, weights, len(self.boost)) for weights in (hit - p, p * (1 - p))])
+            slope, curvature = self.ranks.all_reduce_(torch.from_numpy(sums)).numpy()
+            self.boost = np.clip(self.boost + (slope - self.precision * (self.boost - centre)) / (curvature + self.precision), 0, 12)
+        self.precision = self.precision + curvature
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2810,9 +2974,9 @@ def adapter_step_(params: list[Tensor], grads: list[Tensor], squares: list[Tenso
 class DocumentTTT:
     """One batch of documents of one segment, in lockstep by position: every row is at the same offset of its own document."""
 
-    def __init__(self, model: GPT, cfg: Config, val: ValidationStream, documents: np.ndarray, ledger: Ledger):
+    def __init__(self, model: GPT, cfg: Config, val: ValidationStream, documents: np.ndarray, ledger: Ledger, ngram: NGram | None = None):
         """documents: indices, any order; a document's inputs are its tokens, its last target is the next document's first token."""
-        self.model, self.cfg, self.val, self.ledger, self.device = model, cfg, val, ledger, model.tok_emb.device
+        self.model, self.cfg, self.val, self.ledger, self.ngram, self.device = model, cfg, val, ledger, ngram, model.tok_emb.device
         self.starts = val.starts[documents]
         self.lengths = np.minimum(np.append(val.starts[1:], val.targets)[documents], val.targets) - self.starts
         masked = frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(","))
@@ -2850,15 +3014,19 @@ class DocumentTTT:
         goes_on = self.lengths > end
         steps = self.cfg.ttt_grad_steps if goes_on.any() else 0
         with torch.set_grad_enabled(steps > 0):
-            nats = self.forward(begin, end, keep=True)
-        self.ledger.write(targets[valid], nats.detach()[torch.from_numpy(valid).to(self.device)].double().cpu().numpy())
+            found = self.forward(begin, end, keep=True, hint=self.ngram and self.ngram.hints(targets))
+        book(self.ledger, targets[valid], found, torch.from_numpy(valid).to(self.device), self.ngram)
+        nats = found[0] if isinstance(found, tuple) else found          # the adapters learn from the network's own loss
         for step in range(steps):
             if step:
                 nats = self.forward(begin, end, keep=False)
             self.learn(nats, targets, goes_on)
 
-    def forward(self, begin: int, end: int, keep: bool) -> Tensor:
-        """Nats (rows, end - begin) of the new positions; the tokens run are those and TTT_BACKPROP_TOKENS (without a cache: the whole context) before them."""
+    def forward(self, begin: int, end: int, keep: bool, hint: Tensor | None = None):
+        """Nats (rows, end - begin) of the new positions; with hints of that shape also their log-probabilities.
+
+        The tokens run are those and TTT_BACKPROP_TOKENS (without a cache: the whole context) before them.
+        """
         count, context, cached = end - begin, self.cfg.ttt_eval_seq_len, self.buffer is not None
         back = min(begin, context - count, self.cfg.ttt_backprop_tokens if cached else context)
         held = 0 if keep else count                                     # a second pass over the chunk: its first keys are already in the buffer
@@ -2878,7 +3046,8 @@ class DocumentTTT:
         else:
             hidden = self.model.trunk(tokens, seq, **arguments)
         hidden = hidden.unflatten(0, (rows, width))[:, back:].flatten(0, 1)     # only the new positions pay for the head
-        return self.model.nll(hidden, self.gather(index[:, back + 1:] + 1), lora=self.lora).unflatten(0, (rows, count))
+        found = self.model.nll(hidden, self.gather(index[:, back + 1:] + 1), lora=self.lora, hint=None if hint is None else hint.flatten())
+        return found.unflatten(0, (rows, count)) if hint is None else tuple(t.unflatten(0, (rows, count)) for t in found)
 
     def offsets(self, rows: int, width: int) -> Tensor:
         return torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=self.device)
@@ -2923,12 +3092,19 @@ class TestTimeTraining:
                  f"critical path {serial:,} chunks in a row, the longest documents of the segments")
         self.begun = self.shown = time.perf_counter()
         self.model.requires_grad_(False)
+        ngram = NGram(self.cfg, self.ranks, self.val, [s.last - s.first for s in segments], self.log) if self.cfg.ngram_enabled else None
+        scorer = Scorer(self.model, self.cfg, self.ranks, self.log, ngram)
         for segment in segments:
-            for batch in deal_batches(self.lengths[segment.first:segment.last], segment.first, self.cfg, self.ranks.world)[self.ranks.rank]:
-                DocumentTTT(self.model, self.cfg, self.val, batch, self.ledger).run()
-                self.progress()
-            self.ledger.merge(self.ranks)
-            if segment.phase_ends:
+            if not self.cfg.ttt_enabled:
+                scorer.score_documents(self.val, self.ledger, self.cfg.eval_stride, segment.first, segment.last)
+            else:
+                for batch in deal_batches(self.lengths[segment.first:segment.last], segment.first, self.cfg, self.ranks.world)[self.ranks.rank]:
+                    DocumentTTT(self.model, self.cfg, self.val, batch, self.ledger, ngram).run()
+                    self.progress()
+                self.ledger.merge(self.ranks)
+            if ngram:
+                ngram.learn(self.ledger)
+            if segment.phase_ends and self.cfg.ttt_enabled:
                 self.global_sgd(int(self.val.starts[segment.last]))
         return self.ledger.bpb()
 
@@ -3228,7 +3404,7 @@ def score_artifact(run: Run, model: GPT):
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     ledger = run.ledger("quantized")
-    if cfg.ttt_enabled:
+    if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
         with run.phases("adapt"):
