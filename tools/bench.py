@@ -181,6 +181,69 @@ def kernels(args: argparse.Namespace) -> list[Row]:
     return []
 
 
+# ---------------------------------------------------------------- n-grams
+
+def count_by_dictionary(tokens: list[int], bos: int, orders: int) -> list[tuple[int, int]]:
+    """(times seen, times its commonest continuation was seen) of the longest known context before each token: one dictionary per order, read in stream order."""
+    totals, pairs, tops = {}, {}, {}
+    found, start = [], 0
+    for i, token in enumerate(tokens[:-1]):
+        start = i if token == bos else start
+        known, following = (0, 0), tokens[i + 1]
+        for length in range(1, min(orders - 1, i - start + 1) + 1):
+            context = tuple(tokens[i - length + 1:i + 1])
+            if context in totals:
+                known = totals[context], tops[context]
+            totals[context] = totals.get(context, 0) + 1
+            pairs[context, following] = count = pairs.get((context, following), 0) + 1
+            tops[context] = max(count, tops.get(context, 0))
+        found.append(known)
+    return found
+
+
+@bench("ngram",
+       ("--tokens", {"type": int, "help": "tokens of synthetic text (default: 48 million on a GPU, 500,000 on a CPU)"}),
+       ("--prefix", {"type": int, "default": 50_000, "help": "of these, through the dictionary (default: %(default)s)"}),
+       ("--copied", {"type": float, "default": 0.3, "help": "share of the text that repeats earlier stretches (default: %(default)s)"}))
+def ngram(args: argparse.Namespace) -> list[Row]:
+    """Tokens/s of the exact n-gram statistics (orders 2 to 16, every document a segment) beside a Python dictionary with the same counts."""
+    import numpy as np
+    import torch
+
+    from train_gpt import continuations
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    n, vocab, orders, stretch, rng = args.tokens or (48_000_000 if device.type == "cuda" else 500_000), 8192, 16, 24, np.random.default_rng(0)
+    words = np.searchsorted(np.cumsum(1 / np.arange(1, vocab - 1)) / np.sum(1 / np.arange(1, vocab - 1)), rng.random(n)) + 2
+    source, copies = np.arange(n), np.flatnonzero(rng.random(n // stretch) < args.copied) * stretch
+    source[copies[:, None] + np.arange(stretch)] = (rng.random(len(copies)) * np.maximum(copies - stretch, 1)).astype(int)[:, None] + np.arange(stretch)
+    tokens = words[source]
+    tokens[rng.random(n) < 1 / 950] = tokens[0] = 1                      # documents as long as the contest's
+
+    def ours(count: int) -> tuple[float, torch.Tensor]:
+        text = torch.from_numpy(tokens[:count].astype(np.int32)).to(device)
+        started = time.perf_counter()
+        document = (text[:-1] == 1).cumsum(0, dtype=torch.int32)
+        known = torch.zeros(2, count - 1, dtype=torch.int64, device=device)
+        for level in continuations(text, document, document, orders, vocab):
+            at = level.targets[level.total > 0]
+            known[:, at] = torch.stack((level.total, level.top))[:, level.total > 0]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, known
+
+    prefix = min(args.prefix, n)
+    started = time.perf_counter()
+    wanted = count_by_dictionary(tokens[:prefix].tolist(), 1, orders)
+    slow = time.perf_counter() - started
+    if ours(prefix)[1].T.tolist() != [list(pair) for pair in wanted]:
+        raise SystemExit("ngram: the two variants disagree")
+    seconds = min(ours(n)[0] for _ in range(3))
+    if device.type == "cuda":
+        print(f"{n:,} tokens on {torch.cuda.get_device_name()}: most memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    return [Row("orders 2..16", f"dictionary, {prefix:,} tokens", slow, 1.0, prefix / 1e3, "ktok/s"),
+            Row("orders 2..16", f"sorting, {n:,} tokens", seconds, slow / prefix * n / seconds, n / 1e3, "ktok/s")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
