@@ -121,6 +121,7 @@ class Config:
     leaky_relu_sq_slope: float = setting(0.5, "negative slope of the squared leaky ReLU")
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding")
     logit_softcap: float = setting(30.0, "logits are capped to +-this by a tanh", POSITIVE)
+    asym_logit_rescale: bool = setting(False, "learn the cap of positive and that of negative logits, both from LOGIT_SOFTCAP on (#1923)")
     rope_base: float = setting(10000.0, "RoPE base", POSITIVE)
     rope_dims: int = setting(16, "rotated dimensions of each head")
     qk_gain_init: float = setting(5.0, "initial gain of each normalised query head")
@@ -183,6 +184,7 @@ class Config:
     val_batch_tokens: int = setting(131072, "tokens of one scoring forward on one rank")
     # test-time training
     ttt_enabled: bool = setting(True, "adapt to each document while scoring it: score a chunk, then learn from it")
+    ttt_method: str = setting("lora", "lora: adapters of each document; sgd: the base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)", "lora, sgd")
     segment_docs: int = setting(50000, "most documents of a segment; state crosses documents only between segments, and a segment waits for its longest document", POSITIVE)
     ttt_batch_size: int = setting(64, "documents adapted together, of similar length; no score depends on it", POSITIVE)
     ttt_chunks: str = setting("8,8,16,32,64", "sizes of the chunks from a document's start; the last repeats")
@@ -199,10 +201,10 @@ class Config:
     ttt_grad_steps: int = setting(1, "steps on each chunk after it is scored; 0: carried context only")
     phased_ttt_num_phases: int = setting(3, "times the base weights learn from the scored prefix; 0: never")
     phased_ttt_prefix_docs: int = setting(2500, "documents of that prefix, in stream order")
-    global_ttt_lr: float = setting(0.001, "SGD learning rate of the base weights, cosine to zero over a phase")
+    global_ttt_lr: float = setting(0.001, "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
     global_ttt_momentum: float = setting(0.9, "SGD momentum, fresh in each phase", SHARE)
-    global_ttt_epochs: int = setting(1, "passes over the prefix in each phase")
-    global_ttt_chunk_tokens: int = setting(32768, "tokens of one SGD step over all ranks", POSITIVE)
+    global_ttt_epochs: int = setting(1, "passes over the prefix in each phase (TTT_METHOD=sgd: over each chunk)")
+    global_ttt_chunk_tokens: int = setting(32768, "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", POSITIVE)
     global_ttt_grad_clip: float = setting(1.0, "norm to which the reduced SGD gradient is clipped")
     # n-grams
     ngram_enabled: bool = setting(False, "let exact counts of earlier segments and of the document so far improve the scored probabilities")
@@ -1460,7 +1462,7 @@ class GPT(nn.Module):
 
     tok_emb (V, d) | qkv (L, (H + 2 KV) D, d) | o (L, d, H D) | up (L, hidden, d) | down (L, d, hidden)
     attn_scale, mlp_scale (L, d) | resid_mix (L, 2, d) | q_gain (L, H) | attn_gate (L, H, window) | skip_weights, skip_gates (skips, d)
-    parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda ()
+    parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda () | caps (2,), positive and negative logits
     """
 
     def __init__(self, cfg: Config, attention: str, dtype: torch.dtype):
@@ -1490,7 +1492,7 @@ class GPT(nn.Module):
         self.smear_lambda = parameter(value=0) if cfg.smear_gate_enabled else None
         inverse = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32) / max(cfg.rope_dims, 1))
         self.register_buffer("rope_frequency", inverse, persistent=False)
-        self.register_buffer("caps", torch.full((2,), cfg.logit_softcap), persistent=False)
+        self.caps = parameter(2, value=cfg.logit_softcap) if cfg.asym_logit_rescale else nn.Buffer(torch.full((2,), cfg.logit_softcap), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -1715,8 +1717,9 @@ class Optimizer:
         self.small = [p for p in self.parameters if id(p) not in in_muon]
         covered = sum(p.numel() for p in self.small) + sum(g.count * g.rows * g.cols for g in self.muon)
         assert covered == sum(p.numel() for p in self.parameters), "every element of every parameter needs exactly one rule"
-        rules = ([model.tok_emb], cfg.tied_embed_lr, cfg.embed_wd), ([p for p in self.small if p is not model.tok_emb], cfg.scalar_lr, cfg.adam_wd)
-        self.adam = torch.optim.AdamW([{"params": params, "base_lr": lr, "lr": lr, "weight_decay": wd} for params, lr, wd in rules],
+        rules = (([model.tok_emb], cfg.tied_embed_lr, cfg.embed_wd), ([p for p in self.small if p is not model.tok_emb and p is not model.caps], cfg.scalar_lr, cfg.adam_wd),
+                 ([model.caps] if cfg.asym_logit_rescale else [], cfg.scalar_lr, 0.0))
+        self.adam = torch.optim.AdamW([{"params": params, "base_lr": lr, "lr": lr, "weight_decay": wd} for params, lr, wd in rules if params],
                                       betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
         self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
         self.averaged_steps = 0
@@ -2743,6 +2746,7 @@ class Scorer:
 
     def score(self, val: ValidationStream, ledger: Ledger, stride: int) -> float:
         """Fill the ledger and return its BPB."""
+        self.log(f"scoring {ledger.name}: {val.targets:,} targets over {self.ranks.world} rank(s)")
         self.score_documents(val, ledger, stride, 0, len(val.starts))
         return ledger.bpb()
 
@@ -2751,7 +2755,6 @@ class Scorer:
         """Score documents first..last (exclusive) and share the scores with all ranks."""
         windows = plan_windows(val.starts[first:last], int(np.append(val.starts, val.targets)[last]), self.cfg.eval_seq_len, stride or self.cfg.eval_seq_len)
         buffers = pack_windows(windows, self.cfg.val_batch_tokens)
-        self.log(f"scoring {ledger.name}: {last - first:,} documents in {len(windows):,} windows, {len(buffers):,} forwards over {self.ranks.world} rank(s)")
         begun = shown = time.perf_counter()
         mine = buffers[self.ranks.rank::self.ranks.world]
         for i, buffer in enumerate(mine):
@@ -2761,8 +2764,9 @@ class Scorer:
             book(ledger, targets, self.nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint), at, self.ngram)
             if time.perf_counter() - shown > 5:
                 shown = time.perf_counter()
-                self.log(f"  {100 * (i + 1) / len(mine):5.1f} %  BPB so far {ledger.running_bpb():.4f}  {(i + 1) / (shown - begun) * self.cfg.val_batch_tokens:,.0f} tokens/s"
-                         f"  {(shown - begun) * (len(mine) / (i + 1) - 1):.0f} s left")
+                rate = (i + 1) / (shown - begun)
+                self.log(f"  {100 * (i + 1) / len(mine):5.1f} % of {last - first:,} documents  BPB so far {ledger.running_bpb():.4f}"
+                         f"  {rate * self.cfg.val_batch_tokens:,.0f} tokens/s  {(len(mine) - i - 1) / rate:.0f} s left")
         ledger.merge(self.ranks)
 
 
@@ -2927,6 +2931,17 @@ def plan_segments(documents: int, cfg: Config) -> list[Segment]:
     return [Segment(lo, hi, hi in boundaries) for lo, hi in zip([0, *ends], ends)]
 
 
+def plan_chunks(lengths: np.ndarray, cfg: Config) -> list[Segment]:
+    """The segments of TTT_METHOD=sgd: whole documents of at least GLOBAL_TTT_CHUNK_TOKENS targets; all but the last are learnt from."""
+    ends, held = [0], 0
+    for i, length in enumerate(lengths):
+        held += int(length)
+        if held >= cfg.global_ttt_chunk_tokens:
+            ends, held = [*ends, i + 1], 0
+    ends = ends if ends[-1] == len(lengths) else [*ends, len(lengths)]
+    return [Segment(lo, hi, hi < len(lengths)) for lo, hi in zip(ends, ends[1:])]
+
+
 def chunk_ends(longest: int, cfg: Config) -> list[int]:
     """Ends of the chunks that cover ``longest`` positions: TTT_CHUNKS in order, its last size repeated. A function of position, never of a document's length."""
     sizes, ends = [int(size) for size in cfg.ttt_chunks.split(",")], [0]
@@ -3083,29 +3098,32 @@ class TestTimeTraining:
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
         self.model, self.cfg, self.ranks, self.log, self.val, self.ledger = model, cfg, ranks, log, val, ledger
         self.lengths = np.diff(np.append(val.starts, val.targets))
-        self.loss = compiled(batch_loss, cfg, ranks.device)
+        self.loss, self.momentum = compiled(batch_loss, cfg, ranks.device), []
 
     def score(self) -> float:
-        segments = plan_segments(len(self.lengths), self.cfg)
-        serial = sum(len(chunk_ends(int(self.lengths[s.first:s.last].max()), self.cfg)) for s in segments)
-        self.log(f"test-time training: {len(segments)} segment(s) of {[s.last - s.first for s in segments]} documents; "
-                 f"critical path {serial:,} chunks in a row, the longest documents of the segments")
+        cfg, method = self.cfg, self.cfg.ttt_method if self.cfg.ttt_enabled else "none"
+        segments = plan_chunks(self.lengths, cfg) if method == "sgd" else plan_segments(len(self.lengths), cfg)
+        serial = sum(len(chunk_ends(int(self.lengths[s.first:s.last].max()), cfg)) for s in segments)
+        sizes = [s.last - s.first for s in segments]
+        self.log(f"test-time training ({method}): {len(segments)} segment(s) of {sizes if len(sizes) < 30 else f'{min(sizes)}..{max(sizes)}'} documents"
+                 + (f"; critical path {serial:,} chunks in a row, the longest documents of the segments" if method == "lora" else ""))
         self.begun = self.shown = time.perf_counter()
         self.model.requires_grad_(False)
-        ngram = NGram(self.cfg, self.ranks, self.val, [s.last - s.first for s in segments], self.log) if self.cfg.ngram_enabled else None
-        scorer = Scorer(self.model, self.cfg, self.ranks, self.log, ngram)
-        for segment in segments:
-            if not self.cfg.ttt_enabled:
-                scorer.score_documents(self.val, self.ledger, self.cfg.eval_stride, segment.first, segment.last)
+        ngram = NGram(cfg, self.ranks, self.val, sizes, self.log) if cfg.ngram_enabled else None
+        scorer = Scorer(self.model, cfg, self.ranks, self.log, ngram)
+        for i, segment in enumerate(segments):
+            if method != "lora":
+                scorer.score_documents(self.val, self.ledger, cfg.eval_stride, segment.first, segment.last)
             else:
-                for batch in deal_batches(self.lengths[segment.first:segment.last], segment.first, self.cfg, self.ranks.world)[self.ranks.rank]:
-                    DocumentTTT(self.model, self.cfg, self.val, batch, self.ledger, ngram).run()
+                for batch in deal_batches(self.lengths[segment.first:segment.last], segment.first, cfg, self.ranks.world)[self.ranks.rank]:
+                    DocumentTTT(self.model, cfg, self.val, batch, self.ledger, ngram).run()
                     self.progress()
                 self.ledger.merge(self.ranks)
             if ngram:
                 ngram.learn(self.ledger)
-            if segment.phase_ends and self.cfg.ttt_enabled:
-                self.global_sgd(int(self.val.starts[segment.last]))
+            if segment.phase_ends and method != "none":
+                begin, end = (int(self.val.starts[j]) for j in (segment.first, segment.last))
+                self.global_sgd(end, *((begin, i / len(segments)) if method == "sgd" else ()))
         return self.ledger.bpb()
 
     def progress(self):
@@ -3116,32 +3134,39 @@ class TestTimeTraining:
             self.log(f"  {100 * done * self.ranks.world / self.val.targets:5.1f} %  BPB so far {self.ledger.running_bpb():.4f}  {rate:,.0f} targets/s"
                      f"  {max(self.val.targets / rate - (now - self.begun), 0):.0f} s left")
 
-    def global_sgd(self, end: int):
-        """All base parameters learn from targets 0..end, every one of them scored: SGD on chunks in stream order, documents kept apart."""
-        cfg, chunk = self.cfg, self.cfg.global_ttt_chunk_tokens
-        self.ledger.may_train(np.arange(end))
+    def global_sgd(self, end: int, begin: int = 0, progress: float | None = None):
+        """All base parameters learn from targets begin..end, every one of them scored: SGD on chunks in stream order, documents kept apart.
+
+        The learning rate is the half cosine at ``progress`` in 0..1; without it this call is a phase, with a whole half cosine and a momentum of its own.
+        """
+        cfg, steps = self.cfg, max(round((end - begin) / self.cfg.global_ttt_chunk_tokens), 1)
+        self.ledger.may_train(np.arange(begin, end))
         self.model.requires_grad_(True)
         parameters = list(self.model.parameters())
-        momentum = [torch.zeros_like(p) for p in parameters]
-        starts = list(range(0, end, chunk)) * cfg.global_ttt_epochs
+        if progress is None or not self.momentum:
+            self.momentum = [torch.zeros_like(p) for p in parameters]
+        edges = np.linspace(begin, end, steps + 1).astype(int).tolist()
+        chunks = list(zip(edges, edges[1:])) * cfg.global_ttt_epochs
         begun = time.perf_counter()
-        for i, at in enumerate(starts):
-            self.sgd_gradient(at, min(chunk, end - at))
+        for i, (lo, hi) in enumerate(chunks):
+            self.sgd_gradient(lo, hi - lo)
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             if self.ranks.world > 1:
                 flat = self.ranks.all_reduce_(torch.cat([g.flatten() for g in grads]))
                 grads = [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in grads]), grads)]
             norm = torch.stack(torch._foreach_norm(grads)).norm()
+            share = i / len(chunks) if progress is None else progress
             with torch.no_grad():
                 torch._foreach_mul_(grads, (cfg.global_ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
-                torch._foreach_mul_(momentum, cfg.global_ttt_momentum)
-                torch._foreach_add_(momentum, grads)
-                torch._foreach_add_(parameters, momentum, alpha=-cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / len(starts))))
+                torch._foreach_mul_(self.momentum, cfg.global_ttt_momentum)
+                torch._foreach_add_(self.momentum, grads)
+                torch._foreach_add_(parameters, self.momentum, alpha=-cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share)))
             for p in parameters:
                 p.grad = None
         self.model.requires_grad_(False)
         self.ranks.synchronize()
-        self.log(f"  base weights learnt from {end:,} scored targets in {len(starts)} steps, {time.perf_counter() - begun:.1f} s")
+        if progress is None:
+            self.log(f"  base weights learnt from {end - begin:,} scored targets in {len(chunks)} steps, {time.perf_counter() - begun:.1f} s")
 
     def sgd_gradient(self, at: int, count: int):
         """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and the pieces are dealt to the ranks."""
@@ -3152,7 +3177,7 @@ class TestTimeTraining:
             starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
             starts = starts if len(starts) and starts[0] == 0 else np.insert(starts, 0, 0)
             batch = to_device(pack(tokens, starts, width, width, "val", width), self.ranks.device)
-            self.loss(self.model, batch, count, self.cfg.looped).backward()
+            (self.loss(self.model, batch, 1, self.cfg.looped) / count).backward()       # a count inside would compile a graph for every value
 
 
 # ----------------------------------------------------------------------------------------------------------------------

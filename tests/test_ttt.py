@@ -529,6 +529,90 @@ def test_phases_learn_from_the_scored_prefix():
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+# ---- full-parameter SGD, chunk after chunk ----
+
+SGD = dict(TTT, ttt_method="sgd", eval_seq_len=64, val_batch_tokens=128, eval_stride=24, ttt_eval_seq_len=16, ttt_chunks="4,8", global_ttt_chunk_tokens=45, global_ttt_epochs=3,
+           global_ttt_lr=0.05)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=20), st.integers(1, 80))
+def test_chunks_are_whole_documents(lengths, tokens):
+    """In order, all of them; a chunk ends with the document that fills it; only the last is not learnt from."""
+    chunks = train_gpt.plan_chunks(np.array(lengths), ttt_config(global_ttt_chunk_tokens=tokens))
+    assert [i for s in chunks for i in range(s.first, s.last)] == list(range(len(lengths))) and [s.phase_ends for s in chunks] == [True] * (len(chunks) - 1) + [False]
+    assert all(sum(lengths[s.first:s.last]) >= tokens > sum(lengths[s.first:s.last - 1]) for s in chunks[:-1])
+
+
+def slow_chunks(stream, cfg) -> np.ndarray:
+    """Score the documents of a chunk window by window with the weights so far, then take GLOBAL_TTT_EPOCHS passes of SGD over its targets; the last chunk is only scored."""
+    model, nats = network(cfg), np.full(stream.targets, np.nan)
+    parameters, lengths = list(model.parameters()), [stream.of(i).stop - stream.of(i).start for i in range(len(stream.starts))]
+    velocity, chunks = [torch.zeros_like(p) for p in parameters], train_gpt.plan_chunks(np.array(lengths), cfg)
+    for number, chunk in enumerate(chunks):
+        begin, end = stream.of(chunk.first).start, stream.of(chunk.last - 1).stop
+        with torch.no_grad():
+            for low, first, stop in train_gpt.plan_windows(stream.starts[chunk.first:chunk.last], end, cfg.eval_seq_len, cfg.eval_stride).tolist():
+                tokens = torch.from_numpy(stream.tokens[low:stop + 1].astype(np.int64))
+                nats[first:stop] = model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True)[first - low:], tokens[1 + first - low:])
+        steps = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1) if chunk.phase_ends else 0
+        edges = [int(begin + (end - begin) * i / steps) for i in range(steps + 1)] if steps else []
+        for lo, hi in list(zip(edges, edges[1:])) * cfg.global_ttt_epochs:
+            cuts, loss = sorted({*range(lo, hi, cfg.ttt_eval_seq_len), *(s for s in stream.starts.tolist() if lo < s < hi), hi}), 0.0
+            for a, b in zip(cuts, cuts[1:]):
+                tokens = torch.from_numpy(stream.tokens[a:b + 1].astype(np.int64))
+                loss = loss + model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).sum() / (hi - lo)
+            grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads))
+            with torch.no_grad():
+                for p, v, g in zip(parameters, velocity, grads):
+                    v[...] = cfg.global_ttt_momentum * v + g * min(1, cfg.global_ttt_grad_clip / norm)
+                    p -= cfg.global_ttt_lr * (1 + math.cos(math.pi * number / len(chunks))) / 2 * v
+    return nats
+
+
+SGD_LENGTHS = [30, 9, 40, 1, 130, 60, 2, 33, 1, 20]                     # chunks of [3, 2, 1, 4] documents, the second of two steps
+
+
+def test_chunks_are_scored_and_then_learnt_from():
+    cfg, documents = ttt_config(SGD), random_documents(SGD_LENGTHS)
+    stream = Stream(documents)
+    found, still = adapt(documents, cfg), adapt(documents, dataclasses.replace(cfg, global_ttt_lr=0.0))
+    wanted = slow_chunks(stream, cfg)
+    first = stream.of(3).start
+    assert largest(found[:first], still[:first]) < 1e-6 and largest(found[first:], still[first:]) > 0.1
+    assert largest(found, wanted) < 1e-3
+
+
+def test_sgd_lets_no_later_token_change_an_earlier_score():
+    """Lengths kept: everything but the changed document's later targets and later chunks is equal to the bit."""
+    cfg, documents = ttt_config(SGD), random_documents(SGD_LENGTHS)
+    stream, changed = Stream(documents), other_values(documents, 4, 70)
+    before, after = adapt(documents, cfg), adapt(changed, cfg)
+    assert np.array_equal(before[:stream.starts[4] + 69], after[:stream.starts[4] + 69]) and (before[stream.starts[5]:] != after[stream.starts[5]:]).all()
+
+
+def sgd_on(rank: int, world: int, folder):
+    cfg = ttt_config(SGD, rank=rank, local_rank=rank, world_size=world)
+    group, stream = train_gpt.Ranks(cfg), Stream(random_documents(SGD_LENGTHS))
+    ledger = stream.ledger()
+    TestTimeTraining(network(cfg), cfg, group, Silent(), stream, ledger).score()
+    np.save(folder / f"sgd.{rank}.npy", ledger.nats)
+    group.close()
+
+
+def test_sgd_on_two_ranks_agrees(tmp_path):
+    forked(sgd_on, 2, tmp_path)
+    alone_nats = adapt(random_documents(SGD_LENGTHS), ttt_config(SGD))
+    assert all(largest(np.load(tmp_path / f"sgd.{rank}.npy"), alone_nats) < 1e-3 for rank in range(2))
+
+
+def test_sgd_that_runs_ahead_aborts(monkeypatch):
+    honest = TestTimeTraining.global_sgd
+    monkeypatch.setattr(TestTimeTraining, "global_sgd", lambda self, end, *rest: honest(self, end + 1, *rest))
+    assert failing(ttt_config(SGD), "not scored") == ["C3"]
+
+
 # ---- the ledger ----
 
 def failing(cfg, match: str):
