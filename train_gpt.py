@@ -10,8 +10,8 @@
 Settings are environment variables. The same file runs on a CPU, one GPU, eight GPUs or several nodes. The data folder is made by
 prepare_data.py; shards of third parties in the same format load as they are.
 
-Sections, each using only those above it: Hyperparameters, Runtime, Data, Kernels, Model, Optimizers, Training, Quantizer, Artifact,
-Scoring, Packer, Main.
+Sections, each using only those above it: Hyperparameters, Runtime, Data, Kernels, Model, Adapters, Optimizers, Training, Quantizer, Artifact,
+Scoring, N-gram, Test-time training, Packer, Main.
 """
 
 import ast

@@ -52,6 +52,13 @@ def test_groups_are_the_published_ones():
     assert set(rules.values()) == {(cfg.scalar_lr, cfg.adam_wd)} and len(rules) == 11
 
 
+def test_caps_do_not_decay():
+    """Decay would pull them from LOGIT_SOFTCAP to zero."""
+    model = gpt(config(asym_logit_rescale=True))
+    groups = [group for group in optimizer(model).adam.param_groups if any(p is model.caps for p in group["params"])]
+    assert [(group["base_lr"], group["weight_decay"]) for group in groups] == [(model.cfg.scalar_lr, 0.0)]
+
+
 def test_a_new_parameter_joins_the_scalars():
     """A parameter nobody wrote a rule for is trained, unlike in the published scripts, where it silently is not."""
     model = gpt()

@@ -89,7 +89,10 @@ def tried(cfg: Config):
     train_gpt.quantize(model, train_gpt.collect_hessians(model, trainer.stream, cfg, group), cfg, group)
     val = train_gpt.ValidationStream(cfg)
     ledger = train_gpt.Ledger("test", val.target_bytes, train_gpt.Verdicts())
-    train_gpt.Scorer(model, cfg, group, log).score(val, ledger, cfg.eval_stride)
+    if cfg.ngram_enabled:
+        train_gpt.TestTimeTraining(model, cfg, group, log, val, ledger).score()
+    else:
+        train_gpt.Scorer(model, cfg, group, log).score(val, ledger, cfg.eval_stride)
 
 
 EXTREMES = {f.name: (-1, 0, 1, 3) if type(f.default) is int else (-1.0, 0.0, 1e-3, 2.0) for f in FIELDS
@@ -103,6 +106,8 @@ def attempt(name: str, value) -> str:
            "data_path": str(data())}
     if name in ("max_wallclock_seconds", "gptq_reserve_seconds"):
         run.update(max_wallclock_seconds=2.0, gptq_reserve_seconds=1.0)
+    if name.startswith("ngram_"):
+        run.update(ngram_enabled=True, ttt_enabled=False)
     env = {k.upper(): str(int(v)) if isinstance(v, bool) else str(v) for k, v in {**run, name: value}.items()}
     try:
         cfg = Config.from_env(env)

@@ -250,6 +250,15 @@ def test_training_lowers_the_loss():
     assert abs(curve[0][2] - math.log(320)) < 0.1                       # a fresh model is uniform
 
 
+def test_caps_learn_and_are_stored(tmp_path):
+    """Each from its own logits; the artifact holds them and a rerun scores with them."""
+    main({**RUN, "asym_logit_rescale": True, "logit_softcap": 5.0, "scalar_lr": 0.1, "iterations": 6}, tmp_path).ok()
+    caps = train_gpt.load_artifact(tmp_path / "model.bin")[0]["caps"]
+    assert caps.shape == (2,) and (np.abs(caps - 5.0) > 0.01).all() and abs(caps[0] - caps[1]) > 0.01
+    main({"ttt_eval_only": True}, tmp_path).ok()
+    assert result(tmp_path, "eval_result.json")["val_bpb"] == result(tmp_path)["val_bpb"]
+
+
 def test_a_diverging_loss_is_one_line(tmp_path):
     out = main({**RUN, "matrix_lr": 1e30, "tied_embed_lr": 1e30, "grad_clip_norm": 0.0}, tmp_path)
     assert out.code == 2 and len(out.err.strip().splitlines()) == 1 and "loss is" in out.err
