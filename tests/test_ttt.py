@@ -502,7 +502,8 @@ def slow_sgd(model, stream, end: int, cfg):
                 p -= lr * v
 
 
-@pytest.mark.parametrize("overrides", (dict(), dict(global_ttt_epochs=2, global_ttt_grad_clip=1e9), dict(global_ttt_momentum=0.0), dict(asym_logit_rescale=True, logit_softcap=3.0)), ids=str)
+@pytest.mark.parametrize("overrides", (dict(), dict(global_ttt_epochs=2, global_ttt_grad_clip=1e9), dict(global_ttt_momentum=0.0),
+                                       dict(asym_logit_rescale=True, logit_softcap=3.0)), ids=str)
 def test_base_weights_learn_by_sgd(overrides):
     """Five chunks of three pieces each, documents kept apart; every parameter that reaches the loss moves."""
     cfg = ttt_config(ttt_eval_seq_len=16, ttt_chunks="4,8", global_ttt_chunk_tokens=40, **overrides)
