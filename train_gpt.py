@@ -187,10 +187,9 @@ class Config:
     ttt_method: str = setting("lora", "lora: adapters of each document; sgd: the base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)", "lora, sgd")
     segment_docs: int = setting(50000, "most documents of a segment; state crosses documents only between segments, and a segment waits for its longest document", POSITIVE)
     ttt_batch_size: int = setting(64, "documents adapted together, of similar length; no score depends on it", POSITIVE)
-    ttt_chunks: str = setting("8,8,16,32,64", "sizes of the chunks from a document's start; the last repeats")
+    ttt_chunks: str = setting("8,8,16,32", "sizes of the chunks from a document's start; the last repeats")
     ttt_eval_seq_len: int = setting(2048, "longest context of a scored token", POSITIVE)
-    ttt_cache: bool = setting(True, "reuse the keys and values of scored tokens (off: recompute the whole context for each chunk, exact and slow)")
-    ttt_backprop_tokens: int = setting(0, "tokens before a chunk that are run again with it, so that gradients reach back through them")
+    ttt_backprop_tokens: int = setting(64, "tokens before a chunk that are run again with it, so that gradients reach back; TTT_EVAL_SEQ_LEN: the exact recompute of #1855")
     ttt_mask: str = setting("", "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
     ttt_lora_rank: int = setting(80, "rank of the adapters", POSITIVE)
     ttt_lora_alpha: float = setting(144.0, "adapters are scaled by this over their rank")
@@ -198,6 +197,7 @@ class Config:
     ttt_local_lr_mult: float = setting(1.0, "factor of TTT_LORA_LR")
     ttt_beta2: float = setting(0.99, "Adam beta2 of the adapters; there is no first moment", SHARE)
     ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters")
+    ttt_warm_start: float = setting(1.0, "after each segment the adapters' start moves this far to the mean of its documents' adapters; 0: never")
     ttt_grad_steps: int = setting(1, "steps on each chunk after it is scored; 0: carried context only")
     phased_ttt_num_phases: int = setting(3, "times the base weights learn from the scored prefix; 0: never")
     phased_ttt_prefix_docs: int = setting(2500, "documents of that prefix, in stream order")
@@ -1232,7 +1232,8 @@ def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 def segment_groups(cu_q: Tensor, cu_k: Tensor):
     """Runs of consecutive segments of equal lengths: (slice of queries, slice of keys, segments, causal mask (n, m) aligned at its end)."""
     end_q = end_k = 0
-    for (n, m), run in itertools.groupby(zip(cu_q.diff().tolist(), cu_k.diff().tolist())):
+    lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
+    for (n, m), run in itertools.groupby(pair for pair in lengths if pair != (0, 0)):
         segments = sum(1 for _ in run)
         at_q, at_k, end_q, end_k = end_q, end_k, end_q + segments * n, end_k + segments * m
         if n:
@@ -1528,7 +1529,6 @@ class GPT(nn.Module):
         looped, and whether lora, tap and cache are given, are constants of a graph. lora.at(kind, visit) gives a low-rank delta or None;
         tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows of equal length, flattened.
         """
-        deltas = lora.unbind() if lora is not None else None
         raw, x = self.embed(tokens, seq.positions, cache)
         x0 = rms_norm(x)
         angle = seq.positions[:, None].float() * self.rope_frequency
@@ -1536,7 +1536,7 @@ class GPT(nn.Module):
         weights, outputs, fresh, lanes = self.layer_weights(), [], [], (x0,)
         for i, visit in enumerate(self.schedules[looped]):
             layer = visit.layer
-            delta = (lambda kind, i=i: deltas.at(kind, i)) if deltas is not None else lambda kind: None
+            delta = (lambda kind, i=i: lora.at(kind, i)) if lora is not None else lambda kind: None
             watch = (lambda kind, layer=layer: lambda x: tap(kind, layer, x)) if tap is not None else lambda kind: None
             past = (cache.keys[i], cache.values[i]) if cache is not None else None
             lanes = lanes * 2 if visit.lanes and len(lanes) == 1 else lanes
@@ -1605,7 +1605,7 @@ class GPT(nn.Module):
         w = self.tok_emb.to(self.dtype)
         if lora is None and hint is None:
             return head_nll(hidden, w, targets, self.caps)
-        z = project(hidden, w, lora.unbind().at("head", 0) if lora is not None else None)
+        z = project(hidden, w, lora.at("head", 0) if lora is not None else None)
         nats, lse = softcap_nll(z, targets, self.caps)
         return nats if hint is None else (nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - lse)
 
@@ -1616,15 +1616,14 @@ class GPT(nn.Module):
 
 
 class LoRA(NamedTuple):
-    """One adapter for each visit and document: delta(x) = scale B A x. Leaves of autograd, never module parameters, so the model stays unaware."""
-    a: dict[str, Tensor]        # kind -> (visits, documents, rank, in) fp32
-    b: dict[str, Tensor]        # kind -> (visits, documents, out, rank) fp32
+    """One adapter for each visit and document: delta(x) = scale x A B. Leaves of autograd, never module parameters, so the model stays unaware.
+
+    In this order of dimensions their gradients come out of the products contiguous, as the fused optimizer needs them.
+    """
+    a: dict[str, list[Tensor]]  # kind -> for each visit (documents, in, rank) fp32
+    b: dict[str, list[Tensor]]  # kind -> for each visit (documents, rank, out) fp32
     widths: dict[str, int]      # kind -> out, of every kind, adapted or not
     scale: float                # alpha / rank
-
-    def unbind(self) -> "LoRA":
-        """Split the visits once: indexing them one by one would make backward fill a full-size gradient for each."""
-        return self._replace(a={k: t.unbind(0) for k, t in self.a.items()}, b={k: t.unbind(0) for k, t in self.b.items()})
 
     def at(self, kind: str, visit: int) -> Callable | None:
         """The delta of one site as a function of its input (documents * n, in); None where nothing is adapted. "qkv" joins three kinds."""
@@ -1634,11 +1633,16 @@ class LoRA(NamedTuple):
         return lambda x: torch.cat([self.delta(k, visit, x) if k in self.a else x.new_zeros(x.size(0), self.widths[k]) for k in kinds], dim=-1)
 
     def delta(self, kind: str, visit: int, x: Tensor) -> Tensor:
-        a, b = self.a[kind][visit].to(x.dtype), self.b[kind][visit].to(x.dtype)
-        return self.scale * (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
+        a, b = self.a[kind][visit].to(x.dtype), (self.scale * self.b[kind][visit]).to(x.dtype)
+        return (x.unflatten(0, (a.size(0), -1)) @ a @ b).flatten(0, 1)
 
     def leaves(self) -> list[Tensor]:
-        return [*self.a.values(), *self.b.values()]
+        return [t for part in (self.a, self.b) for visits in part.values() for t in visits]
+
+    def first(self, documents: int) -> "LoRA":
+        """The adapters of the first documents: leaves of their own in the same memory."""
+        cut = lambda part: {kind: [t.detach()[:documents].requires_grad_() for t in visits] for kind, visits in part.items()}
+        return self._replace(a=cut(self.a), b=cut(self.b))
 
 
 def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
@@ -1648,10 +1652,10 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
     generator, device, a, b = torch.Generator().manual_seed(seed), model.tok_emb.device, {}, {}
     for kind, width in widths.items():
         n = 1 if kind == "head" else visits
-        initial = (2 * torch.rand(n, 1, rank, d, generator=generator) - 1) / math.sqrt(d)
+        initial = (2 * torch.rand(n, 1, d, rank, generator=generator) - 1) / math.sqrt(d)
         if kind not in masked:
-            a[kind] = initial.to(device).repeat(1, documents, 1, 1).requires_grad_()
-            b[kind] = torch.zeros(n, documents, width, rank, device=device).requires_grad_()
+            a[kind] = [t.repeat(documents, 1, 1).requires_grad_() for t in initial.to(device)]
+            b[kind] = [torch.zeros(documents, rank, width, device=device).requires_grad_() for _ in range(n)]
     return LoRA(a, b, widths, alpha / rank)
 
 
@@ -2685,14 +2689,14 @@ def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> 
     """Windows (begin, first, end) int64: tokens begin..end are read, targets of positions first..end are scored.
 
     Every position 0..inputs is scored once. A document's first window scores all it reads; each later one scores ``stride`` new
-    positions after as much context as ``seq_len`` allows. With stride == seq_len windows do not overlap.
+    positions after seq_len - stride tokens of context: a document's length decides nothing, or the context would tell where it ends (C1).
     """
     rows = []
     for start, end in zip(starts, np.append(starts[1:], inputs)):
         start, end = int(start), int(min(end, inputs))
         first, reach = start, min(start + seq_len, end)
         while first < end:
-            rows.append((max(start, reach - seq_len) if first > start else start, first, reach))
+            rows.append((max(start, first + stride - seq_len) if first > start else start, first, reach))
             first, reach = reach, min(reach + stride, end)
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
@@ -2742,7 +2746,8 @@ class Scorer:
         tokens = torch.randint(self.cfg.vocab_size, (self.cfg.val_batch_tokens + 1,), generator=torch.Generator().manual_seed(0)).numpy()
         starts = np.arange(0, self.cfg.val_batch_tokens, self.cfg.eval_seq_len)
         batch = to_device(pack(tokens, starts, self.cfg.eval_seq_len, self.cfg.eval_seq_len, "val", self.cfg.val_batch_tokens), self.ranks.device)
-        self.nats(self.model, batch, self.cfg.looped)
+        hint = torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=self.ranks.device)
+        self.nats(self.model, batch, self.cfg.looped, *(() if self.ngram is None or self.ngram.hints(np.empty(0, np.int64)) is None else (hint,)))
 
     def score(self, val: ValidationStream, ledger: Ledger, stride: int) -> float:
         """Fill the ledger and return its BPB."""
@@ -2785,7 +2790,7 @@ class Continuations(NamedTuple):
     distinct: Tensor      # int64: how many different tokens were seen
 
 
-def begins(*keys: Tensor) -> Tensor:
+def run_starts(*keys: Tensor) -> Tensor:
     """Places (n,) bool where any of the sorted keys differs from the place before."""
     first = torch.zeros_like(keys[0], dtype=torch.bool)
     first[:1] = True
@@ -2809,7 +2814,7 @@ def running_max(x: Tensor) -> Tensor:
 def leader(start: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Inside groups that begin at ``start`` (n,): the highest of the counts (n,) so far, and where it was first reached."""
     highest = running_max((start << 32) + counts)
-    return highest & 0xFFFFFFFF, latest(begins(highest))
+    return highest & 0xFFFFFFFF, latest(run_starts(highest))
 
 
 def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int, vocab: int):
@@ -2822,24 +2827,24 @@ def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int
     at = tokens[:-1].sort(stable=True).indices                          # targets in the order of their contexts, and of the stream where these agree
     context = tokens[at].long()
     for order in range(2, orders + 1):
-        alone = begins(context)
+        alone = run_starts(context)
         alone = alone & F.pad(alone[1:], (0, 1), value=True)            # met once: it, and all longer ones that end in it, know nothing
         at, context = at[~alone], context[~alone]
         if not len(at):
             return
         place, target, own, block = torch.arange(len(at), device=at.device), tokens[at + 1], document[at], segment[at]
         pair, by_pair = (context * vocab + target).sort(stable=True)
-        whole, old, mine = latest(begins(pair)), latest(begins(pair, block[by_pair])), latest(begins(pair, own[by_pair]))
+        whole, old, mine = latest(run_starts(pair)), latest(run_starts(pair, block[by_pair])), latest(run_starts(pair, own[by_pair]))
         seen, rank = torch.empty_like(at), torch.empty_like(at)
         seen[by_pair], rank[by_pair] = old - whole + place - mine, place - whole      # of this pair, before: visible from here; in the whole stream
-        whole, old, mine = latest(begins(context)), latest(begins(context, block)), latest(begins(context, own))
+        whole, old, mine = latest(run_starts(context)), latest(run_starts(context, block)), latest(run_starts(context, own))
         frozen, frozen_at = (t[(old - 1).clamp(min=0)] for t in leader(whole, rank + 1))
         top, top_at = (t[(place - 1).clamp(min=0)] for t in leader(mine, seen + 1))
         frozen, top = torch.where(old > whole, frozen, 0), torch.where(place > mine, top, 0)
         firsts, news = (F.pad((count == 0).cumsum(0), (1, 0)) for count in (rank, seen))
         yield Continuations(order, at, target[torch.where(top > frozen, top_at, frozen_at)], torch.maximum(top, frozen), old - whole + place - mine, seen,
                             firsts[old] - firsts[whole] + news[place] - news[mine])
-        at, context = at[by_pair], begins(pair).cumsum(0)
+        at, context = at[by_pair], run_starts(pair).cumsum(0)
         goes_on = at + 1 < len(document)
         goes_on[goes_on.clone()] = document[at[goes_on] + 1] == document[at[goes_on]]
         at, context = at[goes_on] + 1, context[goes_on]
@@ -2950,134 +2955,163 @@ def chunk_ends(longest: int, cfg: Config) -> list[int]:
     return ends[1:]
 
 
-class KVBuffer:
-    """Keys and values of the latest tokens of every row, by visit, oldest first; at most ``context`` of them are ever read."""
-
-    def __init__(self, model: GPT, rows: int, context: int):
-        shape = (len(model.schedules[model.cfg.looped]), rows, 2 * context, model.cfg.num_kv_heads, model.head_dim)
-        self.context, self.end = context, 0
-        self.keys, self.values = (torch.empty(shape, dtype=model.dtype, device=model.tok_emb.device) for _ in range(2))
-
-    def read(self, length: int, back: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the ``length`` tokens that end ``back`` tokens before the newest."""
-        span = slice(self.end - back - length, self.end - back)
-        return self.keys[:, :, span], self.values[:, :, span]
-
-    def write(self, keys: Tensor, values: Tensor, back: int):
-        """Append the newest tokens; the last ``back`` of those held are replaced."""
-        count = keys.size(2)
-        if self.end - back + count > self.keys.size(2):                 # slide the part that may still be read to the front
-            for t in (self.keys, self.values):
-                t[:, :, :self.context] = t[:, :, self.end - self.context:self.end].clone()
-            self.end = self.context
-        span = slice(self.end - back, self.end - back + count)
-        self.keys[:, :, span], self.values[:, :, span] = keys, values
-        self.end = span.stop
-
-    def keep_rows(self, rows: Tensor):
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+class Shape(NamedTuple):
+    """All that a step of test-time training depends on besides the contents of its memory: one CUDA graph each."""
+    rows: int             # documents run together
+    older: int            # cached tokens that may be attended to
+    back: int             # scored tokens run again, so that gradients reach back through them
+    count: int            # tokens of the chunk
 
 
-@torch.no_grad()
-def adapter_step_(params: list[Tensor], grads: list[Tensor], squares: list[Tensor], count: int, lr: float, beta2: float, wd: float):
-    """AdamW without a first moment (beta1 = 0), bias-corrected, decoupled decay."""
-    for p, g, v in zip(params, grads, squares):
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        p.mul_(1 - lr * wd).addcdiv_(g, (v / (1 - beta2 ** count)).sqrt_().add_(1e-10), value=-lr)
+def lockstep(lengths: np.ndarray, cfg: Config, exact: bool):
+    """Chunks of documents of these lengths, longest first: yields (begin, end, Shape). Finished rows leave the batch.
+
+    Unless ``exact``, rows and context are rounded up to powers of two, so that few shapes serve every batch.
+    """
+    ceil = (lambda n, least, most: min(n, most)) if exact else lambda n, least, most: min(max(least, 1 << (n - 1).bit_length()), most) if n else 0
+    begin, context = 0, cfg.ttt_eval_seq_len
+    for end in chunk_ends(int(lengths.max(initial=0)), cfg):
+        count = end - begin
+        back = ceil(begin, 64, min(cfg.ttt_backprop_tokens, context - count))
+        older = ceil(max(begin - back, 0), 256, context - count - back)
+        yield begin, end, Shape(ceil(int((lengths > begin).sum()), 8, cfg.ttt_batch_size), older, back, count)
+        begin = end
 
 
 class DocumentTTT:
-    """One batch of documents of one segment, in lockstep by position: every row is at the same offset of its own document."""
+    """Score-first adapters for batches of documents of one segment, in lockstep: every row is at the same position of its own document.
 
-    def __init__(self, model: GPT, cfg: Config, val: ValidationStream, documents: np.ndarray, ledger: Ledger, ngram: NGram | None = None):
-        """documents: indices, any order; a document's inputs are its tokens, its last target is the next document's first token."""
+    All memory is static and a step depends on its Shape alone, so a GPU replays CUDA graphs: its many small kernels cost no launches.
+    Keys and values stay as they were when their token was scored; a ring holds the last TTT_EVAL_SEQ_LEN of them.
+    """
+
+    def __init__(self, model: GPT, cfg: Config, val: ValidationStream, ledger: Ledger, ngram: NGram | None = None):
         self.model, self.cfg, self.val, self.ledger, self.ngram, self.device = model, cfg, val, ledger, ngram, model.tok_emb.device
-        self.starts = val.starts[documents]
-        self.lengths = np.minimum(np.append(val.starts[1:], val.targets)[documents], val.targets) - self.starts
-        masked = frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(","))
-        self.lora = new_lora(model, len(documents), masked, cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
+        rows, device, visits = cfg.ttt_batch_size, self.device, len(model.schedules[cfg.looped])
+        self.lengths = np.diff(np.append(val.starts, val.targets))      # inputs of each document; its last target is the next one's BOS
+        self.stream = torch.from_numpy(val.tokens.astype(np.int32)).to(device)
+        self.hints = None if ngram is None else ngram.hints(np.arange(val.targets))
+        self.begin, self.updates = torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), device=device)
+        self.row_starts, self.row_lengths = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
+        self.lora = new_lora(model, rows, frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(",")), cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
+        self.start = [p[:1].detach().clone() for p in self.lora.leaves()]       # where every document's adapters begin
         self.squares = [torch.zeros_like(p) for p in self.lora.leaves()]
-        self.updates = 0
-        self.buffer = KVBuffer(model, len(documents), cfg.ttt_eval_seq_len) if cfg.ttt_cache else None
+        ring = visits, rows, cfg.ttt_eval_seq_len, cfg.num_kv_heads, model.head_dim
+        self.keys, self.values = (torch.zeros(ring, dtype=model.dtype, device=device) for _ in range(2))
+        self.parts, self.graphs, self.pool = {}, {}, None
+        self.drift, self.documents = [torch.zeros_like(t) for t in self.start], 0.0
 
-    def run(self):
-        begin = 0
-        for end in chunk_ends(int(self.lengths.max()), self.cfg):
-            self.drop_finished(begin)
-            if not len(self.starts):
-                return
-            self.chunk(begin, end)
-            begin = end
+    def prepare(self, batches: list[np.ndarray]):
+        """Capture every graph that these batches need, on random tokens (B29). Only lengths of documents are read."""
+        self.stream.random_(self.cfg.vocab_size, generator=torch.Generator(self.device).manual_seed(0))
+        self.pool = torch.cuda.graph_pool_handle()
+        for shape in sorted({shape for batch in batches for *_, shape in lockstep(np.sort(self.lengths[batch])[::-1], self.cfg, False)}, reverse=True):
+            self.graphs[shape] = self.capture(shape)
+        self.stream.copy_(torch.from_numpy(self.val.tokens.astype(np.int32)))
 
-    def drop_finished(self, begin: int):
-        """Finished rows leave the batch once they are an eighth of it."""
-        alive = np.flatnonzero(self.lengths > begin)
-        if len(alive) == len(self.lengths) or (len(alive) > 7 * len(self.lengths) // 8 and len(alive)):
-            return
-        self.starts, self.lengths = self.starts[alive], self.lengths[alive]
-        rows = torch.from_numpy(alive).to(self.device)
-        pick = lambda t: t.detach()[:, rows].requires_grad_(t.requires_grad)
-        self.lora = self.lora._replace(a={k: pick(t) for k, t in self.lora.a.items()}, b={k: pick(t) for k, t in self.lora.b.items()})
-        self.squares = [pick(t) for t in self.squares]
-        if self.buffer:
-            self.buffer.keep_rows(rows)
+    def capture(self, shape: Shape):
+        """Graphs of score() and learn(), and where the first leaves its findings."""
+        with torch.cuda.stream(torch.cuda.Stream()):
+            self.learn(shape, self.score(shape)[0])                     # libraries and Triton set themselves up outside of a capture
+        torch.cuda.synchronize()
+        scoring, learning = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(scoring, pool=self.pool):
+            found = self.score(shape)
+        with torch.cuda.graph(learning, pool=self.pool):
+            self.learn(shape, found[0])
+        return scoring, learning, [t.detach() for t in found]
 
-    def chunk(self, begin: int, end: int):
-        """Score positions begin..end of every row, then take TTT_GRAD_STEPS steps on those of rows that go on."""
-        targets = self.starts[:, None] + np.arange(begin, end)
-        valid = targets < (self.starts + self.lengths)[:, None]
-        goes_on = self.lengths > end
-        steps = self.cfg.ttt_grad_steps if goes_on.any() else 0
-        with torch.set_grad_enabled(steps > 0):
-            found = self.forward(begin, end, keep=True, hint=self.ngram and self.ngram.hints(targets))
-        book(self.ledger, targets[valid], found, torch.from_numpy(valid).to(self.device), self.ngram)
-        nats = found[0] if isinstance(found, tuple) else found          # the adapters learn from the network's own loss
-        for step in range(steps):
-            if step:
-                nats = self.forward(begin, end, keep=False)
-            self.learn(nats, targets, goes_on)
+    @torch.no_grad()
+    def reset(self, documents: np.ndarray):
+        """Forget the last batch: adapters at their start, no second moments, no updates. Unused rows are documents of no length."""
+        for p, start, v in zip(self.lora.leaves(), self.start, self.squares):
+            p.copy_(start.expand_as(p))
+            v.zero_()
+        self.updates.zero_()
+        for memory, values in ((self.row_starts, self.val.starts[documents]), (self.row_lengths, self.lengths[documents])):
+            memory.zero_()
+            memory[:len(documents)] = torch.from_numpy(values)
 
-    def forward(self, begin: int, end: int, keep: bool, hint: Tensor | None = None):
-        """Nats (rows, end - begin) of the new positions; with hints of that shape also their log-probabilities.
+    def run(self, documents: np.ndarray):
+        """documents: indices, at most TTT_BATCH_SIZE, in any order."""
+        documents = documents[np.argsort(-self.lengths[documents], kind="stable")]
+        starts, lengths = self.val.starts[documents], self.lengths[documents]
+        self.reset(documents)
+        for begin, end, shape in lockstep(lengths, self.cfg, self.device.type == "cpu"):
+            self.begin.fill_(begin)
+            scoring, learning, found = self.graphs.get(shape, (None, None, None))
+            if self.graphs and found is None:
+                raise RuntimeError(f"no graph was captured for {shape}")
+            scoring.replay() if scoring else (found := self.score(shape))
+            targets = starts[:shape.rows, None] + np.arange(begin, end)
+            valid = np.arange(begin, end) < lengths[:shape.rows, None]
+            book(self.ledger, targets[valid], tuple(t[:len(valid)].cpu() for t in found), torch.from_numpy(valid), self.ngram)
+            goes_on = lengths[:shape.rows] > end
+            if goes_on.any() and self.cfg.ttt_grad_steps:
+                self.ledger.may_train(targets[goes_on].ravel())
+                learning.replay() if learning else self.learn(shape, found[0])
+        self.remember(lengths)
 
-        The tokens run are those and TTT_BACKPROP_TOKENS (without a cache: the whole context) before them.
+    def score(self, shape: Shape, keep: bool = True) -> tuple[Tensor, ...]:
+        """Nats (rows, count) of the chunk at self.begin, and the log-probabilities of its hints where there are any.
+
+        Rows hold ``older`` cached keys and then ``back + count`` tokens. What would lie before a document is BOS in a segment of its own, seen by nobody.
         """
-        count, context, cached = end - begin, self.cfg.ttt_eval_seq_len, self.buffer is not None
-        back = min(begin, context - count, self.cfg.ttt_backprop_tokens if cached else context)
-        held = 0 if keep else count                                     # a second pass over the chunk: its first keys are already in the buffer
-        older = min(begin - back, context - count - back) if cached else 0
-        rows, width = len(self.starts), back + count
-        index = np.minimum(self.starts[:, None] + np.arange(begin - back - 1, end), self.val.targets - 1)
-        tokens = self.gather(index[:, 1:])
-        offset = begin - back if cached else 0
-        seq = Seq(self.offsets(rows, width), self.offsets(rows, width + older), width, width + older,
-                  torch.arange(offset, offset + width, dtype=torch.int32, device=self.device).repeat(rows))
-        arguments = dict(looped=self.cfg.looped, lora=self.lora)
-        if cached:
-            last = F.embedding(self.gather(index[:, :1]), self.model.tok_emb).to(self.model.dtype)
-            hidden, fresh = self.model.trunk(tokens, seq, **arguments, cache=Cache(*self.buffer.read(older, back + held), last))
-            if keep:
-                self.buffer.write(fresh.keys.detach(), fresh.values.detach(), back)
-        else:
-            hidden = self.model.trunk(tokens, seq, **arguments)
-        hidden = hidden.unflatten(0, (rows, width))[:, back:].flatten(0, 1)     # only the new positions pay for the head
-        found = self.model.nll(hidden, self.gather(index[:, back + 1:] + 1), lora=self.lora, hint=None if hint is None else hint.flatten())
-        return found.unflatten(0, (rows, count)) if hint is None else tuple(t.unflatten(0, (rows, count)) for t in found)
+        rows, older, back, count = shape
+        width, device, context = back + count, self.device, self.cfg.ttt_eval_seq_len
+        position = self.begin - back + torch.arange(width, device=device)
+        index = (self.row_starts[:rows, None] + position).clamp(0, len(self.stream) - 2)
+        tokens = torch.where(position >= 0, self.stream[index], self.cfg.bos_id).long()
+        before = self.stream[(index[:, 0] - 1).clamp(min=0)].long()
+        at = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+        offsets = lambda length, outside: F.pad((at * length + torch.stack((torch.zeros_like(outside), outside))).flatten(), (0, 1), value=rows * length)
+        outside = [(n - self.begin).clamp(min=0).int() for n in (back, older + back)]
+        seq = Seq(offsets(width, outside[0]), offsets(older + width, outside[1]), width, older + width, position.int().repeat(rows))
+        slots = (self.begin - back - older + torch.arange(older, device=device)) % context
+        cache = Cache(*(t[:, :rows].index_select(2, slots) for t in (self.keys, self.values)), F.embedding(before, self.model.tok_emb).to(self.model.dtype))
+        lora = self.parts[rows] = self.parts.get(rows) or self.lora.first(rows)
+        with torch.set_grad_enabled(self.cfg.ttt_grad_steps > 0):
+            hidden, fresh = self.model.trunk(tokens.flatten(), seq, looped=self.cfg.looped, lora=lora, cache=cache)
+            hidden = hidden.unflatten(0, (rows, width))[:, back:].flatten(0, 1)     # only the chunk pays for the head
+            hint = None if self.hints is None else self.hints[index[:, back:]].flatten()
+            found = self.model.nll(hidden, self.stream[index[:, back:] + 1].flatten().long(), lora=lora, hint=hint)
+        if keep:
+            for ring, t in ((self.keys, fresh.keys), (self.values, fresh.values)):
+                ring[:, :rows].index_copy_(2, position % context, t.detach())
+        return tuple(t.unflatten(0, (rows, count)) for t in (found if isinstance(found, tuple) else (found,)))
 
-    def offsets(self, rows: int, width: int) -> Tensor:
-        return torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=self.device)
+    def learn(self, shape: Shape, nats: Tensor):
+        """TTT_GRAD_STEPS of AdamW on the mean nats (rows, count) of the chunk, for rows with a later chunk. Rows do not mix: the loss is a sum and Adam is elementwise."""
+        cfg, lora = self.cfg, self.parts[shape.rows]
+        lr, squares = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult, [v[:shape.rows] for v in self.squares]
+        goes_on = (self.row_lengths[:shape.rows] > self.begin + shape.count).float()
+        for step in range(cfg.ttt_grad_steps):
+            nats = self.score(shape, keep=False)[0] if step else nats
+            grads = [g.contiguous() for g in torch.autograd.grad((nats.mean(1) * goes_on).sum(), lora.leaves())]
+            self.updates += 1
+            with torch.no_grad():                                       # a finished row stays as it is: its gradient is zero, and it does not decay
+                for p in lora.leaves():
+                    p.mul_((1 - lr * cfg.ttt_weight_decay * goes_on)[:, None, None])
+                # With beta1 = 0 the first moment is the gradient, so the gradients' memory serves as its own.
+                torch._fused_adamw_(lora.leaves(), grads, grads, squares, [], [self.updates] * len(grads), lr=lr, beta1=0.0, beta2=cfg.ttt_beta2,
+                                    weight_decay=0.0, eps=1e-10, amsgrad=False, maximize=False)
 
-    def gather(self, index: np.ndarray) -> Tensor:
-        """Validation tokens at index (rows, n), flattened, int64."""
-        return torch.from_numpy(self.val.tokens[index.ravel()].astype(np.int64)).to(self.device, non_blocking=True)
+    @torch.no_grad()
+    def remember(self, lengths: np.ndarray):
+        """Add up how far the batch's adapters have moved, each document by its tokens, at most a context of them."""
+        weight = torch.from_numpy(np.minimum(lengths, self.cfg.ttt_eval_seq_len).astype(np.float32)).to(self.device)
+        for drift, p, start in zip(self.drift, self.lora.leaves(), self.start):
+            drift += torch.tensordot(weight, p[:len(weight)], 1) - weight.sum() * start
+        self.documents += float(weight.sum())
 
-    def learn(self, nats: Tensor, targets: np.ndarray, goes_on: np.ndarray):
-        """One step on the mean nats of the chunk, for rows with a later chunk. Rows do not mix: the loss is a sum and Adam is elementwise."""
-        self.ledger.may_train(targets[goes_on].ravel())
-        weight = torch.from_numpy(goes_on.astype(np.float32)).to(self.device)
-        grads = torch.autograd.grad((nats.mean(1) * weight).sum(), self.lora.leaves())
-        self.updates += 1
-        adapter_step_(self.lora.leaves(), grads, self.squares, self.updates, self.cfg.ttt_lora_lr * self.cfg.ttt_local_lr_mult, self.cfg.ttt_beta2, self.cfg.ttt_weight_decay)
+    @torch.no_grad()
+    def next_segment(self, ranks: Ranks):
+        """The adapters' start moves to the mean of the segment's adapters, scored tokens all of them (Reptile, arXiv 1803.02999)."""
+        total = ranks.all_reduce_(torch.tensor([self.documents], dtype=torch.float64)).item()
+        for start, drift in zip(self.start, self.drift):
+            start += self.cfg.ttt_warm_start / max(total, 1.0) * ranks.all_reduce_(drift)
+            drift.zero_()
+        self.documents = 0.0
 
 
 def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> list[list[np.ndarray]]:
@@ -3097,41 +3131,68 @@ class TestTimeTraining:
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
         self.model, self.cfg, self.ranks, self.log, self.val, self.ledger = model, cfg, ranks, log, val, ledger
-        self.lengths = np.diff(np.append(val.starts, val.targets))
+        self.lengths, self.method = np.diff(np.append(val.starts, val.targets)), cfg.ttt_method if cfg.ttt_enabled else "none"
+        self.segments = plan_chunks(self.lengths, cfg) if self.method == "sgd" else plan_segments(len(self.lengths), cfg)
         self.loss, self.momentum = compiled(batch_loss, cfg, ranks.device), []
+        width = cfg.ttt_eval_seq_len
+        self.sgd_tokens = -(-cfg.global_ttt_chunk_tokens // (width * ranks.world)) * width      # of one micro-batch on one rank
+        sizes = [s.last - s.first for s in self.segments]
+        serial = sum(len(chunk_ends(int(self.lengths[s.first:s.last].max()), cfg)) for s in self.segments)
+        log(f"test-time training ({self.method}): {len(sizes)} segment(s) of {sizes if len(sizes) < 30 else f'{min(sizes)}..{max(sizes)}'} documents"
+            + (f"; critical path {serial:,} chunks in a row, the longest documents of the segments" if self.method == "lora" else ""))
+        self.ngram = NGram(cfg, ranks, val, sizes, log) if cfg.ngram_enabled else None
+        if self.method == "lora":
+            self.adapters = DocumentTTT(model, cfg, val, ledger, self.ngram)
+            self.batches = [deal_batches(self.lengths[s.first:s.last], s.first, cfg, ranks.world)[ranks.rank] for s in self.segments]
+        else:
+            self.scorer = Scorer(model, cfg, ranks, log, self.ngram)
+
+    def warm_up(self):
+        """Compile and capture on random tokens whatever the timed part will run: no validation token is read before (B29)."""
+        begun = time.perf_counter()
+        self.model.requires_grad_(False)
+        graphs, on_gpu = {}, self.ranks.device.type == "cuda"
+        if self.method != "lora":
+            self.scorer.warm_up()
+        elif on_gpu:
+            self.adapters.prepare([batch for mine in self.batches for batch in mine])
+            graphs = self.adapters.graphs
+        if on_gpu and self.method != "none" and any(s.phase_ends for s in self.segments):
+            self.model.requires_grad_(True)
+            tokens = np.random.default_rng(0).integers(0, self.cfg.vocab_size, self.sgd_tokens + 1)
+            self.sgd_backward(tokens, 1)
+            self.model.zero_grad()
+        self.ranks.synchronize()
+        self.log(f"  compiled and captured {len(graphs)} graphs in {time.perf_counter() - begun:.1f} s")
 
     def score(self) -> float:
-        cfg, method = self.cfg, self.cfg.ttt_method if self.cfg.ttt_enabled else "none"
-        segments = plan_chunks(self.lengths, cfg) if method == "sgd" else plan_segments(len(self.lengths), cfg)
-        serial = sum(len(chunk_ends(int(self.lengths[s.first:s.last].max()), cfg)) for s in segments)
-        sizes = [s.last - s.first for s in segments]
-        self.log(f"test-time training ({method}): {len(segments)} segment(s) of {sizes if len(sizes) < 30 else f'{min(sizes)}..{max(sizes)}'} documents"
-                 + (f"; critical path {serial:,} chunks in a row, the longest documents of the segments" if method == "lora" else ""))
         self.begun = self.shown = time.perf_counter()
         self.model.requires_grad_(False)
-        ngram = NGram(cfg, self.ranks, self.val, sizes, self.log) if cfg.ngram_enabled else None
-        scorer = Scorer(self.model, cfg, self.ranks, self.log, ngram)
-        for i, segment in enumerate(segments):
-            if method != "lora":
-                scorer.score_documents(self.val, self.ledger, cfg.eval_stride, segment.first, segment.last)
-            else:
-                for batch in deal_batches(self.lengths[segment.first:segment.last], segment.first, cfg, self.ranks.world)[self.ranks.rank]:
-                    DocumentTTT(self.model, cfg, self.val, batch, self.ledger, ngram).run()
+        for i, segment in enumerate(self.segments):
+            if self.method == "lora":
+                for batch in self.batches[i]:
+                    self.adapters.run(batch)
                     self.progress()
                 self.ledger.merge(self.ranks)
-            if ngram:
-                ngram.learn(self.ledger)
-            if segment.phase_ends and method != "none":
+                self.adapters.next_segment(self.ranks)
+            else:
+                self.scorer.score_documents(self.val, self.ledger, self.cfg.eval_stride, segment.first, segment.last)
+            if self.ngram:
+                self.ngram.learn(self.ledger)
+            if segment.phase_ends and self.method != "none":
                 begin, end = (int(self.val.starts[j]) for j in (segment.first, segment.last))
-                self.global_sgd(end, *((begin, i / len(segments)) if method == "sgd" else ()))
+                self.global_sgd(end, *((begin, i / len(self.segments)) if self.method == "sgd" else ()))
+        seconds = time.perf_counter() - self.begun
+        self.log(f"  {self.val.targets:,} targets in {seconds:.1f} s: {self.val.targets / seconds:,.0f} targets/s over {self.ranks.world} rank(s)")
         return self.ledger.bpb()
 
     def progress(self):
         now = time.perf_counter()
         if now - self.shown > 5:
-            self.shown, done = now, int(self.ledger.scored.sum())
-            rate = done * self.ranks.world / (now - self.begun)
-            self.log(f"  {100 * done * self.ranks.world / self.val.targets:5.1f} %  BPB so far {self.ledger.running_bpb():.4f}  {rate:,.0f} targets/s"
+            self.shown = now
+            done = int(self.ledger.merged.sum()) + self.ranks.world * int((self.ledger.scored & ~self.ledger.merged).sum())
+            rate = done / (now - self.begun)
+            self.log(f"  {100 * min(done / self.val.targets, 1.0):5.1f} %  BPB so far {self.ledger.running_bpb():.4f}  {rate:,.0f} targets/s"
                      f"  {max(self.val.targets / rate - (now - self.begun), 0):.0f} s left")
 
     def global_sgd(self, end: int, begin: int = 0, progress: float | None = None):
@@ -3169,15 +3230,19 @@ class TestTimeTraining:
             self.log(f"  base weights learnt from {end - begin:,} scored targets in {len(chunks)} steps, {time.perf_counter() - begun:.1f} s")
 
     def sgd_gradient(self, at: int, count: int):
-        """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and the pieces are dealt to the ranks."""
+        """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and each rank takes neighbouring pieces, so no sum depends on their number."""
         width = self.cfg.ttt_eval_seq_len
-        for piece in range(at + self.ranks.rank * width, at + count, self.ranks.world * width):
-            n = min(width, at + count - piece)
-            tokens = self.val.tokens[piece:piece + n + 1].astype(np.int64)
-            starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
-            starts = starts if len(starts) and starts[0] == 0 else np.insert(starts, 0, 0)
-            batch = to_device(pack(tokens, starts, width, width, "val", width), self.ranks.device)
-            (self.loss(self.model, batch, 1, self.cfg.looped) / count).backward()       # a count inside would compile a graph for every value
+        share = -(-count // (width * self.ranks.world)) * width
+        first, last = at + self.ranks.rank * share, min(at + (self.ranks.rank + 1) * share, at + count)
+        for lo in range(first, last, self.sgd_tokens):
+            self.sgd_backward(self.val.tokens[lo:min(lo + self.sgd_tokens, last) + 1].astype(np.int64), count)
+
+    def sgd_backward(self, tokens: np.ndarray, count: int):
+        """Add the gradient of the summed nats of tokens[1:] over ``count``."""
+        width = self.cfg.ttt_eval_seq_len
+        starts = np.union1d(np.flatnonzero(tokens[:-1] == self.cfg.bos_id), np.arange(0, len(tokens) - 1, width))
+        batch = to_device(pack(tokens, starts, width, width, "val", self.sgd_tokens), self.ranks.device)
+        (self.loss(self.model, batch, 1, self.cfg.looped) / count).backward()       # a count inside would compile a graph for every value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3432,8 +3497,11 @@ def score_artifact(run: Run, model: GPT):
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
+        with run.phases("compile_eval"):
+            adaptation = TestTimeTraining(model, cfg, run.ranks, run.log, run.val, ledger)
+            adaptation.warm_up()
         with run.phases("adapt"):
-            run.result["bpb"]["adapted"] = TestTimeTraining(model, cfg, run.ranks, run.log, run.val, ledger).score()
+            run.result["bpb"]["adapted"] = adaptation.score()
     else:
         scorer = Scorer(model, cfg, run.ranks, run.log)
         with run.phases("compile_eval"):

@@ -243,3 +243,13 @@ def test_the_ledger_file_gives_the_printed_number():
     assert nats.dtype == np.float64 and len(nats) == len(sizes) - 1 == found["data"]["val_targets"] == found["data"]["val_tokens"] - 1
     assert found["val_bpb"] == found["bpb"].get("adapted", found["bpb"]["quantized"]) == float(nats.sum() / math.log(2) / sizes.sum(dtype=np.int64))
     assert f"{found['val_bpb']:.6f}" in (folder / "train.log").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("stride", (3, 8, 10))
+def test_a_window_does_not_tell_where_its_document_ends(stride):
+    """The context of every target is the same however long the document is."""
+    def contexts(length):
+        windows = train_gpt.plan_windows(np.array([0]), length, 10, stride)
+        return [begin for begin, first, reach in windows.tolist() for _ in range(first, reach)]
+    longest = contexts(60)
+    assert all(contexts(length) == longest[:length] for length in range(1, 60))

@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import ADAPTER_KINDS, Cache, DocumentTTT, KVBuffer, Ledger, Seq, TestTimeTraining, Verdicts, chunk_ends, new_lora, plan_segments
+from train_gpt import ADAPTER_KINDS, Cache, DocumentTTT, Ledger, Seq, TestTimeTraining, Verdicts, chunk_ends, new_lora, plan_segments
 
 TestTimeTraining.__test__ = False                                       # not a test class, whatever its name begins with
 
 # Adaptation that is far above float noise; no phases unless a test asks for them.
 TTT = dict(TINY, ttt_eval_seq_len=128, ttt_chunks="4,4,8,16", ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.01, ttt_batch_size=4, phased_ttt_num_phases=0,
-           global_ttt_chunk_tokens=24, global_ttt_lr=0.01)
-MODES = {"uncached": dict(ttt_cache=False), "cached": dict(ttt_cache=True), "partial": dict(ttt_cache=True, ttt_backprop_tokens=6),
-         "unlimited": dict(ttt_cache=True, ttt_backprop_tokens=10 ** 6)}
+           ttt_backprop_tokens=0, global_ttt_chunk_tokens=24, global_ttt_lr=0.01)
+MODES = {"cached": dict(ttt_backprop_tokens=0), "partial": dict(ttt_backprop_tokens=6), "exact": dict(ttt_backprop_tokens=10 ** 6)}
 LENGTHS = [9, 40, 1, 30, 75, 2, 33, 1, 20]                              # the last document's last token is no input
 every_mode = pytest.mark.parametrize("mode", MODES)
 
@@ -105,13 +104,10 @@ class PlainAdapters:
     def __init__(self, model, cfg, masked=()):
         start = new_lora(model, 1, frozenset(masked), cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
         self.widths, self.scale = start.widths, cfg.ttt_lora_alpha / cfg.ttt_lora_rank
-        self.a, self.b = ({(kind, visit): t[visit, 0].detach().clone().requires_grad_() for kind, t in part.items() for visit in range(len(t))} for part in (start.a, start.b))
+        self.a, self.b = ({(kind, visit): t[0].T.detach().clone().requires_grad_() for kind, visits in part.items() for visit, t in enumerate(visits)} for part in (start.a, start.b))
         self.leaves = [*self.a.values(), *self.b.values()]
         self.squares = [torch.zeros_like(p) for p in self.leaves]
         self.steps = 0
-
-    def unbind(self):
-        return self
 
     def at(self, kind, visit):
         def delta(kind, x):
@@ -139,24 +135,20 @@ def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
     keys = values = torch.zeros(len(model.schedules[True]), 1, 0, cfg.num_kv_heads, model.head_dim)
     for begin, end in chunks_of(length, [int(s) for s in cfg.ttt_chunks.split(",")]):
         stop, low = min(end, length), max(0, end - context)             # the window, its first position
-        again = max(low, begin - cfg.ttt_backprop_tokens) if cfg.ttt_cache else low          # first position that is run
+        again = max(low, begin - cfg.ttt_backprop_tokens)               # first position that is run
         for step in range(cfg.ttt_grad_steps + 1):
-            if cfg.ttt_cache:
-                n = stop - again
-                seq = Seq(torch.tensor([0, n], dtype=torch.int32), torch.tensor([0, stop - low], dtype=torch.int32), n, stop - low, torch.arange(again, stop, dtype=torch.int32))
-                last = model.tok_emb[tokens[again - 1] if again else 0][None]
-                hidden, new = model.trunk(tokens[again:stop], seq, looped=True, lora=adapters, cache=Cache(keys[:, :, low:again], values[:, :, low:again], last))
-            else:
-                hidden = model.trunk(tokens[again:stop], alone(tokens[again:stop]), looped=True, lora=adapters)
+            n = stop - again
+            seq = Seq(torch.tensor([0, n], dtype=torch.int32), torch.tensor([0, stop - low], dtype=torch.int32), n, stop - low, torch.arange(again, stop, dtype=torch.int32))
+            last = model.tok_emb[tokens[again - 1] if again else 0][None]
+            hidden, new = model.trunk(tokens[again:stop], seq, looped=True, lora=adapters, cache=Cache(keys[:, :, low:again], values[:, :, low:again], last))
             scores = model.nll(hidden[begin - again:], tokens[begin + 1:stop + 1], lora=adapters)
             if step == 0:
                 nats = np.append(nats, scores.detach().double().numpy())
-                fresh = new if cfg.ttt_cache else None
+                fresh = new
             if end >= length or step == cfg.ttt_grad_steps:
                 break
             adapters.step(scores.mean(), cfg)
-        if cfg.ttt_cache:
-            keys, values = (torch.cat((old[:, :, :again], t.detach()), 2) for old, t in ((keys, fresh.keys), (values, fresh.values)))
+        keys, values = (torch.cat((old[:, :, :again], t.detach()), 2) for old, t in ((keys, fresh.keys), (values, fresh.values)))
     return nats
 
 
@@ -165,7 +157,7 @@ def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
 @pytest.mark.parametrize("batch_size", (1, 4))
 @every_mode
 def test_zero_adapters_give_the_base_models_scores(mode, batch_size):
-    """The context covers every document. Alone and uncached, whole chunks are equal to the bit: the same shapes go through the same operators."""
+    """The context covers every document. Alone and run again as a whole, chunks that are full are equal to the bit: the same shapes go through the same operators."""
     cfg = ttt_config(ttt_grad_steps=0, ttt_batch_size=batch_size, **MODES[mode])
     stream = Stream(random_documents(LENGTHS))
     nats = adapt(random_documents(LENGTHS), cfg)
@@ -175,11 +167,11 @@ def test_zero_adapters_give_the_base_models_scores(mode, batch_size):
         assert len(found) == len(wanted)
         if len(found):
             assert largest(found, wanted) < 1e-5, i
-        if mode == "uncached" and batch_size == 1:
+        if mode == "exact" and batch_size == 1:
             assert np.array_equal(found[:whole], wanted[:whole]), i
 
 
-@pytest.mark.parametrize("mode", ("uncached", "unlimited"))
+@pytest.mark.parametrize("mode", ("exact",))
 def test_longer_documents_get_a_whole_context(mode):
     """The chunk and as much before it as TTT_EVAL_SEQ_LEN holds, run exactly. Without SmearGate, which looks one token further where a cache remembers it."""
     cfg = ttt_config(ttt_grad_steps=0, ttt_eval_seq_len=24, smear_gate_enabled=False, **MODES[mode])
@@ -227,7 +219,7 @@ class Merged(train_gpt.GPT):
 
     def set(self, source, lora, row: int):
         self.load_state_dict(source.state_dict())
-        self.extra = {kind: lora.scale * lora.b[kind][:, row] @ lora.a[kind][:, row] for kind in ADAPTER_KINDS}      # (visits, out, in)
+        self.extra = {kind: torch.stack([lora.scale * b[row].T @ a[row].T for a, b in zip(lora.a[kind], lora.b[kind])]) for kind in ADAPTER_KINDS}      # (visits, out, in)
         self.qkv += torch.cat([self.extra[kind] for kind in ("q", "k", "v")], 1)
 
     def layer_weights(self):
@@ -266,18 +258,19 @@ def test_adapters_begin_equal_for_every_document():
     one, five = (new_lora(model, n, frozenset(), 8, 16.0, seed=3) for n in (1, 5))
     for kind in ADAPTER_KINDS:
         visits = 1 if kind == "head" else len(model.schedules[True])
-        assert five.a[kind].shape == (visits, 5, 8, 32) and five.b[kind].shape[:2] == (visits, 5) and five.b[kind].shape[3] == 8
-        assert not five.b[kind].any() and (five.a[kind] == one.a[kind]).all()
-        assert 0.9 / math.sqrt(32) < five.a[kind].abs().max() <= 1 / math.sqrt(32) and abs(five.a[kind].mean()) < 0.02
-    rows = torch.cat([a[:, 0] for a in one.a.values()])
+        a, b = (torch.stack(list(part[kind])) for part in (five.a, five.b))
+        assert a.shape == (visits, 5, 32, 8) and b.shape[:3] == (visits, 5, 8)
+        assert not b.any() and (a == torch.stack(one.a[kind])).all()
+        assert 0.9 / math.sqrt(32) < a.abs().max() <= 1 / math.sqrt(32) and abs(a.mean()) < 0.02
+    rows = torch.cat([a for visits in one.a.values() for a in visits])
     assert len(torch.unique(rows.flatten(1), dim=0)) == len(rows)
-    assert not torch.equal(one.a["q"], new_lora(model, 1, frozenset(), 8, 16.0, seed=4).a["q"])
+    assert not torch.equal(one.a["q"][0], new_lora(model, 1, frozenset(), 8, 16.0, seed=4).a["q"][0])
 
 
 # ---- one document, learning ----
 
-LEARNING = {"uncached": MODES["uncached"], "two steps": dict(ttt_cache=False, ttt_grad_steps=2), "uncached, short context": dict(ttt_cache=False, ttt_eval_seq_len=24),
-            "cached": MODES["cached"], "cached, short context, two steps": dict(ttt_eval_seq_len=24, ttt_grad_steps=2),
+LEARNING = {"exact": MODES["exact"], "exact, two steps": dict(ttt_backprop_tokens=128, ttt_grad_steps=2), "exact, short context": dict(ttt_backprop_tokens=24, ttt_eval_seq_len=24),
+            "cached": MODES["cached"], "cached, short context, two steps": dict(ttt_backprop_tokens=0, ttt_eval_seq_len=24, ttt_grad_steps=2),
             "partial, short context": dict(ttt_eval_seq_len=24, ttt_backprop_tokens=5), "partial, two steps, masked": dict(ttt_backprop_tokens=5, ttt_grad_steps=2, ttt_mask="k,o")}
 
 
@@ -294,13 +287,6 @@ def test_documents_learn_as_one_alone_would(how):
             assert largest(nats[stream.of(i)], slow_document(model, document(stream, i), cfg)) < 1e-5, i
 
 
-def test_gradients_reach_back_as_if_nothing_was_cached():
-    """Two steps on every chunk; all tokens run again each time: the cache may not show."""
-    documents = random_documents(LENGTHS)
-    exact, cached, short = (adapt(documents, ttt_config(ttt_grad_steps=2, **MODES[mode])) for mode in ("uncached", "unlimited", "cached"))
-    assert largest(exact, cached) < 1e-5 < 1e-3 < largest(exact, short)
-
-
 def test_learning_lowers_the_loss_of_repetition():
     """A document that repeats three tokens: later chunks score better with adaptation than without."""
     documents = [np.array([BOS, *[7, 8, 9] * 30])]
@@ -313,7 +299,7 @@ def test_learning_lowers_the_loss_of_repetition():
 PHASES = dict(TTT, phased_ttt_num_phases=2, phased_ttt_prefix_docs=6, segment_docs=4)
 
 
-@pytest.mark.parametrize("mode", ("uncached", "partial"))
+@pytest.mark.parametrize("mode", ("exact", "partial"))
 def test_batch_size_changes_float_noise_only(mode):
     documents = random_documents(LENGTHS)
     one, *others = (adapt(documents, ttt_config(PHASES, ttt_batch_size=n, **MODES[mode])) for n in (1, 3, 64))
@@ -325,7 +311,7 @@ def test_the_order_in_a_batch_changes_float_noise_only():
     stream = Stream(random_documents(LENGTHS))
     for order in (np.arange(9), np.array([4, 0, 8, 2, 6, 1, 7, 3, 5])):
         ledger = stream.ledger()
-        DocumentTTT(network(cfg), cfg, stream, order, ledger).run()
+        DocumentTTT(network(cfg), dataclasses.replace(cfg, ttt_batch_size=9), stream, ledger).run(order)
         found.append(ledger.nats)
     assert not np.isnan(found[0]).any() and largest(*found) < 1e-5
 
@@ -388,18 +374,18 @@ def test_later_tokens_change_no_earlier_score(mode):
 
 @every_mode
 def test_scored_segments_teach_the_base_weights(mode):
-    """A document's values change no other score of its segment, to the bit, and nearly every score after a phase has ended behind it."""
+    """A document's values change no other score of its segment, to the bit, and nearly every score after a phase has ended behind it, or adapters begin warm."""
     documents = random_documents(LENGTHS)
     poisoned = other_values(documents, 1, 5)
     end = sum(LENGTHS[:3])
-    for phases in (1, 0):
-        cfg = ttt_config(PHASES, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=3, segment_docs=3, **MODES[mode])
+    for phases, warm in ((1, 0.0), (0, 1.0), (0, 0.0)):
+        cfg = ttt_config(PHASES, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=3, segment_docs=3, ttt_warm_start=warm, **MODES[mode])
         before, after = adapt(documents, cfg), adapt(poisoned, cfg)
         own = np.zeros(len(before), bool)
         own[Stream(documents).of(1)] = True
         assert np.array_equal(before[:end][~own[:end]], after[:end][~own[:end]])
         changed = (before[end:] != after[end:]).mean()
-        assert changed > 0.9 if phases else changed == 0
+        assert changed > 0.9 if phases or warm else changed == 0
 
 
 @every_mode
@@ -626,12 +612,7 @@ def failing(cfg, match: str):
 
 
 def test_learning_before_scoring_aborts(monkeypatch):
-    def learn_first(self, begin, end):
-        targets, goes_on = self.starts[:, None] + np.arange(begin, end), self.lengths > end
-        with torch.enable_grad():
-            nats = self.forward(begin, end, keep=True)
-        self.learn(nats, targets, goes_on)
-    monkeypatch.setattr(DocumentTTT, "chunk", learn_first)
+    monkeypatch.setattr(train_gpt, "book", lambda *_: None)
     assert failing(ttt_config(), "not scored") == ["C3"]
 
 
@@ -686,9 +667,8 @@ def test_ledgers_merge_segment_by_segment():
 
 def leaves_after(cfg):
     stream = Stream(random_documents([40, 30]))
-    batch = DocumentTTT(network(cfg), cfg, stream, np.arange(2), stream.ledger())
-    batch.drop_finished = lambda begin: None
-    batch.run()
+    batch = DocumentTTT(network(cfg), dataclasses.replace(cfg, ttt_batch_size=2), stream, stream.ledger())
+    batch.run(np.arange(2))
     return batch.lora
 
 
@@ -699,8 +679,9 @@ def test_each_kind_learns_alone_at_every_visit(kind):
     lora = leaves_after(cfg)
     assert set(lora.a) == set(lora.b) == {kind}
     start = new_lora(network(cfg), 2, frozenset(), cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
-    decayed = start.a[kind] * (1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay) ** 4            # what A would be with no gradient: 4 updates in 40 positions
-    assert lora.b[kind].flatten(2).any(2).all() and ((lora.a[kind] - decayed).abs().flatten(2).amax(2) > 1e-3).all()
+    shrunk = (1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay) ** 4          # what A would be times with no gradient: 4 updates in 40 positions
+    for a, b, first in zip(lora.a[kind], lora.b[kind], start.a[kind]):
+        assert b.flatten(1).any(1).all() and ((a - shrunk * first).abs().flatten(1).amax(1) > 1e-3).all()
     documents = random_documents([40, 30])
     still, learning = (adapt(documents, dataclasses.replace(cfg, ttt_grad_steps=steps)) for steps in (0, 1))
     assert np.array_equal(still[:4], learning[:4]) and largest(still[8:40], learning[8:40]) > 1e-4
@@ -734,31 +715,59 @@ def test_every_kind_masked_is_the_base_model():
     assert largest(base, masked) < 1e-6
 
 
-# ---- the key and value buffer ----
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4), back=st.integers(0, 400),
+       context=st.integers(20, 200), rows=st.integers(1, 64), exact=st.booleans())
+def test_lockstep_covers_every_position_within_the_context(lengths, sizes, back, context, rows, exact):
+    cfg = ttt_config(ttt_chunks=",".join(map(str, sizes)), ttt_backprop_tokens=back, ttt_eval_seq_len=context, ttt_batch_size=max(rows, len(lengths)))
+    lengths, at = np.sort(lengths)[::-1], 0
+    for begin, end, shape in train_gpt.lockstep(lengths, cfg, exact):
+        assert begin == at and end - begin == shape.count
+        assert (lengths > begin).sum() <= shape.rows <= cfg.ttt_batch_size
+        reach = min(begin, context - shape.count)                       # what the window holds before the chunk
+        run = min(reach, back)
+        assert shape.back >= run and shape.back <= max(context - shape.count, 0) and shape.older + shape.back >= reach and shape.older + shape.back + shape.count <= context
+        if exact:
+            assert (shape.rows, shape.back, shape.older) == ((lengths > begin).sum(), run, reach - run)
+        at = end
+    assert at >= lengths[0]
 
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_the_buffer_slides(data):
-    """Any mix of appends and rewrites, far past its capacity, against all keys ever written; rows leave on the way."""
-    context = data.draw(st.integers(1, 9), label="context")
-    model = train_gpt.GPT(ttt_config(num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=0), "reference", torch.float32)
-    buffer, total, rows = KVBuffer(model, 3, context), 0, [0, 1, 2]
-    all_keys = torch.zeros(2, 3, 0, 2, 8)
-    for number in range(data.draw(st.integers(1, 12), label="writes")):
-        back = data.draw(st.integers(0, min(all_keys.size(2), context - 1)), label="back")
-        count = back + data.draw(st.integers(1, context - back), label="new")
-        new = torch.arange(total, total + 2 * 3 * count * 16, dtype=torch.float32).view(2, 3, count, 2, 8)[:, rows]
-        total += new.numel() * 3
-        all_keys = torch.cat((all_keys[:, :, :all_keys.size(2) - back], new), 2)
-        buffer.write(new, -new, back)
-        if number == 4:
-            rows = [0, 2]
-            buffer.keep_rows(torch.tensor(rows))
-            all_keys = all_keys[:, rows]
-        length, skipped = all_keys.size(2), data.draw(st.integers(0, min(all_keys.size(2), context)), label="skipped")
-        reach = min(length, context) - skipped
-        keys, values = buffer.read(reach, skipped)
-        assert torch.equal(keys, all_keys[:, :, length - skipped - reach:length - skipped]) and torch.equal(values, -keys)
+
+@every_mode
+@pytest.mark.parametrize("phases", (0, 2))
+def test_the_shapes_of_a_gpu_give_the_same_scores(monkeypatch, mode, phases):
+    """Rows, keys and rerun tokens rounded up to powers of two, as CUDA graphs need it: what is added is never seen."""
+    documents, cfg = random_documents(LENGTHS), ttt_config(PHASES, phased_ttt_num_phases=phases, ttt_batch_size=8, ttt_weight_decay=0.5, **MODES[mode])
+    plain, lockstep, seen = adapt(documents, cfg), train_gpt.lockstep, set()
+
+    def rounded(lengths, cfg, exact):
+        for begin, end, shape in lockstep(lengths, cfg, False):
+            seen.add(shape)
+            yield begin, end, shape
+    monkeypatch.setattr(train_gpt, "lockstep", rounded)
+    assert largest(plain, adapt(documents, cfg)) < 1e-5 and all(shape.rows == 8 for shape in seen)
+
+
+def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
+    """By hand: each document's adapters after its last chunk, weighed by its tokens up to a context; the start moves there from segment to segment."""
+    cfg = ttt_config(segment_docs=4, ttt_warm_start=0.5, ttt_eval_seq_len=32, ttt_batch_size=2)
+    model, stream = network(cfg), Stream(random_documents(LENGTHS))
+    adapted = DocumentTTT(model, cfg, stream, stream.ledger())
+    start = [t.clone() for t in adapted.start]
+    total, weights = [torch.zeros_like(t) for t in start], 0.0
+    for i in range(4):
+        adapted.run(np.array([i]))
+        weight = min(LENGTHS[i], 32)
+        for t, p in zip(total, adapted.lora.leaves()):
+            t += weight * p[:1].detach()
+        weights += weight
+    adapted.next_segment(ranks(cfg))
+    assert weights and any(t.abs().max() > 1e-4 for t in adapted.start[len(adapted.start) // 2:])      # B has left zero
+    for t, first, mean in zip(adapted.start, start, total):
+        assert largest(t, first + 0.5 * (mean / weights - first)) < 1e-6
+    cold, warm = (adapt(random_documents(LENGTHS), dataclasses.replace(cfg, ttt_warm_start=w)) for w in (0.0, 0.5))
+    end = sum(LENGTHS[:4])
+    assert np.array_equal(cold[:end], warm[:end]) and (cold[end:] != warm[end:]).mean() > 0.9
 
 
 # ---- runs ----
@@ -803,4 +812,4 @@ def test_a_rerun_of_the_artifact_gives_the_same_number(shipped, tmp_path):
 def test_a_rerun_on_two_ranks_agrees(shipped, tmp_path):
     """Through torchrun, as users start it."""
     found, nats = rescore(shipped, tmp_path / "two", world=2)
-    assert found["val_bpb"] == pytest.approx(result(shipped)["val_bpb"], abs=1e-5) and largest(nats, np.load(scratch() / "ttt.npy")) < 1e-5
+    assert found["val_bpb"] == pytest.approx(result(shipped)["val_bpb"], abs=1e-5) and largest(nats, np.load(scratch() / "ttt.npy")) < 1e-3
