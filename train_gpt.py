@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")                     # captured once: editing the file during a run changes nothing
-SCRIPT_DIR = Path(globals().get("PACKED_PATH", __file__)).resolve().parent   # the packed script names its own folder
+RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()         # the packed script names itself
 
 
 class UserError(Exception):
@@ -365,25 +365,21 @@ class Log:
     """Lines to the console and, once ``open`` has been called, to a file; from rank 0 only. Flushed at once, so that a killed run keeps its log."""
 
     def __init__(self, ranks: Ranks):
-        self.main, self.file, self.early = ranks.main, None, []
+        self.main, self.file = ranks.main, io.StringIO()
 
     def open(self, path: Path, mode: str):
         """Only now is an earlier log replaced: a run that fails its checks leaves it alone."""
         if self.main:
-            self.file = open(path, mode, encoding="utf-8")
-            self.file.write("".join(self.early))
+            early, self.file = self.file.getvalue(), open(path, mode, encoding="utf-8")
+            self.file.write(early)
 
     def __call__(self, line: str = "", console: bool = True):
-        if not self.main:
-            return
-        line = line.replace(str(Path.home()) + os.sep, "~/")            # logs are published: no private paths
-        if console:
-            print(line, flush=True)
-        if self.file:
+        if self.main:
+            line = line.replace(str(Path.home()) + os.sep, "~/")        # logs are published: no private paths
             self.file.write(line + "\n")
             self.file.flush()
-        else:
-            self.early.append(line + "\n")
+            if console:
+                print(line, flush=True)
 
 
 class Clock:
@@ -474,22 +470,24 @@ class Ledger:
         self.nats = np.full(len(target_bytes), np.nan)
         self.merged = np.zeros(len(target_bytes), bool)
 
+    def check(self, holds: bool, fault: str):
+        if not holds:
+            raise RuntimeError(f"ledger {self.name}: {fault}")
+
     @property
     def scored(self) -> np.ndarray:
         return ~np.isnan(self.nats)
 
     def write(self, targets: np.ndarray, nats: np.ndarray):
         """targets: int64 indices; nats: float, the same length."""
-        if not np.isnan(self.nats[targets]).all() or len(np.unique(targets)) != len(targets):
-            raise RuntimeError(f"ledger {self.name}: a target was scored twice")
-        if not np.isfinite(nats).all() or (nats < -self.ROUNDING).any():
-            raise RuntimeError(f"ledger {self.name}: a score is not finite or implies a probability above 1")
+        self.check(np.isnan(self.nats[targets]).all() and len(np.unique(targets)) == len(targets), "a target was scored twice")
+        self.check(np.isfinite(nats).all() and (nats >= -self.ROUNDING).all(), "a score is not finite or implies a probability above 1")
         self.nats[targets] = np.maximum(nats, 0.0)
 
     def may_train(self, targets: np.ndarray):
         if np.isnan(self.nats[targets]).any():
             self.break_condition("C3", f"pass {self.name} trained on a target before it was scored")
-            raise RuntimeError(f"ledger {self.name}: training on a target that is not scored")
+            self.check(False, "training on a target that is not scored")
 
     def break_condition(self, condition: str, reason: str):
         """The one door for settings that break a condition: the run goes on, its number never becomes ``val_bpb``."""
@@ -501,8 +499,7 @@ class Ledger:
         if ranks.world > 1:
             counts = ranks.all_reduce_(torch.from_numpy(fresh.astype(np.int32))).numpy()
             nats = ranks.all_reduce_(torch.from_numpy(np.where(fresh, self.nats, 0.0))).numpy()
-            if counts.max() > 1 or (counts[self.merged] > 0).any():
-                raise RuntimeError(f"ledger {self.name}: two ranks scored the same target")
+            self.check(counts.max() <= 1 and not counts[self.merged].any(), "two ranks scored the same target")
             self.nats = np.where(counts > 0, nats, self.nats)
         self.merged = self.scored
 
@@ -511,9 +508,8 @@ class Ledger:
 
     def bpb(self) -> float:
         """Bits per byte over all targets; raises if one is missing."""
-        if np.isnan(self.nats).any():
-            raise RuntimeError(f"ledger {self.name}: {int(np.isnan(self.nats).sum())} targets were never scored")
-        return float(self.nats.sum() / math.log(2) / self.bytes.sum(dtype=np.int64))
+        self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
+        return self.running_bpb()
 
 
 @contextlib.contextmanager
@@ -3283,19 +3279,14 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__},
             "source_sha256": hashlib.sha256(SOURCE.encode()).hexdigest(),
             "settings_sha256": cfg.sha256(), "attention": self.attention}
-        defaults = Config()
-        changed = {k: v for k, v in cfg.settings().items() if v != getattr(defaults, k)}
+        changed = [f"{k.upper()}={v}" for k, v in cfg.settings().items() if v != getattr(Config(), k)]
         log(f"hardware {self.environment['hardware']}, attention {self.attention}, " + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items()))
         log(f"source sha256 {self.environment['source_sha256']}")
-        log(f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none"))
+        log(f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: {' '.join(changed) or 'none'}")
         log("all settings: " + json.dumps(cfg.settings()), console=False)
         log("data: " + ", ".join(f"{k} {v}" for k, v in self.data.items()))
         if not self.data["manifest"]:
             log("data: no manifest.json, so documents and hashes are unchecked")
-
-    def new_model(self) -> GPT:
-        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
-        return GPT(self.cfg, self.attention, dtype).to(self.ranks.device)
 
     def ledger(self, name: str) -> Ledger:
         return Ledger(name, self.val.target_bytes, self.verdicts)
@@ -3305,7 +3296,7 @@ def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
     if cfg.artifact_dir:
         return Path(cfg.artifact_dir)
-    return SCRIPT_DIR if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
+    return RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
 
 
 def preflight(run: Run):
@@ -3319,7 +3310,7 @@ def preflight(run: Run):
         path.unlink()
         if any((loaded[k] != probe[k]).any() for k in probe):
             raise RuntimeError("the artifact codec does not reproduce its input")
-        check_outputs(run)
+        check_outputs(run, pack_script(SOURCE))
     if not cfg.ttt_eval_only and not cfg.quantize_only:
         stream = TrainStream(cfg)
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
@@ -3328,24 +3319,18 @@ def preflight(run: Run):
             run.log(f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
 
 
-def check_outputs(run: Run):
-    """Room for what will be written, a place for the ledger, and no running script in the way."""
-    cfg = run.cfg
+def check_outputs(run: Run, packed: bytes):
+    """A place for the ledger, room for what will be written, and no running script in the way, unless it is the very same: a packed script in its own folder."""
+    cfg, script = run.cfg, run.folder / "train_gpt.py"
     if cfg.ledger_path:
         with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
             f.write(b"")
-    if cfg.ttt_eval_only:
-        return
-    require(may_write_script(run.folder / "train_gpt.py", pack_script(SOURCE)), f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
-    need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
-    free = shutil.disk_usage(run.folder).free
-    require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
-
-
-def may_write_script(path: Path, packed: bytes) -> bool:
-    """The running file is never overwritten, unless by the very same bytes: a packed script that trains in its own folder."""
-    running = Path(globals().get("PACKED_PATH", __file__))
-    return not (path.exists() and path.samefile(running)) or path.read_bytes() == packed
+    if not cfg.ttt_eval_only:
+        blocked = script.exists() and script.samefile(RUNNING) and script.read_bytes() != packed
+        require(not blocked, f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
+        need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
+        free = shutil.disk_usage(run.folder).free
+        require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
 
 
 def train(run: Run, model: GPT):
@@ -3501,7 +3486,7 @@ def execute(cfg: Config):
         if cfg.check_only:
             return
         run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        model = run.new_model()
+        model = GPT(cfg, run.attention, torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32).to(run.ranks.device)
         if not cfg.ttt_eval_only:
             (load_trained if cfg.quantize_only else train)(run, model)
             diagnose(run, model, "trained")
