@@ -598,9 +598,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=seq)
 
 
-def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, begins: bool = False):
-    """Every token is in the vocabulary; the first is BOS where a stream ``begins``."""
-    if begins:
+def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool = False):
+    """Every token is in the vocabulary; the first is BOS where the tokens are a stream ``from_start``."""
+    if from_start:
         require(list(tokens[:1]) == [cfg.bos_id], f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again")
     highest = tokens.max(initial=0)
     require(highest < cfg.vocab_size, f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
@@ -618,7 +618,7 @@ class TrainStream:
         require(self.tokens > cfg.micro_batch_tokens, f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
                                                       "lower MICRO_BATCH_TOKENS or prepare more documents")
         for i, (path, shard) in enumerate(zip(self.paths, self.shards)):    # the whole shard is checked as it is read
-            check_tokens(path, shard[:1 << 20], cfg, begins=i == 0)
+            check_tokens(path, shard[:1 << 20], cfg, from_start=i == 0)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """``count`` tokens from position ``start`` of the endless stream, int64."""
@@ -667,7 +667,7 @@ class ValidationStream:
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
         self.tokens = np.concatenate([open_shard(p) for p in find_shards(folder, "fineweb_val_*.bin")])
-        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg, begins=True)
+        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg, from_start=True)
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         self.targets = len(self.tokens) - 1
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
