@@ -108,7 +108,7 @@ class Config:
     check_only: bool = setting(False, "run every pre-flight check and stop")
     device: str = setting("auto", "where to run; auto: a GPU if there is one", "auto, cpu, cuda")
     compile: bool = setting(True, "torch.compile on a GPU; the CPU always runs eagerly")
-    attention: str = setting("auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, fa2, torch, reference")
+    attention: str = setting("auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, torch, reference")
     fa3_library: str = setting("", "shared object that registers torch.ops.flash_attn_3 (for example of the xformers wheel)")
     # model
     vocab_size: int = setting(8192, "tokens in the vocabulary; tokens are stored in 16 bits", "[8, 65536]")
@@ -1222,7 +1222,7 @@ def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention backends: one operator, found in the order FlashAttention 3, FlashAttention 2, torch's own, masked reference
+# Attention backends: one operator, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference
 # ----------------------------------------------------------------------------------------------------------------------
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor):
@@ -1294,21 +1294,6 @@ def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
     return grads                                                        # written in place; builds differ in what the operator returns
 
 
-def fa2_forward(q, k, v, cu_q, cu_k, max_q, max_k):
-    """FlashAttention 2: out and log-sum-exp."""
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-    out, lse, *_ = _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, q.size(-1) ** -0.5, True)
-    return out, lse
-
-
-def fa2_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
-    """FlashAttention 2: gradients of q, k, v."""
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-    grads = empty_like(q, k, v)
-    _flash_attn_varlen_backward(dout, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k, 0.0, q.size(-1) ** -0.5, True, -1, -1, 0.0, None, False)
-    return grads
-
-
 def torch_forward(q, k, v, cu_q, cu_k, max_q, max_k):
     """torch's own FlashAttention 2: out and log-sum-exp."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False)
@@ -1323,23 +1308,19 @@ def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
 
 BACKENDS = {
     "fa3": (fa3_forward, fa3_backward),
-    "fa2": (fa2_forward, fa2_backward),
     "torch": (torch_forward, torch_backward),
     "reference": (reference_forward, reference_backward),
 }
 
 
-def load_backend(name: str, library: str):
-    """Make the operators of a backend available; raises if they are not there."""
-    if name == "fa3":
-        if library:
-            torch.ops.load_library(library)
-        else:
-            import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
-        if not (hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd")):
-            raise RuntimeError("the library registers no flash_attn_3.fwd and bwd")
-    elif name == "fa2":
-        import flash_attn.flash_attn_interface  # noqa: F401
+def load_fa3(library: str):
+    """Register FlashAttention 3's operators, from a shared object or from the package; raises if they are not there."""
+    if library:
+        torch.ops.load_library(library)
+    else:
+        import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
+    if not (hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd")):
+        raise RuntimeError("the library registers no flash_attn_3.fwd and bwd")
 
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
@@ -1350,7 +1331,8 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
     reasons = []
     for name in names:
         try:
-            load_backend(name, cfg.fa3_library)
+            if name == "fa3":
+                load_fa3(cfg.fa3_library)
             check_backend(name, cfg, device)
             return name
         except Exception as e:                                          # any fault of a third-party library only means: try the next
