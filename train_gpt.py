@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")                     # captured once: editing the file during a run changes nothing
-SCRIPT_DIR = Path(globals().get("PACKED_PATH", __file__)).resolve().parent   # the packed script names its own folder
+RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()         # the packed script names itself
 
 
 class UserError(Exception):
@@ -108,7 +108,7 @@ class Config:
     check_only: bool = setting(False, "run every pre-flight check and stop")
     device: str = setting("auto", "where to run; auto: a GPU if there is one", "auto, cpu, cuda")
     compile: bool = setting(True, "torch.compile on a GPU; the CPU always runs eagerly")
-    attention: str = setting("auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, fa2, torch, reference")
+    attention: str = setting("auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, torch, reference")
     fa3_library: str = setting("", "shared object that registers torch.ops.flash_attn_3 (for example of the xformers wheel)")
     # model
     vocab_size: int = setting(8192, "tokens in the vocabulary; tokens are stored in 16 bits", "[8, 65536]")
@@ -365,25 +365,21 @@ class Log:
     """Lines to the console and, once ``open`` has been called, to a file; from rank 0 only. Flushed at once, so that a killed run keeps its log."""
 
     def __init__(self, ranks: Ranks):
-        self.main, self.file, self.early = ranks.main, None, []
+        self.main, self.file = ranks.main, io.StringIO()
 
     def open(self, path: Path, mode: str):
         """Only now is an earlier log replaced: a run that fails its checks leaves it alone."""
         if self.main:
-            self.file = open(path, mode, encoding="utf-8")
-            self.file.write("".join(self.early))
+            early, self.file = self.file.getvalue(), open(path, mode, encoding="utf-8")
+            self.file.write(early)
 
     def __call__(self, line: str = "", console: bool = True):
-        if not self.main:
-            return
-        line = line.replace(str(Path.home()) + os.sep, "~/")            # logs are published: no private paths
-        if console:
-            print(line, flush=True)
-        if self.file:
+        if self.main:
+            line = line.replace(str(Path.home()) + os.sep, "~/")        # logs are published: no private paths
             self.file.write(line + "\n")
             self.file.flush()
-        else:
-            self.early.append(line + "\n")
+            if console:
+                print(line, flush=True)
 
 
 class Clock:
@@ -474,22 +470,24 @@ class Ledger:
         self.nats = np.full(len(target_bytes), np.nan)
         self.merged = np.zeros(len(target_bytes), bool)
 
+    def check(self, holds: bool, fault: str):
+        if not holds:
+            raise RuntimeError(f"ledger {self.name}: {fault}")
+
     @property
     def scored(self) -> np.ndarray:
         return ~np.isnan(self.nats)
 
     def write(self, targets: np.ndarray, nats: np.ndarray):
         """targets: int64 indices; nats: float, the same length."""
-        if not np.isnan(self.nats[targets]).all() or len(np.unique(targets)) != len(targets):
-            raise RuntimeError(f"ledger {self.name}: a target was scored twice")
-        if not np.isfinite(nats).all() or (nats < -self.ROUNDING).any():
-            raise RuntimeError(f"ledger {self.name}: a score is not finite or implies a probability above 1")
+        self.check(np.isnan(self.nats[targets]).all() and len(np.unique(targets)) == len(targets), "a target was scored twice")
+        self.check(np.isfinite(nats).all() and (nats >= -self.ROUNDING).all(), "a score is not finite or implies a probability above 1")
         self.nats[targets] = np.maximum(nats, 0.0)
 
     def may_train(self, targets: np.ndarray):
         if np.isnan(self.nats[targets]).any():
             self.break_condition("C3", f"pass {self.name} trained on a target before it was scored")
-            raise RuntimeError(f"ledger {self.name}: training on a target that is not scored")
+            self.check(False, "training on a target that is not scored")
 
     def break_condition(self, condition: str, reason: str):
         """The one door for settings that break a condition: the run goes on, its number never becomes ``val_bpb``."""
@@ -501,8 +499,7 @@ class Ledger:
         if ranks.world > 1:
             counts = ranks.all_reduce_(torch.from_numpy(fresh.astype(np.int32))).numpy()
             nats = ranks.all_reduce_(torch.from_numpy(np.where(fresh, self.nats, 0.0))).numpy()
-            if counts.max() > 1 or (counts[self.merged] > 0).any():
-                raise RuntimeError(f"ledger {self.name}: two ranks scored the same target")
+            self.check(counts.max() <= 1 and not counts[self.merged].any(), "two ranks scored the same target")
             self.nats = np.where(counts > 0, nats, self.nats)
         self.merged = self.scored
 
@@ -511,9 +508,8 @@ class Ledger:
 
     def bpb(self) -> float:
         """Bits per byte over all targets; raises if one is missing."""
-        if np.isnan(self.nats).any():
-            raise RuntimeError(f"ledger {self.name}: {int(np.isnan(self.nats).sum())} targets were never scored")
-        return float(self.nats.sum() / math.log(2) / self.bytes.sum(dtype=np.int64))
+        self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
+        return self.running_bpb()
 
 
 @contextlib.contextmanager
@@ -602,9 +598,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=seq)
 
 
-def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, begins: bool = False):
-    """Every token is in the vocabulary; the first is BOS where a stream ``begins``."""
-    if begins:
+def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool = False):
+    """Every token is in the vocabulary; the first is BOS where the tokens are a stream ``from_start``."""
+    if from_start:
         require(list(tokens[:1]) == [cfg.bos_id], f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again")
     highest = tokens.max(initial=0)
     require(highest < cfg.vocab_size, f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
@@ -622,7 +618,7 @@ class TrainStream:
         require(self.tokens > cfg.micro_batch_tokens, f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
                                                       "lower MICRO_BATCH_TOKENS or prepare more documents")
         for i, (path, shard) in enumerate(zip(self.paths, self.shards)):    # the whole shard is checked as it is read
-            check_tokens(path, shard[:1 << 20], cfg, begins=i == 0)
+            check_tokens(path, shard[:1 << 20], cfg, from_start=i == 0)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """``count`` tokens from position ``start`` of the endless stream, int64."""
@@ -671,7 +667,7 @@ class ValidationStream:
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
         self.tokens = np.concatenate([open_shard(p) for p in find_shards(folder, "fineweb_val_*.bin")])
-        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg, begins=True)
+        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg, from_start=True)
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         self.targets = len(self.tokens) - 1
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
@@ -1226,7 +1222,7 @@ def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention backends: one operator, found in the order FlashAttention 3, FlashAttention 2, torch's own, masked reference
+# Attention backends: one operator, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference
 # ----------------------------------------------------------------------------------------------------------------------
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor):
@@ -1299,21 +1295,6 @@ def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
     return grads                                                        # written in place; builds differ in what the operator returns
 
 
-def fa2_forward(q, k, v, cu_q, cu_k, max_q, max_k):
-    """FlashAttention 2: out and log-sum-exp."""
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-    out, lse, *_ = _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, q.size(-1) ** -0.5, True)
-    return out, lse
-
-
-def fa2_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
-    """FlashAttention 2: gradients of q, k, v."""
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-    grads = empty_like(q, k, v)
-    _flash_attn_varlen_backward(dout, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k, 0.0, q.size(-1) ** -0.5, True, -1, -1, 0.0, None, False)
-    return grads
-
-
 def torch_forward(q, k, v, cu_q, cu_k, max_q, max_k):
     """torch's own FlashAttention 2: out and log-sum-exp."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False)
@@ -1328,23 +1309,19 @@ def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
 
 BACKENDS = {
     "fa3": (fa3_forward, fa3_backward),
-    "fa2": (fa2_forward, fa2_backward),
     "torch": (torch_forward, torch_backward),
     "reference": (reference_forward, reference_backward),
 }
 
 
-def load_backend(name: str, library: str):
-    """Make the operators of a backend available; raises if they are not there."""
-    if name == "fa3":
-        if library:
-            torch.ops.load_library(library)
-        else:
-            import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
-        if not (hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd")):
-            raise RuntimeError("the library registers no flash_attn_3.fwd and bwd")
-    elif name == "fa2":
-        import flash_attn.flash_attn_interface  # noqa: F401
+def load_fa3(library: str):
+    """Register FlashAttention 3's operators, from a shared object or from the package; raises if they are not there."""
+    if library:
+        torch.ops.load_library(library)
+    else:
+        import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
+    if not (hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd")):
+        raise RuntimeError("the library registers no flash_attn_3.fwd and bwd")
 
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
@@ -1355,7 +1332,8 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
     reasons = []
     for name in names:
         try:
-            load_backend(name, cfg.fa3_library)
+            if name == "fa3":
+                load_fa3(cfg.fa3_library)
             check_backend(name, cfg, device)
             return name
         except Exception as e:                                          # any fault of a third-party library only means: try the next
@@ -3348,19 +3326,14 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__},
             "source_sha256": hashlib.sha256(SOURCE.encode()).hexdigest(),
             "settings_sha256": cfg.sha256(), "attention": self.attention}
-        defaults = Config()
-        changed = {k: v for k, v in cfg.settings().items() if v != getattr(defaults, k)}
+        changed = [f"{k.upper()}={v}" for k, v in cfg.settings().items() if v != getattr(Config(), k)]
         log(f"hardware {self.environment['hardware']}, attention {self.attention}, " + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items()))
         log(f"source sha256 {self.environment['source_sha256']}")
-        log(f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none"))
+        log(f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: {' '.join(changed) or 'none'}")
         log("all settings: " + json.dumps(cfg.settings()), console=False)
         log("data: " + ", ".join(f"{k} {v}" for k, v in self.data.items()))
         if not self.data["manifest"]:
             log("data: no manifest.json, so documents and hashes are unchecked")
-
-    def new_model(self) -> GPT:
-        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
-        return GPT(self.cfg, self.attention, dtype).to(self.ranks.device)
 
     def ledger(self, name: str) -> Ledger:
         return Ledger(name, self.val.target_bytes, self.verdicts)
@@ -3370,7 +3343,7 @@ def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
     if cfg.artifact_dir:
         return Path(cfg.artifact_dir)
-    return SCRIPT_DIR if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
+    return RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
 
 
 def preflight(run: Run):
@@ -3384,7 +3357,7 @@ def preflight(run: Run):
         path.unlink()
         if any((loaded[k] != probe[k]).any() for k in probe):
             raise RuntimeError("the artifact codec does not reproduce its input")
-        check_outputs(run)
+        check_outputs(run, pack_script(SOURCE))
     if not cfg.ttt_eval_only and not cfg.quantize_only:
         stream = TrainStream(cfg)
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
@@ -3393,24 +3366,18 @@ def preflight(run: Run):
             run.log(f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
 
 
-def check_outputs(run: Run):
-    """Room for what will be written, a place for the ledger, and no running script in the way."""
-    cfg = run.cfg
+def check_outputs(run: Run, packed: bytes):
+    """A place for the ledger, room for what will be written, and no running script in the way, unless it is the very same: a packed script in its own folder."""
+    cfg, script = run.cfg, run.folder / "train_gpt.py"
     if cfg.ledger_path:
         with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
             f.write(b"")
-    if cfg.ttt_eval_only:
-        return
-    require(may_write_script(run.folder / "train_gpt.py", pack_script(SOURCE)), f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
-    need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
-    free = shutil.disk_usage(run.folder).free
-    require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
-
-
-def may_write_script(path: Path, packed: bytes) -> bool:
-    """The running file is never overwritten, unless by the very same bytes: a packed script that trains in its own folder."""
-    running = Path(globals().get("PACKED_PATH", __file__))
-    return not (path.exists() and path.samefile(running)) or path.read_bytes() == packed
+    if not cfg.ttt_eval_only:
+        blocked = script.exists() and script.samefile(RUNNING) and script.read_bytes() != packed
+        require(not blocked, f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
+        need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
+        free = shutil.disk_usage(run.folder).free
+        require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
 
 
 def train(run: Run, model: GPT):
@@ -3569,7 +3536,7 @@ def execute(cfg: Config):
         if cfg.check_only:
             return
         run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        model = run.new_model()
+        model = GPT(cfg, run.attention, torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32).to(run.ranks.device)
         if not cfg.ttt_eval_only:
             (load_trained if cfg.quantize_only else train)(run, model)
             diagnose(run, model, "trained")

@@ -186,7 +186,7 @@ def test_the_total_is_the_size_of_the_two_files():
 def test_the_running_script_is_never_overwritten(tmp_path, monkeypatch):
     """ARTIFACT_DIR is the folder of the unpacked script: refused before training, by a line that names the setting, the file as it was."""
     shutil.copy(ROOT / "train_gpt.py", tmp_path)
-    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "train_gpt.py"))
+    monkeypatch.setattr(train_gpt, "RUNNING", tmp_path / "train_gpt.py")
     monkeypatch.setattr(train_gpt, "train", lambda *_: pytest.fail("trained"))
     out = main({**RUN, "check_only": True}, tmp_path)
     assert (tmp_path / "train_gpt.py").read_text() == SOURCE
