@@ -46,7 +46,7 @@ class SweepError(Exception):
 @dataclass
 class Planned:
     name: str                   # of its folder
-    point: str                  # the settings of --set, as text: what its seeds have in common
+    point: str                  # the settings that --set varies, as text: what its seeds have in common
     settings: dict[str, str]
     key: str                    # hash of all that decides the result: settings, script, command
 
@@ -94,8 +94,11 @@ def plan(args: argparse.Namespace) -> list[Planned]:
         base |= read_recipe(ROOT / "recipes" / f"{file}.env")
     base |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     script = hashlib.sha256(script_of(args).read_bytes()).hexdigest()
-    planned = []
-    for point in grid_of(args.set):
+    planned, grid = [], grid_of(args.set)
+    fixed = "-".join(f"{name}={value}" for name, value in grid[0].items() if len({point[name] for point in grid}) == 1)
+    if len(fixed) > 40:
+        fixed = f"set{hashlib.sha256(fixed.encode()).hexdigest()[:8]}"
+    for point in grid:
         for seed in args.seeds:
             settings = base | point | ({"SEED": str(seed)} if seed is not None else {})
             known = {name: value for name, value in settings.items() if name != "OMP_NUM_THREADS"}
@@ -103,13 +106,13 @@ def plan(args: argparse.Namespace) -> list[Planned]:
                 Config.from_env(known, check=not args.eval_only)
             except UserError as error:
                 raise SweepError(f"{args.recipe}, scale {args.scale}: {error}") from None
-            text = " ".join(f"{name}={value}" for name, value in point.items())
-            parts = [args.recipe or "eval", args.scale, *(f"{name}={value}" for name, value in point.items()), f"seed{seed}" if seed is not None else None]
+            varied = [f"{name}={value}" for name, value in point.items() if len({other[name] for other in grid}) > 1]
+            parts = [args.recipe or "eval", args.scale, fixed, *varied, f"seed{seed}" if seed is not None else None]
             name = re.sub(r"[^\w.=,@+-]", "_", "-".join(part for part in parts if part))
             if len(name) > 120:
                 name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
             whole = json.dumps([settings, script, args.nproc, str(args.eval_only)], sort_keys=True)
-            planned.append(Planned(name, text, settings, hashlib.sha256(whole.encode()).hexdigest()[:16]))
+            planned.append(Planned(name, " ".join(varied), settings, hashlib.sha256(whole.encode()).hexdigest()[:16]))
     return planned
 
 
@@ -200,7 +203,7 @@ def expected_seconds(run: Planned, journal: Journal, args: argparse.Namespace) -
 def estimate(runs: list[Planned], journal: Journal, args: argparse.Namespace) -> str:
     one, basis = expected_seconds(runs[0], journal, args)
     text = f"{len(runs)} run(s) of about {duration(one)} ({basis}): {duration(one * len(runs))} in all"
-    if args.gpu_hour_price:
+    if args.gpu_hour_price and runs[0].settings.get("DEVICE") != "cpu":
         hours = one * len(runs) / 3600 * args.nproc
         text += f", {hours:.2f} GPU hours, {hours * args.gpu_hour_price:.2f} at {args.gpu_hour_price:g} an hour"
     return text
