@@ -114,7 +114,7 @@ def plot_budgets(run: Run, axis) -> None:
 
 def plot_documents(runs: list[Run], path: Path) -> Path | None:
     """BPB of the headline pass by length of the document and by position in it, from bpb_by_length and bpb_by_position."""
-    keys = (("bpb_by_length", "length of the document (tokens, up to)"), ("bpb_by_position", "position in the document (tokens, up to)"))
+    keys = (("bpb_by_length", "length of the document (tokens, up to; in grey: how many documents)"), ("bpb_by_position", "position in the document (tokens, up to)"))
     if not all(runs[0].result.get(key) for key, _ in keys):
         return None
     figure, axes = new_figure(2, "Bits per byte by document length and by position", describe(runs))
@@ -143,11 +143,12 @@ def plot_bits(bits: dict[str, dict], title: str, path: Path) -> Path | None:
         return None
     names = list(bits)
     figure, (left, right) = new_figure(2, "Where the bytes of model.bin are", title, (1, 1))
-    values, sizes = [bits[name]["bits"] / bits[name]["weights"] for name in names], [bits[name]["bits"] / 8 for name in names]
+    values = [bits[name]["bits"] / bits[name]["weights"] if bits[name]["weights"] else 0.0 for name in names]
+    sizes = [bits[name]["bits"] / 8 for name in names]
     for axis, numbers, label, shown in ((left, values, "bits per weight", "{:.2f}"), (right, sizes, "bytes", "{:,.0f}")):
         axis.barh(range(len(names)), numbers, height=0.6, color=COLOURS[0], alpha=0.85)
         for y, number in enumerate(numbers):
-            axis.text(number, y, " " + shown.format(number), va="center", fontsize=8, color=INK)
+            axis.text(number, y, " " + shown.format(number) if number else "", va="center", fontsize=8, color=INK)
         axis.set(xlabel=label, ylim=(len(names) - 0.4, -0.6), xlim=(0, 1.18 * max(numbers)))
         axis.grid(axis="x")
     left.set_yticks(range(len(names)), names, fontsize=8)

@@ -3,7 +3,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +159,10 @@ def budget_parts(seconds: dict[str, float], budget: str) -> list[tuple[str, floa
 
 
 def bits_by_tensor(run: Run) -> dict[str, dict]:
-    """Kind of tensor -> coded bits and weights, from model.bin; kept as bits.json, bound to the file's hash. Empty where there is no model.bin that this train_gpt.py reads."""
+    """Kind of matrix -> coded bits (its steps and corrections included) and weights, from model.bin; kept as bits.json, bound to the file's hash.
+
+    Empty where there is no model.bin that this train_gpt.py reads.
+    """
     model, kept = run.folder / "model.bin", run.folder / "bits.json"
     if not model.exists():
         return {}
@@ -186,7 +188,7 @@ def measured_bits(model: Path) -> dict[str, dict]:
     for members, (coding, cells, _) in zip(groups, train_gpt.coded_stacks(stacks), strict=True):
         cost = train_gpt.COST[coding["mixture"]].ravel()
         used = sum(float(cost[cell].sum(dtype=np.float64)) for cell in cells)
-        entry = bits.setdefault(re.sub(r"\.\d+", "", members[0]), {"bits": 0.0, "weights": 0})
-        entry["bits"], entry["weights"], coded = entry["bits"] + used, entry["weights"] + sum(arrays[name].size for name in members), coded + used
-    rest = sum(array.size for name, array in arrays.items() if not any(name in members for members in groups))
-    return bits | {"all else, with headers": {"bits": 8 * model.stat().st_size - coded, "weights": max(rest, 1)}}
+        entry = bits.setdefault(members[0].split(".")[0], {"bits": 0.0, "weights": 0})
+        entry["bits"], coded = entry["bits"] + used, coded + used
+        entry["weights"] += sum(arrays[name].size for name in members if name.endswith(".symbols"))
+    return bits | {"all else, headers": {"bits": 8 * model.stat().st_size - coded, "weights": 0}}

@@ -304,7 +304,11 @@ def difference(path: Path, found: str, wanted: str) -> list[str]:
 
 
 def verify_submission(path: Path, runs: list[Run]) -> list[str]:
-    return difference(path, path.read_text(encoding="utf-8"), as_json(submission(runs, words_of(path))))
+    found, wanted = read_json(path), submission(runs, words_of(path))
+    shown = lambda entry, key: json.dumps(entry[key])[:100] if key in entry else "nothing"
+    faults = [f"{path}: {key} is {shown(found, key)}, the runs give {shown(wanted, key)}" for key in dict.fromkeys([*wanted, *found])
+              if shown(found, key) != shown(wanted, key) or found.get(key) != wanted.get(key)]
+    return faults or difference(path, path.read_text(encoding="utf-8"), as_json(wanted))
 
 
 def verify_record(folder: Path, runs: list[Run]) -> list[str]:
@@ -314,6 +318,8 @@ def verify_record(folder: Path, runs: list[Run]) -> list[str]:
             faults.append(f"{folder / name}: no part of the record")
         elif not (folder / name).exists():
             faults.append(f"{folder / name}: missing")
+        elif name == "submission.json":
+            faults += verify_submission(folder / name, runs)
         elif (found := (folder / name).read_bytes()) != wanted[name]:
             faults += difference(folder / name, found.decode("utf-8", "replace"), wanted[name].decode("utf-8", "replace")) or [f"{folder / name}: other bytes"]
     return faults
