@@ -3489,7 +3489,7 @@ def load_trained(run: Run, model: GPT):
 
 
 def train_on_validation(run: Run, model: GPT):
-    """Pre-quantisation test-time training, through the door that keeps its number out of val_bpb (score_artifact opens it again for a rerun of the artifact)."""
+    """Pre-quantisation test-time training, through the door that keeps its number out of val_bpb; scoring the artifact opens the door again."""
     with run.phases("prequant"):
         ledger = run.ledger("prequant")
         ledger.break_condition("C3", PREQUANT_REASON)
@@ -3544,6 +3544,8 @@ def score_artifact(run: Run, model: GPT):
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     ledger = run.ledger("quantized")
+    if meta["settings"].get("prequant_ttt_enabled"):
+        ledger.break_condition("C3", PREQUANT_REASON)
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
