@@ -187,3 +187,8 @@ def test_every_setting_is_in_the_table():
     from train_gpt import Config
     table = submission.settings_table()
     assert all(f"| `{name.upper()}` |" in table for name in Config.__dataclass_fields__)
+
+
+def test_the_readme_is_up_to_date():
+    """After a change of settings: python tools/report.py --settings."""
+    assert submission.verify_readme(submission.ROOT / "README.md") == []
