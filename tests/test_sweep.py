@@ -13,6 +13,18 @@ from helpers import ROOT, RUN, base_run, clean_environ, data, environment
 
 from tools import sweep
 
+STUB = """
+import json, os, sys, time
+from pathlib import Path
+if os.environ.get("DATA_PATH") == "/nowhere":
+    sys.exit("error: DATA_PATH=/nowhere has no shards")
+print("step 1", flush=True)
+if os.environ["ITERATIONS"] == "100000":
+    time.sleep(100)
+seed = int(os.environ["SEED"])
+result = {"bpb": {"quantized": 1.0 + seed}, "val_bpb": 1.0 + seed, "bytes": {"total": 5}, "settings_sha256": "", "source_sha256": "", "verdicts": {}}
+(Path(os.environ["ARTIFACT_DIR"]) / "result.json").write_text(json.dumps(result))
+"""                                                                     # what the sweep needs of a run, without the seconds to import torch
 FAST = ["TTT_ENABLED=0", *(f"{k}={v}" for k, v in environment(RUN).items() if k not in ("DEVICE", "DATA_PATH"))]
 
 
@@ -22,6 +34,14 @@ def paths(monkeypatch):
         monkeypatch.delenv(name)
     for name, value in {"DATA_PATH": str(data()), "DEVICE": "cpu", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("stub") / "train_gpt.py"
+    path.write_text(STUB)
+    monkeypatch.setattr(sweep, "script_of", lambda args: path)
+    return path
 
 
 def lines(out: Path) -> list[dict]:
@@ -62,7 +82,7 @@ def test_estimate_before_the_start(tmp_path, capsys):
     assert "3 run(s)" in out and "1 h 9 min in all" in out and "9.20 GPU hours, 23.00 at 2.5" in out      # 3 * (600 + 600 + 180) s on 8 GPUs
 
 
-def test_two_seeds_then_nothing_left_to_do(tmp_path, capsys):
+def test_two_seeds_then_nothing_left_to_do(tmp_path, capsys, stub):
     argv = ["--seeds", "1", "2", "--set", *FAST, "--out", str(tmp_path), "--nproc", "1"]
     assert sweep.main(argv) == 0
     out = capsys.readouterr().out
@@ -74,25 +94,28 @@ def test_two_seeds_then_nothing_left_to_do(tmp_path, capsys):
     first = lines(tmp_path)[1]
     (tmp_path / first["name"] / "result.json").unlink()                # a result that is gone is made again
     assert sweep.main(argv) == 0 and len(lines(tmp_path)) == 6
+    stub.write_text(STUB + "# changed")
+    assert sweep.main(argv) == 0 and len(lines(tmp_path)) == 10         # another script: both seeds again
 
 
-def test_a_failed_run_stays_on_the_list_and_the_rest_goes_on(tmp_path, capsys):
-    argv = ["--set", *FAST, f"DATA_PATH=/nowhere;{data()}", "--out", str(tmp_path), "--nproc", "1"]
+def test_a_failed_run_stays_on_the_list_and_the_rest_goes_on(tmp_path, capsys, stub):
+    argv = ["--seeds", "1", "--set", *FAST, f"DATA_PATH=/nowhere;{data()}", "--out", str(tmp_path), "--nproc", "1"]
     assert sweep.main(argv) == 1
     ends = [e for e in lines(tmp_path) if e["event"] == "end"]
-    assert [e["status"] for e in ends] == ["failed", "ok"] and ends[0]["exit"] == 2
+    assert [e["status"] for e in ends] == ["failed", "ok"] and ends[0]["exit"] == 1
     assert "error: " in (tmp_path / ends[0]["name"] / "console.log").read_text() and "error: " in capsys.readouterr().out
     assert sweep.main(argv) == 1 and [e["status"] for e in lines(tmp_path) if e["event"] == "end"] == ["failed", "ok", "failed"]
 
 
-def started(argv: list[str], tmp_path: Path) -> subprocess.Popen:
+def started(argv: list[str], tmp_path: Path, stub: Path) -> subprocess.Popen:
     """A sweep in a process of its own, in the middle of its first run."""
     env = clean_environ(environment({}, data_path=data()))
-    process = subprocess.Popen([sys.executable, str(ROOT / "tools" / "sweep.py"), *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    code = f"import sys; from pathlib import Path; from tools import sweep; sweep.script_of = lambda args: Path({str(stub)!r}); sys.exit(sweep.main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, *argv], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         logs = list(tmp_path.glob("*/console.log"))
-        if logs and "step " in logs[0].read_text():
+        if logs and "step 1" in logs[0].read_text():
             return process
         time.sleep(0.2)
     process.kill()
@@ -111,10 +134,10 @@ def readable(pid: str) -> bool:
 
 
 @pytest.mark.parametrize("how", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
-def test_an_interrupted_sweep_goes_on(how, tmp_path, capsys):
+def test_an_interrupted_sweep_goes_on(how, tmp_path, capsys, stub):
     """Ctrl-C and SIGTERM end the run too and note it; a kill leaves the line of its start. The same command then finishes."""
     endless = [text if not text.startswith("ITERATIONS=") else "ITERATIONS=100000" for text in FAST]
-    process = started(["--seeds", "1", "--set", *endless, "--out", str(tmp_path), "--nproc", "1"], tmp_path)
+    process = started(["--seeds", "1", "--set", *endless, "--out", str(tmp_path), "--nproc", "1"], tmp_path, stub)
     process.send_signal(how)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how], out
@@ -152,3 +175,11 @@ def test_an_artifact_is_scored_under_several_settings_and_left_alone(tmp_path, c
     assert [e["settings"]["EVAL_STRIDE"] for e in ends] == ["16", "24"] and ends[0]["val_bpb"] != ends[1]["val_bpb"]
     assert all((tmp_path / e["name"] / "eval_result.json").exists() for e in ends)
     assert sorted((p.name, p.stat().st_mtime_ns) for p in base_run().iterdir()) == before
+
+
+def test_a_real_run(tmp_path, capsys):
+    """The script itself, with a recipe under it: its result and its log lie in the folder of the run."""
+    assert sweep.main(["--recipe", "multi_phase_sgd", "--seeds", "7", "--set", *FAST, "--out", str(tmp_path), "--nproc", "1"]) == 0
+    end = lines(tmp_path)[-1]
+    found = json.loads((tmp_path / end["name"] / "result.json").read_text())
+    assert found["seed"] == 7 and found["settings"]["attn_out_gate_enabled"] and found["val_bpb"] == end["val_bpb"] and end["settings_sha256"] == found["settings_sha256"]

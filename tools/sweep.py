@@ -122,7 +122,7 @@ def script_of(args: argparse.Namespace) -> Path:
 
 def command_of(run: Planned, folder: Path, args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of one run. An artifact is copied into the run's folder, so that its own results stay as they are."""
-    script = folder / "train_gpt.py" if args.eval_only else ROOT / "train_gpt.py"
+    script = folder / "train_gpt.py" if args.eval_only else script_of(args)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] if args.nproc > 1 else []
     inherited = {name: value for name, value in os.environ.items() if name not in foreign_settings()}
     mode = {"TTT_EVAL_ONLY": "1"} if args.eval_only else {}
@@ -356,7 +356,8 @@ def sweep(args: argparse.Namespace) -> int:
         raise SweepError(f"{twice[0]} is planned twice; give each seed and value once")
     journal = Journal(args.out / "runs.jsonl")
     ends = run_all(runs, journal, args)
-    folders = " ".join(shlex.quote(os.path.relpath(args.out / run.name)) for run, end in zip(runs, ends) if end["status"] == "ok")
+    here = lambda path: path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    folders = " ".join(shlex.quote(str(here(args.out / run.name))) for run, end in zip(runs, ends) if end["status"] == "ok")
     print(closing_table(runs, ends), *([f"tables and plots: python tools/report.py {folders}"] if folders else []), sep="\n")
     return 1 if any(end["status"] != "ok" for end in ends) else 0
 
