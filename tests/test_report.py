@@ -3,11 +3,13 @@ import gzip
 import json
 import math
 import re
+import shutil
 import zlib
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import base_run
 
 import lossless_caps
 import prepare_data
@@ -193,3 +195,26 @@ def test_discounts_follow_the_counts_of_counts():
     ratio = 100 / 180
     assert counting.kneser_ney_discounts(counts) == pytest.approx([0, 1 - 2 * ratio * 40 / 100, 2 - 3 * ratio * 20 / 40, 3 - 4 * ratio * 10 / 20])
     assert counting.kneser_ney_discounts(np.array([1, 1, 5])).tolist() == [0, 0.75, 0.75, 0.75]
+
+
+def test_bits_of_every_kind_add_up_to_the_file(tmp_path):
+    run = report.load_run(shutil.copytree(base_run(), tmp_path / "run"))
+    bits = report.bits_by_tensor(run)
+    assert {"qkv", "o", "up", "down", "tok_emb"} < set(bits) and sum(entry["bits"] for entry in bits.values()) == pytest.approx(8 * run.result["bytes"]["model"])
+    assert bits["tok_emb"]["weights"] == 320 * 32 and 1 < bits["tok_emb"]["bits"] / bits["tok_emb"]["weights"] < 8
+    kept = json.loads((tmp_path / "run" / "bits.json").read_text())
+    assert kept["bits"] == bits
+    (tmp_path / "run" / "model.bin").write_bytes(b"another version's")
+    assert report.bits_by_tensor(run) == {}                             # neither the kept figures of another file nor a traceback
+
+
+def test_page_with_everything(tmp_path, capsys):
+    """Four pictures: also the coded bits, the BPB by length and by position, and the interval, where a run holds them."""
+    run = shutil.copytree(base_run(), tmp_path / "run")
+    found = json.loads((run / "result.json").read_text())
+    found |= {"bpb_by_length": [{"upto": 64, "bpb": 2.0, "documents": 3}, {"upto": 1024, "bpb": 1.5, "documents": 9}],
+              "bpb_by_position": [{"upto": 16, "bpb": 3.0}, {"upto": 1024, "bpb": 1.5}], "bpb_interval": [1.23456, 7.0]}
+    (run / "result.json").write_text(json.dumps(found))
+    assert report.main([str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "1.23456 to 7.00000" in page and f"{found['val_bpb']:.5f} BPB" in page and "score before update" in page

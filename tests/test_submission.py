@@ -43,9 +43,10 @@ def edit(path, change):
 
 def audited(folder, **verdicts):
     """An audit.json of this folder's artifact."""
-    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("train_gpt.py", "model.bin")}
-    checks = [{"check": name, "verdict": verdict, "evidence": "seen", "seconds": 1.0} for name, verdict in verdicts.items()]
-    (folder / "audit.json").write_text(json.dumps({"artifact": hashes, "checks": checks}))
+    hashes = {name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()} for name in ("train_gpt.py", "model.bin")}
+    checks = {f"check_of_{name}": {"verdict": verdict, "evidence": "seen", "seconds": 1.0} for name, verdict in verdicts.items()}
+    rows = {name: {"verdict": verdict, "reason": f"check_of_{name}: seen"} for name, verdict in verdicts.items()}
+    (folder / "audit.json").write_text(json.dumps({"artifact": hashes, "checks": checks, "verdicts": rows}))
 
 
 def test_three_seeds(runs, tmp_path, capsys):
@@ -116,24 +117,27 @@ def test_a_mean_is_over_seeds_of_one_configuration(runs, change, complaint):
 
 def test_the_audit_joins_the_run(runs, tmp_path):
     for run in runs:
-        audited(run, sum_to_one="PASS", poison="PASS", packaging="PASS")
-    audited(runs[2], sum_to_one="PASS", poison="DISPUTED", packaging="PASS")
+        audited(run, C1="PASS", C2="PASS", C3="PASS", packaging="PASS", bytes="NOT RUN")
+    audited(runs[2], C1="DISPUTED", C2="PASS", C3="DISPUTED", packaging="PASS")
     command(*runs, "--submission", tmp_path / "s.json", "--out", tmp_path / "out")
     found = {name: entry["verdict"] for name, entry in json.loads((tmp_path / "s.json").read_text())["compliance"].items()}
     assert (found["C2"], found["packaging"], found["C1"], found["C3"], found["C4"]) == ("PASS", "PASS", "DISPUTED", "DISPUTED", "NOT RUN")
+    assert found["bytes"] == "PASS"                                     # what the run has shown stays shown
 
 
 def test_a_check_that_fails_leaves_no_val_bpb(runs, tmp_path, capsys):
-    audited(runs[0], sum_to_one="FAIL")
+    audited(runs[0], C2="FAIL")
+    command(runs[0], "--verify", status=1)
+    assert "check_of_C2 FAIL" in capsys.readouterr().err
     command(*runs, "--submission", tmp_path / "s.json", "--out", tmp_path / "out", status=2)
     err = capsys.readouterr().err
-    assert "no val_bpb to hand in" in err and "C2" in err and err.count("\n") == 1 and not (tmp_path / "s.json").exists()
+    assert "check_of_C2" in err and err.count("\n") == 1 and not (tmp_path / "s.json").exists()
     command(runs[0], "--out", tmp_path / "out")
     assert "no val_bpb" in capsys.readouterr().out and "no val_bpb" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_an_audit_of_another_artifact_is_refused(runs, capsys):
-    audited(runs[0], poison="PASS")
+    audited(runs[0], C1="PASS")
     (runs[0] / "model.bin").write_bytes((runs[1] / "model.bin").read_bytes())
     command(runs[0], status=2)
     assert "audit of another model.bin" in capsys.readouterr().err

@@ -19,8 +19,6 @@ OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "write")         # in neither
 
 
 RANK = {"NOT RUN": 0, "PASS": 1, "DISPUTED": 2, "FAIL": 3}
-CHECKS = {"sum": ["C1", "C2"], "poison": ["C1", "C3"], "ledger": ["C3", "C4"], "world": ["C4"], "bytes": ["bytes"], "data": ["data"], "packag": ["packaging"],
-          "budget": ["train_budget", "eval_budget"]}                # a word in the name of a check -> the conditions it speaks for
 
 
 class ReportError(Exception):
@@ -40,10 +38,9 @@ class Run:
     def verdicts(self) -> dict[str, tuple[str, str]]:
         """Condition -> (verdict, reason): the run's own, joined with the audit's. FAIL beats DISPUTED beats PASS beats NOT RUN."""
         table = {name: (entry["verdict"], entry["reason"]) for name, entry in self.result["verdicts"].items()}
-        for check in self.audit["checks"] if self.audit else ():
-            for condition in conditions_of(check):
-                if RANK[check["verdict"]] > RANK[table.get(condition, ("NOT RUN", ""))[0]]:
-                    table[condition] = (check["verdict"], f"audit, {check['check']}: {one_line(check['evidence'])}")
+        for condition, entry in self.audit["verdicts"].items() if self.audit else ():
+            if RANK[entry["verdict"]] > RANK[table.get(condition, ("NOT RUN", ""))[0]]:
+                table[condition] = (entry["verdict"], f"audit, {' '.join(entry['reason'].split())}")
         return table
 
     @property
@@ -119,25 +116,14 @@ def load_run(folder: Path) -> Run:
 
 def check_audit(audit: dict, path: Path) -> dict:
     """An audit speaks for the files whose hashes it holds; beside other files it is refused."""
-    checks, hashes = audit.get("checks"), json.dumps(audit)
-    if not isinstance(checks, list) or not all(isinstance(c, dict) and {"check", "verdict", "evidence"} <= set(c) and c["verdict"] in RANK for c in checks):
-        raise ReportError(f"{path}: holds no list of checks with check, verdict and evidence; run tools/audit.py again")
+    rows = [*audit.get("verdicts", {}).values(), *audit.get("checks", {}).values()] if isinstance(audit.get("verdicts"), dict) and isinstance(audit.get("checks"), dict) else []
+    if not rows or not all(isinstance(row, dict) and row.get("verdict") in RANK for row in rows):
+        raise ReportError(f"{path}: holds no checks and verdicts; run tools/audit.py again")
     for name in ("train_gpt.py", "model.bin"):
-        file = path.parent / name
-        if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() not in hashes:
+        file, claimed = path.parent / name, audit.get("artifact", {}).get(name, {}).get("sha256")
+        if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != claimed:
             raise ReportError(f"{path}: is the audit of another {name}; run tools/audit.py on this folder")
     return audit
-
-
-def conditions_of(check: dict) -> list[str]:
-    """Conditions of result.json that a check of the audit speaks for."""
-    named = check.get("conditions") or ([check["condition"]] if "condition" in check else None)
-    return named or next((conditions for word, conditions in CHECKS.items() if word in check["check"].lower()), [check["check"]])
-
-
-def one_line(evidence) -> str:
-    text = evidence if isinstance(evidence, str) else json.dumps(evidence)
-    return " ".join(text.split())[:200]
 
 
 def write_file(path: Path, data: bytes) -> None:
