@@ -7,11 +7,11 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test lint bench clean
 
-# The second scoring runs in one thread, as recipes/demo.env does: sums in another order may differ in the last digit.
+# The second scoring runs in one thread, as recipes/scale_demo.env does: sums in another order may differ in the last digit.
 demo: $(READY)
 	$(PY) prepare_data.py --source stdlib --vocab-size 1024 --val-docs 150 --out data/demo
 	rm -rf runs/demo
-	set -a; . recipes/demo.env; set +a; DATA_PATH=data/demo ARTIFACT_DIR=runs/demo $(PY) train_gpt.py
+	set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; GPTQ_RESERVE_SECONDS=10 ARTIFACT_DIR=runs/demo $(PY) train_gpt.py
 	@echo; echo "The packed train_gpt.py and model.bin alone, in an empty folder and a clean process:"
 	@alone=$$(mktemp -d) && trap 'rm -rf "$$alone"' EXIT && cp runs/demo/train_gpt.py runs/demo/model.bin "$$alone" && cd "$$alone" \
 		&& env -i PATH="$$PATH" CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \

@@ -128,15 +128,17 @@ class Config:
     xsa_last_n: int = setting(11, "layers, from the last, whose heads drop the component along their own value")
     ln_scale: bool = setting(True, "scale sublayer inputs by 1/sqrt(layer + 1)")
     smear_gate_enabled: bool = setting(True, "add a gated copy of the previous token's embedding")
-    gate_window: int = setting(12, "leading channels that SmearGate and the sparse attention gate read", POSITIVE)
+    gate_window: int = setting(12, "leading channels that SmearGate and the attention gates read", POSITIVE)
     sparse_attn_gate_enabled: bool = setting(True, "gate each head's output by a sigmoid of the leading channels")
     sparse_attn_gate_scale: float = setting(0.5, "factor inside that sigmoid")
+    attn_out_gate_enabled: bool = setting(False, "the gate of #1667 instead: twice that sigmoid, so that heads begin unchanged")
     skip_gates_enabled: bool = setting(True, "U-Net skips are merged by a learned gate (off: added)")
     num_loops: int = setting(2, "extra passes over the looped layers")
     loop_start: int = setting(3, "first looped layer")
     loop_end: int = setting(5, "last looped layer")
     enable_looping_at: float = setting(0.35, "progress at which the loops switch on")
-    parallel_start_layer: int = setting(8, "first layer of the two-lane decoder; 0: none")
+    parallel_start_layer: int = setting(8, "first layer whose attention and MLP run side by side; 0: none")
+    parallel_mode: str = setting("lanes", "how: in two lanes of the decoder (#1529), or from one input, outputs added (#1493)", "lanes, gptj")
     parallel_final_lane: str = setting("mean", "what the two lanes end in", "mean, attn, mlp")
     # training
     max_wallclock_seconds: float = setting(600.0, "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read")
@@ -158,7 +160,8 @@ class Config:
     muon_momentum: float = setting(0.97, "Muon momentum at the end of its warm-up", SHARE)
     muon_momentum_warmup_start: float = setting(0.92, "Muon momentum at step 0")
     muon_momentum_warmup_steps: int = setting(1500, "steps of its linear warm-up")
-    muon_backend_steps: int = setting(5, "Polar Express iterations", "[1, 5]")
+    muon_backend_steps: int = setting(5, "iterations that orthogonalise an update", "[1, 5]")
+    muon_coefficients: str = setting("polar_express", "of those iterations; newton_schulz: the constant ones of Muon's beginnings", "polar_express, newton_schulz")
     muon_row_normalize: bool = setting(True, "normalise the rows of the update before orthogonalisation")
     muon_wd: float = setting(0.095, "decoupled weight decay of matrices")
     adam_wd: float = setting(0.02, "decoupled weight decay of vectors, gates and scalars")
@@ -168,6 +171,11 @@ class Config:
     adam_eps: float = setting(1e-8, "Adam epsilon", POSITIVE)
     grad_clip_norm: float = setting(0.3, "norm to which the reduced gradient is clipped; 0: not clipped")
     ema_decay: float = setting(0.9965, "decay of the debiased average of the weights that is kept; 0: the last weights", SHARE)
+    # training on the validation set, which FAILS condition C3
+    prequant_ttt_enabled: bool = setting(False, "before quantisation AdamW on the whole validation set (#1735), in steps of GLOBAL_TTT_CHUNK_TOKENS; no val_bpb")
+    prequant_ttt_epochs: int = setting(21, "passes over it")
+    prequant_ttt_lr: float = setting(5e-4, "learning rate of the first pass, by a cosine to a tenth of it in the last")
+    prequant_ttt_freeze_blocks: int = setting(2, "first layers that stay as they are, like the embedding")
     # quantizer and artifact
     matrix_bits: int = setting(6, "symbol range of matrices: +-(2^(bits-1) - 1)", "[2, 8]")
     embed_bits: int = setting(7, "symbol range of the embedding", "[2, 8]")
@@ -245,6 +253,7 @@ class Config:
             ("rope_dims", self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads, "must be even and at most the head width"),
             ("loop_end", self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers, "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS"),
             ("gate_window", self.gate_window <= self.model_dim, "must be at most MODEL_DIM"),
+            ("attn_out_gate_enabled", not (self.attn_out_gate_enabled and self.sparse_attn_gate_enabled), "needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate"),
             ("mlp_mult", int(self.mlp_mult * self.model_dim) >= 8, "gives an MLP of fewer than 8 units"),
             ("artifact_margin", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
             ("gptq_reserve_seconds", self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds, "must be below MAX_WALLCLOCK_SECONDS"),
@@ -274,7 +283,7 @@ class Config:
 NOT_SETTINGS = frozenset(("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device", "compile",
                           "attention", "fa3_library", "rank", "local_rank", "world_size", "train_log_every"))
 OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "AWQ_", "LOOP_", "ROPE_", "EMBED_", "MLP_", "ATTN_", "MATRIX_", "XSA_", "EMA_",
-                "NGRAM_", "PHASED_", "GLOBAL_TTT_", "PARALLEL_", "SMEAR_", "SPARSE_", "SKIP_", "ARTIFACT_", "LEDGER_", "WARMDOWN_", "MICRO_", "GATE_")
+                "NGRAM_", "PHASED_", "PREQUANT_", "GLOBAL_TTT_", "PARALLEL_", "SMEAR_", "SPARSE_", "SKIP_", "ARTIFACT_", "LEDGER_", "WARMDOWN_", "MICRO_", "GATE_")
 
 
 def check_names(env, fields):
@@ -425,7 +434,7 @@ class Clock:
 class Phases:
     """Wall seconds by phase, and the two budgets they add up to: training data changes the model, or validation data is touched."""
     BUDGET = {"steps": "train", "calibrate": "train", "quantize": "train", "load": "eval", "compile_eval": "eval", "score": "eval", "adapt": "eval",
-              "read": "eval", "setup": None, "warmup": None, "diagnostic": None, "write": None}
+              "read": "eval", "prequant": "eval", "setup": None, "warmup": None, "diagnostic": None, "write": None}
 
     def __init__(self, ranks: Ranks, log: Log):
         self.ranks, self.log, self.seconds = ranks, log, {}
@@ -1412,7 +1421,8 @@ def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     for i, layer in enumerate(layers):
         j = i - encoder                                                 # decoder visit
         merges = 0 <= j < encoder
-        visits.append(Visit(layer, j if merges else None, encoder - 1 - j if merges else None, lanes=j >= 0 and 0 < cfg.parallel_start_layer <= layer))
+        lanes = cfg.parallel_mode == "lanes" and j >= 0 and 0 < cfg.parallel_start_layer <= layer
+        visits.append(Visit(layer, j if merges else None, encoder - 1 - j if merges else None, lanes))
     return tuple(visits)
 
 
@@ -1461,7 +1471,8 @@ class GPT(nn.Module):
         self.attn_scale, self.mlp_scale = parameter(layers, d, value=1), parameter(layers, d, value=1)
         self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))
         self.q_gain = parameter(layers, cfg.num_heads, value=cfg.qk_gain_init)
-        self.attn_gate = parameter(layers, cfg.num_heads, cfg.gate_window, value=0) if cfg.sparse_attn_gate_enabled else None
+        gated = cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled
+        self.attn_gate = parameter(layers, cfg.num_heads, cfg.gate_window, value=0) if gated else None
         self.skip_weights = parameter(skips, d, value=1)
         self.skip_gates = parameter(skips, d, value=0) if cfg.skip_gates_enabled else None
         lanes = any(v.lanes for v in self.schedules[False])
@@ -1544,7 +1555,10 @@ class GPT(nn.Module):
     def block(self, lanes, layer, w, x0, rope, seq, delta, watch, cache):
         """One residual stream (T, d), or two: then attention reads lane 0, the MLP lane 1, and both write both (#1529)."""
         x = (self.resid_mix[layer, 0] * lanes[0] + self.resid_mix[layer, 1] * x0).to(self.dtype)
-        a, kv = self.attn(self.normed(x, layer), layer, w, rope, seq, delta, watch, cache)
+        n = self.normed(x, layer)
+        a, kv = self.attn(n, layer, w, rope, seq, delta, watch, cache)
+        if self.cfg.parallel_mode == "gptj" and 0 < self.cfg.parallel_start_layer <= layer:
+            return (x + a + self.mlp(n, w, delta, watch),), kv          # #1493
         if len(lanes) == 1:
             x = x + a
             return (x + self.mlp(self.normed(x, layer), w, delta, watch),), kv
@@ -1565,10 +1579,11 @@ class GPT(nn.Module):
         return (y if parallel is None else y + parallel(n)), (k, v)
 
     def head_gate(self, n: Tensor, layer: int) -> Tensor:
-        """Factor of each head's output (T, H): a sigmoid of the leading channels of n (#1787), or ones."""
+        """Factor of each head's output (T, H): a sigmoid of the leading channels of n (#1787), twice one (#1667), or ones."""
         if self.attn_gate is None:
             return n.new_ones(n.size(0), self.cfg.num_heads)
-        return torch.sigmoid(self.cfg.sparse_attn_gate_scale * F.linear(n[:, :self.cfg.gate_window], self.attn_gate[layer].to(self.dtype)).float())
+        z = F.linear(n[:, :self.cfg.gate_window], self.attn_gate[layer].to(self.dtype)).float()
+        return 2 * torch.sigmoid(z) if self.cfg.attn_out_gate_enabled else torch.sigmoid(self.cfg.sparse_attn_gate_scale * z)
 
     def mlp(self, n, w, delta, watch):
         out, hidden = mlp(n, w[2], w[3], self.cfg.leaky_relu_sq_slope)
@@ -1641,20 +1656,23 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
 # Optimizers: Muon for matrices, Adam for the rest, the averaged weights
 # ----------------------------------------------------------------------------------------------------------------------
 
-POLAR_EXPRESS = (                                                       # coefficients of each iteration (arXiv 2505.16932, #1344)
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+MUON_COEFFICIENTS = {                                                   # (a, b, c) of each iteration
+    "polar_express": (                                                  # arXiv 2505.16932, #1344
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+    "newton_schulz": ((3.4445, -4.7750, 2.0315),) * 5,
+}
 
 
-def polar_express(u: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrices of u (n, rows, cols), singular values to about 1 +- 0.1, by odd quintic iterations."""
+def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
+    """Nearest semi-orthogonal matrices of u (n, rows, cols), by one odd quintic iteration for each (a, b, c). Five of Polar Express leave singular values
+    within about 0.1 of 1, five of the constant ones within about 0.3."""
     x = u.mT if u.size(1) > u.size(2) else u
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in coefficients:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if u.size(1) > u.size(2) else x
@@ -1786,7 +1804,7 @@ class Optimizer:
         u = grad.add_(group.momentum, alpha=momentum)
         if self.cfg.muon_row_normalize:
             u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(u.dtype)
-        return polar_express(u, self.cfg.muon_backend_steps)
+        return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients][:self.cfg.muon_backend_steps])
 
     def gather(self, group: MuonGroup, update: Tensor):
         if self.ranks.world == 1:
@@ -3188,24 +3206,45 @@ class TestTimeTraining:
         chunks = list(zip(edges, edges[1:])) * cfg.global_ttt_epochs
         begun = time.perf_counter()
         for i, (lo, hi) in enumerate(chunks):
-            self.sgd_gradient(lo, hi - lo)
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            if self.ranks.world > 1:
-                flat = self.ranks.all_reduce_(torch.cat([g.flatten() for g in grads]))
-                grads = [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in grads]), grads)]
-            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            grads = self.clipped_gradients(lo, hi - lo)
             share = i / len(chunks) if progress is None else progress
             with torch.no_grad():
-                torch._foreach_mul_(grads, (cfg.global_ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
                 torch._foreach_mul_(self.momentum, cfg.global_ttt_momentum)
                 torch._foreach_add_(self.momentum, grads)
                 torch._foreach_add_(parameters, self.momentum, alpha=-cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share)))
-            for p in parameters:
-                p.grad = None
         self.model.requires_grad_(False)
         self.ranks.synchronize()
         if progress is None:
             self.log(f"  base weights learnt from {end - begin:,} scored targets in {len(chunks)} steps, {time.perf_counter() - begun:.1f} s")
+
+    def prequant(self):
+        """AdamW over the whole validation set before any of it is scored (#1735, #1738): the published mistake, kept so that it can be measured."""
+        cfg, chunk, epochs = self.cfg, self.cfg.global_ttt_chunk_tokens, self.cfg.prequant_ttt_epochs
+        adam = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)
+        for epoch in range(epochs):
+            adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * math.cos(math.pi * epoch / max(epochs - 1, 1)))
+            for at in range(0, self.val.targets, chunk):
+                for (name, p), grad in zip(self.model.named_parameters(), self.clipped_gradients(at, min(chunk, self.val.targets - at))):
+                    p.grad = grad if name != "tok_emb" else None
+                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):        # stacked by layer; Adam leaves alone what never had a gradient
+                        grad[:cfg.prequant_ttt_freeze_blocks] = 0.0
+                adam.step()
+                adam.zero_grad()
+            self.log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
+
+    def clipped_gradients(self, at: int, count: int) -> list[Tensor]:
+        """Gradients of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
+        self.sgd_gradient(at, count)
+        parameters = list(self.model.parameters())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        if self.ranks.world > 1:
+            flat = self.ranks.all_reduce_(torch.cat([g.flatten() for g in grads]))
+            grads = [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in grads]), grads)]
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        for p in parameters:
+            p.grad = None
+        torch._foreach_mul_(grads, (self.cfg.global_ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        return grads
 
     def sgd_gradient(self, at: int, count: int):
         """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and each rank takes neighbouring pieces, so no sum depends on their number."""
@@ -3339,6 +3378,9 @@ class Run:
         return Ledger(name, self.val.target_bytes, self.verdicts)
 
 
+PREQUANT_REASON = "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
+
+
 def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
     if cfg.artifact_dir:
@@ -3413,6 +3455,14 @@ def load_trained(run: Run, model: GPT):
     run.phases.seconds.update(meta["seconds"])
 
 
+def train_on_validation(run: Run, model: GPT):
+    """Pre-quantisation test-time training, through the door that keeps its number out of val_bpb; scoring the artifact opens the door again."""
+    with run.phases("prequant"):
+        ledger = run.ledger("prequant")
+        ledger.break_condition("C3", PREQUANT_REASON)
+        TestTimeTraining(model, run.cfg, run.ranks, run.log, run.val, ledger).prequant()
+
+
 def diagnose(run: Run, model: GPT, name: str):
     """BPB of the weights in memory, in a ledger and a time of its own."""
     with run.phases("diagnostic"):
@@ -3461,6 +3511,8 @@ def score_artifact(run: Run, model: GPT):
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     ledger = run.ledger("quantized")
+    if meta["settings"].get("prequant_ttt_enabled"):
+        ledger.break_condition("C3", PREQUANT_REASON)
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
@@ -3540,6 +3592,9 @@ def execute(cfg: Config):
         if not cfg.ttt_eval_only:
             (load_trained if cfg.quantize_only else train)(run, model)
             diagnose(run, model, "trained")
+            if cfg.prequant_ttt_enabled:
+                train_on_validation(run, model)
+                diagnose(run, model, "prequant")
             write_artifact(run, model)
         score_artifact(run, model)
         finish(run)

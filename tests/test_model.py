@@ -60,6 +60,8 @@ class Reference:
                 y = y - (y * direction).sum(1, keepdim=True) * direction
             if c.sparse_attn_gate_enabled:
                 y = y * torch.sigmoid(c.sparse_attn_gate_scale * (n[:, :c.gate_window] @ p["attn_gate"][layer, h]))[:, None]
+            if c.attn_out_gate_enabled:
+                y = y * 2 * torch.sigmoid(n[:, :c.gate_window] @ p["attn_gate"][layer, h])[:, None]
             heads.append(y)
         y = torch.cat(heads, 1)
         self.saw("o", layer, y)
@@ -94,6 +96,8 @@ class Reference:
 
         def block(x, layer):
             x = mixed(x, layer)
+            if c.parallel_mode == "gptj" and 0 < c.parallel_start_layer <= layer:
+                return x + self.attention(normed(x, layer), layer) + self.mlp(normed(x, layer), layer)
             x = x + self.attention(normed(x, layer), layer)
             return x + self.mlp(normed(x, layer), layer)
 
@@ -104,7 +108,7 @@ class Reference:
             x = block(x, layer)
             stack.append(x)
         for j, layer in enumerate(decoder):
-            if lanes is None and 0 < c.parallel_start_layer <= layer:
+            if lanes is None and c.parallel_mode == "lanes" and 0 < c.parallel_start_layer <= layer:
                 lanes = [x, x]
             if stack and j < len(p["skip_weights"]):
                 skip = stack.pop()
@@ -138,6 +142,8 @@ VARIANTS = {
     "final mlp": {"parallel_final_lane": "mlp"},
     "early lanes": {"num_layers": 6, "parallel_start_layer": 3, "loop_start": 0, "loop_end": 1},
     "one lane": {"parallel_start_layer": 0},
+    "gptj": {"parallel_mode": "gptj", "parallel_start_layer": 1},
+    "gate of twice a sigmoid": {"sparse_attn_gate_enabled": False, "attn_out_gate_enabled": True},
     "added skips": {"skip_gates_enabled": False},
     "no gates": {"smear_gate_enabled": False, "sparse_attn_gate_enabled": False, "ln_scale": False, "xsa_last_n": 0},
     "two extra loops": {"num_layers": 7, "num_loops": 2, "loop_start": 2, "loop_end": 4, "parallel_start_layer": 5, "num_kv_heads": 4},

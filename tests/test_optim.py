@@ -92,7 +92,7 @@ def test_polar_express_against_svd(shape):
     noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left, values, right = torch.linalg.svd(noise, full_matrices=False)
     u = left * torch.logspace(-2, 0, values.size(1), dtype=torch.float64) @ right
-    core = left.mT @ train_gpt.polar_express(u.float(), 5).double() @ right.mT
+    core = left.mT @ train_gpt.orthogonalize(u.float(), train_gpt.MUON_COEFFICIENTS["polar_express"]).double() @ right.mT
     diagonal = core.diagonal(dim1=1, dim2=2)
     assert 0.85 < diagonal.min() and diagonal.max() < 1.15
     assert (core - torch.diag_embed(diagonal)).abs().max() < 1e-3

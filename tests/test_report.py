@@ -3,14 +3,17 @@ import gzip
 import json
 import math
 import re
+import shutil
 import zlib
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import base_run
 
 import lossless_caps
 import prepare_data
+from tools import baselines as counting
 from tools import report
 
 RESULT = {
@@ -137,7 +140,7 @@ def test_baselines(tmp_path, capsys, dataset):
     deflated = len(stream.compress(spelled) + stream.flush()) + 18                   # gzip adds a header of 10 bytes and a trailer of 8
     assert found["bytes"] == size == sum(len(text.encode()) for text in texts) and found["text_bytes"] == len(spelled)
     assert found["bpb"]["gzip -9"] == pytest.approx(8 * deflated / size)
-    assert gzip.decompress(report.COMPRESSORS["gzip -9"](spelled)) == spelled
+    assert gzip.decompress(counting.COMPRESSORS["gzip -9"](spelled)) == spelled
     assert found["bpb"]["token bigram"] < found["bpb"]["token unigram"]
     assert "gzip -9" in capsys.readouterr().out
 
@@ -147,10 +150,10 @@ def test_baselines_are_kept_until_the_data_changes(tmp_path, capsys, dataset, mo
     run = make_run(tmp_path / "run")
     assert report.main([str(run), "--baselines", str(data)]) == 0
     kept = json.loads((run / "baselines.json").read_text())
-    monkeypatch.setattr(report, "compute_baselines", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(counting, "compute_baselines", lambda *_: pytest.fail("computed again"))
     assert report.main([str(run), "--baselines", str(data)]) == 0
     (run / "baselines.json").write_text(json.dumps(kept | {"fingerprint": {"val_sha256": "of other data"}}))
-    monkeypatch.setattr(report, "compute_baselines", lambda *_: kept)
+    monkeypatch.setattr(counting, "compute_baselines", lambda *_: kept)
     assert report.main([str(run), "--baselines", str(data)]) == 0
     assert json.loads((run / "baselines.json").read_text()) == kept
     capsys.readouterr()
@@ -161,8 +164,8 @@ def test_baselines_are_kept_until_the_data_changes(tmp_path, capsys, dataset, mo
 
 def test_documents_come_back_from_their_tokens(dataset):
     data, texts = dataset
-    tokens = report.read_stream(data, "val")
-    assert report.document_texts(tokens, data / "tokenizer.model") == [re.sub(" +", " ", text) for text in texts]
+    tokens = counting.read_stream(data, "val")
+    assert counting.document_texts(tokens, data / "tokenizer.model") == [re.sub(" +", " ", text) for text in texts]
 
 
 def test_operators_that_normalisation_orphaned_are_dropped(dataset):
@@ -171,14 +174,14 @@ def test_operators_that_normalisation_orphaned_are_dropped(dataset):
     tokens = np.concatenate([[1], encoder.tokens("E\u0301cole Word")]).astype(np.uint16)     # E + accent: NFKC joins what the operator pointed at
     with pytest.raises(lossless_caps.CaseOpsError):
         lossless_caps.decode(encoder.sp.decode(tokens[1:].tolist()))
-    assert report.document_texts(tokens, data / "tokenizer.model") == ["école word"]
+    assert counting.document_texts(tokens, data / "tokenizer.model") == ["école word"]
 
 
 def test_bigram_is_a_distribution_and_knows_what_it_saw():
     rng = np.random.default_rng(1)
     tokens = rng.choice(20, 3000, p=(p := 1 / np.arange(1, 21)) / p.sum()).astype(np.uint16)
     tokens[tokens == 7] = 8                                                          # 7 is never seen, neither before nor behind a token
-    model = report.Bigram(tokens, 20)
+    model = counting.Bigram(tokens, 20)
     heads, tails = (grid.ravel().astype(np.uint16) for grid in np.meshgrid(np.arange(20), np.arange(20), indexing="ij"))
     table = model.probability(heads, tails).reshape(20, 20)
     assert table.sum(1) == pytest.approx(np.ones(20)) and table.min() > 0
@@ -190,5 +193,28 @@ def test_bigram_is_a_distribution_and_knows_what_it_saw():
 def test_discounts_follow_the_counts_of_counts():
     counts = np.repeat([1, 2, 3, 4, 9], [100, 40, 20, 10, 5])
     ratio = 100 / 180
-    assert report.kneser_ney_discounts(counts) == pytest.approx([0, 1 - 2 * ratio * 40 / 100, 2 - 3 * ratio * 20 / 40, 3 - 4 * ratio * 10 / 20])
-    assert report.kneser_ney_discounts(np.array([1, 1, 5])).tolist() == [0, 0.75, 0.75, 0.75]
+    assert counting.kneser_ney_discounts(counts) == pytest.approx([0, 1 - 2 * ratio * 40 / 100, 2 - 3 * ratio * 20 / 40, 3 - 4 * ratio * 10 / 20])
+    assert counting.kneser_ney_discounts(np.array([1, 1, 5])).tolist() == [0, 0.75, 0.75, 0.75]
+
+
+def test_bits_of_every_kind_add_up_to_about_the_file(tmp_path):
+    run = report.load_run(shutil.copytree(base_run(), tmp_path / "run"))
+    bits = report.bits_by_tensor(run)
+    assert {"qkv", "o", "up", "down", "tok_emb"} < set(bits) and sum(entry["bits"] for entry in bits.values()) == pytest.approx(8 * run.result["bytes"]["model"], rel=0.05)
+    assert bits["tok_emb"]["weights"] == 320 * 32 and 1 < bits["tok_emb"]["bits"] / bits["tok_emb"]["weights"] < 8
+    kept = json.loads((tmp_path / "run" / "bits.json").read_text())
+    assert kept["bits"] == bits
+    (tmp_path / "run" / "model.bin").write_bytes(b"another version's")
+    assert report.bits_by_tensor(run) == {}                             # neither the kept figures of another file nor a traceback
+
+
+def test_page_with_everything(tmp_path, capsys):
+    """Four pictures: also the coded bits, the BPB by length and by position, and the interval, where a run holds them."""
+    run = shutil.copytree(base_run(), tmp_path / "run")
+    found = json.loads((run / "result.json").read_text())
+    found |= {"bpb_by_length": [{"upto": 64, "bpb": 2.0, "documents": 3}, {"upto": 1024, "bpb": 1.5, "documents": 9}],
+              "bpb_by_position": [{"upto": 16, "bpb": 3.0}, {"upto": 1024, "bpb": 1.5}], "bpb_interval": [1.23456, 7.0]}
+    (run / "result.json").write_text(json.dumps(found))
+    assert report.main([str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "1.23456 to 7.00000" in page and f"{found['val_bpb']:.5f} BPB" in page and "score before update" in page

@@ -1,0 +1,179 @@
+"""Finished runs of train_gpt.py as the other tools read them: result.json, the logs, and audit.json bound to the artifact by its hashes."""
+import hashlib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+REQUIRED = {"bpb": dict, "bytes": dict, "seconds": dict, "training": dict, "settings": dict, "data": dict, "verdicts": dict, "versions": dict,
+            "hardware": str, "seed": int}
+STAGES = {"trained": "weights in memory", "prequant": "weights trained on the validation set: no result", "quantized": "model.bin, read back from disk",
+          "adapted": "model.bin, with test-time training"}
+TRAIN_PHASES = ("steps", "calibrate", "quantize")                   # what counts against the training budget
+OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "write")         # in neither budget; every other phase is evaluation
+
+
+RANK = {"NOT RUN": 0, "PASS": 1, "DISPUTED": 2, "FAIL": 3}
+
+
+class ReportError(Exception):
+    """A problem that the user can act on; printed as one line."""
+
+
+@dataclass
+class Run:
+    folder: Path
+    result: dict                     # result.json
+    rescored: dict | None = None     # eval_result.json: the artifact scored again, by TTT_EVAL_ONLY=1
+    baselines: dict | None = None    # baselines.json
+    log: str = ""                    # train.log
+    audit: dict | None = None        # audit.json, of this very artifact
+
+    @property
+    def verdicts(self) -> dict[str, tuple[str, str]]:
+        """Condition -> (verdict, reason): the run's own, joined with the audit's. FAIL beats DISPUTED beats PASS beats NOT RUN."""
+        table = {name: (entry["verdict"], entry["reason"]) for name, entry in self.result["verdicts"].items()}
+        for condition, entry in self.audit["verdicts"].items() if self.audit else ():
+            if RANK[entry["verdict"]] > RANK[table.get(condition, ("NOT RUN", ""))[0]]:
+                table[condition] = (entry["verdict"], f"audit, {' '.join(entry['reason'].split())}")
+        return table
+
+    @property
+    def val_bpb(self) -> float | None:
+        """The headline, only while no condition is FAIL, the audit's verdicts included."""
+        return None if any(verdict == "FAIL" for verdict, _ in self.verdicts.values()) else self.result.get("val_bpb")
+
+    @property
+    def val_loss(self) -> float | None:
+        """Nats per token of the headline: BPB is nats over ln 2 over bytes."""
+        data = self.result["data"]
+        return None if self.val_bpb is None else self.val_bpb * math.log(2) * data["val_bytes"] / data["val_targets"]
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """BPB by stage, in the order of the pipeline."""
+        bpb = self.result["bpb"]
+        return {stage: bpb[stage] for stage in STAGES if stage in bpb} | {stage: value for stage, value in bpb.items() if stage not in STAGES}
+
+    @property
+    def hardware(self) -> str:
+        return f"{self.result['hardware']}, torch {self.result['versions'].get('torch', '?')}"
+
+    @property
+    def documents(self) -> str:
+        data = self.result["data"]
+        whose = "of the contest" if data["dataset"] == "contest" else "not the contest's"
+        return f"{data['val_documents']:,} validation documents, {data['val_bytes']:,} bytes, {whose}"
+
+    def rescored_equal(self) -> bool:
+        """Whether every BPB of eval_result.json equals that of result.json as printed, to six decimals."""
+        again = self.rescored["bpb"]
+        return bool(again) and all(f"{value:.6f}" == f"{self.result['bpb'].get(stage, math.nan):.6f}" for stage, value in again.items())
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{path}: no such file; give the folder of a finished run of train_gpt.py") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ReportError(f"{path}: not JSON ({error}); the file is damaged, run again") from None
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read ({error.strerror}); give the folder of a finished run of train_gpt.py") from None
+    if not isinstance(value, dict):
+        raise ReportError(f"{path}: not a JSON object; the file is damaged, run again")
+    return value
+
+
+def check_result(result: dict, path: Path, required: dict[str, type]) -> dict:
+    for key, kind in required.items():
+        if not isinstance(result.get(key), kind):
+            raise ReportError(f"{path}: holds no {key}; it is not a result of train_gpt.py, or damaged: run again")
+    if not result["bpb"] or not all(isinstance(value, float) and math.isfinite(value) for value in result["bpb"].values()):
+        raise ReportError(f"{path}: its bpb is empty or not finite; run again")
+    return result
+
+
+def load_run(folder: Path) -> Run:
+    run = Run(folder, check_result(read_json(folder / "result.json"), folder / "result.json", REQUIRED))
+    if missing := [key for key in ("dataset", "val_documents", "val_bytes") if key not in run.result["data"]]:
+        raise ReportError(f"{folder / 'result.json'}: its data lacks {', '.join(missing)}; it is damaged, run again")
+    if (path := folder / "eval_result.json").exists():
+        run.rescored = check_result(read_json(path), path, {"bpb": dict})
+    if (path := folder / "baselines.json").exists():
+        run.baselines = check_result(read_json(path), path, {"bpb": dict, "fingerprint": dict})
+    if (path := folder / "train.log").exists():
+        run.log = path.read_text(encoding="utf-8", errors="replace")
+    if (path := folder / "audit.json").exists():
+        run.audit = check_audit(read_json(path), path)
+    return run
+
+
+def check_audit(audit: dict, path: Path) -> dict:
+    """An audit speaks for the files whose hashes it holds; beside other files it is refused."""
+    rows = [*audit.get("verdicts", {}).values(), *audit.get("checks", {}).values()] if isinstance(audit.get("verdicts"), dict) and isinstance(audit.get("checks"), dict) else []
+    if not rows or not all(isinstance(row, dict) and row.get("verdict") in RANK for row in rows):
+        raise ReportError(f"{path}: holds no checks and verdicts; run tools/audit.py again")
+    for name in ("train_gpt.py", "model.bin"):
+        file, claimed = path.parent / name, audit.get("artifact", {}).get(name, {}).get("sha256")
+        if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != claimed:
+            raise ReportError(f"{path}: is the audit of another {name}; run tools/audit.py on this folder")
+    return audit
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes `path` whole, by rename."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def budget_parts(seconds: dict[str, float], budget: str) -> list[tuple[str, float]]:
+    """The phases of one budget, in the order they ran; what they leave unexplained is `other`."""
+    inside = {name: value for name, value in seconds.items() if name not in ("train", "eval", *OUTSIDE_PHASES)}
+    parts = [(name, value) for name, value in inside.items() if (name in TRAIN_PHASES) == (budget == "train")]
+    rest = seconds.get(budget, 0.0) - sum(value for _, value in parts)
+    return parts + [("other", rest)] if rest > 0.05 else parts
+
+
+def bits_by_tensor(run: Run) -> dict[str, dict]:
+    """Kind of matrix -> coded bits (its steps and corrections included) and weights, from model.bin; kept as bits.json, bound to the file's hash.
+
+    Empty where there is no model.bin that this train_gpt.py reads.
+    """
+    model, kept = run.folder / "model.bin", run.folder / "bits.json"
+    if not model.exists():
+        return {}
+    sha256 = hashlib.sha256(model.read_bytes()).hexdigest()
+    if kept.exists() and (found := read_json(kept)).get("sha256") == sha256:
+        return found["bits"]
+    try:
+        bits = measured_bits(model)
+    except Exception:                                               # another version's file: its own script reads it, this one shows no plot of it
+        return {}
+    write_file(kept, json.dumps({"sha256": sha256, "bits": bits}, indent=1).encode())
+    return bits
+
+
+def measured_bits(model: Path) -> dict[str, dict]:
+    """Each kind's stacks are coded once more, by themselves; in the file they share what is known of correlations, so the sum is not the file's to the byte."""
+    import numpy as np
+
+    import train_gpt
+    head, arrays, bits = train_gpt.read_artifact(model)[0], train_gpt.load_artifact(model)[0], {}
+    for _, _, members, centres in head["coded"]:
+        stack = np.stack([train_gpt.as_matrix(arrays[name].astype(np.int64) - centre) for name, centre in zip(members, centres)])
+        code, ridden = train_gpt.encode_stacks([stack], bytes(1 << 20))     # what would ride along for nothing is not charged
+        entry = bits.setdefault(members[0].split(".")[0], {"bits": 0.0, "weights": 0})
+        entry["bits"] += 8.0 * (len(code) - ridden)
+        entry["weights"] += sum(arrays[name].size for name in members if name.endswith(".symbols"))
+    rest = 8.0 * model.stat().st_size - sum(entry["bits"] for entry in bits.values())
+    return bits | {"all else, headers": {"bits": max(rest, 0.0), "weights": 0}}
