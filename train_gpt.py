@@ -3281,7 +3281,7 @@ class Run:
             "hardware": (f"{self.ranks.world} x {torch.cuda.get_device_name()}" if self.ranks.device.type == "cuda"
                          else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__},
-            "source_sha256": hashlib.sha256(SOURCE.encode()).hexdigest(),
+            "source_sha256": hashlib.sha256((SOURCE if "PACKED_PATH" in globals() else strip_source(SOURCE)).encode()).hexdigest(),
             "settings_sha256": cfg.sha256(), "attention": self.attention}
         defaults = Config()
         changed = {k: v for k, v in cfg.settings().items() if v != getattr(defaults, k)}
@@ -3432,6 +3432,7 @@ def score_artifact(run: Run, model: GPT):
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
+        run.result["segments"] = [s.last - s.first for s in plan_segments(len(run.val.starts), cfg)]
         with run.phases("adapt"):
             run.result["bpb"]["adapted"] = TestTimeTraining(model, cfg, run.ranks, run.log, run.val, ledger).score()
     else:
