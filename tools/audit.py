@@ -385,7 +385,7 @@ def verdict_of(faults: list[str], good: str, doubts: list[str] | None = None) ->
 
 def telling_prefix(a: Audit, length: int) -> np.ndarray:
     """About ``length`` tokens of validation text behind BOS, ending where the longest run of tokens occurs a second time: there the hints of an n-gram model fire."""
-    text = a.data.tokens[a.data.tokens != a.data.bos][:length + length // 8].astype(np.int64)
+    text = a.data.tokens[a.data.tokens != a.data.bos][:length].astype(np.int64)
     if len(text) < length // 2:
         raise NotRun(f"the validation set is shorter than {length} tokens")
     best, at = -1, len(text)

@@ -1,11 +1,12 @@
 """Runs train_gpt.py in forks of a process that has torch loaded, so that the seconds of an import are paid once.
 
-One JSON request per line on stdin: {"folder", "env", "world", "output", "port"}; the answer is the exit status of the worst rank.
+One JSON request per line on stdin: {"folder", "env", "world", "blocked", "output", "port"}; the answer is the exit status of the worst rank.
 """
 import json
 import os
 import runpy
 import signal
+import socket
 import sys
 import traceback
 
@@ -16,6 +17,10 @@ import torch._dynamo  # noqa: F401
 import torch.distributed  # noqa: F401
 
 
+def refuse(*_):
+    raise OSError("the network is blocked")
+
+
 def rank_process(request: dict, rank: int) -> int:
     """The script as the command line would run it; the exit status."""
     out = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -24,6 +29,9 @@ def rank_process(request: dict, rank: int) -> int:
     os.environ.update(request["env"])
     if request["world"] > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(request["port"]))
+    if request["blocked"]:
+        os.environ["PATH"] = request["folder"]
+        socket.socket.connect = socket.socket.connect_ex = refuse
     os.chdir(request["folder"])
     torch.set_num_threads(1)
     signal.alarm(120)
