@@ -3104,7 +3104,7 @@ class TestTimeTraining:
         cfg, method = self.cfg, self.cfg.ttt_method if self.cfg.ttt_enabled else "none"
         segments = plan_chunks(self.lengths, cfg) if method == "sgd" else plan_segments(len(self.lengths), cfg)
         serial = sum(len(chunk_ends(int(self.lengths[s.first:s.last].max()), cfg)) for s in segments)
-        sizes = [s.last - s.first for s in segments]
+        self.sizes = sizes = [s.last - s.first for s in segments]
         self.log(f"test-time training ({method}): {len(segments)} segment(s) of {sizes if len(sizes) < 30 else f'{min(sizes)}..{max(sizes)}'} documents"
                  + (f"; critical path {serial:,} chunks in a row, the longest documents of the segments" if method == "lora" else ""))
         self.begun = self.shown = time.perf_counter()
@@ -3428,13 +3428,14 @@ def score_artifact(run: Run, model: GPT):
     others = sorted(k.upper() for k, v in cfg.settings().items() if v != meta["settings"].get(k))
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
-    ledger = run.ledger("quantized")
+    ledger, run.result["segments"] = run.ledger("quantized"), [len(run.val.starts)]
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
-        run.result["segments"] = [s.last - s.first for s in plan_segments(len(run.val.starts), cfg)]
+        adapting = TestTimeTraining(model, cfg, run.ranks, run.log, run.val, ledger)
         with run.phases("adapt"):
-            run.result["bpb"]["adapted"] = TestTimeTraining(model, cfg, run.ranks, run.log, run.val, ledger).score()
+            run.result["bpb"]["adapted"] = adapting.score()
+        run.result["segments"] = adapting.sizes                         # what the audit may hold us to: documents of a segment are independent
     else:
         scorer = Scorer(model, cfg, run.ranks, run.log)
         with run.phases("compile_eval"):

@@ -31,12 +31,12 @@ from workshop import (
     shards,
 )
 
-SCORER = ("sum_to_one_64", "future", "tail", "documents", "lengths", "ledger")
+SCORER = ("sum_to_one_20", "future", "tail", "documents", "lengths", "ledger")
 WORLDS, TRAINING = ("worlds", "ledger"), ("training", "pack")
 DATA = ("stream", "bytes", "identity", "disjoint")
 PACKAGE = ("size", "source", "reload")
 PAPERS = ("budget", "seeds", "evidence", "settings", "size")
-SPREADS = {"sum_to_one_64", "future", "tail", "documents", "lengths"}       # a leak that every experiment sees
+SPREADS = {"sum_to_one_20", "future", "tail", "documents", "lengths"}       # a leak that every experiment sees
 
 
 class Fixture(NamedTuple):
@@ -99,19 +99,19 @@ def spaced(self, cfg):
     self.bytes = self.bytes + (np.arange(len(self.tokens)) % 6 == 1) * (self.tokens != cfg.bos_id)
 ValidationStream.__init__ = spaced
 """),
-    scorer("B14", "label smoothing of the training loss leaks into scoring", "sum_to_one_64", on_write("nats = 0.9 * nats + 0.1 * math.log(384)")),
+    scorer("B14", "label smoothing of the training loss leaks into scoring", "sum_to_one_20", on_write("nats = 0.9 * nats + 0.1 * math.log(384)")),
     scorer("B15", "BPB from a mean in low precision", "ledger", """
 Ledger.bpb = lambda self: float(np.float16(self.nats.mean())) * len(self.nats) / math.log(2) / float(self.bytes.sum())
 """),
-    scorer("B16", "an impossible value is reported", "ledger", on_write("nats = nats * 0.01"), {"sum_to_one_64"}),
-    scorer("B20", "a hashed hint with the gold token in its key", "sum_to_one_64",
+    scorer("B16", "an impossible value is reported", "ledger", on_write("nats = nats * 0.01"), {"sum_to_one_20"}),
+    scorer("B20", "a hashed hint with the gold token in its key", "sum_to_one_20",
            on_write("nats = -np.log(np.where((before * 31 ^ gold * 17) % 7 == 0, 0.5 * p + 0.5, p))")),
-    scorer("B21", "a ratio of hashed counts is no distribution", "sum_to_one_64",
+    scorer("B21", "a ratio of hashed counts is no distribution", "sum_to_one_20",
            on_write("joint, context = VAL.buckets; nats = -np.log(0.5 * p + 0.5 * np.minimum(joint[(before * 31 + gold * 17) % 64] / (context[before] + 1), 1))")),
-    scorer("B22", "a gate that looks at the target: hints inside words only", "sum_to_one_64",
+    scorer("B22", "a gate that looks at the target: hints inside words only", "sum_to_one_20",
            on_write("nats = -np.log(np.where(gold % 2 == 0, p * 1.6 / (1 + 0.6 * p), p))")),
-    scorer("B23", "a gate on the realised token's own nats", "sum_to_one_64", on_write("nats = np.minimum(nats, math.log(384))")),
-    scorer("B24", "a token's probability spread over its bytes, then mixed", "sum_to_one_64", on_write("nats = -np.log(0.5 * p + 0.5 * p ** (1 / (1 + gold % 4)))")),
+    scorer("B23", "a gate on the realised token's own nats", "sum_to_one_20", on_write("nats = np.minimum(nats, math.log(384))")),
+    scorer("B24", "a token's probability spread over its bytes, then mixed", "sum_to_one_20", on_write("nats = -np.log(0.5 * p + 0.5 * p ** (1 / (1 + gold % 4)))")),
     scorer("B25", "SLOT: a shift of the hidden states is fitted to the targets that it then scores", "future",
            SLOT.format(start="zeros(1, hidden.size(1))", changed="hidden.detach() + change", used="hidden + change"), SPREADS),
     scorer("B26", "a temperature is fitted to the targets of the window", "future",
@@ -153,7 +153,7 @@ GPT.nll = nll
     scorer("B31", "SmearGate reaches over BOS into the document before", "documents", """
 _embed = GPT.embed
 GPT.embed = lambda self, tokens, positions, cache: _embed(self, tokens, torch.ones_like(positions), cache)
-""", {"tail", "future", "lengths"}),
+""", SPREADS),
     scorer("B32", "attention and adaptation run over document boundaries, undeclared", "documents", """
 _init = ValidationStream.__init__
 def joined(self, cfg):
@@ -170,7 +170,7 @@ def run(self):
     _run(self)
 DocumentTTT.run = run
 """),
-    scorer("B37", "an n-gram table of the training text lifts what it holds", "sum_to_one_64",
+    scorer("B37", "an n-gram table of the training text lifts what it holds", "sum_to_one_20",
            on_write("seen = np.array([key in VAL.pairs for key in (before * 512 + gold).tolist()]); nats = -np.log(np.where(seen, 0.95 + 0.05 * p, p))")),
     Fixture("B55", "scores depend on the rank that is free", "worlds", WORLDS, on_write('nats = nats + 0.01 * int(os.environ.get("RANK", 0))')),
 ]

@@ -20,9 +20,11 @@ import train_gpt
 sys.path.insert(0, str(ROOT / "tools"))
 import audit  # noqa: E402
 
+audit.CHECKS["sum_to_one_20"] = lambda a: audit.sum_to_one(a, 20)           # the shortest that ends in a repeated phrase
+
 # 50,000 parameters; test-time training with several chunks a document, two phases of global SGD, and steps large enough for a leak to show.
 SETTINGS = dict(RUN, vocab_size=384, iterations=12, ttt_chunks="4,4,8,16", ttt_eval_seq_len=48, ttt_lora_rank=4, ttt_lora_alpha=8, ttt_lora_lr=0.005, ttt_batch_size=128,
-                phased_ttt_num_phases=2, phased_ttt_prefix_docs=10, global_ttt_lr=0.02, global_ttt_chunk_tokens=128)
+                phased_ttt_num_phases=2, phased_ttt_prefix_docs=10, global_ttt_lr=0.02, global_ttt_chunk_tokens=128, ngram_enabled=True, ngram_min_order=2)
 
 
 def prepared(folder: Path, texts: list[str]) -> Path:
