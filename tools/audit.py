@@ -24,6 +24,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -147,8 +148,6 @@ def document_hashes(shards: list[np.ndarray], bos: int):
 class Scored(NamedTuple):
     nats: np.ndarray          # float64 (targets,)
     result: dict              # eval_result.json
-    log: str
-    seconds: float
 
 
 class Launched(NamedTuple):
@@ -161,12 +160,17 @@ def launch(folder: Path, env: dict[str, str], world: int, blocked: bool, timeout
     command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []), "train_gpt.py"]
     if blocked:
         env, command = without_network(folder, env, command)
+    process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                               start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                              timeout=timeout)
-        return Launched(done.returncode, done.stdout)
+        output, _ = process.communicate(timeout=timeout)
+        return Launched(process.returncode, output)
     except subprocess.TimeoutExpired:
         return Launched(124, f"still running after {timeout:.0f} s")
+    finally:
+        if process.poll() is None:                                        # every rank of it, also when the auditor is interrupted
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def without_network(folder: Path, env: dict[str, str], command: list[str]) -> tuple[dict, list[str]]:
@@ -196,7 +200,7 @@ class Artifact:
 
     def environment(self, data: Path, env: dict) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items()
-                if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "FA3_LIBRARY") or name.startswith(("CUDA_", "NVIDIA_", "NCCL_"))}
+                if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "COMPILE", "ATTENTION", "FA3_LIBRARY") or name.startswith(("CUDA_", "NVIDIA_", "NCCL_"))}
         tokenizer = next(iter(sorted(data.glob("*.model"))), None)
         return {**kept, "HOME": str(self.work), "TRITON_CACHE_DIR": str(self.work / "triton"), "OMP_NUM_THREADS": "1", "DEVICE": self.device,
                 "DATA_PATH": str(data), **({"TOKENIZER_PATH": str(tokenizer)} if tokenizer else {}), **{name: str(value) for name, value in env.items()}}
@@ -212,27 +216,24 @@ class Artifact:
             (folder / "train_gpt.py").write_bytes(script)
         return folder
 
-    def run(self, folder: Path, env: dict[str, str], world: int = 1, blocked: bool = False) -> str:
+    def run(self, folder: Path, env: dict[str, str], world: int = 1, blocked: bool = False):
         code, output = self.launcher(folder, env, world, blocked, self.timeout)
         if code != 0:
             lines = [line for line in output.strip().splitlines() if line.strip()]
             raise Broken(f"exit status {code}: {lines[-1][:200] if lines else 'no output'}")
-        return output
 
     def score(self, data: Dataset | Path, world: int = 1, env: dict | None = None, blocked: bool = False) -> Scored:
         """Score a validation stream; ``data`` is a folder that lies ready, or is written to one."""
         folder = self.clean_folder(None, "train_gpt.py", "model.bin")
         path = data if isinstance(data, Path) else data.write(folder.with_name(folder.name + "_data"))
         ledger = folder / "ledger.npy"
-        begun = time.perf_counter()
-        output = self.run(folder, self.environment(path.resolve(), {"TTT_EVAL_ONLY": 1, "LEDGER_PATH": ledger, **(env or {})}), world, blocked)
-        seconds = time.perf_counter() - begun
+        self.run(folder, self.environment(path.resolve(), {"TTT_EVAL_ONLY": 1, "LEDGER_PATH": ledger, **(env or {})}), world, blocked)
         if not ledger.is_file():
             raise Broken("no ledger at LEDGER_PATH")
         result = read_json(folder / "eval_result.json")
         if not result.get("bpb"):
             raise Broken("no eval_result.json with a bpb")
-        return Scored(np.load(ledger, allow_pickle=False), result, output, seconds)
+        return Scored(np.load(ledger, allow_pickle=False), result)
 
     def train(self, script: bytes, data: Dataset, env: dict) -> dict[str, bytes]:
         """The files of a short training with this script and this validation stream: {"train_gpt.py", "model.bin"}."""
@@ -510,7 +511,8 @@ def lengths(a: Audit) -> tuple[str, str]:
 def ledger(a: Audit) -> tuple[str, str]:
     """C4: one score per target, none missing, and the reported BPB is their sum over the bytes of the data."""
     faults, notes = [], []
-    for name, data, scored in [("excerpt", a.excerpt, a.base)] + ([("full set", a.data, full_run(a))] if small(a) else []):
+    whole = len(a.excerpt.tokens) == len(a.data.tokens)
+    for name, data, scored in [("excerpt", a.excerpt, a.base)] + ([("full set", a.data, full_run(a))] if small(a) and not whole else []):
         nats, targets = scored.nats, len(data.tokens) - 1
         if nats.shape != (targets,):
             faults.append(f"{name}: {nats.size:,} entries for {targets:,} targets")
@@ -556,7 +558,9 @@ def short_trainings(a: Audit) -> tuple[dict, dict, bytes]:
     if not shard_paths(a.data.folder, "train"):
         raise NotRun(f"{a.data.folder}: no training shards")
     text = {name.upper(): int(value) if isinstance(value, bool) else value for name, value in settings.items()}
-    env = {**text, "ITERATIONS": 3, "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": min(int(settings.get("warmup_steps", 1)), 1)}
+    env = {**text, "ITERATIONS": 3, "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 1, "GPTQ_CALIBRATION_BATCHES": 2}
+    if a.artifact.device == "cpu" and "train_seq_len" in settings:        # few tokens show a dependence as well as many
+        env |= dict.fromkeys(("TRAIN_BATCH_TOKENS", "MICRO_BATCH_TOKENS"), min(2 * settings["train_seq_len"], settings.get("micro_batch_tokens", 1 << 30)))
     shipped = (a.folder / "train_gpt.py").read_bytes()
     data = a.excerpt
     few = data.of_documents(data.documents()[:4])
@@ -658,8 +662,8 @@ NOT_SETTINGS = re.compile(r"PATH|HOME|PYTHON.*|PIP_.*|OMP_.*|CUDA_.*|NCCL_.*|LD_
 @check
 def settings(a: Audit) -> tuple[str, str]:
     """Every variable that the README or a recipe sets for train_gpt.py is one that the script reads, and a misspelt one is refused."""
-    own = (a.folder / "README.md").is_file()
-    readme = (a.folder if own else ROOT) / "README.md"
+    here = (a.folder / "README.md").is_file() or ROOT not in a.folder.resolve().parents     # a run of this repository: its README and recipes
+    readme = (a.folder if here else ROOT) / "README.md"
     files = [readme, *sorted((readme.parent / "recipes").glob("*.env"))]
     named = collections.defaultdict(set)
     for path in files:

@@ -77,6 +77,14 @@ def half(self, cfg):
     self.tokens, self.bytes, self.starts, self.targets = self.tokens[:n], self.bytes[:n], self.starts[self.starts < n - 1], n - 1
 ValidationStream.__init__ = half
 """, SPREADS),
+    scorer("B05", "the glob of the validation shards takes the byte sidecar for more tokens", "ledger", """
+_init = ValidationStream.__init__
+def doubled(self, cfg):
+    _init(self, cfg)
+    self.tokens = np.concatenate([self.tokens, np.maximum(self.bytes, 2).astype(self.tokens.dtype)])
+    self.bytes, self.targets = np.concatenate([self.bytes, 0 * self.bytes]), len(self.tokens) - 1
+ValidationStream.__init__ = doubled
+""", SPREADS),
     scorer("B10", "the tail behind the last whole window is dropped", "ledger", """
 _init = ValidationStream.__init__
 def trimmed(self, cfg):
