@@ -43,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 
 CAP, BUDGET_SECONDS = 16_000_000, 600
 PASS, FAIL, DISPUTED, NOT_RUN = "PASS", "FAIL", "DISPUTED", "NOT RUN"
@@ -715,6 +715,20 @@ def stream(a: Audit) -> tuple[str, str]:
     return verdict_of(faults, f"{len(tokens):,} tokens, {len(starts):,} documents ({int((lengths_ == 1).sum())} empty, longest {int(lengths_.max(initial=0)):,})")
 
 
+def spelt_texts(data: Dataset, sp) -> list[str]:
+    """What the tokens of each document decode to, CaseOps undone."""
+    import lossless_caps
+    caseops = all(not sp.is_unknown(sp.piece_to_id(operator)) for operator in lossless_caps.OPERATORS)
+    texts = []
+    for start, end in data.documents():
+        text = sp.decode(data.tokens[start + 1:end].tolist())
+        try:
+            texts.append(lossless_caps.decode(text) if caseops else text)
+        except lossless_caps.CaseOpsError:                                # normalisation joined a capital and its accent: the operators say nothing any more
+            texts.append(text.translate(dict.fromkeys(map(ord, lossless_caps.OPERATORS))))
+    return texts
+
+
 def source_texts(data: Dataset) -> list[str] | None:
     """The original text of the validation documents where the manifest's source is on this machine, unchanged; documents without tokens left out."""
     manifest = read_json(data.folder / "manifest.json")
@@ -743,13 +757,12 @@ def bytes_(a: Audit) -> tuple[str, str]:
     if model is None:
         raise NotRun(f"{data.folder}: no tokenizer")
     import sentencepiece
-    from report import document_texts
     sp, spans = sentencepiece.SentencePieceProcessor(model_file=str(model)), data.documents()
     held = np.array([data.sizes[start:end].sum(dtype=np.int64) for start, end in spans])
     special = np.array([sp.is_control(i) or sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(sp.vocab_size())])
     paid = int(data.sizes[special[data.tokens]].sum(dtype=np.int64))
     faults = [f"operators and control tokens hold {paid:,} bytes"] if paid else []
-    decoded, texts = document_texts(data.tokens, model), source_texts(data)
+    decoded, texts = spelt_texts(data, sp), source_texts(data)
     if texts is None:
         spelt = np.array([len(text.encode("utf-8", "replace")) for text in decoded])
         off = (int(held.sum()) - int(spelt.sum())) / max(int(spelt.sum()), 1)
