@@ -2729,6 +2729,26 @@ def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
     ledger.write(targets, parts[0] if ngram is None else ngram.scored(targets, *parts))
 
 
+def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
+    """Where the bits of a finished pass are: BPB by document length and by position, both in tokens, and a 95 % interval over documents.
+
+    The interval is the bootstrap's: 1,000 draws of as many documents as there are, each with its nats and bytes.
+    """
+    ends = np.append(val.starts[1:], val.targets)
+    lengths = (ends - val.starts)[val.starts < val.targets]
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    nats, size = (np.bincount(document, values, len(lengths)) for values in (ledger.nats / math.log(2), val.target_bytes))
+    draws = np.random.default_rng(0).integers(0, len(lengths), (1000, len(lengths)))
+    interval = np.quantile(nats[draws].sum(1) / np.maximum(size[draws].sum(1), 1), (0.025, 0.975))
+    position, result = np.arange(val.targets) - val.starts[document], {"bpb_interval": interval.tolist(), "bpb_by_length": [], "bpb_by_position": []}
+    for low, high in ((0, 64), (64, 256), (256, 1024), (1024, 2048), (2048, 8192), (8192, 1 << 40)):
+        for name, within in (("length", (lengths[document] > low) & (lengths[document] <= high)), ("position", (position >= low) & (position < high))):
+            if val.target_bytes[within].sum(dtype=np.int64):
+                bpb = ledger.nats[within].sum() / math.log(2) / val.target_bytes[within].sum(dtype=np.int64)
+                result[f"bpb_by_{name}"].append({"upto": high, "bpb": float(bpb), "targets": int(within.sum()), "documents": int(len(np.unique(document[within])))})
+    return result
+
+
 class Scorer:
     """Document-bounded scoring: windows never cross a document's start, each validation target is scored once, whatever the number of ranks."""
 
@@ -3363,7 +3383,7 @@ class Run:
             "hardware": (f"{self.ranks.world} x {torch.cuda.get_device_name()}" if self.ranks.device.type == "cuda"
                          else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__},
-            "source_sha256": hashlib.sha256(SOURCE.encode()).hexdigest(),
+            "source_sha256": hashlib.sha256((SOURCE if "PACKED_PATH" in globals() else strip_source(SOURCE)).encode()).hexdigest(),
             "settings_sha256": cfg.sha256(), "attention": self.attention}
         changed = [f"{k.upper()}={v}" for k, v in cfg.settings().items() if v != getattr(Config(), k)]
         log(f"hardware {self.environment['hardware']}, attention {self.attention}, " + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items()))
@@ -3510,7 +3530,7 @@ def score_artifact(run: Run, model: GPT):
     others = sorted(k.upper() for k, v in cfg.settings().items() if v != meta["settings"].get(k))
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
-    ledger = run.ledger("quantized")
+    ledger, run.result["segments"] = run.ledger("quantized"), [len(run.val.starts)]
     if meta["settings"].get("prequant_ttt_enabled"):
         ledger.break_condition("C3", PREQUANT_REASON)
     if cfg.ttt_enabled or cfg.ngram_enabled:
@@ -3521,6 +3541,7 @@ def score_artifact(run: Run, model: GPT):
             adaptation.warm_up()
         with run.phases("adapt"):
             run.result["bpb"]["adapted"] = adaptation.score()
+        run.result["segments"] = [s.last - s.first for s in adaptation.segments]     # what the audit may hold us to: documents of a segment are independent
     else:
         scorer = Scorer(model, cfg, run.ranks, run.log)
         with run.phases("compile_eval"):
@@ -3529,6 +3550,7 @@ def score_artifact(run: Run, model: GPT):
             run.result["bpb"]["quantized"] = scorer.score(run.val, ledger, cfg.eval_stride)
     run.log(f"{ledger.name}: {run.result['bpb'][ledger.name]:.5f} BPB")
     run.headline = ledger.name
+    run.result.update(anatomy(ledger, run.val))
     if cfg.ledger_path and run.ranks.main:
         with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
             np.save(f, ledger.nats)
