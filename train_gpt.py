@@ -15,7 +15,9 @@ Scoring, N-gram, Test-time training, Packer, Main.
 """
 
 import ast
+import collections
 import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -35,9 +37,9 @@ import time
 import tokenize
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -177,15 +179,32 @@ class Config:
     prequant_ttt_lr: float = setting(5e-4, "learning rate of the first pass, by a cosine to a tenth of it in the last")
     prequant_ttt_freeze_blocks: int = setting(2, "first layers that stay as they are, like the embedding")
     # quantizer and artifact
-    matrix_bits: int = setting(6, "symbol range of matrices: +-(2^(bits-1) - 1)", "[2, 8]")
+    rate_distortion: bool = setting(True, "choose every quantiser step by what it costs in loss, so that the artifact just fits ARTIFACT_CAP (off: the *_CLIP_SIGMAS)")
+    rate_batches: int = setting(4, "calibration batches whose gradients tell what a row's error costs", POSITIVE)
+    rate_rows: float = setting(0.75, "power to which the rows of a matrix follow their gradients; 0: all alike", "[0, 4]")
+    rate_embed_rows: float = setting(0.25, "the same for embedding rows, most of which calibration sees seldom", "[0, 4]")
+    rate_columns: float = setting(1.0, "power to which columns follow the Hessian's Cholesky diagonal; 0: all alike", "[0, 4]")
+    matrix_bits: int = setting(6, "without RATE_DISTORTION: symbol range of matrices, +-(2^(bits-1) - 1)", "[2, 8]")
     embed_bits: int = setting(7, "symbol range of the embedding", "[2, 8]")
     mlp_clip_sigmas: float = setting(11.5, "MLP rows: step = this many row standard deviations over the range")
     attn_clip_sigmas: float = setting(13.0, "the same for attention rows")
     embed_clip_sigmas: float = setting(14.0, "the same for embedding rows")
     gptq_calibration_batches: int = setting(16, "micro-batches of training data whose activations weigh the rounding error", POSITIVE)
     gptq_damping: float = setting(0.01, "added to the Hessian's diagonal, as a share of its mean")
+    awq_lite_enabled: bool = setting(False, "without RATE_DISTORTION: finer steps for the most salient groups of columns")
+    awq_lite_bits: int = setting(8, "symbol range of such a group", "[2, 8]")
+    awq_lite_group_size: int = setting(64, "columns of a group", POSITIVE)
+    awq_lite_group_top_k: int = setting(1, "groups, of all matrices")
+    lqer_enabled: bool = setting(False, "correct the rounding error of some matrices by a low-rank product")
+    lqer_rank: int = setting(4, "its rank", POSITIVE)
+    lqer_top_k: int = setting(3, "corrected matrices: those of largest error")
+    lqer_asym_group: int = setting(64, "values of the int4 factor that share a scale", POSITIVE)
+    lqer_gain_select: bool = setting(False, "of four times as many matrices, correct those where a byte removes most error")
+    lqer_weight: str = setting("none", "inputs' moments that weigh that error: none, their diagonal, or all of the hessian", "none, diagonal, hessian")
+    gated_attn_quant_gate: bool = setting(False, "store the attention gate in int8 rows instead of fp16")
+    logit_calibration_enabled: bool = setting(False, "fit a logit scale and biases of 14 token categories on training tokens after quantisation")
     artifact_cap: int = setting(16_000_000, "most bytes of train_gpt.py and model.bin together", POSITIVE)
-    artifact_margin: int = setting(2_000, "bytes below ARTIFACT_CAP at which the quantiser's steps begin to widen")
+    artifact_margin: int = setting(2_000, "bytes below ARTIFACT_CAP that the artifact may not enter")
     # scoring
     eval_seq_len: int = setting(2048, "longest context of a scored token; windows never cross a document's start", POSITIVE)
     eval_stride: int = setting(0, "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
@@ -199,17 +218,17 @@ class Config:
     ttt_eval_seq_len: int = setting(2048, "longest context of a scored token", POSITIVE)
     ttt_backprop_tokens: int = setting(64, "tokens before a chunk that are run again with it, so that gradients reach back; TTT_EVAL_SEQ_LEN: the exact recompute of #1855")
     ttt_mask: str = setting("", "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
-    ttt_lora_rank: int = setting(80, "rank of the adapters", POSITIVE)
+    ttt_lora_rank: int = setting(32, "rank of the adapters", POSITIVE)
     ttt_lora_alpha: float = setting(144.0, "adapters are scaled by this over their rank")
     ttt_lora_lr: float = setting(1e-4, "Adam learning rate of the adapters")
-    ttt_local_lr_mult: float = setting(1.0, "factor of TTT_LORA_LR")
+    ttt_local_lr_mult: float = setting(1.5, "factor of TTT_LORA_LR")
     ttt_beta2: float = setting(0.99, "Adam beta2 of the adapters; there is no first moment", SHARE)
     ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters")
     ttt_warm_start: float = setting(1.0, "after each segment the adapters' start moves this far to the mean of its documents' adapters; 0: never")
     ttt_grad_steps: int = setting(1, "steps on each chunk after it is scored; 0: carried context only")
     phased_ttt_num_phases: int = setting(3, "times the base weights learn from the scored prefix; 0: never")
     phased_ttt_prefix_docs: int = setting(2500, "documents of that prefix, in stream order")
-    global_ttt_lr: float = setting(0.001, "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
+    global_ttt_lr: float = setting(0.03, "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
     global_ttt_momentum: float = setting(0.9, "SGD momentum, fresh in each phase", SHARE)
     global_ttt_epochs: int = setting(1, "passes over the prefix in each phase (TTT_METHOD=sgd: over each chunk)")
     global_ttt_chunk_tokens: int = setting(32768, "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", POSITIVE)
@@ -283,7 +302,8 @@ class Config:
 NOT_SETTINGS = frozenset(("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device", "compile",
                           "attention", "fa3_library", "rank", "local_rank", "world_size", "train_log_every"))
 OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "AWQ_", "LOOP_", "ROPE_", "EMBED_", "MLP_", "ATTN_", "MATRIX_", "XSA_", "EMA_",
-                "NGRAM_", "PHASED_", "PREQUANT_", "GLOBAL_TTT_", "PARALLEL_", "SMEAR_", "SPARSE_", "SKIP_", "ARTIFACT_", "LEDGER_", "WARMDOWN_", "MICRO_", "GATE_")
+                "NGRAM_", "PHASED_", "PREQUANT_", "GLOBAL_TTT_", "PARALLEL_", "SMEAR_", "SPARSE_", "SKIP_", "RATE_", "GATED_", "LOGIT_",
+                "ARTIFACT_", "LEDGER_", "WARMDOWN_", "MICRO_", "GATE_")
 
 
 def check_names(env, fields):
@@ -399,7 +419,7 @@ class Clock:
     LEAD = 2
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.pending, self.steps, self.seconds = ranks, deque(), 0, 0.0
+        self.ranks, self.pending, self.steps, self.seconds = ranks, collections.deque(), 0, 0.0
         ranks.synchronize()
         ranks.agree(0)
         self.start = time.perf_counter()
@@ -1483,6 +1503,7 @@ class GPT(nn.Module):
         inverse = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32) / max(cfg.rope_dims, 1))
         self.register_buffer("rope_frequency", inverse, persistent=False)
         self.caps = parameter(2, value=cfg.logit_softcap) if cfg.asym_logit_rescale else nn.Buffer(torch.full((2,), cfg.logit_softcap), persistent=False)
+        self.calibration = None                                         # factor () and bias (V,) of the softcapped logits, where the artifact has them
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -1596,9 +1617,14 @@ class GPT(nn.Module):
     def nll(self, hidden: Tensor, targets: Tensor, *, lora=None, hint: Tensor | None = None):
         """hidden (T, d), targets (T,) int64 -> nats per token (T,) fp32; with hint (T,) int64 also the log-probability of the hinted token."""
         w = self.tok_emb.to(self.dtype)
-        if lora is None and hint is None:
+        if lora is None and hint is None and self.calibration is None:
             return head_nll(hidden, w, targets, self.caps)
         z = project(hidden, w, lora.at("head", 0) if lora is not None else None)
+        if self.calibration is not None:
+            logits = self.calibration[0] * softcap(z, self.caps) + self.calibration[1]
+            lse = logits.logsumexp(-1)
+            nats = lse - logits.gather(1, targets[:, None])[:, 0]
+            return nats if hint is None else (nats, logits.gather(1, hint[:, None])[:, 0] - lse)
         nats, lse = softcap_nll(z, targets, self.caps)
         return nats if hint is None else (nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - lse)
 
@@ -1945,32 +1971,26 @@ class Trainer:
 class MatrixKind(NamedTuple):
     """How one kind of matrix is quantised."""
     hessian: str          # which tap weighs its rounding error
-    bits: str             # settings that hold its symbol range and its step
+    bits: str             # settings that hold its symbol range, its step, and how far rows differ by their share in the loss
     sigmas: str
+    rows: str
 
 
 MATRICES = {
-    "qkv": MatrixKind("qkv", "matrix_bits", "attn_clip_sigmas"),
-    "o": MatrixKind("o", "matrix_bits", "attn_clip_sigmas"),
-    "up": MatrixKind("up", "matrix_bits", "mlp_clip_sigmas"),
-    "down": MatrixKind("down", "matrix_bits", "mlp_clip_sigmas"),
-    "tok_emb": MatrixKind("head", "embed_bits", "embed_clip_sigmas"),
+    "qkv": MatrixKind("qkv", "matrix_bits", "attn_clip_sigmas", "rate_rows"),
+    "o": MatrixKind("o", "matrix_bits", "attn_clip_sigmas", "rate_rows"),
+    "up": MatrixKind("up", "matrix_bits", "mlp_clip_sigmas", "rate_rows"),
+    "down": MatrixKind("down", "matrix_bits", "mlp_clip_sigmas", "rate_rows"),
+    "tok_emb": MatrixKind("head", "embed_bits", "embed_clip_sigmas", "rate_embed_rows"),
 }
 FOLDED = {"attn_scale": "o", "mlp_scale": "down"}                       # vectors that become part of the rows of a matrix
+SYMBOL_MAX = 127
+SCALE_STEPS, COLUMN_STEPS = 16, 4                                       # codes per octave of the scales of rows, 4.4 % apart, and of columns, 19 %
 
 
 def binary_roots(n: int) -> list[int]:
-    """2**(i/n) * 2**60 for i < n, n a power of two; integer square roots only."""
-    root, k = 2 << 60, 1
-    while k < n:
-        root, k = math.isqrt(root << 60), 2 * k
-    out = [1 << 60]
-    while len(out) < n:
-        out.append(out[-1] * root >> 60)
-    return out
-
-
-SCALE_STEPS = 16                                                   # codes per octave: 4.4 % apart
+    """2**(i/n) * 2**60 for i < n; decimal's exp and ln are correctly rounded, so every machine agrees."""
+    return [int((Decimal(2).ln() * i / n).exp() * 2**60) for i in range(n)]
 
 
 def quantize_scales(scale: np.ndarray) -> np.ndarray:
@@ -1986,34 +2006,43 @@ def dequantize_scales(codes: np.ndarray) -> np.ndarray:
 
 
 class HessianTap:
-    """Sums x x^T over the tokens at the input of every matrix: {kind: (layers, in, in) fp32}. Visits of one layer add up."""
+    """Sums x x^T over the tokens at the input of every matrix: {kind: (layers, in, in) fp32}; visits of one layer add up. "NAME.rows": see learn_rows."""
 
     def __init__(self, model: GPT):
         cols = {"qkv": model.qkv.size(2), "o": model.o.size(2), "up": model.up.size(2), "down": model.down.size(2)}
         device = model.tok_emb.device
         self.sums = {kind: torch.zeros(model.cfg.num_layers, n, n, device=device) for kind, n in cols.items()}
         self.sums["head"] = torch.zeros(1, model.cfg.model_dim, model.cfg.model_dim, device=device)
+        self.sums |= {f"{name}.rows": torch.zeros_like(getattr(model, name)[..., 0]) for name in MATRICES}
 
     def __call__(self, kind: str, layer: int, x: Tensor):
         x = x.detach().float()
         self.sums[kind][layer].addmm_(x.T, x)
 
+    def learn_rows(self, model: GPT, batch: Batch, seed: int):
+        """Add the squared gradient of every matrix row, summed over tokens as if each had its own backward pass: their losses get random signs."""
+        signs = torch.randint(0, 2, batch.targets.shape, generator=torch.Generator().manual_seed(seed)).to(batch.targets.device) * 2 - 1
+        nats = model.nll(model.trunk(batch.tokens, batch.seq, looped=model.cfg.looped), batch.targets.clamp(min=0))
+        gradients = torch.autograd.grad((nats * signs * (batch.targets >= 0)).sum(), [getattr(model, name) for name in MATRICES])
+        for name, gradient in zip(MATRICES, gradients):
+            self.sums[f"{name}.rows"] += gradient.square().sum(-1)
 
-@torch.no_grad()
+
 def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> dict[str, Tensor]:
-    """Mean over calibration batches, spread evenly over the training stream, through the model's own forward.
+    """Mean over calibration batches, spread evenly over the training stream, through the model's own forward: what a HessianTap sums up.
 
     Batches are dealt to the ranks and added in the same order everywhere, so the sums do not depend on the number of ranks.
     """
     total = HessianTap(model).sums
     batches, micro = cfg.gptq_calibration_batches, cfg.micro_batch_tokens
     for first in range(0, batches, ranks.world):
-        mine = HessianTap(model)
-        if first + ranks.rank < batches:
-            start = (first + ranks.rank) * max(stream.tokens - micro, 1) // batches
-            batch = to_device(stream.micro_batch(start, micro, cfg.train_seq_len), ranks.device)
-            hidden = model.trunk(batch.tokens, batch.seq, looped=cfg.looped, tap=mine)
-            mine("head", 0, hidden)
+        mine, i = HessianTap(model), first + ranks.rank
+        if i < batches:
+            batch = to_device(stream.micro_batch(i * max(stream.tokens - micro, 1) // batches, micro, cfg.train_seq_len), ranks.device)
+            with torch.no_grad():
+                mine("head", 0, model.trunk(batch.tokens, batch.seq, looped=cfg.looped, tap=mine))
+            if cfg.rate_distortion and i < cfg.rate_batches:
+                mine.learn_rows(model, batch, i)
         for rank in range(min(ranks.world, batches - first)):
             for kind, sums in mine.sums.items():
                 part = sums.clone() if rank == ranks.rank else torch.empty_like(sums)
@@ -2023,44 +2052,47 @@ def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks)
     return {kind: sums / batches for kind, sums in total.items()}
 
 
-def error_feedback(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factors of the inverses of hessian (n, cols, cols) + damping * its mean diagonal, in fp64 and returned in fp32.
+def error_feedback(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """hessian (n, cols, cols) -> the order of columns (n, cols), by falling diagonal, and upper Cholesky factors of the inverses in that order, fp32.
 
-    Activations span many orders of magnitude: where rounding has made a Hessian indefinite, its damping grows tenfold until it is not.
+    The mean diagonal times damping is added, in fp64. Activations span many orders of magnitude: where rounding has made a Hessian indefinite, its
+    damping grows tenfold until it is not. An input that never fires counts as one of variance 1.
     """
-    h, mean = hessian.double(), hessian.diagonal(dim1=1, dim2=2).double().mean(1)
+    h = hessian.double()
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    diagonal.add_(diagonal == 0)
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
+    mean = diagonal.mean(1)
     damp = torch.full_like(mean, damping)
     for _ in range(8):
-        damped = h + torch.diag_embed((damp * mean)[:, None].expand(-1, h.size(1)))
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower, info = torch.linalg.cholesky_ex(h + torch.diag_embed((damp * mean)[:, None].expand(-1, h.size(1))))
         if not info.any():
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+            return order, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
         damp = torch.where(info > 0, (10 * damp).clamp_min(1e-6), damp)
     raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
 
 
-def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, block: int = 128) -> Tensor:
+def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, column: Tensor | None = None, block: int = 128) -> Tensor:
     """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet rounded (GPTQ, arXiv 2210.17323).
 
-    hessian (n, cols, cols) fp32 is the second moment of the inputs. Returns symbols int16 in -limit..limit. Columns go in order of falling
-    diagonal; one whose input never fires is zero.
+    hessian (n, cols, cols) fp32 is the second moment of the inputs. column (n, cols): factors of the step; where one is below 1, symbols may reach
+    SYMBOL_MAX instead of limit. Returns symbols int16. Columns go in order of falling diagonal; one whose input never fires is zero.
     """
-    w, h = w.float().clone(), hessian.clone()
-    diagonal = h.diagonal(dim1=1, dim2=2)
-    dead = diagonal == 0
-    w.masked_fill_(dead[:, None], 0.0)
-    diagonal.add_(dead)
-    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    w = w.float().masked_fill((hessian.diagonal(dim1=1, dim2=2) == 0)[:, None], 0.0)
+    order, upper = error_feedback(hessian, damping)
     w = w.gather(2, order[:, None].expand_as(w))
-    upper = error_feedback(h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h)), damping)
+    column = torch.ones_like(upper[:, 0]) if column is None else column.gather(1, order)
+    top = torch.where(column < 1, SYMBOL_MAX, limit)
     symbols = torch.empty_like(w, dtype=torch.int16)
     for lo in range(0, w.size(2), block):
         hi = min(lo + block, w.size(2))
         errors = torch.empty_like(w[:, :, lo:hi])
         for j in range(lo, hi):
-            s = (w[:, :, j] / step).round().clamp(-limit, limit)
+            scale = step * column[:, j, None]
+            s = (w[:, :, j] / scale).round().clamp(-top[:, j, None], top[:, j, None])
             symbols[:, :, j] = s.to(torch.int16)
-            e = (w[:, :, j] - s * step) / upper[:, j, j, None]
+            e = (w[:, :, j] - s * scale) / upper[:, j, j, None]
             w[:, :, j + 1:hi].baddbmm_(e[:, :, None], upper[:, j, None, j + 1:hi], alpha=-1)
             errors[:, :, j - lo] = e
         w[:, :, hi:].baddbmm_(errors, upper[:, lo:hi, hi:], alpha=-1)
@@ -2077,31 +2109,143 @@ def folded_state(model: GPT) -> dict[str, Tensor]:
     return state
 
 
-def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks, widen: float = 1.0) -> dict[str, np.ndarray]:
-    """The arrays of the artifact: KIND.LAYER.symbols int8 (rows, cols) and KIND.LAYER.step int16 codes for matrices, fp16 for the rest.
+class Steps(NamedTuple):
+    """The quantiser's step of weight (layer, row, column) is row * column."""
+    row: Tensor           # (layers, rows) fp32
+    column: Tensor        # (layers, cols) fp32
+    limit: int            # largest symbol
 
-    Every step is ``widen`` times what the settings say. Kinds are dealt to the ranks; each is solved whole by one of them, so the symbols
-    do not depend on the number of ranks.
+
+def clip_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
+    """The published recipe: *_CLIP_SIGMAS standard deviations of a row over the symbol range (#1394), times 2**saved.
+
+    AWQ-lite (#1908): in the AWQ_LITE_GROUP_TOP_K groups of columns with the largest sum of activation RMS times mean weight, of all matrices, steps are
+    those of AWQ_LITE_BITS.
+    """
+    steps, scores = {}, []
+    visits = torch.bincount(torch.tensor([v.layer for v in model.schedules[cfg.looped]]), minlength=cfg.num_layers).to(model.tok_emb.device)
+    for name, kind in MATRICES.items():
+        w, bits, size = weights[name], getattr(cfg, kind.bits), cfg.awq_lite_group_size
+        limit = 2 ** (bits - 1) - 1
+        diagonal = hessians[kind.hessian].diagonal(dim1=1, dim2=2)
+        steps[name] = Steps((2 ** saved * getattr(cfg, kind.sigmas) * w.std(2) / limit).clamp_min(1e-6), torch.ones_like(diagonal), limit)
+        if cfg.awq_lite_enabled and bits < cfg.awq_lite_bits and size <= w.size(2):
+            groups = ((diagonal / (visits[:, None] if len(w) > 1 else 1)).sqrt() * w.abs().mean(1)).unfold(1, size, size).sum(2).tolist()
+            scores += [(score, name, layer, at) for layer, row in enumerate(groups) for at, score in enumerate(row)]
+    for _, name, layer, at in sorted(scores, reverse=True)[:cfg.awq_lite_group_top_k]:
+        fine = 2.0 ** (getattr(cfg, MATRICES[name].bits) - cfg.awq_lite_bits)
+        steps[name].column[layer, at * cfg.awq_lite_group_size:(at + 1) * cfg.awq_lite_group_size] = fine
+    return steps
+
+
+def rate_distortion_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
+    """Steps at which one more bit anywhere lowers the loss by the same amount (reverse water-filling), for ARTIFACT_CAP bytes less ``saved`` bits a weight.
+
+    Rounding adds sum_r g_r dW_r H dW_r^T / 2 to the loss, g_r being the mean squared gradient of output r. GPTQ leaves dW_r H dW_r^T = sum_j d_j
+    step_rj^2 / 12, d_j being the squared diagonal of H's Cholesky factor, and a bit halves a step: g_r d_j step_rj^2 must be the same everywhere. Matrices
+    differ by the mean of g_r; its spread over rows enters to the power RATE_ROWS, as rarely used rows are known badly. A Gaussian row takes
+    log2(1 + 2 pi e (sigma / step)^2) / 2 bits a weight.
+    """
+    steps, rates = {}, []
+    folded = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
+    for name, kind in MATRICES.items():
+        w, h = weights[name], hessians[kind.hessian]
+        order, upper = error_feedback(h, cfg.gptq_damping)
+        log_d = -2 * upper.diagonal(dim1=1, dim2=2).gather(1, order.argsort(dim=1)).log2()
+        g = hessians[f"{name}.rows"].view(w.shape[:2]) / (folded[name].square().clamp_min(1e-6) if name in folded else 1)
+        mean = g.mean(1, keepdim=True).clamp_min(1e-20)
+        g = (g / mean + 0.1).pow(getattr(cfg, kind.rows)) * mean / h.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_min(1e-20)
+        level = log_d.mean(1, keepdim=True)
+        column = ((level - log_d) * (COLUMN_STEPS * cfg.rate_columns / 2)).round().clamp(-SYMBOL_MAX, SYMBOL_MAX).div(COLUMN_STEPS).exp2()
+        finest = (w.abs() / column[:, None]).amax(2) / (0.97 * SYMBOL_MAX)
+        steps[name] = Steps(((-level - g.log2()) / 2).exp2(), column, SYMBOL_MAX)
+        rates.append((steps[name].row, finest.clamp_min(1e-12), w.std(2), w.size(2)))
+    low, high, budget = -60.0, 60.0, 8 * cfg.artifact_cap - saved * sum(w.numel() for w in weights.values())
+    for _ in range(40):
+        middle = (low + high) / 2
+        spent = sum(float((0.5 * n * (1 + 2 * math.pi * math.e * (sigma / (row * 2 ** middle).maximum(finest)).square()).log2()).sum()) for row, finest, sigma, n in rates)
+        low, high = (middle, high) if spent > budget else (low, middle)
+    return {name: s._replace(row=(s.row * 2 ** high).maximum(finest)) for (name, s), (_, finest, _, _) in zip(steps.items(), rates)}
+
+
+def lqer(error: Tensor, hessian: Tensor, cfg: Config) -> tuple[dict[str, np.ndarray], float]:
+    """A correction A B of rank LQER_RANK for ``error`` (rows, cols): A int2 of one scale, B int4 of one scale for LQER_ASYM_GROUP values (#1797).
+
+    It is the best in the norm tr(E H E^T), H by LQER_WEIGHT. Returns its arrays by suffix and the squared norm it removes for each byte.
+    """
+    h = {"none": torch.eye(len(hessian)).to(hessian), "diagonal": hessian.diagonal().diag(), "hessian": hessian}[cfg.lqer_weight].double()
+    lower = torch.linalg.cholesky(h + (cfg.gptq_damping + 1e-6) * h.diagonal().mean().clamp_min(1e-30) * torch.eye(len(h)).to(h))
+    weighted = error.double() @ lower
+    v = torch.linalg.eigh(weighted.T @ weighted)[1].flip(1)[:, :cfg.lqer_rank]
+    a, b = weighted @ v, torch.linalg.solve_triangular(lower, v.T, upper=False, left=False)
+    groups = F.pad(b.flatten(), (0, -b.numel() % cfg.lqer_asym_group)).view(-1, cfg.lqer_asym_group)
+    scales = torch.cat((a.abs().max()[None] / 1.5, groups.abs().amax(1) / 7.5)).clamp(1e-7, 6e4).half()
+    a, b = (a / scales[0]).round().clamp(-2, 1), (groups / scales[1:, None]).round().clamp(-8, 7)
+    arrays = {"lqer_a": a.to(torch.int8).cpu().numpy(), "lqer_b": b.to(torch.int8).cpu().numpy(), "lqer_scales": scales.cpu().numpy()}
+    rest = (error - lqer_product(arrays, len(h)).to(error.device)).double() @ lower
+    return arrays, float(weighted.square().sum() - rest.square().sum()) / (a.numel() / 4 + b.numel() / 2 + 2 * len(scales))
+
+
+def lqer_product(arrays: dict[str, np.ndarray], cols: int) -> Tensor:
+    """A B (rows, cols) fp32 of lqer's arrays."""
+    a, b, scales = (torch.from_numpy(arrays[name].astype(np.float32)) for name in ("lqer_a", "lqer_b", "lqer_scales"))
+    return scales[0] * a @ (b * scales[1:, None]).flatten()[:a.size(1) * cols].view(-1, cols)
+
+
+def add_corrections(arrays: dict[str, np.ndarray], weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config):
+    """LQER for the LQER_TOP_K matrices with the largest Frobenius error; by LQER_GAIN_SELECT those of four times as many that gain most for each byte."""
+    errors = {(name, layer): w[layer] - dequantize_matrix(arrays, name, layer).to(w.device) for name, w in weights.items() for layer in range(len(w))}
+    largest = sorted(errors, key=lambda at: -errors[at].norm().item())[:cfg.lqer_top_k * (4 if cfg.lqer_gain_select else 1)]
+    found = [(lqer(errors[at], hessians[MATRICES[at[0]].hessian][at[1]], cfg), at) for at in largest]
+    if cfg.lqer_gain_select:
+        found = sorted([f for f in found if f[0][1] > 0], key=lambda f: -f[0][1])[:cfg.lqer_top_k]
+    for (parts, _), (name, layer) in found:
+        arrays.update({f"{name}.{layer}.{suffix}": part for suffix, part in parts.items()})
+
+
+def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks, saved: float = 0.0) -> dict[str, np.ndarray]:
+    """The arrays of the artifact: KIND.LAYER.symbols int8 (rows, cols), KIND.LAYER.step int16 codes of rows and KIND.LAYER.column int8 codes of columns
+    (where they are not all 1) and LQER's for matrices, int8 rows for gates where set, fp16 for the rest.
+
+    A weight gets ``saved`` bits fewer than the settings say. Kinds are dealt to the ranks; each is solved whole by one of them, so the symbols do not
+    depend on the number of ranks.
     """
     state, arrays = folded_state(model), {}
-    for i, (name, kind) in enumerate(MATRICES.items()):
-        w = state.pop(name)
-        w = w if w.ndim == 3 else w[None]
-        limit = 2 ** (getattr(cfg, kind.bits) - 1) - 1
-        codes = quantize_scales((widen * getattr(cfg, kind.sigmas) * w.std(2) / limit).clamp_min(1e-6).cpu().numpy())
-        symbols = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-        owner = i % ranks.world
+    weights = {name: state.pop(name) for name in MATRICES}
+    weights = {name: w if w.ndim == 3 else w[None] for name, w in weights.items()}
+    plan = rate_distortion_steps if cfg.rate_distortion else clip_steps
+    for i, (name, steps) in enumerate(plan(model, weights, hessians, cfg, saved).items()):
+        w, codes, owner = weights[name], quantize_scales(steps.row.cpu().numpy()), i % ranks.world
+        step, symbols = torch.from_numpy(dequantize_scales(codes)).to(w.device), torch.empty(w.shape, dtype=torch.int8, device=w.device)
         if ranks.rank == owner:
-            step = torch.from_numpy(dequantize_scales(codes)).to(w.device)
-            symbols = gptq(w, hessians[kind.hessian], step, limit, cfg.gptq_damping).to(torch.int8)
+            symbols = gptq(w, hessians[MATRICES[name].hessian], step, steps.limit, cfg.gptq_damping, steps.column).to(torch.int8)
         if ranks.world > 1:
             dist.broadcast(symbols, owner)
         for layer in range(len(w)):
             arrays[f"{name}.{layer}.symbols"], arrays[f"{name}.{layer}.step"] = symbols[layer].cpu().numpy(), codes[layer]
+            column = (steps.column[layer].log2() * COLUMN_STEPS).round().to(torch.int8).cpu().numpy()
+            if column.any():
+                arrays[f"{name}.{layer}.column"] = column
+    if cfg.lqer_enabled:
+        add_corrections(arrays, weights, hessians, cfg)
     for name, value in state.items():
-        if name not in FOLDED:
+        if name == "attn_gate" and cfg.gated_attn_quant_gate:
+            scale = (value.abs().amax(-1) / SYMBOL_MAX).clamp_min(1e-7).half()
+            arrays["attn_gate.int8"] = (value / scale[..., None]).round().clamp(-SYMBOL_MAX, SYMBOL_MAX).to(torch.int8).cpu().numpy()
+            arrays["attn_gate.scale"] = scale.cpu().numpy()
+        elif name not in FOLDED:
             arrays[name] = value.half().cpu().numpy()
     return arrays
+
+
+def dequantize_matrix(arrays: dict[str, np.ndarray], name: str, layer: int) -> Tensor:
+    """One matrix of quantize's arrays, (rows, cols) fp32."""
+    parts = {suffix: arrays.get(f"{name}.{layer}.{suffix}") for suffix in ("symbols", "step", "column", "lqer_a", "lqer_b", "lqer_scales")}
+    w = parts["symbols"].astype(np.float32) * dequantize_scales(parts["step"])[:, None]
+    if parts["column"] is not None:
+        w *= dequantize_scales(parts["column"].astype(np.int64) * (SCALE_STEPS // COLUMN_STEPS))
+    w = torch.from_numpy(w)
+    return w if parts["lqer_a"] is None else w + lqer_product(parts, w.size(1))
 
 
 def dequantize(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -2109,13 +2253,14 @@ def dequantize(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     state, layers = {}, {}
     for name, array in arrays.items():
         if name.endswith(".symbols"):
-            matrix, layer, _ = name.split(".")
-            w = array.astype(np.float32) * dequantize_scales(arrays[f"{matrix}.{layer}.step"])[:, None]
-            layers.setdefault(matrix, {})[int(layer)] = torch.from_numpy(w)
-        elif not name.endswith(".step"):
+            layers[name.split(".")[0]] = layers.get(name.split(".")[0], 0) + 1
+        elif name == "attn_gate.int8":
+            state["attn_gate"] = torch.from_numpy(array.astype(np.float32) * arrays["attn_gate.scale"].astype(np.float32)[..., None])
+        elif "." not in name:
             state[name] = torch.from_numpy(array.astype(np.float32))
-    for name, parts in layers.items():
-        state[name] = torch.stack([parts[i] for i in range(len(parts))]) if name != "tok_emb" else parts[0]
+    for name, count in layers.items():
+        state[name] = torch.stack([dequantize_matrix(arrays, name, layer) for layer in range(count)])
+    state["tok_emb"] = state["tok_emb"][0]
     for vector, matrix in FOLDED.items():
         state[vector] = torch.ones(state[matrix].shape[:2])
     return state
@@ -2129,9 +2274,52 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
             if shape != tuple(p.shape):
                 raise UserError(f"{origin}: holds {shape} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with")
             p.copy_(state[name])
-    unknown = set(state) - {name for name, _ in model.named_parameters()} - (set(FOLDED))
+    unknown = set(state) - {name for name, _ in model.named_parameters()} - {*FOLDED, "logit_calibration"}
     if unknown:
         raise UserError(f"{origin}: holds {', '.join(sorted(unknown))}, which the settings do not use; use the settings it was made with")
+    model.calibration = None
+    if "logit_calibration" in state:
+        model.calibration = calibration(state["logit_calibration"].to(model.tok_emb.device), piece_features(model.cfg).to(model.tok_emb.device))
+
+
+def piece_features(cfg: Config) -> Tensor:
+    """What the tokenizer's pieces look like without their leading space: 14 overlapping categories (V, 14), 0 or 1 (#1924)."""
+    import sentencepiece
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path(cfg)))
+    features = torch.zeros(cfg.vocab_size, 14)
+    for i in range(min(cfg.vocab_size, len(pieces))):
+        piece = pieces.id_to_piece(i)
+        text = piece.removeprefix("\u2581")
+        size = len(text.encode())
+        features[i] = torch.tensor((size == 1, size == 2, size == 3, size == 4, 5 <= size <= 8, size >= 9, text != piece, "\n" in text, any(map(str.isdigit, text)),
+                                    text != "" and not any(c.isalnum() or c.isspace() for c in text), any(map(str.isalpha, text)),
+                                    text.islower(), text.isupper(), text.istitle()))
+    return features
+
+
+def calibration(values: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """15 numbers -> the factor of the softcapped logits, 0.9..1.1, and what is added to them (V,), +-0.5 for each category."""
+    return 0.9 + 0.2 * torch.sigmoid(values[0]), features @ values[1:].clamp(-0.5, 0.5)
+
+
+def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> np.ndarray:
+    """The 15 numbers (fp32) of calibration() that suit the quantised model, from the first 131,072 training tokens; Adam, 256 steps (#1924)."""
+    parts, micro, features = [], cfg.micro_batch_tokens, piece_features(cfg).to(ranks.device)
+    with torch.no_grad():
+        for at in range(0, min(131072, max(stream.tokens - micro, 1)), micro):
+            batch = to_device(stream.micro_batch(at, micro, cfg.train_seq_len), ranks.device)
+            parts += zip(model.trunk(batch.tokens, batch.seq, looped=cfg.looped).split(4096), batch.targets.split(4096))
+    values = torch.zeros(15, device=ranks.device, requires_grad=True)
+    optimizer = torch.optim.Adam([values], lr=0.003)
+    for step in range(256):
+        x, targets = parts[step % len(parts)]
+        model.calibration = scale, _ = calibration(values, features)
+        nats = model.nll(x, targets.clamp(min=0))
+        loss = (nats * (targets >= 0)).sum() / (targets >= 0).sum().clamp_min(1) + 0.01 * (values[1:].square().mean() + (scale - 1).square())
+        values.grad, = torch.autograd.grad(loss, [values])
+        optimizer.step()
+    model.calibration = None
+    return ranks.broadcast_(values.detach().cpu()).numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2139,14 +2327,13 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # Rows of a weight matrix (or columns, where those live in the residual stream) are draws from a correlated Gaussian. The coder learns its
-# covariance from what is already decoded, so a symbol's mean and variance follow from the earlier columns of its row, the earlier rows, the
-# earlier matrices and a paired matrix; nothing of this is stored. Encoder and decoder must agree to the bit on any machine, hence: matrix
-# products only of integers held in float64 (exact in any order below 2**53), everything else element by element in IEEE arithmetic, logarithms
-# and the Gaussian from integer tables, no libm.
-
+# covariance from what is already decoded, so a symbol's mean and variance follow from the earlier columns of its row, the earlier rows and the
+# earlier matrices; nothing of this is stored. Encoder and decoder must agree to the bit on any machine, hence: matrix products only of integers
+# held in float64 (exact in any order below 2**53), everything else element by element in IEEE arithmetic, logarithms and the Gaussian from integer
+# tables, no libm.
 
 LANES = 6144                    # interleaved rANS states; a step codes one column of up to this many rows
-REFRESH = 16                      # columns between refreshes of the rows' gains
+REFRESH = 16                    # columns between refreshes of the rows' gains
 PROB_BITS = 14                  # frequencies of a table add up to 2**14
 SPAN, ESCAPE = 127, 255         # symbols are -127..127 around the predicted mean; code 255 escapes to a raw int16
 PHASES = 8                      # the predicted mean is kept to 1/8
@@ -2160,49 +2347,25 @@ class ArtifactError(UserError):
     """The model file is damaged or not ours; the message names it and the remedy."""
 
 
-# -- probability tables ------------------------------------------------------------------------------------------------
-
-def half_gaussian(steps: int = 128, top: int = 9) -> np.ndarray:
-    """Mass of N(0, 1) on [0, i/steps] times 2**30, int64 (steps * top + 1,), by the trapezoid rule in 64-bit fixed point."""
-    def exp_minus(num, den):
-        term = total = 1 << 64
-        k = 1
-        while term:
-            term = term * num // (den * k)
-            total += -term if k & 1 else term
-            k += 1
-        return total
-    density, ratio, shrink = 1 << 64, exp_minus(1, 2 * steps**2), exp_minus(1, steps**2)
-    area = [0]
-    for _ in range(steps * top):
-        density, last = density * ratio >> 64, density
-        ratio = ratio * shrink >> 64
-        area.append(area[-1] + (density + last) // 2)
+def half_gaussian(steps: int = 1024, top: int = 9) -> np.ndarray:
+    """Mass of N(0, 1) on [0, i/steps] times 2**30, int64 (steps * top + 1,), by the trapezoid rule; decimal's exp is correctly rounded everywhere."""
+    density = [int((Decimal(-i * i) / (2 * steps**2)).exp() * 2**64) for i in range(steps * top + 1)]
+    area = list(itertools.accumulate((a + b for a, b in zip(density, density[1:])), initial=0))
     return np.array([(a << 29) // area[-1] for a in area], np.int64)
-
-
-def gaussian_cdf(x: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """x: int64, in 2**-16 sigma. Mass below x times 2**30, by linear interpolation."""
-    a = np.minimum(np.abs(x), (len(half) - 2) << 9)
-    i, frac = a >> 9, a & 511
-    mass = half[i] + ((half[i + 1] - half[i]) * frac >> 9)
-    return (1 << 29) + np.where(x < 0, -mass, mass)
 
 
 def frequency_tables() -> np.ndarray:
     """Integer frequencies (mixtures, BUCKETS * PHASES, 256): a Gaussian mixture of the bucket's variance, integrated over unit bins."""
-    eighth, half = binary_roots(PER_OCTAVE), half_gaussian()
-    centre = binary_roots(2 * PER_OCTAVE)[1]
-    variance = [(eighth[b % PER_OCTAVE] << b // PER_OCTAVE) * centre >> 80 - LOG_LOW for b in range(BUCKETS)]            # * 2**40
+    root, half, tables = binary_roots(2 * PER_OCTAVE), half_gaussian(), []
+    variance = [root[2 * (b % PER_OCTAVE) + 1] << b // PER_OCTAVE >> 20 - LOG_LOW for b in range(BUCKETS)]               # of the middle, * 2**40
     # A bin adds 1/12 to the variance of what falls into it (Sheppard), so it is taken off here.
     sigma = np.array([math.isqrt(max(v - (1 << 40) // 12, (1 << 40) // 48)) for v in variance])[:, None, None]           # * 2**20
     edges = (2 * np.arange(-SPAN, SPAN + 2) - 1) * PHASES - 2 * np.arange(PHASES)[:, None]                               # * 2 * PHASES
-    symbols = np.arange(-SPAN, SPAN + 1)
-    inside = np.abs(symbols) <= (sigma * 6 >> 20) + 2
+    inside = np.abs(np.arange(-SPAN, SPAN + 1)) <= (sigma * 6 >> 20) + 2
     room = (1 << PROB_BITS) - 1 - inside.sum(-1, keepdims=True)
-    tables = []
     for mixture in MIXTURES:
-        mass = sum(gaussian_cdf(edges * (1 << 38) // (2 * PHASES * s * sigma), half) for s in mixture)
+        at = [edges * (1 << 32) // (2 * PHASES * s * sigma) for s in mixture]                                            # 1/1024 sigma
+        mass = sum(np.sign(x) * half[np.minimum(np.abs(x), len(half) - 1)] for x in at)
         freq = np.where(inside, 1 + (np.diff(mass) * room >> 32), 0)
         freq = np.concatenate([freq, np.ones_like(freq[..., :1])], -1).reshape(-1, 256)
         freq[np.arange(len(freq)), freq.argmax(-1)] += (1 << PROB_BITS) - freq.sum(-1)
@@ -2213,7 +2376,6 @@ def frequency_tables() -> np.ndarray:
 LOG_EDGES = np.array(binary_roots(2 * LOG)[1::2], np.float64) / (1 << 61)       # mantissas of frexp where the rounded logarithm changes
 FREQ = frequency_tables()
 COST = np.where(FREQ > 0, PROB_BITS - np.log2(np.maximum(FREQ, 1)), 0).astype(np.float32)     # bits; estimates only, never coded with
-COST[..., ESCAPE] += 16
 
 
 def log2_fixed(x: np.ndarray) -> np.ndarray:
@@ -2221,8 +2383,6 @@ def log2_fixed(x: np.ndarray) -> np.ndarray:
     mantissa, exponent = np.frexp(x)
     return (exponent.astype(np.int64) - 1) * LOG + np.searchsorted(LOG_EDGES, mantissa, side="right")
 
-
-# -- the model: mean and variance of every symbol from what is already decoded ----------------------------------------------
 
 def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Correlations (G, n, n), smallest eigenvalue above 1/64, to c = L diag(d) L^T: strictly lower L * 2**20 and d * 2**22, integers in float64.
@@ -2248,226 +2408,98 @@ def correlation(moments: np.ndarray) -> np.ndarray:
     return moments / scale[:, :, None] / scale[:, None, :]
 
 
-class Covariance:
-    """Second moments of the rows of one stack, with what earlier stacks of the same width tell as prior."""
+class Stack:
+    """Integer matrices q (G, R, n) while they are coded: chunks of rows, in them columns, all G at once."""
 
-    def __init__(self, members: int, width: int, variance: np.ndarray, prior: int, pool):
-        self.moments, self.rows, self.variance = np.zeros((members, width, width)), 0, variance
-        self.strength, self.weight = PRIORS[prior]
-        self.pool = pool if pool is None or len(pool) == members else sum(pool)[None] / len(pool)
+    def __init__(self, head: dict, pools: dict):
+        """head: what the encoder chose. pools: correlations by width that earlier stacks left as prior; this one adds its own."""
+        self.members, self.rows, self.width = head["shape"]
+        self.variance = np.exp2(np.array(head["log2_variance"], np.float64))      # of integers: exact
+        self.strength, self.weight = PRIORS[head["prior"]]
+        self.pools, self.moments, self.seen = pools, np.zeros((self.members, self.width, self.width)), 0
+        self.square, self.count = np.full(self.members, 256000.0), 256000.0
 
-    def share(self) -> np.ndarray:
-        """Moments summed over the members, each at unit variance."""
+    def shared(self) -> np.ndarray:
+        """Moments summed over the members, each at unit variance (1, n, n)."""
         return sum(m / v for m, v in zip(self.moments, self.variance))[None]
-
-    def column_variance(self) -> np.ndarray:
-        members, width = self.moments.shape[:2]
-        common = np.diagonal(self.share(), axis1=1, axis2=2)
-        common = (100 + common) / (100 + self.rows * members) * self.variance[:, None]
-        own = np.diagonal(self.moments, axis1=1, axis2=2)
-        return np.maximum((60 * common + own) / (60 + self.rows), 2.0**-5)
 
     def predictor(self) -> tuple[np.ndarray | None, np.ndarray]:
         """L (G, n, n) * 2**12, integers in float64, such that x = e + L e with independent e, or None; and the variance of e (G, n)."""
-        variance = self.column_variance()
+        shared, own, total = self.shared(), np.diagonal(self.moments, axis1=1, axis2=2), self.seen * self.members
+        common = (100 + np.diagonal(shared, axis1=1, axis2=2)) / (100 + total) * self.variance[:, None]
+        variance = np.maximum((10 * common + own) / (10 + self.seen), 2.0**-5)
         if not self.strength:
             return None, variance
-        members, width = variance.shape
-        prior = np.eye(width)[None]
-        if self.pool is not None:
-            prior = prior * (1 - self.weight) + self.pool * self.weight
-        if self.rows and members > 1:
-            weight = self.weight * self.rows * members / (self.rows * members + 500)
-            prior = prior * (1 - weight) + correlation(self.share()) * weight
-        c = prior
-        if self.rows:
-            own = self.rows / (self.rows + self.strength)
-            c = prior * (1 - own) + correlation(self.moments) * own
-        low, d = ldl(c * (63 / 64) + np.eye(width) / 64)
+        c = np.eye(self.width)[None]
+        c = c * (1 - self.weight) + self.pools.get(self.width, c) * self.weight
+        if self.seen:
+            weight, mine = self.weight * total / (total + 500), self.seen / (self.seen + self.strength)
+            c = (c * (1 - weight) + correlation(shared) * weight) * (1 - mine) + correlation(self.moments) * mine
+        low, d = ldl(np.broadcast_to(c * (63 / 64) + np.eye(self.width) / 64, self.moments.shape))
         scale = np.sqrt(np.minimum(variance, 2.0**12))
         return np.rint(low * (scale[:, :, None] / scale[:, None, :] * 2.0**-8)), d * 2.0**-22 * variance
 
-
-class Rows:
-    """What is learnt along the rows of one chunk: how large their innovations are, and how they follow the partner's."""
-
-    def __init__(self, initial: np.ndarray, partner: np.ndarray | None, shape):
-        self.partner = partner                                                    # (G, n, rows) in sigma / 256
-        self.square = np.zeros((shape[0], shape[2]))                              # sum of squared innovations, in sigma**2 / 256
-        self.initial = initial[:, None] * (40 * 256)
-        self.cross, self.power = np.zeros_like(self.square), np.full_like(self.square, 10 << 16)
-
-    def log_gain(self, seen: int) -> np.ndarray:
-        return log2_fixed((self.square + self.initial) * (1 / (256 * (seen + 40))))
-
-    def shift(self, columns: slice, sigma: np.ndarray) -> np.ndarray:
-        """What the partner adds to the mean, in 1/256: (G, columns, rows), or zero."""
-        if self.partner is None:
-            return np.zeros((1, columns.stop - columns.start, 1))
-        return np.rint((self.cross / self.power)[:, None] * self.partner[:, columns] * sigma[:, columns, None])
-
-    def learn(self, white: np.ndarray, rest: np.ndarray, columns: slice):
-        """white: innovations, rest: what is left of them after the shift; integers in sigma / 256."""
-        if self.partner is not None:
-            u = self.partner[:, columns]
-            self.cross += (u * white).sum(1)
-            self.power += (u * u).sum(1)
-        self.square += np.rint(rest * rest * (1 / 256)).sum(1)
-
-
-class Stack:
-    """A stack q (G, R, n) of integer matrices while it is coded: chunks of rows, in them columns, all members at once."""
-
-    def __init__(self, head: dict, pools: dict, done: list):
-        self.members, self.rows, self.width = head["shape"]
-        variance = np.exp2(np.array(head["log2_variance"], np.float64))           # of integers: exact
-        self.covariance = Covariance(self.members, self.width, variance, head["prior"], pools.get(self.width))
-        self.partner = done[head["partner"]].white if head["partner"] is not None else None
-        self.white = np.zeros((self.members, self.width, self.rows), np.float32)  # innovations in sigma / 256, for a later partner
-        self.square, self.count = np.full(self.members, 256000.0), 256000.0
-
-    def chunks(self):
-        """Row ranges, growing while the covariance is young."""
+    def code(self, coder):
+        """All columns of all chunks, chunks growing while the covariance is young. coder(tables, floors, rows, j) -> column j, all (G, rows) int64."""
         start, size = 0, 32
         while start < self.rows:
             size = max(1, min(2 * size, LANES // self.members, 1024))
-            yield start, min(start + size, self.rows)
+            self.code_chunk(start, min(start + size, self.rows), coder)
             start += size
+        own = correlation(self.shared())
+        self.pools[self.width] = 0.5 * self.pools.get(self.width, own) + 0.5 * own
 
-    def code(self, start: int, end: int, coder) -> np.ndarray:
-        """One chunk. coder(tables, floors, j) -> column j, all (G, rows) int64. Returns q (G, n, rows), integers in float64.
-
-        A mean is the correlated part ``own`` plus the partner's ``shift``, in 1/256.
-        """
-        low, variance = self.covariance.predictor()
+    def code_chunk(self, start: int, end: int, coder):
+        low, variance = self.predictor()
         sigma, log_variance = np.sqrt(variance), log2_fixed(variance)
-        to_white = 1 / sigma
-        shape = self.members, self.width, end - start
-        e, q, own = np.zeros(shape), np.empty(shape), np.zeros(shape[::2])
-        rows = Rows(self.square / self.count, None if self.partner is None else self.partner[:, :, start:end].astype(np.float64), shape)
+        e, q = np.zeros((2, self.members, self.width, end - start))
+        mean, initial = np.zeros((self.members, end - start)), (self.square / self.count)[:, None] * (4 * 256)
+        square = np.zeros_like(mean)                                    # of the rows' innovations so far, in sigma**2 / 256
         for a in range(0, self.width, REFRESH):
             b = min(a + REFRESH, self.width)
-            block = slice(a, b)
-            bucket = (log_variance[:, block, None] + rows.log_gain(a)[:, None] - LOG_LOW * LOG) // (LOG // PER_OCTAVE)
+            gain = log2_fixed((square + initial) * (1 / (256 * (a + 4))))
+            bucket = (log_variance[:, a:b, None] + gain[:, None] - LOG_LOW * LOG) // (LOG // PER_OCTAVE)
             table = np.clip(bucket, 0, BUCKETS - 1) * PHASES
-            shift = rows.shift(block, sigma)
-            mean = low[:, block, :a] @ e[:, :a] if low is not None else None
+            known = low[:, a:b, :a] @ e[:, :a] if low is not None else None
             for j in range(a, b):
                 if low is not None:
-                    own = mean[:, j - a] + (low[:, j, None, a:j] @ e[:, a:j])[:, 0]
-                    own = np.clip(np.rint(own * 2.0**-12), -2.0**15, 2.0**15)
-                total = (own + (shift[:, j - a] + 128 // PHASES)).astype(np.int64)
-                q[:, j] = symbols = coder(table[:, j - a] + ((total & 255) * PHASES >> 8), total >> 8, j)
-                e[:, j] = np.clip(symbols * 256 - own, -2.0**17, 2.0**17)
-            white = np.rint(e[:, block] * to_white[:, block, None])
-            rows.learn(white, np.rint((e[:, block] - shift) * to_white[:, block, None]), block)
-            self.white[:, block, start:end] = white
-        self.square += rows.square.sum(1)
+                    mean = known[:, j - a] + (low[:, j, None, a:j] @ e[:, a:j])[:, 0]
+                    mean = np.clip(np.rint(mean * 2.0**-12), -2.0**15, 2.0**15)                 # in 1/256
+                total = (mean + 128 // PHASES).astype(np.int64)
+                q[:, j] = symbols = coder(table[:, j - a] + ((total & 255) * PHASES >> 8), total >> 8, slice(start, end), j)
+                e[:, j] = np.clip(symbols * 256 - mean, -2.0**17, 2.0**17)
+            white = np.rint(e[:, a:b] / sigma[:, a:b, None])
+            square += np.rint(white * white * (1 / 256)).sum(1)
+        self.square += square.sum(1)
         self.count += 256.0 * self.width * (end - start)
-        self.covariance.moments += q @ q.transpose(0, 2, 1)
-        self.covariance.rows += end - start
-        return q
-
-    def pool(self, old):
-        """The prior for the next stack of this width: own correlations, their mean over members, and those of earlier stacks."""
-        own = correlation(self.covariance.moments)
-        shared = correlation(self.covariance.share())
-        new = 0.5 * own + 0.5 * shared
-        if old is None:
-            return new if len(own) > 1 else shared
-        if len(old) == len(new):
-            return 0.5 * old + 0.5 * new
-        return 0.5 * sum(old)[None] / len(old) + 0.5 * new
+        self.moments += q @ q.transpose(0, 2, 1)
+        self.seen += end - start
 
 
-# -- what the encoder decides ------------------------------------------------------------------------------------------
-
-def choose_prior(q: np.ndarray, pool) -> int:
+def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
     """Index into PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most two members."""
     members, rows, width = q.shape
     if rows * members < 64 or width < 8:
         return len(PRIORS) - 1
     best = np.zeros(len(PRIORS))
     for g in {0, members - 1}:
-        z = q[g].astype(np.float64)
-        z /= np.sqrt(np.maximum((z * z).mean(0), 2.0**-5))
+        z = q[g] / np.sqrt(np.maximum((q[g].astype(np.float64)**2).mean(0), 2.0**-5))
         even, odd = z[::2], z[1::2]
         known = correlation((even.T @ even)[None])[0]
         for i, (strength, weight) in enumerate(PRIORS[:-1]):
             own = len(even) / (len(even) + strength)
-            prior = np.eye(width) if pool is None else np.eye(width) * (1 - weight) + pool[g % len(pool)] * weight
+            prior = np.eye(width) * (1 - weight) + (np.eye(width) if pool is None else pool[0]) * weight
             low = np.linalg.cholesky((known * own + prior * (1 - own)) * (63 / 64) + np.eye(width) / 64)
             e = np.linalg.solve(low, odd.T)
             best[i] += np.log(np.diag(low)).mean() + 0.5 * ((e * e).mean() - (odd * odd).mean()) + 0.002
     return int(best.argmin())
 
 
-def choose_partner(q: np.ndarray, earlier: list[np.ndarray]) -> int | None:
-    """Index of the earlier stack whose rows are most parallel to these, or None."""
-    def parallel(other):
-        a, b = q[:, :512].astype(np.float64), other[:, :512].astype(np.float64)
-        cosine = (a * b).sum(2)**2 / np.maximum((a * a).sum(2) * (b * b).sum(2), 1)
-        return cosine.mean()
-    scores = {i: parallel(other) for i, other in enumerate(earlier) if other.shape == q.shape}
-    found = max(scores, key=scores.get, default=None)
-    return found if found is not None and scores[found] > 1.5 / q.shape[2] + 0.005 else None
+def cell_starts(mixture: int) -> np.ndarray:
+    """For every cell (table * 256 + symbol): frequency << PROB_BITS | sum of the frequencies before it."""
+    freq = FREQ[mixture]
+    return (freq << PROB_BITS | np.minimum(np.cumsum(freq, 1) - freq, (1 << PROB_BITS) - 1)).ravel()
 
-
-def turned(q: np.ndarray, residual: int, pool) -> bool:
-    """Whether columns are coded as rows: a matrix writes to or reads from the residual stream, and vectors of that width share correlations."""
-    rows, width = q.shape[1:]
-    if rows != width or pool is None:
-        return width != residual and (rows == residual or rows < width)
-    q = q.astype(np.float64)
-    def likeness(x):
-        return sum(np.vdot(r - np.eye(width), pool[g % len(pool)] - np.eye(width)) for g, r in enumerate(correlation(x.transpose(0, 2, 1) @ x)))
-    return likeness(q.transpose(0, 2, 1)) > likeness(q)
-
-
-def plan_stack(q: np.ndarray, earlier: list[np.ndarray], pools: dict) -> dict:
-    """Settings of one stack (G, R, n), stored in the file."""
-    variance = np.maximum((q.astype(np.float64)**2).mean((1, 2)), 2.0**-5)
-    return {"shape": list(q.shape), "log2_variance": np.rint(np.log2(variance)).astype(int).tolist(), "mixture": 0,
-            "prior": choose_prior(q, pools.get(q.shape[2])), "partner": choose_partner(q, earlier)}
-
-
-def coded_stacks(stacks: list[np.ndarray]):
-    """Yields for each stack (G, R, C): its settings, the table cells it uses (int32, an array per column and chunk) and escaped values."""
-    weight = {}
-    for q in stacks:
-        for size in q.shape[1:]:
-            weight[size] = weight.get(size, 0) + q.size
-    residual = max(weight, key=weight.get, default=0)
-    earlier, done, pools = [], [], {}
-    for q in stacks:
-        turn = turned(q, residual, pools.get(q.shape[2]))
-        earlier.append(q := q.transpose(0, 2, 1) if turn else q)
-        head = plan_stack(q, earlier[:-1], pools) | {"turned": int(turn)}
-        stack, cells, escaped = Stack(head, pools, done), [], []
-        for start, end in stack.chunks():
-            columns = np.ascontiguousarray(q[:, start:end].transpose(2, 0, 1), np.int64)
-
-            def coder(table, floor, j):
-                symbol = columns[j] - floor + SPAN
-                outside = (symbol < 0) | (symbol >= ESCAPE)
-                if outside.any():
-                    symbol[outside] = ESCAPE
-                cell = (table * 256 + symbol).ravel()
-                lost = FREQ[0].ravel()[cell] == 0
-                if outside.any() or lost.any():
-                    cell[lost] |= ESCAPE
-                    escaped.append(columns[j].ravel()[cell & 255 == ESCAPE])
-                cells.append(cell.astype(np.int32))
-                return columns[j]
-            stack.code(start, end, coder)
-        pools[stack.width] = stack.pool(pools.get(stack.width))
-        bits = [sum(float(cost.ravel()[c].sum(dtype=np.float64)) for c in cells[::5]) for cost in COST]
-        head["mixture"] = int(np.argmin(bits))
-        done.append(stack)
-        yield head, cells, np.concatenate(escaped + [np.empty(0, np.int64)])
-
-
-# -- rANS --------------------------------------------------------------------------------------------------------------
 
 def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tuple[np.ndarray, np.ndarray]:
     """steps: (cells, starts), in the order of decoding. Returns states uint32 (lanes,) and words uint16.
@@ -2487,48 +2519,44 @@ def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tup
     return state.astype("<u4"), np.concatenate(words[::-1] + [np.empty(0, "<u2")])
 
 
-class RansDecoder:
-    """Symbols of one column at a time, in the order in which rans_encode was given them."""
-
-    def __init__(self, states: np.ndarray, words: np.ndarray):
-        self.state, self.words, self.used = states.astype(np.int64), words.astype(np.int64), 0
-
-    def use(self, mixture: int):
-        self.starts, self.symbols = cell_starts(mixture), np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS * PHASES), FREQ[mixture].ravel())
-
-    def column(self, tables: np.ndarray) -> np.ndarray:
-        """tables: int64 (lanes,). Returns codes 0..255, int64."""
-        x = self.state[:len(tables)]
-        slot = x & (1 << PROB_BITS) - 1
-        symbol = self.symbols.take((tables << PROB_BITS) + slot).astype(np.int64)
-        start = self.starts.take((tables << 8) + symbol)
-        x = (start >> PROB_BITS) * (x >> PROB_BITS) + slot - (start & (1 << PROB_BITS) - 1)
-        low = np.flatnonzero(x < 1 << 16)
-        new = self.words[self.used:self.used + len(low)]
-        x[low] = x[low] << 16 | new                                # a stream that is too short raises here
-        self.used += len(low)
-        self.state[:len(tables)] = x
-        return symbol
-
-
-def cell_starts(mixture: int) -> np.ndarray:
-    """For every cell (table * 256 + symbol): frequency << PROB_BITS | sum of the frequencies before it."""
-    freq = FREQ[mixture]
-    return (freq << PROB_BITS | np.minimum(np.cumsum(freq, 1) - freq, (1 << PROB_BITS) - 1)).ravel()
-
-
 def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
-    """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of ``rider`` travel in it for nothing."""
-    heads, steps, escaped = [], [], []
-    for head, cells, lost in coded_stacks(stacks):
-        table = cell_starts(head["mixture"])
-        steps += [(c, table) for c in cells]
+    """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of ``rider`` travel in it for nothing.
+
+    A matrix that writes to or reads from the residual stream, by far the most common size, is turned so that vectors of that width are its rows.
+    """
+    weight = collections.Counter()
+    for q in stacks:
+        weight.update(dict.fromkeys(q.shape[1:], q.size))
+    residual = max(weight, key=weight.get, default=0)
+    heads, steps, escaped, pools = [], [], [np.empty(0, np.int64)], {}
+    for q in stacks:
+        rows, width = q.shape[1:]
+        turn = width != residual and (rows == residual or rows < width)
+        q = q.transpose(0, 2, 1) if turn else q
+        variance = np.maximum((q.astype(np.float64)**2).mean((1, 2)), 2.0**-5)
+        head = {"shape": list(q.shape), "log2_variance": np.rint(np.log2(variance)).astype(int).tolist(), "turned": int(turn),
+                "prior": choose_prior(q, pools.get(q.shape[2]))}
+        columns, cells = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64), []
+
+        def coder(table, floor, rows, j):
+            values = columns[j, :, rows]
+            symbol = values - floor + SPAN
+            cell = (table * 256 + np.where((symbol < 0) | (symbol > ESCAPE), ESCAPE, symbol)).ravel()
+            lost = (FREQ[0].ravel()[cell] == 0) | (cell & 255 == ESCAPE)
+            if lost.any():
+                cell[lost] |= ESCAPE
+                escaped.append(values.ravel()[lost])
+            cells.append(cell.astype(np.int32))
+            return values
+        Stack(head, pools).code(coder)
+        head["mixture"] = int(np.argmin([sum(float(cost.ravel()[c].sum(dtype=np.float64)) for c in cells[::5]) for cost in COST]))
+        starts = cell_starts(head["mixture"])
+        steps += [(c, starts) for c in cells]
         heads.append(head)
-        escaped.append(lost)
     lanes = max((len(c) for c, _ in steps), default=0)
     states, words = rans_encode(steps, rider[:2 * lanes].ljust(2 * lanes, b"\0"))
     side = zlib.compress(json.dumps(heads, separators=(",", ":")).encode(), 9)
-    raw = zlib.compress(np.concatenate(escaped + [np.empty(0, np.int64)]).astype("<i2").tobytes(), 9)
+    raw = zlib.compress(np.concatenate(escaped).astype("<i2").tobytes(), 9)
     sizes = struct.pack("<4I", len(side), len(raw), lanes, len(words))
     return b"".join((sizes, side, raw, states.tobytes(), words.tobytes())), min(len(rider), 2 * lanes)
 
@@ -2537,54 +2565,48 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
     """Inverse of encode_stacks: the stacks, int16, and the rider (padded with zeros)."""
     side, raw, lanes, count = struct.unpack_from("<4I", code)
     at = np.cumsum([16, side, raw, 4 * lanes]).tolist()
-    heads = json.loads(zlib.decompress(code[at[0]:at[1]]))
     escaped = np.frombuffer(zlib.decompress(code[at[1]:at[2]]), "<i2")
-    rans = RansDecoder(np.frombuffer(code, "<u4", lanes, at[2]), np.frombuffer(code, "<u2", count, at[3]))
-    stacks, done, pools = [], [], {}
-    for head in heads:
-        stack = Stack(head, pools, done)
-        rans.use(head["mixture"])
-        q = np.empty((stack.members, stack.rows, stack.width), np.int16)
+    state, words = np.frombuffer(code, "<u4", lanes, at[2]).astype(np.int64), np.frombuffer(code, "<u2", count, at[3]).astype(np.int64)
+    stacks, pools = [], {}
+    for head in json.loads(zlib.decompress(code[at[0]:at[1]])):
+        starts, q = cell_starts(head["mixture"]), np.empty(head["shape"], np.int16)
+        symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS * PHASES), FREQ[head["mixture"]].ravel())
 
-        def coder(table, floor, j):
-            nonlocal escaped
-            symbol = rans.column(table.ravel()).reshape(table.shape)
-            values = symbol + floor - SPAN
+        def coder(table, floor, rows, j):
+            nonlocal escaped, words
+            table = table.ravel()
+            x = state[:len(table)]
+            slot = x & (1 << PROB_BITS) - 1
+            symbol = symbols.take((table << PROB_BITS) + slot).astype(np.int64)
+            start = starts.take((table << 8) + symbol)
+            x = (start >> PROB_BITS) * (x >> PROB_BITS) + slot - (start & (1 << PROB_BITS) - 1)
+            low = np.flatnonzero(x < 1 << 16)
+            x[low] = x[low] << 16 | words[:len(low)]                    # a stream that is too short raises here
+            state[:len(table)], words = x, words[len(low):]
+            symbol = symbol.reshape(floor.shape)
+            q[:, rows, j] = symbol + floor - SPAN
             lost = symbol == ESCAPE
             if lost.any():
                 n = int(lost.sum())
-                values[lost], escaped = escaped[:n], escaped[n:]
-            return values
-        for start, end in stack.chunks():
-            q[:, start:end] = stack.code(start, end, coder).transpose(0, 2, 1)
-        pools[stack.width] = stack.pool(pools.get(stack.width))
+                q[:, rows, j][lost], escaped = escaped[:n], escaped[n:]
+            return q[:, rows, j].astype(np.int64)
+        Stack(head, pools).code(coder)
         stacks.append(q.transpose(0, 2, 1) if head["turned"] else q)
-        done.append(stack)
-    if rans.used != count:
+    if len(words):
         raise ValueError("words are left over")
-    return stacks, (rans.state - (1 << 16)).astype("<u2").tobytes()
+    return stacks, (state - (1 << 16)).astype("<u2").tobytes()
 
 
-def code_length_bits(stacks: list[np.ndarray]) -> float:
-    """Bits that encode_stacks would take, without the arithmetic coding."""
-    return sum(float(COST[head["mixture"]].ravel()[cell].sum(dtype=np.float64)) for head, cells, _ in coded_stacks(stacks) for cell in cells)
-
-
-# -- container ---------------------------------------------------------------------------------------------------------
-#
-# magic, version, total length, length of the header | header: zlib of JSON | entropy-coded stacks | rest of the other tensors | CRC-32 of it all
-
+# A file: magic, version, total length, lengths of header and stacks | header: zlib of JSON | entropy-coded stacks | LZMA of the other tensors | CRC-32
 MAGIC, VERSION, FIXED = b"GPTGOLF\n", 1, struct.Struct("<8sIQII")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 
 
 def as_matrix(a: np.ndarray) -> np.ndarray:
-    """Any integer tensor as int64 (R, C): vectors and wide matrices are folded, the last row padded with zeros."""
-    a = a.astype(np.int64)
-    width = 64 if a.ndim == 1 else math.prod(a.shape[1:])
-    if a.ndim > 1 and min(len(a), width) <= 1024:
-        return a.reshape(len(a), width)
-    width = min(width, 512)
+    """An integer tensor as (R, C): vectors and matrices of two long sides are folded, the last row padded with zeros."""
+    if a.ndim > 1 and min(len(a), a[0].size) <= 1024:
+        return a.reshape(len(a), -1)
+    width = 64 if a.ndim == 1 else 512
     return np.pad(a.ravel(), (0, -a.size % width)).reshape(-1, width)
 
 
@@ -2594,19 +2616,13 @@ def planes(arrays: list[np.ndarray]) -> bytes:
     return np.frombuffer(data, np.uint8).reshape(-1, arrays[0].itemsize).T[::-1].tobytes()
 
 
-def natural(name: str) -> list:
-    """Sort key that orders the numbers in a name by value."""
-    return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
-
-
 def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
     """Tensors (any numpy dtype) and ``meta`` (JSON) as the bytes of a model file. Integer tensors of 64 values or more are entropy-coded.
 
     Tensors whose names differ only in numbers, of one shape, are coded together, so many small ones cost little.
     """
     groups, rest = {}, {}
-    for name in sorted(tensors, key=natural):
-        a = np.asarray(tensors[name])
+    for name, a in tensors.items():
         if a.dtype.kind in "iu" and a.size >= 64 and int(a.max()) - int(a.min()) < 1 << 15:
             groups.setdefault((re.sub(r"\d+", "#", name), a.shape, a.dtype.str), {})[name] = a
         else:
@@ -3491,27 +3507,34 @@ def diagnose(run: Run, model: GPT, name: str):
 
 
 def write_artifact(run: Run, model: GPT):
-    """Calibrate, quantise, and write model.bin and the packed train_gpt.py; steps widen until the two fit under the cap."""
+    """Calibrate, quantise, and write model.bin and the packed train_gpt.py.
+
+    Steps widen until the two fit under the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains.
+    """
     cfg, packed = run.cfg, pack_script(SOURCE)
     with run.phases("calibrate"):
         hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
-    weights, room, widen = sum(p.numel() for p in model.parameters()), cfg.artifact_cap - cfg.artifact_margin - len(packed), 1.0
-    for _ in range(12):
+    weights, room = sum(p.numel() for p in model.parameters()), cfg.artifact_cap - cfg.artifact_margin - len(packed)
+    saved, best, last, extra = 8 * (cfg.artifact_cap - room) / weights if cfg.rate_distortion else 0.0, b"", 0, {}
+    for attempt in range(12):
         with run.phases("quantize"):
-            arrays = quantize(model, hessians, cfg, run.ranks, widen)
+            arrays = quantize(model, hessians, cfg, run.ranks, saved)
+            if cfg.logit_calibration_enabled:
+                extra = extra or {"logit_calibration": quantized_calibration(run, model, arrays)}
         with run.phases("write"):
-            data = encode_artifact(arrays, {"settings": cfg.settings()}) if run.ranks.main else b""
-            excess = int(run.ranks.agree(len(data) - room))
-        if excess <= 0:
+            data = encode_artifact(arrays | extra, {"settings": cfg.settings()}) if run.ranks.main else b""
+            size = int(run.ranks.agree(len(data)))
+        run.log(f"model.bin of {size:,} bytes, {room - size:,} left")
+        best = data if size <= room and len(data) >= len(best) else best
+        if size <= room and (not cfg.rate_distortion or room - size < room / 1000 or attempt > 2 or abs(size - last) < room / 10000):
             break
-        widen *= 2 ** (8 * excess / weights) * 1.002                    # a step 2**x times as wide saves x bits a weight
-        run.log(f"{excess:,} bytes too many: all quantiser steps widen to {widen:.4f} times their settings")
+        saved, last = saved + 8 * (size - room * 0.9997) / weights, size        # a step 2**x times as wide saves x bits a weight
     else:
         raise UserError(f"ARTIFACT_CAP={cfg.artifact_cap}: the model does not fit with any step; shrink the model or raise the cap")
     with run.phases("write"):
         if run.ranks.main:
             with whole_file(run.folder / "model.bin") as f:
-                f.write(data)
+                f.write(best)
             script = run.folder / "train_gpt.py"
             if not (script.exists() and script.read_bytes() == packed):
                 with whole_file(script) as f:
@@ -3519,6 +3542,13 @@ def write_artifact(run: Run, model: GPT):
     run.ranks.agree(0)
     run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
     run.log("seconds: " + ", ".join(f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")))
+
+
+def quantized_calibration(run: Run, model: GPT, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """fit_logit_calibration for the weights as the artifact will give them back; the model stays as it is."""
+    quantized = copy.deepcopy(model)
+    load_state(quantized, dequantize(arrays), run.folder)
+    return fit_logit_calibration(quantized, TrainStream(run.cfg), run.cfg, run.ranks)
 
 
 def score_artifact(run: Run, model: GPT):

@@ -17,7 +17,8 @@ VOCAB = 12
 BASE = dict(TINY, vocab_size=VOCAB, eval_seq_len=32, val_batch_tokens=96, ttt_eval_seq_len=128, ttt_chunks="4,4,8,16", ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.01,
             ttt_batch_size=4, phased_ttt_num_phases=0, global_ttt_chunk_tokens=24, global_ttt_lr=0.01, segment_docs=3, ngram_enabled=True, ngram_order=6, ngram_min_order=2,
             ngram_min_count=1)
-WAYS = {"windows": dict(ttt_enabled=False), "windows, stride": dict(ttt_enabled=False, eval_stride=8), "cached": dict(ttt_backprop_tokens=0), "exact": dict(ttt_backprop_tokens=10 ** 6),
+WAYS = {"windows": dict(ttt_enabled=False), "windows, stride": dict(ttt_enabled=False, eval_stride=8), "cached": dict(ttt_backprop_tokens=0),
+        "exact": dict(ttt_backprop_tokens=10 ** 6),
         "phases": dict(phased_ttt_num_phases=2, phased_ttt_prefix_docs=6)}
 SETS = {"tilt": dict(), "fixed tilt": dict(ngram_calibrate=False, ngram_boost=2.625), "mix": dict(ngram_mode="mix")}
 every_way = pytest.mark.parametrize("way", WAYS)

@@ -1,11 +1,14 @@
 """GPTQ against a plain solver, the Hessians it weighs errors with, and the way from weights to the artifact's arrays and back."""
+import math
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from helpers import RUN, base_run, config, data, gpt, packed_seq, random_documents, ranks
+from helpers import BOS, RUN, VOCAB, base_run, config, data, gpt, main, own_data, packed_seq, processor, random_documents, ranks, result
 
 import train_gpt
-from train_gpt import TrainStream, collect_hessians, dequantize, folded_state, gptq, load_state, quantize
+from train_gpt import MATRICES, TrainStream, collect_hessians, dequantize, dequantize_matrix, folded_state, gptq, load_state, quantize
 
 
 def problem(n=2, rows=5, cols=24, seed=0):
@@ -17,33 +20,41 @@ def problem(n=2, rows=5, cols=24, seed=0):
     return w, x.mT @ x / 200, torch.rand(n, rows, generator=g) * 0.2 + 0.3
 
 
-def plain_gptq(w: np.ndarray, h: np.ndarray, step: np.ndarray, limit: int, damping: float) -> np.ndarray:
-    """One matrix by the definition: round the column of largest diagonal, move its error onto the rest by the inverse of what remains of H."""
+def plain_gptq(w: np.ndarray, h: np.ndarray, step: np.ndarray, limit: np.ndarray, damping: float) -> np.ndarray:
+    """One matrix by the definition: round the column of largest diagonal, move its error onto the rest by the inverse of what remains of H.
+
+    step (rows, cols), limit (cols,): the published recipe, with AWQ-lite's finer columns.
+    """
     w, h = w.astype(np.float64).copy(), h.astype(np.float64).copy()
     cols = w.shape[1]
     dead = np.diag(h) == 0
     w[:, dead] = 0
-    h[np.diag_indices(cols)] += dead + damping * np.diag(h).mean()
+    h[np.diag_indices(cols)] += dead
     order = sorted(range(cols), key=lambda j: (-h[j, j], j))
+    h[np.diag_indices(cols)] += damping * np.diag(h).mean()
     symbols = np.zeros(w.shape)
     for i, j in enumerate(order):
         rest = order[i:]
         inverse = np.linalg.inv(h[np.ix_(rest, rest)])
-        symbols[:, j] = np.clip(np.round(w[:, j] / step), -limit, limit)
-        error = (w[:, j] - symbols[:, j] * step) / inverse[0, 0]
+        symbols[:, j] = np.clip(np.round(w[:, j] / step[:, j]), -limit[j], limit[j])
+        error = (w[:, j] - symbols[:, j] * step[:, j]) / inverse[0, 0]
         w[:, rest] -= np.outer(error, inverse[0])
     return symbols
 
 
 @pytest.mark.parametrize("block", (128, 5))
-def test_gptq_against_the_definition(block):
+@pytest.mark.parametrize("fine", (1.0, 0.5))
+def test_gptq_against_the_definition(block, fine):
     w, h, step = problem()
     h[1, 3] = h[1, :, 3] = 0                                            # an input that never fires
-    symbols = gptq(w, h, step, 7, 0.01, block=block)
-    assert symbols.dtype == torch.int16 and symbols.abs().max() <= 7 and not symbols[1, :, 3].any()
+    column = torch.ones(2, 24)
+    column[0, 8:16] = fine
+    symbols = gptq(w, h, step, 7, 0.01, column, block=block)
+    assert symbols.dtype == torch.int16 and symbols[1].abs().max() <= 7 and not symbols[1, :, 3].any()
     for i in range(2):
-        wanted = plain_gptq(w[i].numpy(), h[i].numpy(), step[i].numpy(), 7, 0.01)
-        assert (symbols[i].numpy() == wanted).mean() > 0.99             # a tie in fp32 may fall the other way
+        limit = np.where(column[i] < 1, 127, 7)
+        wanted = plain_gptq(w[i].numpy(), h[i].numpy(), step[i, :, None].numpy() * column[i].numpy(), limit, 0.01)
+        assert (symbols[i].numpy() == wanted).all()
 
 
 def test_gptq_beats_rounding_where_it_matters():
@@ -85,12 +96,13 @@ def test_hessians_are_mean_second_moments_of_the_inputs():
 
 def identity_hessians(model):
     eye = lambda n, layers: torch.eye(n).repeat(layers, 1, 1)
-    return {"qkv": eye(32, 5), "o": eye(32, 5), "up": eye(32, 5), "down": eye(64, 5), "head": eye(32, 1)}
+    rows = {f"{name}.rows": torch.ones(getattr(model, name).shape[:-1]) for name in train_gpt.MATRICES}
+    return {"qkv": eye(32, 5), "o": eye(32, 5), "up": eye(32, 5), "down": eye(64, 5), "head": eye(32, 1), **rows}
 
 
 def test_quantize_and_back():
     """Within half a step of the folded weights, symbols within their range, everything else to fp16; and the model that comes back computes the same."""
-    cfg = config(RUN, matrix_bits=6, embed_bits=7)
+    cfg = config(RUN, rate_distortion=False, matrix_bits=6, embed_bits=7)
     model = gpt(cfg)
     arrays = quantize(model, identity_hessians(model), cfg, ranks(cfg))
     state, folded = dequantize(arrays), folded_state(model)
@@ -120,7 +132,7 @@ def test_folding_changes_nothing():
 
 
 def test_many_bits_are_nearly_lossless():
-    cfg = config(RUN, matrix_bits=8, embed_bits=8, mlp_clip_sigmas=5.0, attn_clip_sigmas=5.0, embed_clip_sigmas=5.0)
+    cfg = config(RUN, rate_distortion=False, matrix_bits=8, embed_bits=8, mlp_clip_sigmas=5.0, attn_clip_sigmas=5.0, embed_clip_sigmas=5.0)
     model, other = gpt(cfg), gpt(cfg, seed=1)
     load_state(other, dequantize(quantize(model, identity_hessians(model), cfg, ranks(cfg))), "memory")
     document = torch.from_numpy(random_documents([20])[0])
@@ -149,9 +161,15 @@ def test_state_that_does_not_fit_names_its_file(change, message):
         load_state(model, state, "somewhere/model.bin")
 
 
-def test_the_artifact_holds_what_was_quantised():
-    """Bit for bit through the file: the weights scored after reloading are those that quantisation made."""
-    arrays, meta = train_gpt.load_artifact(base_run() / "model.bin")
+EVERYTHING = dict(rate_distortion=False, lqer_enabled=True, awq_lite_enabled=True, awq_lite_group_size=8, gated_attn_quant_gate=True, logit_calibration_enabled=True)
+
+
+def test_the_artifact_holds_what_was_quantised(tmp_path):
+    """Bit for bit through the file, with every published option: the weights scored after reloading are those that quantisation made."""
+    shutil.copy(base_run() / "trained.npz", tmp_path)
+    main({**RUN, **EVERYTHING, "quantize_only": True}, tmp_path).ok()
+    arrays, meta = train_gpt.load_artifact(tmp_path / "model.bin")
+    assert arrays.pop("logit_calibration").shape == (15,)
     trained = dict(np.load(base_run() / "trained.npz"))
     del trained["meta"]
     cfg = train_gpt.Config.from_env({"DATA_PATH": str(data()), "DEVICE": "cpu"}, stored=meta["settings"])
@@ -161,3 +179,178 @@ def test_the_artifact_holds_what_was_quantised():
     assert set(again) == set(arrays)
     for name, array in again.items():
         assert arrays[name].dtype == array.dtype and arrays[name].shape == array.shape and arrays[name].tobytes() == array.tobytes(), name
+
+
+# ---- rate-distortion ----
+
+def random_hessians(model, seed=0):
+    """Hessians of correlated inputs of very different sizes, and rows that matter differently."""
+    g = torch.Generator().manual_seed(seed)
+    found = {}
+    for kind, eye in identity_hessians(model).items():
+        x = torch.randn(*eye.shape[:1], 200, eye.shape[-1], generator=g) * torch.rand(eye.shape[-1], generator=g).exp() ** 3
+        found[kind] = x.mT @ x / 200 if eye.ndim == 3 else torch.rand(eye.shape, generator=g) ** 2 + 0.01
+    return found
+
+
+def test_steps_have_equal_slopes_and_spend_the_budget():
+    """step^2 * (what an error of this row and column costs) is the same for every weight of every matrix, up to the rounding of column factors."""
+    cfg = config(RUN, artifact_cap=20_000, artifact_margin=0, rate_rows=1.0, rate_embed_rows=1.0)
+    model = gpt(cfg)
+    state, hessians = folded_state(model), random_hessians(model)
+    weights = {name: state[name] if state[name].ndim == 3 else state[name][None] for name in MATRICES}
+    plan = train_gpt.rate_distortion_steps(model, weights, hessians, cfg, 0.0)
+    scales = {matrix: getattr(model, vector).detach() for vector, matrix in train_gpt.FOLDED.items()}
+    slopes, bits = [], 0.0
+    for name, kind in MATRICES.items():
+        h, (row, column, _) = hessians[kind.hessian].double(), plan[name]
+        gradient = hessians[f"{name}.rows"].view(row.shape).double() / (scales[name] ** 2 if name in scales else 1)
+        gradient = gradient + 0.1 * gradient.mean(1, keepdim=True)
+        for layer in range(len(row)):
+            order = h[layer].diagonal().argsort(descending=True)
+            damped = h[layer] + cfg.gptq_damping * h[layer].diagonal().mean() * torch.eye(len(h[layer]))
+            d = 1 / torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).diagonal() ** 2
+            fine = row[layer] > (weights[name][layer].abs() / column[layer]).amax(1) / 120     # the others have no finer step
+            slope = (row[layer, fine, None] * column[layer, order]) ** 2 * gradient[layer, fine, None] * d / h[layer].trace()
+            slopes.append(slope.log2().flatten())
+            bits += (0.5 * h.size(1) * (1 + 2 * math.pi * math.e * (weights[name][layer].std(1) / row[layer]) ** 2).log2()).sum().item()
+    slopes = torch.cat(slopes)
+    assert len(slopes) > 20_000 and slopes.max() - slopes.min() < 0.51                        # column factors are 1/4 octave apart
+    assert abs(bits / (8 * 20_000) - 1) < 0.01
+
+
+def test_equal_slopes_beat_equal_sigmas():
+    """Less loss-weighted error than the published steps at the same code length."""
+    cfg = config(RUN, artifact_cap=25_000, artifact_margin=0)
+    model = gpt(cfg)
+    hessians, state = random_hessians(model), folded_state(model)
+
+    def error(arrays):
+        found = dequantize(arrays)
+        total = 0.0
+        for name, kind in MATRICES.items():
+            e = (found[name] - state[name]).view(-1, *state[name].shape[-2:]).double()
+            h = hessians[kind.hessian].double()
+            rows = hessians[f"{name}.rows"].view(e.shape[:2]) / h.diagonal(dim1=1, dim2=2).sum(1)[:, None]
+            rows = rows / {"o": model.attn_scale, "down": model.mlp_scale}.get(name, torch.ones(())).detach() ** 2
+            total += (torch.einsum("nri,nij,nrj->nr", e, h, e) * rows).sum().item()
+        return total
+
+    best = quantize(model, hessians, cfg, ranks(cfg))
+    size = len(train_gpt.encode_artifact(best, {}))
+    published = config(RUN, rate_distortion=False)
+    other = next(a for a in (quantize(model, hessians, published, ranks(cfg), saved) for saved in np.arange(-2, 4, 0.1)) if len(train_gpt.encode_artifact(a, {})) <= size)
+    assert error(best) < 0.8 * error(other)
+
+
+@pytest.mark.parametrize("rate_distortion, share", ((True, 0.8), (True, 0.6), (False, 0.8)))
+def test_the_artifact_fills_its_cap(rate_distortion, share, tmp_path):
+    """Down to a cap that binds; with RATE_DISTORTION what remains is below one per cent, and never more than ARTIFACT_MARGIN less than the cap."""
+    shutil.copy(base_run() / "trained.npz", tmp_path)
+    sizes = result(base_run())["bytes"]
+    cap = sizes["code"] + int(sizes["model"] * share)
+    main({**RUN, "quantize_only": True, "artifact_cap": cap, "artifact_margin": 50, "rate_distortion": rate_distortion, "ttt_enabled": False}, tmp_path).ok()
+    total = result(tmp_path)["bytes"]["total"]
+    assert total <= cap - 50 and (not rate_distortion or total > cap - 50 - 0.01 * sizes["model"])
+
+
+def test_row_gradients_are_sums_over_tokens():
+    """learn_rows estimates the squared gradients of single tokens' losses, without a backward pass for each."""
+    cfg = config(RUN, data_path=str(data()))
+    model = gpt(cfg)
+    batch = TrainStream(cfg).micro_batch(0, 128, 48)
+    tap = train_gpt.HessianTap(model)
+    for seed in range(16):
+        tap.learn_rows(model, batch, seed)
+    wanted = torch.zeros_like(model.up[..., 0])
+    nats = model.nll(model.trunk(batch.tokens, batch.seq, looped=True), batch.targets.clamp(min=0))
+    for i in np.flatnonzero(batch.targets >= 0):
+        wanted += torch.autograd.grad(nats[i], model.up, retain_graph=True)[0].square().sum(-1)
+    ratio = tap.sums["up.rows"] / 16 / wanted
+    assert 0.8 < ratio.log().mean().exp() < 1.25 and ratio.log().std() < 0.5
+
+
+# ---- LQER, AWQ-lite, logit calibration ----
+
+@pytest.mark.parametrize("weight", ("none", "diagonal", "hessian"))
+def test_lqer_reduces_the_error_it_is_asked_to(weight):
+    g = torch.Generator().manual_seed(0)
+    hessian = torch.diag(torch.rand(40, generator=g) * 5 + 0.1) + 0.05
+    error = torch.randn(64, 40, generator=g) * 0.1 + torch.randn(64, 2, generator=g) @ torch.randn(2, 40, generator=g)
+    cfg = config(lqer_weight=weight)
+    arrays, gain = train_gpt.lqer(error, hessian, cfg)
+    assert arrays["lqer_a"].shape == (64, 4) and set(np.unique(arrays["lqer_a"])) <= {-2, -1, 0, 1} and abs(arrays["lqer_b"].astype(int)).max() <= 8
+    h = {"none": torch.eye(40), "diagonal": hessian.diagonal().diag(), "hessian": hessian}[weight]
+    norm = lambda e: ((e @ h) * e).sum()
+    assert gain > 0 and norm(error - train_gpt.lqer_product(arrays, 40)) < 0.5 * norm(error)
+
+
+@pytest.mark.parametrize("select", (False, True))
+def test_lqer_corrects_as_many_matrices_as_it_should(select):
+    model = gpt()
+    cfg = config(rate_distortion=False, lqer_enabled=True, lqer_gain_select=select, lqer_top_k=2, embed_bits=4)
+    arrays = quantize(model, identity_hessians(model), cfg, ranks(cfg))
+    assert sum(name.endswith("lqer_a") for name in arrays) == 2
+    if not select:                                                      # the published rule: largest Frobenius error, and four bits err most
+        plain = {name: a for name, a in arrays.items() if "lqer" not in name}
+        w = folded_state(model)["tok_emb"]
+        assert "tok_emb.0.lqer_a" in arrays and (dequantize_matrix(arrays, "tok_emb", 0) - w).norm() < (dequantize_matrix(plain, "tok_emb", 0) - w).norm()
+
+
+def test_awq_makes_the_most_salient_columns_finer():
+    model = gpt()
+    hessians = identity_hessians(model)
+    hessians["up"][3, range(8, 16), range(8, 16)] = 400.0
+    cfg = config(rate_distortion=False, awq_lite_enabled=True, awq_lite_group_size=8)
+    arrays = quantize(model, hessians, cfg, ranks(cfg))
+    assert [name for name in arrays if name.endswith("column")] == ["up.3.column"]
+    assert arrays["up.3.column"].tolist() == [0] * 8 + [-8] * 8 + [0] * 16                     # 8 bits instead of 6: a quarter of the step
+    error = (dequantize_matrix(arrays, "up", 3) - folded_state(model)["up"][3]).abs()
+    assert error[:, 8:16].mean() < 0.4 * error[:, 16:].mean() and abs(arrays["up.3.symbols"].astype(int)[:, 8:16]).max() > 31
+
+
+def test_gates_in_int8():
+    model = gpt()
+    arrays = quantize(model, identity_hessians(model), config(gated_attn_quant_gate=True), ranks())
+    back, step = dequantize(arrays)["attn_gate"], model.attn_gate.detach().abs().amax(-1, keepdim=True) / 127
+    assert arrays["attn_gate.int8"].dtype == np.int8 and "attn_gate" not in arrays and ((back - model.attn_gate).abs() <= 0.51 * step + 1e-6).all()
+
+
+def test_calibration_reads_training_data_only(tmp_path):
+    """The validation shards are gone; and it lowers the loss of the tokens it is fitted to."""
+    folder = own_data(tmp_path / "data")
+    for path in folder.glob("fineweb_val*"):
+        path.unlink()
+    cfg = config(RUN, data_path=str(folder), logit_calibration_enabled=True)
+    model, stream = gpt(cfg), TrainStream(cfg)
+    batch = stream.micro_batch(0, 128, 48)
+    assert batch.split == "train"
+    with torch.no_grad():
+        loss = lambda: (model.nll(model.trunk(batch.tokens, batch.seq, looped=True), batch.targets.clamp(min=0)) * (batch.targets >= 0)).sum()
+        before = loss()
+    values = train_gpt.fit_logit_calibration(model, stream, cfg, ranks(cfg))
+    assert values.shape == (15,) and model.calibration is None
+    load_state(model, {**folded_state(model), "logit_calibration": torch.from_numpy(values)}, "memory")
+    with torch.no_grad():
+        assert loss() < before
+
+
+def test_calibrated_probabilities_sum_to_one():
+    cfg = config(RUN, data_path=str(data()))
+    model = gpt(cfg)
+    load_state(model, {**folded_state(model), "logit_calibration": torch.linspace(-1, 1, 15)}, "memory")
+    hidden = model.trunk(torch.tensor([BOS, 50, 60]), packed_seq([3]), looped=True)[2:].expand(VOCAB, -1)
+    with torch.no_grad():
+        nats, hinted = model.nll(hidden, torch.arange(VOCAB), hint=torch.arange(VOCAB))
+        assert abs((-nats).exp().sum() - 1) < 1e-5 and torch.allclose(hinted, -nats, atol=1e-6)
+        assert torch.allclose(model.nll(hidden, torch.arange(VOCAB)), nats, atol=1e-6)
+        model.calibration = None
+        assert not torch.allclose(model.nll(hidden, torch.arange(VOCAB)), nats, atol=1e-2)
+
+
+def test_features_of_the_tokenizer_s_pieces():
+    cfg = config(RUN, data_path=str(data()))
+    features, pieces = train_gpt.piece_features(cfg), processor(train_gpt.tokenizer_path(cfg))
+    assert features.shape == (VOCAB, 14) and (features[:, :6].sum(1) <= 1).all()
+    spaced = torch.tensor([pieces.id_to_piece(i).startswith("\u2581") for i in range(VOCAB)])
+    assert torch.equal(features[:, 6].bool(), spaced) and features[:, 8].any() and features[:, 10].any()

@@ -104,7 +104,8 @@ class PlainAdapters:
     def __init__(self, model, cfg, masked=()):
         start = new_lora(model, 1, frozenset(masked), cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
         self.widths, self.scale = start.widths, cfg.ttt_lora_alpha / cfg.ttt_lora_rank
-        self.a, self.b = ({(kind, visit): t[0].T.detach().clone().requires_grad_() for kind, visits in part.items() for visit, t in enumerate(visits)} for part in (start.a, start.b))
+        self.a, self.b = ({(kind, visit): t[0].T.detach().clone().requires_grad_() for kind, visits in part.items() for visit, t in enumerate(visits)}
+                          for part in (start.a, start.b))
         self.leaves = [*self.a.values(), *self.b.values()]
         self.squares = [torch.zeros_like(p) for p in self.leaves]
         self.steps = 0

@@ -173,6 +173,26 @@ def protocol(args: argparse.Namespace) -> list[Row]:
     return []
 
 
+@bench("codec", ("--artifact", {"type": Path, "required": True, "metavar": "PATH", "help": "model.bin of a run"}))
+def codec(args: argparse.Namespace) -> list[Row]:
+    """Bytes and seconds of a model file's tensors by our coder, brotli 11, LZMA and, where installed, lrzip's zpaq over sorted rows; ratio: bytes over ours."""
+    from bench_quant import codec as measure
+    rows = list(measure(args.artifact))
+    return [Row(f"{size:,} bytes", variant, seconds, size / rows[0][1]) for variant, size, seconds in rows]
+
+
+@bench("quant",
+       ("--trained", {"type": Path, "required": True, "metavar": "PATH", "help": "trained.npz of a run; DATA_PATH names its data"}),
+       ("--budget", {"type": float, "default": 1e9, "help": "begin no method after this many seconds"}))
+def quant(args: argparse.Namespace) -> list[Row]:
+    """BPB that each method of quantisation loses at the size of the published recipe; ratio: its loss over the published one's (GPTQ: seconds over ours)."""
+    from bench_quant import quant as measure
+    rows = list(measure(args.trained, args.budget))
+    reference = {False: next((lost for _, size, lost, _ in rows if size), 1.0), True: rows[0][3]}
+    return [Row(f"{size:,} bytes, {lost:+.5f} BPB" if size else "solve", method, seconds, lost / reference[False] if size else seconds / reference[True])
+            for method, size, lost, seconds in rows]
+
+
 @bench("kernels")
 def kernels(args: argparse.Namespace) -> list[Row]:
     """Each Triton kernel at the shapes of a training step, beside its compiled reference and its floor; needs a Hopper GPU."""
