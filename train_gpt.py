@@ -2519,6 +2519,12 @@ def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tup
     return state.astype("<u4"), np.concatenate(words[::-1] + [np.empty(0, "<u2")])
 
 
+def repeated_rows(q: np.ndarray) -> dict[int, int]:
+    """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: embeddings of tokens that training never saw."""
+    seen = {}
+    return {i: first for i, row in enumerate(q[0]) if (first := seen.setdefault(row.tobytes(), i)) != i} if len(q) == 1 else {}
+
+
 def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
     """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of ``rider`` travel in it for nothing.
 
@@ -2527,15 +2533,17 @@ def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, 
     weight = collections.Counter()
     for q in stacks:
         weight.update(dict.fromkeys(q.shape[1:], q.size))
-    residual = max(weight, key=weight.get, default=0)
+    residual = max(sorted(weight), key=weight.get, default=0)
     heads, steps, escaped, pools = [], [], [np.empty(0, np.int64)], {}
     for q in stacks:
+        copies = repeated_rows(q)
+        q = np.delete(q, list(copies), axis=1)
         rows, width = q.shape[1:]
         turn = width != residual and (rows == residual or rows < width)
         q = q.transpose(0, 2, 1) if turn else q
         variance = np.maximum((q.astype(np.float64)**2).mean((1, 2)), 2.0**-5)
         head = {"shape": list(q.shape), "log2_variance": np.rint(np.log2(variance)).astype(int).tolist(), "turned": int(turn),
-                "prior": choose_prior(q, pools.get(q.shape[2]))}
+                "prior": choose_prior(q, pools.get(q.shape[2])), "copies": [list(copies), list(copies.values())]}
         columns, cells = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64), []
 
         def coder(table, floor, rows, j):
@@ -2591,7 +2599,11 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
                 q[:, rows, j][lost], escaped = escaped[:n], escaped[n:]
             return q[:, rows, j].astype(np.int64)
         Stack(head, pools).code(coder)
-        stacks.append(q.transpose(0, 2, 1) if head["turned"] else q)
+        rows, sources = (np.array(rows, int) for rows in head["copies"])
+        q = q.transpose(0, 2, 1) if head["turned"] else q
+        q = np.insert(q, rows - np.arange(len(rows)), 0, axis=1)
+        q[:, rows] = q[:, sources]
+        stacks.append(q)
     if len(words):
         raise ValueError("words are left over")
     return stacks, (state - (1 << 16)).astype("<u2").tobytes()
