@@ -164,6 +164,11 @@ def test_record_folder(runs, tmp_path, capsys):
     assert all(word in err for word in ("README.md: has", "train_seed2.log: missing", "other.txt: no part")) and err.count("\n") == 3
 
 
+def test_the_command_has_the_ranks_of_the_run():
+    assert [submission.launcher(h) for h in ("8 x NVIDIA H100", "1 x NVIDIA H200", "CPU, 1 threads x 2 rank(s)")] == [
+        "torchrun --standalone --nproc_per_node=8", "python", "torchrun --standalone --nproc_per_node=2"]
+
+
 def test_no_comparison_off_the_contests_data(runs, tmp_path, capsys):
     command(*runs, "--submission", tmp_path / "s.json", "--baseline", "#1855:1.06108", "--out", tmp_path / "out", status=2)
     assert "no published figure compares" in capsys.readouterr().err

@@ -228,7 +228,7 @@ NOT RUN means that nobody has shown it; `tools/audit.py` does.
 
 ## Command
 
-    SEED={runs[0].result['seed']} {changed}torchrun --standalone --nproc_per_node=8 train_gpt.py
+    SEED={runs[0].result['seed']} {changed}{launcher(first['hardware'])} train_gpt.py
 
 `train_gpt.py` is the file that was counted ({entry['bytes_code']:,} bytes, with `model.bin` {entry['bytes_total']:,}).
 `python3 train_gpt.py --unpack train_gpt.py` prints its source without running it.
@@ -247,6 +247,13 @@ Training and validation disjoint: {'checked against manifest.json' if data.get('
 
 {", ".join(f"{what} {number}" for what, number in ATTRIBUTION.items())}.
 """
+
+
+def launcher(hardware: str) -> str:
+    """What started the run: torchrun for the number of ranks that its hardware line names."""
+    ranks = re.search(r"^(\d+) x |x (\d+) rank", hardware)
+    world = int(ranks[1] or ranks[2]) if ranks else 1
+    return f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
 
 
 # ---------------------------------------------------------------- verification
