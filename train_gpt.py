@@ -3306,7 +3306,8 @@ class TestTimeTraining:
         """Add the gradient of the summed nats of tokens[1:] over ``count``."""
         width = self.cfg.ttt_eval_seq_len
         starts = np.union1d(np.flatnonzero(tokens[:-1] == self.cfg.bos_id), np.arange(0, len(tokens) - 1, width))
-        batch = to_device(pack(tokens, starts, width, width, "val", self.sgd_tokens), self.ranks.device)
+        capacity = self.sgd_tokens if self.ranks.device.type == "cuda" else len(tokens) - 1     # padding pays for one graph only
+        batch = to_device(pack(tokens, starts, width, width, "val", capacity), self.ranks.device)
         (self.loss(self.model, batch, 1, self.cfg.looped) / count).backward()       # a count inside would compile a graph for every value
 
 
