@@ -7,6 +7,7 @@ slows down slows all of them.
 """
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -191,6 +192,17 @@ def quant(args: argparse.Namespace) -> list[Row]:
     reference = {False: next((lost for _, size, lost, _ in rows if size), 1.0), True: rows[0][3]}
     return [Row(f"{size:,} bytes, {lost:+.5f} BPB" if size else "solve", method, seconds, lost / reference[False] if size else seconds / reference[True])
             for method, size, lost, seconds in rows]
+
+
+@bench("ttt",
+       ("--artifact", {"type": Path, "required": True, "metavar": "DIR", "help": "folder of a run with model.bin; DATA_PATH names its data"}),
+       ("--set", {"action": "append", "default": [], "metavar": "SETTINGS", "help": "one pass under these, e.g. 'TTT_CHUNKS=48 TTT_LORA_RANK=80'; repeatable; the first is 1.00x"}),
+       ("--budget", {"type": float, "default": 1e9, "help": "begin no pass after this many seconds"}))
+def ttt(args: argparse.Namespace) -> list[Row]:
+    """BPB and targets/s of test-time training under each --set, on the same artifact and documents. None of it is a result: settings other than the artifact's make C4 DISPUTED."""
+    from bench_ttt import ttt as measure
+    rows = list(measure(args.artifact, dict(os.environ), args.set or [""], args.budget))
+    return [Row(f"{bpb:.5f} BPB, captured in {warm:.1f} s", line, seconds, rows[0][3] / seconds, targets, "targets/s") for line, bpb, warm, seconds, targets in rows]
 
 
 @bench("kernels")
