@@ -2415,7 +2415,7 @@ class Stack:
         """head: what the encoder chose. pools: correlations by width that earlier stacks left as prior; this one adds its own."""
         self.members, self.rows, self.width = head["shape"]
         self.variance = np.exp2(np.array(head["log2_variance"], np.float64))      # of integers: exact
-        self.strength, self.weight = PRIORS[head["prior"]]
+        (self.strength, self.weight), self.trust = PRIORS[head["prior"]], head["trust"]
         self.pools, self.moments, self.seen = pools, np.zeros((self.members, self.width, self.width)), 0
         self.square, self.count = np.full(self.members, 256000.0), 256000.0
 
@@ -2427,7 +2427,7 @@ class Stack:
         """L (G, n, n) * 2**12, integers in float64, such that x = e + L e with independent e, or None; and the variance of e (G, n)."""
         shared, own, total = self.shared(), np.diagonal(self.moments, axis1=1, axis2=2), self.seen * self.members
         common = (100 + np.diagonal(shared, axis1=1, axis2=2)) / (100 + total) * self.variance[:, None]
-        variance = np.maximum((10 * common + own) / (10 + self.seen), 2.0**-5)
+        variance = np.maximum((self.trust[1] * common + own) / (self.trust[1] + self.seen), 2.0**-5)
         if not self.strength:
             return None, variance
         c = np.eye(self.width)[None]
@@ -2453,11 +2453,11 @@ class Stack:
         low, variance = self.predictor()
         sigma, log_variance = np.sqrt(variance), log2_fixed(variance)
         e, q = np.zeros((2, self.members, self.width, end - start))
-        mean, initial = np.zeros((self.members, end - start)), (self.square / self.count)[:, None] * (4 * 256)
+        mean, initial = np.zeros((self.members, end - start)), (self.square / self.count)[:, None] * (self.trust[0] * 256)
         square = np.zeros_like(mean)                                    # of the rows' innovations so far, in sigma**2 / 256
         for a in range(0, self.width, REFRESH):
             b = min(a + REFRESH, self.width)
-            gain = log2_fixed((square + initial) * (1 / (256 * (a + 4))))
+            gain = log2_fixed((square + initial) * (1 / (256 * (a + self.trust[0]))))
             bucket = (log_variance[:, a:b, None] + gain[:, None] - LOG_LOW * LOG) // (LOG // PER_OCTAVE)
             table = np.clip(bucket, 0, BUCKETS - 1) * PHASES
             known = low[:, a:b, :a] @ e[:, :a] if low is not None else None
@@ -2519,6 +2519,12 @@ def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tup
     return state.astype("<u4"), np.concatenate(words[::-1] + [np.empty(0, "<u2")])
 
 
+def common_weight(q: np.ndarray, axis: int) -> int:
+    """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how far theirs lie apart."""
+    spread = np.log((q.astype(np.float64)**2).mean(axis) + 1 / 12).var(1).mean() - 2 / q.shape[axis]
+    return int(np.clip(2 / max(spread, 1e-9), 2, 60))
+
+
 def repeated_rows(q: np.ndarray) -> dict[int, int]:
     """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: embeddings of tokens that training never saw."""
     seen = {}
@@ -2543,7 +2549,7 @@ def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, 
         q = q.transpose(0, 2, 1) if turn else q
         variance = np.maximum((q.astype(np.float64)**2).mean((1, 2)), 2.0**-5)
         head = {"shape": list(q.shape), "log2_variance": np.rint(np.log2(variance)).astype(int).tolist(), "turned": int(turn),
-                "prior": choose_prior(q, pools.get(q.shape[2])), "copies": [list(copies), list(copies.values())]}
+                "prior": choose_prior(q, pools.get(q.shape[2])), "trust": [common_weight(q, 2), common_weight(q, 1)], "copies": [list(copies), list(copies.values())]}
         columns, cells = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64), []
 
         def coder(table, floor, rows, j):
