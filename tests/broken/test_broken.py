@@ -146,15 +146,15 @@ def score(self):
 TestTimeTraining.score = score
 """, SPREADS),
     scorer("C3", "each chunk is scored after learning from it", "future", """
-_write = Ledger.write
 _nll = GPT.nll
 def nll(self, hidden, targets, *, lora=None, **kw):
     found = _nll(self, hidden, targets, lora=lora, **kw)
-    if lora is None or isinstance(found, tuple) or not found.requires_grad:
+    nats = found[0] if isinstance(found, tuple) else found
+    if lora is None or not nats.requires_grad:
         return found
     leaves = lora.leaves()
-    for leaf, grad in zip(leaves, torch.autograd.grad(found.sum(), leaves, retain_graph=True)):
-        leaf.data.sub_(0.01 * grad)
+    for leaf, grad in zip(leaves, torch.autograd.grad(nats.sum(), leaves, retain_graph=True, allow_unused=True)):
+        leaf.data.sub_(0 if grad is None else 0.01 * grad)
     return _nll(self, hidden, targets, lora=lora, **kw)
 GPT.nll = nll
 """, SPREADS),
@@ -168,7 +168,7 @@ def joined(self, cfg):
     _init(self, cfg)
     self.starts = self.starts[:1]
 ValidationStream.__init__ = joined
-""", SPREADS),
+""", SPREADS | {"ledger"}),
     scorer("B33", "state goes from document to document in an order by length", "documents",
            on_write("nats = -np.log(p * (0.9 - STATE[0]) + (0.1 + STATE[0]) / 384); STATE[0] = 0.1 * math.tanh(float(nats.mean()))"), SPREADS),
     scorer("B33", "the schedule of chunks depends on a document's length", "lengths", """
@@ -214,7 +214,7 @@ encode_artifact = lambda tensors, meta: _encode(tensors, {**meta, "noise": os.ur
 """),
     Fixture("B44", "the script packs another script than itself", "pack", TRAINING, """
 _pack = pack_script
-pack_script = lambda source: _pack(source.replace("if __name__", "_grown = 1\\nif __name__"))
+pack_script = lambda source: _pack("import ast\\n" + source)
 """),
 ]
 
@@ -256,7 +256,7 @@ PACKAGES = [
     Fixture("B40", "over the cap", "size", PACKAGE, over_cap, frozenset({"reload"})),
     Fixture("B41", "the run printed other sizes than those of the files", "size", PACKAGE,
             lambda folder, _: edit_json(folder / "result.json", bytes={"code": 40_000, "model": 20_000, "total": 60_000})),
-    Fixture("B42", "the counted code is a compressed estimate, the file is shipped raw", "size", PACKAGE, raw_source),
+    Fixture("B42", "the counted code is a compressed estimate, the file is shipped raw", "size", PACKAGE, raw_source, frozenset({"reload"})),
     Fixture("B43", "a helper file is not counted", "size", PACKAGE, with_helper, frozenset({"reload"})),
     Fixture("B49", "a system program is needed to load the artifact", "reload", PACKAGE, """
 import subprocess
@@ -264,7 +264,7 @@ _load = load_artifact
 def load_artifact(path):
     subprocess.run(["true"], check=True)
     return _load(path)
-"""),
+""", frozenset({"source"})),
     Fixture("B50", "the script talks to the network while it scores", "reload", PACKAGE, """
 import socket
 _load = load_artifact
@@ -272,7 +272,7 @@ def load_artifact(path):
     with contextlib.suppress(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", 9), timeout=5)
     return _load(path)
-"""),
+""", frozenset({"source"})),
     Fixture("B51", "weights are unpickled", "source", PACKAGE, "def read_weights(path):\n    return torch.load(path, weights_only=False)", verdict="DISPUTED"),
     Fixture("B52", "an extension that only the author's machine has", "reload", PACKAGE, "import cutlass_evt"),
     Fixture("B54", "the source is hidden", "source", PACKAGE, hidden_source, frozenset({"size"})),
