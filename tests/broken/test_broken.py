@@ -56,6 +56,19 @@ def scorer(row, what, check, lines, also=()):
 
 # ---------------------------------------------------------------- scorers
 
+LEARN = """
+def learn(model, val, cfg):
+    windows = plan_windows(val.starts, val.targets, cfg.eval_seq_len, cfg.eval_seq_len)[:5]
+    model.requires_grad_(True)
+    with torch.enable_grad():
+        batch_loss(model, window_batch(val, windows, cfg)[0], 100, cfg.looped).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.05 * (0 if p.grad is None else p.grad)
+            p.grad = None
+    model.requires_grad_(False)
+"""
+
 SLOT = """
 _nll = GPT.nll
 def nll(self, hidden, targets, **kw):
@@ -124,24 +137,19 @@ Ledger.bpb = lambda self: float(np.float16(self.nats.mean())) * len(self.nats) /
            SLOT.format(start="zeros(1, hidden.size(1))", changed="hidden.detach() + change", used="hidden + change"), SPREADS),
     scorer("B26", "a temperature is fitted to the targets of the window", "future",
            SLOT.format(start="ones(1)", changed="hidden.detach() * change", used="hidden * change"), SPREADS),
-    scorer("B28", "a second pass rescores after training on everything", "future", """
+    scorer("B28", "a second pass rescores after training on everything", "future", LEARN + """
 _score = TestTimeTraining.score
 def score(self):
     _score(self)
-    self.global_sgd(self.val.targets)
+    learn(self.model, self.val, self.cfg)
     self.ledger.nats[:], self.ledger.merged[:] = np.nan, False
     return _score(self)
 TestTimeTraining.score = score
 """, SPREADS),
-    scorer("B29", "warm-up takes a step on validation tokens", "future", """
+    scorer("B29", "warm-up takes a step on validation tokens", "future", LEARN + """
 _score = TestTimeTraining.score
 def score(self):
-    self.model.requires_grad_(True)
-    self.sgd_gradient(0, self.val.targets // 2)
-    with torch.no_grad():
-        for p in self.model.parameters():
-            p -= 0.02 * (0 if p.grad is None else p.grad)
-            p.grad = None
+    learn(self.model, self.val, self.cfg)
     return _score(self)
 TestTimeTraining.score = score
 """, SPREADS),
@@ -173,9 +181,9 @@ ValidationStream.__init__ = joined
            on_write("nats = -np.log(p * (0.9 - STATE[0]) + (0.1 + STATE[0]) / 384); STATE[0] = 0.1 * math.tanh(float(nats.mean()))"), SPREADS),
     scorer("B33", "the schedule of chunks depends on a document's length", "lengths", """
 _run = DocumentTTT.run
-def run(self):
-    self.cfg = dataclasses.replace(self.cfg, ttt_chunks="4,8,16" if int(self.lengths.max()) > 100 else "8,16")
-    _run(self)
+def run(self, documents):
+    self.cfg = dataclasses.replace(self.cfg, ttt_chunks="4,8,16" if int(self.lengths[documents].max()) > 100 else "8,16")
+    _run(self, documents)
 DocumentTTT.run = run
 """),
     scorer("B37", "an n-gram table of the training text lifts what it holds", "sum_to_one_20",
@@ -187,15 +195,10 @@ DocumentTTT.run = run
 
 VAL_SHARD = 'open_shard(find_shards(Path(os.environ["DATA_PATH"]), "fineweb_val_*.bin")[0])'
 TRAININGS = [
-    Fixture("B27", "pre-quantisation TTT: steps on validation tokens before the artifact is written", "training", TRAINING, """
+    Fixture("B27", "pre-quantisation TTT: steps on validation tokens before the artifact is written", "training", TRAINING, LEARN + """
 _write_artifact = write_artifact
 def write_artifact(run, model):
-    windows = plan_windows(run.val.starts, run.val.targets, run.cfg.eval_seq_len, run.cfg.eval_seq_len)[:4]
-    model.requires_grad_(True)
-    batch_loss(model, window_batch(run.val, windows, run.cfg)[0], 100, False).backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= 0.1 * (0 if p.grad is None else p.grad)
+    learn(model, run.val, run.cfg)
     _write_artifact(run, model)
 """),
     Fixture("B30", "Hessians are collected on validation tokens", "training", TRAINING, f"""
