@@ -59,6 +59,7 @@ def scorer(row, what, check, lines, also=()):
 LEARN = """
 def learn(model, val, cfg):
     windows = plan_windows(val.starts, val.targets, cfg.eval_seq_len, cfg.eval_seq_len)[:5]
+    learns = next(model.parameters()).requires_grad
     model.requires_grad_(True)
     with torch.enable_grad():
         batch_loss(model, window_batch(val, windows, cfg)[0], 100, cfg.looped).backward()
@@ -66,7 +67,7 @@ def learn(model, val, cfg):
         for p in model.parameters():
             p -= 0.05 * (0 if p.grad is None else p.grad)
             p.grad = None
-    model.requires_grad_(False)
+    model.requires_grad_(learns)
 """
 
 SLOT = """
