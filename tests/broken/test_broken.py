@@ -56,6 +56,20 @@ def scorer(row, what, check, lines, also=()):
 
 # ---------------------------------------------------------------- scorers
 
+LEARN = """
+def learn(model, val, cfg):
+    windows = plan_windows(val.starts, val.targets, cfg.eval_seq_len, cfg.eval_seq_len)[:5]
+    learns = next(model.parameters()).requires_grad
+    model.requires_grad_(True)
+    with torch.enable_grad():
+        batch_loss(model, window_batch(val, windows, cfg)[0], 100, cfg.looped).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.05 * (0 if p.grad is None else p.grad)
+            p.grad = None
+    model.requires_grad_(learns)
+"""
+
 SLOT = """
 _nll = GPT.nll
 def nll(self, hidden, targets, **kw):
@@ -124,37 +138,32 @@ Ledger.bpb = lambda self: float(np.float16(self.nats.mean())) * len(self.nats) /
            SLOT.format(start="zeros(1, hidden.size(1))", changed="hidden.detach() + change", used="hidden + change"), SPREADS),
     scorer("B26", "a temperature is fitted to the targets of the window", "future",
            SLOT.format(start="ones(1)", changed="hidden.detach() * change", used="hidden * change"), SPREADS),
-    scorer("B28", "a second pass rescores after training on everything", "future", """
+    scorer("B28", "a second pass rescores after training on everything", "future", LEARN + """
 _score = TestTimeTraining.score
 def score(self):
     _score(self)
-    self.global_sgd(self.val.targets)
+    learn(self.model, self.val, self.cfg)
     self.ledger.nats[:], self.ledger.merged[:] = np.nan, False
     return _score(self)
 TestTimeTraining.score = score
 """, SPREADS),
-    scorer("B29", "warm-up takes a step on validation tokens", "future", """
+    scorer("B29", "warm-up takes a step on validation tokens", "future", LEARN + """
 _score = TestTimeTraining.score
 def score(self):
-    self.model.requires_grad_(True)
-    self.sgd_gradient(0, self.val.targets // 2)
-    with torch.no_grad():
-        for p in self.model.parameters():
-            p -= 0.02 * (0 if p.grad is None else p.grad)
-            p.grad = None
+    learn(self.model, self.val, self.cfg)
     return _score(self)
 TestTimeTraining.score = score
 """, SPREADS),
     scorer("C3", "each chunk is scored after learning from it", "future", """
-_write = Ledger.write
 _nll = GPT.nll
 def nll(self, hidden, targets, *, lora=None, **kw):
     found = _nll(self, hidden, targets, lora=lora, **kw)
-    if lora is None or isinstance(found, tuple) or not found.requires_grad:
+    nats = found[0] if isinstance(found, tuple) else found
+    if lora is None or not nats.requires_grad:
         return found
     leaves = lora.leaves()
-    for leaf, grad in zip(leaves, torch.autograd.grad(found.sum(), leaves, retain_graph=True)):
-        leaf.data.sub_(0.01 * grad)
+    for leaf, grad in zip(leaves, torch.autograd.grad(nats.sum(), leaves, retain_graph=True, allow_unused=True)):
+        leaf.data.sub_(0 if grad is None else 0.01 * grad)
     return _nll(self, hidden, targets, lora=lora, **kw)
 GPT.nll = nll
 """, SPREADS),
@@ -168,14 +177,14 @@ def joined(self, cfg):
     _init(self, cfg)
     self.starts = self.starts[:1]
 ValidationStream.__init__ = joined
-""", SPREADS),
+""", SPREADS | {"ledger"}),
     scorer("B33", "state goes from document to document in an order by length", "documents",
            on_write("nats = -np.log(p * (0.9 - STATE[0]) + (0.1 + STATE[0]) / 384); STATE[0] = 0.1 * math.tanh(float(nats.mean()))"), SPREADS),
     scorer("B33", "the schedule of chunks depends on a document's length", "lengths", """
 _run = DocumentTTT.run
-def run(self):
-    self.cfg = dataclasses.replace(self.cfg, ttt_chunks="4,8,16" if int(self.lengths.max()) > 100 else "8,16")
-    _run(self)
+def run(self, documents):
+    self.cfg = dataclasses.replace(self.cfg, ttt_chunks="4,8,16" if int(self.lengths[documents].max()) > 100 else "8,16")
+    _run(self, documents)
 DocumentTTT.run = run
 """),
     scorer("B37", "an n-gram table of the training text lifts what it holds", "sum_to_one_20",
@@ -187,15 +196,10 @@ DocumentTTT.run = run
 
 VAL_SHARD = 'open_shard(find_shards(Path(os.environ["DATA_PATH"]), "fineweb_val_*.bin")[0])'
 TRAININGS = [
-    Fixture("B27", "pre-quantisation TTT: steps on validation tokens before the artifact is written", "training", TRAINING, """
+    Fixture("B27", "pre-quantisation TTT: steps on validation tokens before the artifact is written", "training", TRAINING, LEARN + """
 _write_artifact = write_artifact
 def write_artifact(run, model):
-    windows = plan_windows(run.val.starts, run.val.targets, run.cfg.eval_seq_len, run.cfg.eval_seq_len)[:4]
-    model.requires_grad_(True)
-    batch_loss(model, window_batch(run.val, windows, run.cfg)[0], 100, False).backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= 0.1 * (0 if p.grad is None else p.grad)
+    learn(model, run.val, run.cfg)
     _write_artifact(run, model)
 """),
     Fixture("B30", "Hessians are collected on validation tokens", "training", TRAINING, f"""
@@ -214,7 +218,7 @@ encode_artifact = lambda tensors, meta: _encode(tensors, {**meta, "noise": os.ur
 """),
     Fixture("B44", "the script packs another script than itself", "pack", TRAINING, """
 _pack = pack_script
-pack_script = lambda source: _pack(source.replace("if __name__", "_grown = 1\\nif __name__"))
+pack_script = lambda source: _pack("import ast\\n" + source)
 """),
 ]
 
@@ -256,7 +260,7 @@ PACKAGES = [
     Fixture("B40", "over the cap", "size", PACKAGE, over_cap, frozenset({"reload"})),
     Fixture("B41", "the run printed other sizes than those of the files", "size", PACKAGE,
             lambda folder, _: edit_json(folder / "result.json", bytes={"code": 40_000, "model": 20_000, "total": 60_000})),
-    Fixture("B42", "the counted code is a compressed estimate, the file is shipped raw", "size", PACKAGE, raw_source),
+    Fixture("B42", "the counted code is a compressed estimate, the file is shipped raw", "size", PACKAGE, raw_source, frozenset({"reload"})),
     Fixture("B43", "a helper file is not counted", "size", PACKAGE, with_helper, frozenset({"reload"})),
     Fixture("B49", "a system program is needed to load the artifact", "reload", PACKAGE, """
 import subprocess
@@ -264,7 +268,7 @@ _load = load_artifact
 def load_artifact(path):
     subprocess.run(["true"], check=True)
     return _load(path)
-"""),
+""", frozenset({"source"})),
     Fixture("B50", "the script talks to the network while it scores", "reload", PACKAGE, """
 import socket
 _load = load_artifact
@@ -272,7 +276,7 @@ def load_artifact(path):
     with contextlib.suppress(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", 9), timeout=5)
     return _load(path)
-"""),
+""", frozenset({"source"})),
     Fixture("B51", "weights are unpickled", "source", PACKAGE, "def read_weights(path):\n    return torch.load(path, weights_only=False)", verdict="DISPUTED"),
     Fixture("B52", "an extension that only the author's machine has", "reload", PACKAGE, "import cutlass_evt"),
     Fixture("B54", "the source is hidden", "source", PACKAGE, hidden_source, frozenset({"size"})),
