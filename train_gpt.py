@@ -372,6 +372,13 @@ class Ranks:
             dist.all_reduce(t)
         return t
 
+    def all_reduce_flat(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Their sums over the ranks, through one buffer."""
+        if self.world == 1:
+            return tensors
+        flat = self.all_reduce_(torch.cat([t.flatten() for t in tensors]))
+        return [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
     def broadcast_(self, t: Tensor) -> Tensor:
         if self.world > 1:
             dist.broadcast(t, 0)
@@ -497,7 +504,7 @@ class Ledger:
     def __init__(self, name: str, target_bytes: np.ndarray, verdicts: Verdicts):
         self.name, self.bytes, self.verdicts = name, target_bytes, verdicts
         self.nats = np.full(len(target_bytes), np.nan)
-        self.merged = np.zeros(len(target_bytes), bool)
+        self.merged, self.begun, self.shown = np.zeros(len(target_bytes), bool), None, None
 
     def check(self, holds: bool, fault: str):
         if not holds:
@@ -531,6 +538,15 @@ class Ledger:
             self.check(counts.max() <= 1 and not counts[self.merged].any(), "two ranks scored the same target")
             self.nats = np.where(counts > 0, nats, self.nats)
         self.merged = self.scored
+
+    def progress(self, ranks: Ranks, log: Log):
+        """Call before each batch: every five seconds a line says how far the pass is, if the other ranks have scored as much as this one."""
+        now = time.perf_counter()
+        self.begun, self.shown = self.begun or now, self.shown or now
+        if now - self.shown > 5:
+            self.shown, done = now, int(self.merged.sum()) + ranks.world * int((self.scored & ~self.merged).sum())
+            rate, left = max(done, 1) / (now - self.begun), max(len(self.nats) - done, 0)
+            log(f"  {100 * (1 - left / len(self.nats)):5.1f} %  BPB so far {self.running_bpb():.4f}  {rate:,.0f} targets/s  {left / rate:.0f} s left")
 
     def running_bpb(self) -> float:
         return float(self.nats[self.scored].sum() / math.log(2) / max(self.bytes[self.scored].sum(dtype=np.int64), 1))
@@ -1023,10 +1039,6 @@ def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tenso
     return (softcap_nll_op if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
 
 
-def head_nll_outputs(x, w, targets, caps, want_caps):
-    return x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(w)), x.new_empty(len(x) if want_caps else 0, 2, dtype=torch.float32)
-
-
 def head_nll_backward(ctx, d_nll):
     x, w, dz, d_caps = ctx.saved_tensors
     need_x, need_w, _, need_caps, _ = ctx.needs_input_grad
@@ -1035,7 +1047,8 @@ def head_nll_backward(ctx, d_nll):
             (d_caps * row).sum(0) if need_caps else None, None)
 
 
-@operator(head_nll_outputs, head_nll_backward, keep=(0, 1, 6, 7))
+@operator(lambda x, w, targets, caps, want_caps: (x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(w)),
+                                                  x.new_empty(len(x) if want_caps else 0, 2, dtype=torch.float32)), head_nll_backward, keep=(0, 1, 6, 7))
 def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Nats (T,), and in place of the logits their gradient (T, V); the caps' gradient by row if wanted."""
     z = F.linear(x, w)
@@ -1057,20 +1070,14 @@ def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
 
 # --- Heads of a packed QKV product: RMSNorm of q and k, partial RoPE, gain of q ---
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial RoPE: pairs (i, i + n) of the first 2n dimensions of x (T, heads, D); cos, sin (T, n) fp32."""
-    n, cos, sin = cos.size(-1), cos[:, None], sin[:, None]
-    a, b, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest.float()), dim=-1)
-
-
 def qkv_heads_reference(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """qkv_heads() in plain PyTorch."""
-    H = gain.numel()
+    H, n, cos, sin = gain.numel(), cos.size(1), cos[:, None], sin[:, None]
     heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
-    q, k, v = heads.split((H, kv_heads, kv_heads), dim=1)
-    q, k = (rotate(F.rms_norm(t.float(), (t.size(-1),), eps=eps), cos, sin) for t in (q, k))
-    return (q * gain[:, None]).to(qkv.dtype), k.to(qkv.dtype), v
+    x = F.rms_norm(heads[:, :H + kv_heads].float(), heads.shape[2:], eps=eps)
+    a, b, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
+    q, k = torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1).split((H, kv_heads), dim=1)
+    return (q * gain[:, None]).to(qkv.dtype), k.to(qkv.dtype), heads[:, -kv_heads:]
 
 
 @triton.jit
@@ -1343,16 +1350,6 @@ BACKENDS = {
 }
 
 
-def load_fa3(library: str):
-    """Register FlashAttention 3's operators, from a shared object or from the package; raises if they are not there."""
-    if library:
-        torch.ops.load_library(library)
-    else:
-        import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
-    if not (hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd")):
-        raise RuntimeError("the library registers no flash_attn_3.fwd and bwd")
-
-
 def choose_attention(cfg: Config, device: torch.device) -> str:
     """The first backend that loads and agrees with the reference on this device."""
     if device.type == "cpu":
@@ -1361,8 +1358,10 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
     reasons = []
     for name in names:
         try:
-            if name == "fa3":
-                load_fa3(cfg.fa3_library)
+            if name == "fa3" and cfg.fa3_library:
+                torch.ops.load_library(cfg.fa3_library)
+            elif name == "fa3":
+                import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
             check_backend(name, cfg, device)
             return name
         except Exception as e:                                          # any fault of a third-party library only means: try the next
@@ -1395,15 +1394,9 @@ def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Te
     return tuple(BACKENDS[backend][1](dout.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k)[:3])
 
 
-def attention_outputs(q, k, v, cu_q, cu_k, max_q, max_k, backend):
-    return *empty_like(q), q.new_empty((0,) if backend == "reference" else (q.size(1), q.size(0)), dtype=torch.float32)
-
-
-def attention_backward(ctx, dout):
-    return *attention_backward_op(dout, *ctx.saved_tensors, *ctx.constants), None, None, None, None, None
-
-
-@operator(attention_outputs, attention_backward, keep=(0, 1, 2, 8, 9, 3, 4))
+@operator(lambda q, k, v, cu_q, cu_k, max_q, max_k, backend: (*empty_like(q), q.new_empty((0,) if backend == "reference" else (q.size(1), q.size(0)),
+                                                                                          dtype=torch.float32)),
+          lambda ctx, dout: (*attention_backward_op(dout, *ctx.saved_tensors, *ctx.constants), *[None] * 5), keep=(0, 1, 2, 8, 9, 3, 4))
 def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, backend: str) -> tuple[Tensor, Tensor]:
     """The chosen backend as one opaque operator: out (Tq, H, D) and what its backward needs, (H, Tq) fp32 or empty."""
     return BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k)
@@ -1776,7 +1769,8 @@ class Optimizer:
         for p in self.parameters:                                       # a rank without a micro-batch still joins the sums
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         shards, waits = self.reduce_scatter()
-        self.reduce_small()
+        for p, grad in zip(self.small, self.ranks.all_reduce_flat([p.grad for p in self.small])):
+            p.grad = grad
         for wait in waits:
             wait.wait()
         clip = self.clip_factor(shards)
@@ -1807,13 +1801,6 @@ class Optimizer:
             return [t[self.ranks.rank * g.shard:(self.ranks.rank + 1) * g.shard] for t, g in zip(full, self.muon)], []
         shards = [torch.empty_like(g.momentum) for g in self.muon]
         return shards, [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, full)]
-
-    def reduce_small(self):
-        """Sum the gradients that Adam uses, as one flat buffer."""
-        if self.ranks.world > 1:
-            grads = [p.grad for p in self.small]
-            flat = self.ranks.all_reduce_(torch.cat([g.flatten() for g in grads]))
-            torch._foreach_copy_(grads, [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in grads]), grads)])
 
     def clip_factor(self, shards: list[Tensor]) -> Tensor:
         """min(1, GRAD_CLIP_NORM / norm of the whole reduced gradient), a scalar on the device."""
@@ -2727,13 +2714,10 @@ def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> 
 
 def pack_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
     """Consecutive windows into buffers of at most ``capacity`` tokens."""
-    ends = np.cumsum(windows[:, 2] - windows[:, 0])
-    buffers, at = [], 0
-    while at < len(windows):
-        stop = int(np.searchsorted(ends, (ends[at - 1] if at else 0) + capacity, side="right"))
-        buffers.append(windows[at:stop])
-        at = stop
-    return buffers
+    tokens, cuts = np.append(0, np.cumsum(windows[:, 2] - windows[:, 0])), [0]
+    while cuts[-1] < len(windows):
+        cuts.append(int(np.searchsorted(tokens, tokens[cuts[-1]] + capacity, side="right")) - 1)
+    return [windows[lo:hi] for lo, hi in zip(cuts, cuts[1:])]
 
 
 def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tuple[Batch, np.ndarray, np.ndarray]:
@@ -2804,18 +2788,12 @@ class Scorer:
         """Score documents first..last (exclusive) and share the scores with all ranks."""
         windows = plan_windows(val.starts[first:last], int(np.append(val.starts, val.targets)[last]), self.cfg.eval_seq_len, stride or self.cfg.eval_seq_len)
         buffers = pack_windows(windows, self.cfg.val_batch_tokens)
-        begun = shown = time.perf_counter()
-        mine = buffers[self.ranks.rank::self.ranks.world]
-        for i, buffer in enumerate(mine):
+        for buffer in buffers[self.ranks.rank::self.ranks.world]:
+            ledger.progress(self.ranks, self.log)
             batch, places, targets = window_batch(val, buffer, self.cfg)
             at, hint = torch.from_numpy(places).to(self.ranks.device), self.ngram and self.ngram.hints(targets)
             hint = () if hint is None else (torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=at.device).index_copy(0, at, hint),)
             book(ledger, targets, self.nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint), at, self.ngram)
-            if time.perf_counter() - shown > 5:
-                shown = time.perf_counter()
-                rate = (i + 1) / (shown - begun)
-                self.log(f"  {100 * (i + 1) / len(mine):5.1f} % of {last - first:,} documents  BPB so far {ledger.running_bpb():.4f}"
-                         f"  {rate * self.cfg.val_batch_tokens:,.0f} tokens/s  {(len(mine) - i - 1) / rate:.0f} s left")
         ledger.merge(self.ranks)
 
 
@@ -2982,12 +2960,9 @@ def plan_segments(documents: int, cfg: Config) -> list[Segment]:
 
 def plan_chunks(lengths: np.ndarray, cfg: Config) -> list[Segment]:
     """The segments of TTT_METHOD=sgd: whole documents of at least GLOBAL_TTT_CHUNK_TOKENS targets; all but the last are learnt from."""
-    ends, held = [0], 0
-    for i, length in enumerate(lengths):
-        held += int(length)
-        if held >= cfg.global_ttt_chunk_tokens:
-            ends, held = [*ends, i + 1], 0
-    ends = ends if ends[-1] == len(lengths) else [*ends, len(lengths)]
+    targets, ends = np.append(0, np.cumsum(lengths)), [0]
+    while ends[-1] < len(lengths):
+        ends.append(min(int(np.searchsorted(targets, targets[ends[-1]] + cfg.global_ttt_chunk_tokens)), len(lengths)))
     return [Segment(lo, hi, hi < len(lengths)) for lo, hi in zip(ends, ends[1:])]
 
 
@@ -3210,13 +3185,13 @@ class TestTimeTraining:
         self.log(f"  compiled and captured {len(graphs)} graphs in {time.perf_counter() - begun:.1f} s")
 
     def score(self) -> float:
-        self.begun = self.shown = time.perf_counter()
+        begun = time.perf_counter()
         self.model.requires_grad_(False)
         for i, segment in enumerate(self.segments):
             if self.method == "lora":
                 for batch in self.batches[i]:
+                    self.ledger.progress(self.ranks, self.log)
                     self.adapters.run(batch)
-                    self.progress()
                 self.ledger.merge(self.ranks)
                 self.adapters.next_segment(self.ranks)
             else:
@@ -3226,18 +3201,9 @@ class TestTimeTraining:
             if segment.phase_ends and self.method != "none":
                 begin, end = (int(self.val.starts[j]) for j in (segment.first, segment.last))
                 self.global_sgd(end, *((begin, i / len(self.segments)) if self.method == "sgd" else ()))
-        seconds = time.perf_counter() - self.begun
+        seconds = time.perf_counter() - begun
         self.log(f"  {self.val.targets:,} targets in {seconds:.1f} s: {self.val.targets / seconds:,.0f} targets/s over {self.ranks.world} rank(s)")
         return self.ledger.bpb()
-
-    def progress(self):
-        now = time.perf_counter()
-        if now - self.shown > 5:
-            self.shown = now
-            done = int(self.ledger.merged.sum()) + self.ranks.world * int((self.ledger.scored & ~self.ledger.merged).sum())
-            rate = done / (now - self.begun)
-            self.log(f"  {100 * min(done / self.val.targets, 1.0):5.1f} %  BPB so far {self.ledger.running_bpb():.4f}  {rate:,.0f} targets/s"
-                     f"  {max(self.val.targets / rate - (now - self.begun), 0):.0f} s left")
 
     def global_sgd(self, end: int, begin: int = 0, progress: float | None = None):
         """All base parameters learn from targets begin..end, every one of them scored: SGD on chunks in stream order, documents kept apart.
@@ -3284,10 +3250,7 @@ class TestTimeTraining:
         """Gradients of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
         self.sgd_gradient(at, count)
         parameters = list(self.model.parameters())
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        if self.ranks.world > 1:
-            flat = self.ranks.all_reduce_(torch.cat([g.flatten() for g in grads]))
-            grads = [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in grads]), grads)]
+        grads = self.ranks.all_reduce_flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         for p in parameters:
             p.grad = None
