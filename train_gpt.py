@@ -78,8 +78,6 @@ def explained(message: str, *errors: type[Exception]):
 # ----------------------------------------------------------------------------------------------------------------------
 
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
-
-
 POSITIVE, SHARE = "(0, inf)", "[0, 1)"
 
 
@@ -309,10 +307,9 @@ OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "A
 def check_names(env, fields):
     """A name with one of our prefixes that is no setting is an error; a near miss without one is a warning."""
     for name in sorted(set(env) - set(fields)):
-        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
-        if name.startswith(OUR_PREFIXES):
-            hint = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-            raise UserError(f"{name} is not a setting" + (f"; did you mean {hint[0]}?" if hint else "") + " (--help lists them all)")
+        ours = name.startswith(OUR_PREFIXES)
+        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
+        require(not ours, f"{name} is not a setting{f'; did you mean {nearest[0]}?' if nearest else ''} (--help lists them all)")
         if nearest and nearest[0] not in env and len(name) > 4 and name.isupper():
             print(f"warning: the environment has {name}, which is not a setting; did you mean {nearest[0]}?", file=sys.stderr)
 
@@ -420,13 +417,11 @@ class Log:
 
 class Clock:
     """Seconds of training, the same on every rank: rank 0's reading, sent over the CPU group, with no drain of the GPU's queue.
-
-    At most ``LEAD`` steps are queued on the GPU; the reading counts them at the mean time of a step, so it is when the next step will begin.
-    """
+    At most ``LEAD`` steps are queued on the GPU; the reading counts them at the mean time of a step, so it is when the next step will begin."""
     LEAD = 2
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.pending, self.steps, self.seconds = ranks, collections.deque(), 0, 0.0
+        self.ranks, self.pending, self.steps = ranks, collections.deque(), 0
         ranks.synchronize()
         ranks.agree(0)
         self.start = time.perf_counter()
@@ -439,8 +434,7 @@ class Clock:
             self.pending.popleft()
         now = time.perf_counter() - self.start
         done = self.steps - len(self.pending)
-        self.seconds = self.ranks.agree(now + len(self.pending) * (now / done if done else 0.0))
-        return self.seconds
+        return self.ranks.agree(now + len(self.pending) * (now / done if done else 0.0))
 
     def step_done(self):
         self.steps += 1
@@ -449,13 +443,9 @@ class Clock:
             event.record()
             self.pending.append(event)
 
-    def step_seconds(self) -> float:
-        return self.seconds / max(self.steps, 1)
-
     def stop(self) -> float:
         self.ranks.synchronize()
-        self.seconds = self.ranks.agree(time.perf_counter() - self.start)
-        return self.seconds
+        return self.ranks.agree(time.perf_counter() - self.start)
 
 
 class Phases:
@@ -494,10 +484,8 @@ class Verdicts:
 
 class Ledger:
     """Write-once record of one scoring pass: the nats of every validation target, in stream order.
-
-    ``nats`` is float64 (targets,), NaN until scored. Writing a target twice, training on one that is not written, or closing with a hole
-    raises: a run whose ledger does not hold is not a result.
-    """
+    ``nats`` is float64 (targets,), NaN until scored. Writing a target twice, training on one that is not written, or closing with a hole raises: a run whose
+    ledger does not hold is not a result."""
 
     ROUNDING = 1e-4       # a certain token may come out this far below zero nats: fp32 logits of up to 30
 
@@ -615,9 +603,7 @@ class Batch(NamedTuple):
 
 def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split: str, capacity: int, targets: np.ndarray | None = None) -> Batch:
     """Documents that begin at ``starts`` (starts[0] == 0) and are cut every ``span`` tokens -> a CPU batch padded to ``capacity``.
-
-    ``tokens`` holds one more token than there are inputs, unless ``targets`` are given. Padding is a document of its own, so it is never NaN and never seen.
-    """
+    ``tokens`` holds one more token than there are inputs, unless ``targets`` are given. Padding is a document of its own, so it is never NaN and never seen."""
     inputs = tokens if targets is not None else tokens[:-1]
     targets = tokens[1:] if targets is None else targets
     n = len(inputs)
@@ -695,15 +681,13 @@ class Prefetch:
     """Builds the next step's batches in a thread; a change of span only costs the one batch that was built for the old one."""
 
     def __init__(self, stream: TrainStream, ranks: Ranks):
-        self.stream, self.ranks, self.pool, self.waiting = stream, ranks, ThreadPoolExecutor(1), {}
+        pool, self.device, self.waiting = ThreadPoolExecutor(1), ranks.device, {}
+        self.submit = lambda step, span: pool.submit(stream.step, step, span, ranks.rank, ranks.world)
 
     def __call__(self, step: int, span: int) -> list[Batch]:
         future = self.waiting.pop((step, span), None) or self.submit(step, span)
         self.waiting = {(step + 1, span): self.submit(step + 1, span)}
-        return [to_device(b, self.ranks.device) for b in future.result()]
-
-    def submit(self, step, span):
-        return self.pool.submit(self.stream.step, step, span, self.ranks.rank, self.ranks.world)
+        return [to_device(b, self.device) for b in future.result()]
 
 
 class ValidationStream:
@@ -718,8 +702,7 @@ class ValidationStream:
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
         self.byte_source = "sidecar" if sidecars else "tokenizer"
         self.bytes = np.concatenate([open_shard(p) for p in sidecars]) if sidecars else tokenizer_bytes(cfg, self.tokens)
-        require(len(self.bytes) == len(self.tokens),
-                f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go")
+        require(len(self.bytes) == len(self.tokens), f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go")
         require(not sidecars or self.bytes.any(), f"{folder}/fineweb_val_bytes_*.bin: the byte sidecar holds only zeros; prepare the data again")
         require(not self.bytes[self.starts].any(), f"{folder}: the byte sidecar counts bytes for BOS; prepare the data again")
 
@@ -738,9 +721,7 @@ def tokenizer_path(cfg: Config) -> Path:
 
 def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     """Bytes per token from the piece table, for plain tokenizers without a sidecar: control 0, byte fallback 1, a space for each \u2581.
-
-    A tokenizer that puts a space before every document (add_dummy_prefix) is not paid for it.
-    """
+    A tokenizer that puts a space before every document (add_dummy_prefix) is not paid for it."""
     import sentencepiece
     path = tokenizer_path(cfg)
     with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one", RuntimeError, OSError):
@@ -801,7 +782,6 @@ def describe_data(cfg: Config, val: ValidationStream) -> dict:
 # Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 try:
     import triton
     import triton.language as tl
@@ -824,10 +804,8 @@ def use_kernels(x: Tensor, head_dim: int = 16) -> bool:
 
 def operator(outputs: Callable, gradient: Callable | None = None, keep: tuple[int, ...] = ()):
     """Decorator of NAME_op: the operator golf::NAME, opaque to torch.compile. outputs(*inputs) makes empty tensors like its outputs.
-
-    Only the first output has a gradient. gradient(ctx, gradient of that output) gives those of the inputs; ctx.saved_tensors are the items of
-    (*inputs, *outputs) whose numbers are in ``keep``, ctx.constants the inputs that are no tensors.
-    """
+    Only the first output has a gradient. gradient(ctx, gradient of that output) gives those of the inputs; ctx.saved_tensors are the items of (*inputs,
+    *outputs) whose numbers are in ``keep``, ctx.constants the inputs that are no tensors."""
     def context(ctx, inputs, output):
         values = *inputs, *(output if isinstance(output, tuple) else (output,))
         ctx.save_for_backward(*(values[i] for i in keep))
@@ -854,9 +832,7 @@ def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tupl
 @triton.jit
 def hidden_words(p0, p1, slope):
     """Pairs of fp32 pre-activations -> pairs of bf16 leaky_relu(p)^2 in one int32, the sign of p in each least significant bit.
-
-    Of the bf16 numbers with the wanted last bit the nearest is taken: at most one unit in the last place off, without bias.
-    """
+    Of the bf16 numbers with the wanted last bit the nearest is taken: at most one unit in the last place off, without bias."""
     l0, l1 = tl.maximum(p0, slope * p0), tl.maximum(p1, slope * p1)
     h0, h1 = (l0 * l0).to(tl.int32, bitcast=True), (l1 * l1).to(tl.int32, bitcast=True)
     s0, s1 = p0.to(tl.int32, bitcast=True), p1.to(tl.int32, bitcast=True)
@@ -869,10 +845,8 @@ def hidden_words(p0, p1, slope):
 def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Forward: hidden = leaky_relu(a @ b.T)^2, b (N, K). Backward: d_pre = (a @ b) * d hidden / d pre, b (K, N). hidden as int32 pairs.
-
-    Persistent, so that the loads of the next tile are under way during an epilogue; the epilogue works on two halves to leave
-    shared memory to the load pipeline. 0 <= slope <= 1.
-    """
+    Persistent, so that the loads of the next tile are under way during an epilogue; the epilogue works on two halves to leave shared memory to the load
+    pipeline. 0 <= slope <= 1."""
     tiles_n: tl.constexpr = N // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=True):
@@ -940,9 +914,7 @@ def mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tenso
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d), hidden (T, h); hidden is for observers and has no gradient.
-
-    The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens.
-    """
+    The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens."""
     fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0            # a tile's least sides
     return (mlp_op if fits and use_kernels(x) else mlp_reference)(x, w_up, w_down, slope)
 
@@ -972,9 +944,7 @@ def tanh_of(doubled):
 @triton.jit
 def softcap_nll_kernel(z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_ptr, dz_ptr, d_cap_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits per program, held in registers: z is read once and dz (if dz_ptr; may be z itself) written once.
-
-    No running maximum: a logit is at most its cap, and exp(cap) fits fp32 up to caps of 80.
-    """
+    No running maximum: a logit is at most its cap, and exp(cap) fits fp32 up to caps of 80."""
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     cap_p, cap_n, target = tl.load(cap_ptr), tl.load(cap_ptr + 1), tl.load(target_ptr + row).to(tl.int32)
@@ -1033,9 +1003,7 @@ def softcap_nll_op(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Te
 
 def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """z (T, V) before the softcap, targets (T,) int64, caps (2,) fp32 (positive, negative) -> nats (T,), log-sum-exp (T,), both fp32.
-
-    Gradients reach z and caps through the nats; the log-sum-exp has none.
-    """
+    Gradients reach z and caps through the nats; the log-sum-exp has none."""
     return (softcap_nll_op if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
 
 
@@ -1058,10 +1026,8 @@ def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: 
 
 def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
     """softcap_nll of x (T, d) @ w (V, d).T in nats (T,), for training: the logits are overwritten by their gradient in the forward pass.
-
-    Exact for any gradient of the rows: a row's factor commutes with the products by w and x, so it multiplies (T, d) instead of (T, V).
-    Logits cross memory twice (1 read, 1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304).
-    """
+    Exact for any gradient of the rows: a row's factor commutes with the products by w and x, so it multiplies (T, d) instead of (T, V). Logits cross memory
+    twice (1 read, 1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304)."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or caps.requires_grad)
     if use_kernels(x) and differentiable:
         return head_nll_op(x, w, targets, caps, caps.requires_grad)[0]
@@ -1184,9 +1150,7 @@ class QKVHeads(torch.autograd.Function):
 
 def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (T, (H + 2 KV) D), gain (H,) fp32 and nonzero, cos and sin (T, n) fp32 -> q (T, H, D), k and v (T, KV, D); v is a view of qkv.
-
-    q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain.
-    """
+    q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain."""
     rotates = cos.size(1) > 0 and cos.size(1) & (cos.size(1) - 1) == 0
     kernel = rotates and use_kernels(qkv, qkv.size(1) // (gain.numel() + 2 * kv_heads))
     return (QKVHeads.apply if kernel else qkv_heads_reference)(qkv, gain, cos, sin, kv_heads, eps)
@@ -1629,9 +1593,7 @@ class GPT(nn.Module):
 
 class LoRA(NamedTuple):
     """One adapter for each visit and document: delta(x) = scale x A B. Leaves of autograd, never module parameters, so the model stays unaware.
-
-    In this order of dimensions their gradients come out of the products contiguous, as the fused optimizer needs them.
-    """
+    In this order of dimensions their gradients come out of the products contiguous, as the fused optimizer needs them."""
     a: dict[str, list[Tensor]]  # kind -> for each visit (documents, in, rank) fp32
     b: dict[str, list[Tensor]]  # kind -> for each visit (documents, rank, out) fp32
     widths: dict[str, int]      # kind -> out, of every kind, adapted or not
@@ -1725,9 +1687,7 @@ class MuonGroup:
 
 class Optimizer:
     """One step: reduce the summed gradients over the ranks, clip their global norm, update. Muon's matrices are sharded over the ranks.
-
-    Gradients must hold the sum over this rank's tokens of the loss divided by the global number of tokens.
-    """
+    Gradients must hold the sum over this rank's tokens of the loss divided by the global number of tokens."""
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks, self.model, self.parameters = cfg, ranks, model, list(model.parameters())
@@ -1916,7 +1876,7 @@ class Trainer:
         looped = False
         while step < cfg.iterations:
             now = clock.tick()
-            if timed and now + clock.step_seconds() > budget:
+            if timed and now + now / max(step, 1) > budget:
                 break
             progress = now / budget if timed else step / cfg.iterations
             if self.schedule.looped(progress) != looped:
@@ -2698,10 +2658,8 @@ def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray
 
 def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows (begin, first, end) int64: tokens begin..end are read, targets of positions first..end are scored.
-
-    Every position 0..inputs is scored once. A document's first window scores all it reads; each later one scores ``stride`` new
-    positions after seq_len - stride tokens of context: a document's length decides nothing, or the context would tell where it ends (C1).
-    """
+    Every position 0..inputs is scored once. A document's first window scores all it reads; each later one scores ``stride`` new positions after seq_len -
+    stride tokens of context: a document's length decides nothing, or the context would tell where it ends (C1)."""
     rows = []
     for start, end in zip(starts, np.append(starts[1:], inputs)):
         start, end = int(start), int(min(end, inputs))
@@ -2743,9 +2701,7 @@ def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
 
 def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
     """Where the bits of a finished pass are: BPB by document length and by position, both in tokens, and a 95 % interval over documents.
-
-    The interval is the bootstrap's: 1,000 draws of as many documents as there are, each with its nats and bytes.
-    """
+    The interval is the bootstrap's: 1,000 draws of as many documents as there are, each with its nats and bytes."""
     ends = np.append(val.starts[1:], val.targets)
     lengths = (ends - val.starts)[val.starts < val.targets]
     document = np.repeat(np.arange(len(lengths)), lengths)
@@ -3207,9 +3163,7 @@ class TestTimeTraining:
 
     def global_sgd(self, end: int, begin: int = 0, progress: float | None = None):
         """All base parameters learn from targets begin..end, every one of them scored: SGD on chunks in stream order, documents kept apart.
-
-        The learning rate is the half cosine at ``progress`` in 0..1; without it this call is a phase, with a whole half cosine and a momentum of its own.
-        """
+        The learning rate is the half cosine at ``progress`` in 0..1; without it this call is a phase, with a whole half cosine and a momentum of its own."""
         cfg, steps = self.cfg, max(round((end - begin) / self.cfg.global_ttt_chunk_tokens), 1)
         self.ledger.may_train(np.arange(begin, end))
         self.model.requires_grad_(True)
@@ -3390,9 +3344,6 @@ class Run:
         return Ledger(name, self.val.target_bytes, self.verdicts)
 
 
-PREQUANT_REASON = "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
-
-
 def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
     if cfg.artifact_dir:
@@ -3460,19 +3411,16 @@ def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def load_trained(run: Run, model: GPT):
     """Put the weights of trained.npz into the model, and its counts and times into the result."""
-    path = run.folder / "trained.npz"
-    arrays, meta = read_trained(path)
+    arrays, meta = read_trained(path := run.folder / "trained.npz")
     load_state(model, {n: torch.from_numpy(a) for n, a in arrays.items()}, path)
     run.result["training"] = meta["training"]
     run.phases.seconds.update(meta["seconds"])
 
 
 def train_on_validation(run: Run, model: GPT):
-    """Pre-quantisation test-time training, through the door that keeps its number out of val_bpb; scoring the artifact opens the door again."""
+    """Pre-quantisation test-time training; whoever scores its artifact goes through the door that keeps the number out of val_bpb."""
     with run.phases("prequant"):
-        ledger = run.ledger("prequant")
-        ledger.break_condition("C3", PREQUANT_REASON)
-        TestTimeTraining(model, run.cfg, run.ranks, run.log, run.val, ledger).prequant()
+        TestTimeTraining(model, run.cfg, run.ranks, run.log, run.val, run.ledger("prequant")).prequant()
 
 
 def diagnose(run: Run, model: GPT, name: str):
@@ -3484,9 +3432,7 @@ def diagnose(run: Run, model: GPT, name: str):
 
 def write_artifact(run: Run, model: GPT):
     """Calibrate, quantise, and write model.bin and the packed train_gpt.py.
-
-    Steps widen until the two fit under the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains.
-    """
+    Steps widen until the two fit under the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains."""
     cfg, packed = run.cfg, pack_script(SOURCE)
     with run.phases("calibrate"):
         hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
@@ -3538,7 +3484,7 @@ def score_artifact(run: Run, model: GPT):
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     ledger, run.result["segments"] = run.ledger("quantized"), [len(run.val.starts)]
     if meta["settings"].get("prequant_ttt_enabled"):
-        ledger.break_condition("C3", PREQUANT_REASON)
+        ledger.break_condition("C3", "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored")
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
