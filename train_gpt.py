@@ -78,8 +78,6 @@ def explained(message: str, *errors: type[Exception]):
 # ----------------------------------------------------------------------------------------------------------------------
 
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
-
-
 POSITIVE, SHARE = "(0, inf)", "[0, 1)"
 
 
@@ -309,10 +307,9 @@ OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "A
 def check_names(env, fields):
     """A name with one of our prefixes that is no setting is an error; a near miss without one is a warning."""
     for name in sorted(set(env) - set(fields)):
-        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
-        if name.startswith(OUR_PREFIXES):
-            hint = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-            raise UserError(f"{name} is not a setting" + (f"; did you mean {hint[0]}?" if hint else "") + " (--help lists them all)")
+        ours = name.startswith(OUR_PREFIXES)
+        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
+        require(not ours, f"{name} is not a setting{f'; did you mean {nearest[0]}?' if nearest else ''} (--help lists them all)")
         if nearest and nearest[0] not in env and len(name) > 4 and name.isupper():
             print(f"warning: the environment has {name}, which is not a setting; did you mean {nearest[0]}?", file=sys.stderr)
 
@@ -372,6 +369,13 @@ class Ranks:
             dist.all_reduce(t)
         return t
 
+    def all_reduce_flat(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Their sums over the ranks, through one buffer."""
+        if self.world == 1:
+            return tensors
+        flat = self.all_reduce_(torch.cat([t.flatten() for t in tensors]))
+        return [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
     def broadcast_(self, t: Tensor) -> Tensor:
         if self.world > 1:
             dist.broadcast(t, 0)
@@ -413,13 +417,11 @@ class Log:
 
 class Clock:
     """Seconds of training, the same on every rank: rank 0's reading, sent over the CPU group, with no drain of the GPU's queue.
-
-    At most ``LEAD`` steps are queued on the GPU; the reading counts them at the mean time of a step, so it is when the next step will begin.
-    """
+    At most ``LEAD`` steps are queued on the GPU; the reading counts them at the mean time of a step, so it is when the next step will begin."""
     LEAD = 2
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.pending, self.steps, self.seconds = ranks, collections.deque(), 0, 0.0
+        self.ranks, self.pending, self.steps = ranks, collections.deque(), 0
         ranks.synchronize()
         ranks.agree(0)
         self.start = time.perf_counter()
@@ -432,8 +434,7 @@ class Clock:
             self.pending.popleft()
         now = time.perf_counter() - self.start
         done = self.steps - len(self.pending)
-        self.seconds = self.ranks.agree(now + len(self.pending) * (now / done if done else 0.0))
-        return self.seconds
+        return self.ranks.agree(now + len(self.pending) * (now / done if done else 0.0))
 
     def step_done(self):
         self.steps += 1
@@ -442,13 +443,9 @@ class Clock:
             event.record()
             self.pending.append(event)
 
-    def step_seconds(self) -> float:
-        return self.seconds / max(self.steps, 1)
-
     def stop(self) -> float:
         self.ranks.synchronize()
-        self.seconds = self.ranks.agree(time.perf_counter() - self.start)
-        return self.seconds
+        return self.ranks.agree(time.perf_counter() - self.start)
 
 
 class Phases:
@@ -487,17 +484,15 @@ class Verdicts:
 
 class Ledger:
     """Write-once record of one scoring pass: the nats of every validation target, in stream order.
-
-    ``nats`` is float64 (targets,), NaN until scored. Writing a target twice, training on one that is not written, or closing with a hole
-    raises: a run whose ledger does not hold is not a result.
-    """
+    ``nats`` is float64 (targets,), NaN until scored. Writing a target twice, training on one that is not written, or closing with a hole raises: a run whose
+    ledger does not hold is not a result."""
 
     ROUNDING = 1e-4       # a certain token may come out this far below zero nats: fp32 logits of up to 30
 
     def __init__(self, name: str, target_bytes: np.ndarray, verdicts: Verdicts):
         self.name, self.bytes, self.verdicts = name, target_bytes, verdicts
         self.nats = np.full(len(target_bytes), np.nan)
-        self.merged = np.zeros(len(target_bytes), bool)
+        self.merged, self.begun, self.shown = np.zeros(len(target_bytes), bool), None, None
 
     def check(self, holds: bool, fault: str):
         if not holds:
@@ -531,6 +526,15 @@ class Ledger:
             self.check(counts.max() <= 1 and not counts[self.merged].any(), "two ranks scored the same target")
             self.nats = np.where(counts > 0, nats, self.nats)
         self.merged = self.scored
+
+    def progress(self, ranks: Ranks, log: Log):
+        """Call before each batch: every five seconds a line says how far the pass is, if the other ranks have scored as much as this one."""
+        now = time.perf_counter()
+        self.begun, self.shown = self.begun or now, self.shown or now
+        if now - self.shown > 5:
+            self.shown, done = now, int(self.merged.sum()) + ranks.world * int((self.scored & ~self.merged).sum())
+            rate, left = max(done, 1) / (now - self.begun), max(len(self.nats) - done, 0)
+            log(f"  {100 * (1 - left / len(self.nats)):5.1f} %  BPB so far {self.running_bpb():.4f}  {rate:,.0f} targets/s  {left / rate:.0f} s left")
 
     def running_bpb(self) -> float:
         return float(self.nats[self.scored].sum() / math.log(2) / max(self.bytes[self.scored].sum(dtype=np.int64), 1))
@@ -599,9 +603,7 @@ class Batch(NamedTuple):
 
 def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split: str, capacity: int, targets: np.ndarray | None = None) -> Batch:
     """Documents that begin at ``starts`` (starts[0] == 0) and are cut every ``span`` tokens -> a CPU batch padded to ``capacity``.
-
-    ``tokens`` holds one more token than there are inputs, unless ``targets`` are given. Padding is a document of its own, so it is never NaN and never seen.
-    """
+    ``tokens`` holds one more token than there are inputs, unless ``targets`` are given. Padding is a document of its own, so it is never NaN and never seen."""
     inputs = tokens if targets is not None else tokens[:-1]
     targets = tokens[1:] if targets is None else targets
     n = len(inputs)
@@ -679,15 +681,13 @@ class Prefetch:
     """Builds the next step's batches in a thread; a change of span only costs the one batch that was built for the old one."""
 
     def __init__(self, stream: TrainStream, ranks: Ranks):
-        self.stream, self.ranks, self.pool, self.waiting = stream, ranks, ThreadPoolExecutor(1), {}
+        pool, self.device, self.waiting = ThreadPoolExecutor(1), ranks.device, {}
+        self.submit = lambda step, span: pool.submit(stream.step, step, span, ranks.rank, ranks.world)
 
     def __call__(self, step: int, span: int) -> list[Batch]:
         future = self.waiting.pop((step, span), None) or self.submit(step, span)
         self.waiting = {(step + 1, span): self.submit(step + 1, span)}
-        return [to_device(b, self.ranks.device) for b in future.result()]
-
-    def submit(self, step, span):
-        return self.pool.submit(self.stream.step, step, span, self.ranks.rank, self.ranks.world)
+        return [to_device(b, self.device) for b in future.result()]
 
 
 class ValidationStream:
@@ -702,8 +702,7 @@ class ValidationStream:
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
         self.byte_source = "sidecar" if sidecars else "tokenizer"
         self.bytes = np.concatenate([open_shard(p) for p in sidecars]) if sidecars else tokenizer_bytes(cfg, self.tokens)
-        require(len(self.bytes) == len(self.tokens),
-                f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go")
+        require(len(self.bytes) == len(self.tokens), f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go")
         require(not sidecars or self.bytes.any(), f"{folder}/fineweb_val_bytes_*.bin: the byte sidecar holds only zeros; prepare the data again")
         require(not self.bytes[self.starts].any(), f"{folder}: the byte sidecar counts bytes for BOS; prepare the data again")
 
@@ -722,9 +721,7 @@ def tokenizer_path(cfg: Config) -> Path:
 
 def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     """Bytes per token from the piece table, for plain tokenizers without a sidecar: control 0, byte fallback 1, a space for each \u2581.
-
-    A tokenizer that puts a space before every document (add_dummy_prefix) is not paid for it.
-    """
+    A tokenizer that puts a space before every document (add_dummy_prefix) is not paid for it."""
     import sentencepiece
     path = tokenizer_path(cfg)
     with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one", RuntimeError, OSError):
@@ -785,7 +782,6 @@ def describe_data(cfg: Config, val: ValidationStream) -> dict:
 # Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 try:
     import triton
     import triton.language as tl
@@ -808,10 +804,8 @@ def use_kernels(x: Tensor, head_dim: int = 16) -> bool:
 
 def operator(outputs: Callable, gradient: Callable | None = None, keep: tuple[int, ...] = ()):
     """Decorator of NAME_op: the operator golf::NAME, opaque to torch.compile. outputs(*inputs) makes empty tensors like its outputs.
-
-    Only the first output has a gradient. gradient(ctx, gradient of that output) gives those of the inputs; ctx.saved_tensors are the items of
-    (*inputs, *outputs) whose numbers are in ``keep``, ctx.constants the inputs that are no tensors.
-    """
+    Only the first output has a gradient. gradient(ctx, gradient of that output) gives those of the inputs; ctx.saved_tensors are the items of (*inputs,
+    *outputs) whose numbers are in ``keep``, ctx.constants the inputs that are no tensors."""
     def context(ctx, inputs, output):
         values = *inputs, *(output if isinstance(output, tuple) else (output,))
         ctx.save_for_backward(*(values[i] for i in keep))
@@ -838,9 +832,7 @@ def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tupl
 @triton.jit
 def hidden_words(p0, p1, slope):
     """Pairs of fp32 pre-activations -> pairs of bf16 leaky_relu(p)^2 in one int32, the sign of p in each least significant bit.
-
-    Of the bf16 numbers with the wanted last bit the nearest is taken: at most one unit in the last place off, without bias.
-    """
+    Of the bf16 numbers with the wanted last bit the nearest is taken: at most one unit in the last place off, without bias."""
     l0, l1 = tl.maximum(p0, slope * p0), tl.maximum(p1, slope * p1)
     h0, h1 = (l0 * l0).to(tl.int32, bitcast=True), (l1 * l1).to(tl.int32, bitcast=True)
     s0, s1 = p0.to(tl.int32, bitcast=True), p1.to(tl.int32, bitcast=True)
@@ -853,10 +845,8 @@ def hidden_words(p0, p1, slope):
 def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Forward: hidden = leaky_relu(a @ b.T)^2, b (N, K). Backward: d_pre = (a @ b) * d hidden / d pre, b (K, N). hidden as int32 pairs.
-
-    Persistent, so that the loads of the next tile are under way during an epilogue; the epilogue works on two halves to leave
-    shared memory to the load pipeline. 0 <= slope <= 1.
-    """
+    Persistent, so that the loads of the next tile are under way during an epilogue; the epilogue works on two halves to leave shared memory to the load
+    pipeline. 0 <= slope <= 1."""
     tiles_n: tl.constexpr = N // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=True):
@@ -924,9 +914,7 @@ def mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tenso
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d), hidden (T, h); hidden is for observers and has no gradient.
-
-    The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens.
-    """
+    The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens."""
     fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0            # a tile's least sides
     return (mlp_op if fits and use_kernels(x) else mlp_reference)(x, w_up, w_down, slope)
 
@@ -956,9 +944,7 @@ def tanh_of(doubled):
 @triton.jit
 def softcap_nll_kernel(z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_ptr, dz_ptr, d_cap_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits per program, held in registers: z is read once and dz (if dz_ptr; may be z itself) written once.
-
-    No running maximum: a logit is at most its cap, and exp(cap) fits fp32 up to caps of 80.
-    """
+    No running maximum: a logit is at most its cap, and exp(cap) fits fp32 up to caps of 80."""
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     cap_p, cap_n, target = tl.load(cap_ptr), tl.load(cap_ptr + 1), tl.load(target_ptr + row).to(tl.int32)
@@ -1017,14 +1003,8 @@ def softcap_nll_op(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Te
 
 def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """z (T, V) before the softcap, targets (T,) int64, caps (2,) fp32 (positive, negative) -> nats (T,), log-sum-exp (T,), both fp32.
-
-    Gradients reach z and caps through the nats; the log-sum-exp has none.
-    """
+    Gradients reach z and caps through the nats; the log-sum-exp has none."""
     return (softcap_nll_op if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
-
-
-def head_nll_outputs(x, w, targets, caps, want_caps):
-    return x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(w)), x.new_empty(len(x) if want_caps else 0, 2, dtype=torch.float32)
 
 
 def head_nll_backward(ctx, d_nll):
@@ -1035,7 +1015,8 @@ def head_nll_backward(ctx, d_nll):
             (d_caps * row).sum(0) if need_caps else None, None)
 
 
-@operator(head_nll_outputs, head_nll_backward, keep=(0, 1, 6, 7))
+@operator(lambda x, w, targets, caps, want_caps: (x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(w)),
+                                                  x.new_empty(len(x) if want_caps else 0, 2, dtype=torch.float32)), head_nll_backward, keep=(0, 1, 6, 7))
 def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Nats (T,), and in place of the logits their gradient (T, V); the caps' gradient by row if wanted."""
     z = F.linear(x, w)
@@ -1045,10 +1026,8 @@ def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: 
 
 def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
     """softcap_nll of x (T, d) @ w (V, d).T in nats (T,), for training: the logits are overwritten by their gradient in the forward pass.
-
-    Exact for any gradient of the rows: a row's factor commutes with the products by w and x, so it multiplies (T, d) instead of (T, V).
-    Logits cross memory twice (1 read, 1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304).
-    """
+    Exact for any gradient of the rows: a row's factor commutes with the products by w and x, so it multiplies (T, d) instead of (T, V). Logits cross memory
+    twice (1 read, 1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304)."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or caps.requires_grad)
     if use_kernels(x) and differentiable:
         return head_nll_op(x, w, targets, caps, caps.requires_grad)[0]
@@ -1057,20 +1036,14 @@ def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
 
 # --- Heads of a packed QKV product: RMSNorm of q and k, partial RoPE, gain of q ---
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial RoPE: pairs (i, i + n) of the first 2n dimensions of x (T, heads, D); cos, sin (T, n) fp32."""
-    n, cos, sin = cos.size(-1), cos[:, None], sin[:, None]
-    a, b, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest.float()), dim=-1)
-
-
 def qkv_heads_reference(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """qkv_heads() in plain PyTorch."""
-    H = gain.numel()
+    H, n, cos, sin = gain.numel(), cos.size(1), cos[:, None], sin[:, None]
     heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
-    q, k, v = heads.split((H, kv_heads, kv_heads), dim=1)
-    q, k = (rotate(F.rms_norm(t.float(), (t.size(-1),), eps=eps), cos, sin) for t in (q, k))
-    return (q * gain[:, None]).to(qkv.dtype), k.to(qkv.dtype), v
+    x = F.rms_norm(heads[:, :H + kv_heads].float(), heads.shape[2:], eps=eps)
+    a, b, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
+    q, k = torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1).split((H, kv_heads), dim=1)
+    return (q * gain[:, None]).to(qkv.dtype), k.to(qkv.dtype), heads[:, -kv_heads:]
 
 
 @triton.jit
@@ -1177,9 +1150,7 @@ class QKVHeads(torch.autograd.Function):
 
 def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (T, (H + 2 KV) D), gain (H,) fp32 and nonzero, cos and sin (T, n) fp32 -> q (T, H, D), k and v (T, KV, D); v is a view of qkv.
-
-    q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain.
-    """
+    q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain."""
     rotates = cos.size(1) > 0 and cos.size(1) & (cos.size(1) - 1) == 0
     kernel = rotates and use_kernels(qkv, qkv.size(1) // (gain.numel() + 2 * kv_heads))
     return (QKVHeads.apply if kernel else qkv_heads_reference)(qkv, gain, cos, sin, kv_heads, eps)
@@ -1343,16 +1314,6 @@ BACKENDS = {
 }
 
 
-def load_fa3(library: str):
-    """Register FlashAttention 3's operators, from a shared object or from the package; raises if they are not there."""
-    if library:
-        torch.ops.load_library(library)
-    else:
-        import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
-    if not (hasattr(torch.ops.flash_attn_3, "fwd") and hasattr(torch.ops.flash_attn_3, "bwd")):
-        raise RuntimeError("the library registers no flash_attn_3.fwd and bwd")
-
-
 def choose_attention(cfg: Config, device: torch.device) -> str:
     """The first backend that loads and agrees with the reference on this device."""
     if device.type == "cpu":
@@ -1361,8 +1322,10 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
     reasons = []
     for name in names:
         try:
-            if name == "fa3":
-                load_fa3(cfg.fa3_library)
+            if name == "fa3" and cfg.fa3_library:
+                torch.ops.load_library(cfg.fa3_library)
+            elif name == "fa3":
+                import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
             check_backend(name, cfg, device)
             return name
         except Exception as e:                                          # any fault of a third-party library only means: try the next
@@ -1395,15 +1358,9 @@ def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Te
     return tuple(BACKENDS[backend][1](dout.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k)[:3])
 
 
-def attention_outputs(q, k, v, cu_q, cu_k, max_q, max_k, backend):
-    return *empty_like(q), q.new_empty((0,) if backend == "reference" else (q.size(1), q.size(0)), dtype=torch.float32)
-
-
-def attention_backward(ctx, dout):
-    return *attention_backward_op(dout, *ctx.saved_tensors, *ctx.constants), None, None, None, None, None
-
-
-@operator(attention_outputs, attention_backward, keep=(0, 1, 2, 8, 9, 3, 4))
+@operator(lambda q, k, v, cu_q, cu_k, max_q, max_k, backend: (*empty_like(q), q.new_empty((0,) if backend == "reference" else (q.size(1), q.size(0)),
+                                                                                          dtype=torch.float32)),
+          lambda ctx, dout: (*attention_backward_op(dout, *ctx.saved_tensors, *ctx.constants), *[None] * 5), keep=(0, 1, 2, 8, 9, 3, 4))
 def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, backend: str) -> tuple[Tensor, Tensor]:
     """The chosen backend as one opaque operator: out (Tq, H, D) and what its backward needs, (H, Tq) fp32 or empty."""
     return BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k)
@@ -1636,9 +1593,7 @@ class GPT(nn.Module):
 
 class LoRA(NamedTuple):
     """One adapter for each visit and document: delta(x) = scale x A B. Leaves of autograd, never module parameters, so the model stays unaware.
-
-    In this order of dimensions their gradients come out of the products contiguous, as the fused optimizer needs them.
-    """
+    In this order of dimensions their gradients come out of the products contiguous, as the fused optimizer needs them."""
     a: dict[str, list[Tensor]]  # kind -> for each visit (documents, in, rank) fp32
     b: dict[str, list[Tensor]]  # kind -> for each visit (documents, rank, out) fp32
     widths: dict[str, int]      # kind -> out, of every kind, adapted or not
@@ -1732,9 +1687,7 @@ class MuonGroup:
 
 class Optimizer:
     """One step: reduce the summed gradients over the ranks, clip their global norm, update. Muon's matrices are sharded over the ranks.
-
-    Gradients must hold the sum over this rank's tokens of the loss divided by the global number of tokens.
-    """
+    Gradients must hold the sum over this rank's tokens of the loss divided by the global number of tokens."""
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks, self.model, self.parameters = cfg, ranks, model, list(model.parameters())
@@ -1776,7 +1729,8 @@ class Optimizer:
         for p in self.parameters:                                       # a rank without a micro-batch still joins the sums
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         shards, waits = self.reduce_scatter()
-        self.reduce_small()
+        for p, grad in zip(self.small, self.ranks.all_reduce_flat([p.grad for p in self.small])):
+            p.grad = grad
         for wait in waits:
             wait.wait()
         clip = self.clip_factor(shards)
@@ -1807,13 +1761,6 @@ class Optimizer:
             return [t[self.ranks.rank * g.shard:(self.ranks.rank + 1) * g.shard] for t, g in zip(full, self.muon)], []
         shards = [torch.empty_like(g.momentum) for g in self.muon]
         return shards, [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, full)]
-
-    def reduce_small(self):
-        """Sum the gradients that Adam uses, as one flat buffer."""
-        if self.ranks.world > 1:
-            grads = [p.grad for p in self.small]
-            flat = self.ranks.all_reduce_(torch.cat([g.flatten() for g in grads]))
-            torch._foreach_copy_(grads, [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in grads]), grads)])
 
     def clip_factor(self, shards: list[Tensor]) -> Tensor:
         """min(1, GRAD_CLIP_NORM / norm of the whole reduced gradient), a scalar on the device."""
@@ -1929,7 +1876,7 @@ class Trainer:
         looped = False
         while step < cfg.iterations:
             now = clock.tick()
-            if timed and now + clock.step_seconds() > budget:
+            if timed and now + now / max(step, 1) > budget:
                 break
             progress = now / budget if timed else step / cfg.iterations
             if self.schedule.looped(progress) != looped:
@@ -2717,10 +2664,8 @@ def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray
 
 def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows (begin, first, end) int64: tokens begin..end are read, targets of positions first..end are scored.
-
-    Every position 0..inputs is scored once. A document's first window scores all it reads; each later one scores ``stride`` new
-    positions after seq_len - stride tokens of context: a document's length decides nothing, or the context would tell where it ends (C1).
-    """
+    Every position 0..inputs is scored once. A document's first window scores all it reads; each later one scores ``stride`` new positions after seq_len -
+    stride tokens of context: a document's length decides nothing, or the context would tell where it ends (C1)."""
     rows = []
     for start, end in zip(starts, np.append(starts[1:], inputs)):
         start, end = int(start), int(min(end, inputs))
@@ -2733,13 +2678,10 @@ def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> 
 
 def pack_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
     """Consecutive windows into buffers of at most ``capacity`` tokens."""
-    ends = np.cumsum(windows[:, 2] - windows[:, 0])
-    buffers, at = [], 0
-    while at < len(windows):
-        stop = int(np.searchsorted(ends, (ends[at - 1] if at else 0) + capacity, side="right"))
-        buffers.append(windows[at:stop])
-        at = stop
-    return buffers
+    tokens, cuts = np.append(0, np.cumsum(windows[:, 2] - windows[:, 0])), [0]
+    while cuts[-1] < len(windows):
+        cuts.append(int(np.searchsorted(tokens, tokens[cuts[-1]] + capacity, side="right")) - 1)
+    return [windows[lo:hi] for lo, hi in zip(cuts, cuts[1:])]
 
 
 def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tuple[Batch, np.ndarray, np.ndarray]:
@@ -2765,9 +2707,7 @@ def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
 
 def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
     """Where the bits of a finished pass are: BPB by document length and by position, both in tokens, and a 95 % interval over documents.
-
-    The interval is the bootstrap's: 1,000 draws of as many documents as there are, each with its nats and bytes.
-    """
+    The interval is the bootstrap's: 1,000 draws of as many documents as there are, each with its nats and bytes."""
     ends = np.append(val.starts[1:], val.targets)
     lengths = (ends - val.starts)[val.starts < val.targets]
     document = np.repeat(np.arange(len(lengths)), lengths)
@@ -2810,18 +2750,12 @@ class Scorer:
         """Score documents first..last (exclusive) and share the scores with all ranks."""
         windows = plan_windows(val.starts[first:last], int(np.append(val.starts, val.targets)[last]), self.cfg.eval_seq_len, stride or self.cfg.eval_seq_len)
         buffers = pack_windows(windows, self.cfg.val_batch_tokens)
-        begun = shown = time.perf_counter()
-        mine = buffers[self.ranks.rank::self.ranks.world]
-        for i, buffer in enumerate(mine):
+        for buffer in buffers[self.ranks.rank::self.ranks.world]:
+            ledger.progress(self.ranks, self.log)
             batch, places, targets = window_batch(val, buffer, self.cfg)
             at, hint = torch.from_numpy(places).to(self.ranks.device), self.ngram and self.ngram.hints(targets)
             hint = () if hint is None else (torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=at.device).index_copy(0, at, hint),)
             book(ledger, targets, self.nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint), at, self.ngram)
-            if time.perf_counter() - shown > 5:
-                shown = time.perf_counter()
-                rate = (i + 1) / (shown - begun)
-                self.log(f"  {100 * (i + 1) / len(mine):5.1f} % of {last - first:,} documents  BPB so far {ledger.running_bpb():.4f}"
-                         f"  {rate * self.cfg.val_batch_tokens:,.0f} tokens/s  {(len(mine) - i - 1) / rate:.0f} s left")
         ledger.merge(self.ranks)
 
 
@@ -2988,12 +2922,9 @@ def plan_segments(documents: int, cfg: Config) -> list[Segment]:
 
 def plan_chunks(lengths: np.ndarray, cfg: Config) -> list[Segment]:
     """The segments of TTT_METHOD=sgd: whole documents of at least GLOBAL_TTT_CHUNK_TOKENS targets; all but the last are learnt from."""
-    ends, held = [0], 0
-    for i, length in enumerate(lengths):
-        held += int(length)
-        if held >= cfg.global_ttt_chunk_tokens:
-            ends, held = [*ends, i + 1], 0
-    ends = ends if ends[-1] == len(lengths) else [*ends, len(lengths)]
+    targets, ends = np.append(0, np.cumsum(lengths)), [0]
+    while ends[-1] < len(lengths):
+        ends.append(min(int(np.searchsorted(targets, targets[ends[-1]] + cfg.global_ttt_chunk_tokens)), len(lengths)))
     return [Segment(lo, hi, hi < len(lengths)) for lo, hi in zip(ends, ends[1:])]
 
 
@@ -3216,13 +3147,13 @@ class TestTimeTraining:
         self.log(f"  compiled and captured {len(graphs)} graphs in {time.perf_counter() - begun:.1f} s")
 
     def score(self) -> float:
-        self.begun = self.shown = time.perf_counter()
+        begun = time.perf_counter()
         self.model.requires_grad_(False)
         for i, segment in enumerate(self.segments):
             if self.method == "lora":
                 for batch in self.batches[i]:
+                    self.ledger.progress(self.ranks, self.log)
                     self.adapters.run(batch)
-                    self.progress()
                 self.ledger.merge(self.ranks)
                 self.adapters.next_segment(self.ranks)
             else:
@@ -3232,24 +3163,13 @@ class TestTimeTraining:
             if segment.phase_ends and self.method != "none":
                 begin, end = (int(self.val.starts[j]) for j in (segment.first, segment.last))
                 self.global_sgd(end, *((begin, i / len(self.segments)) if self.method == "sgd" else ()))
-        seconds = time.perf_counter() - self.begun
+        seconds = time.perf_counter() - begun
         self.log(f"  {self.val.targets:,} targets in {seconds:.1f} s: {self.val.targets / seconds:,.0f} targets/s over {self.ranks.world} rank(s)")
         return self.ledger.bpb()
 
-    def progress(self):
-        now = time.perf_counter()
-        if now - self.shown > 5:
-            self.shown = now
-            done = int(self.ledger.merged.sum()) + self.ranks.world * int((self.ledger.scored & ~self.ledger.merged).sum())
-            rate = done / (now - self.begun)
-            self.log(f"  {100 * min(done / self.val.targets, 1.0):5.1f} %  BPB so far {self.ledger.running_bpb():.4f}  {rate:,.0f} targets/s"
-                     f"  {max(self.val.targets / rate - (now - self.begun), 0):.0f} s left")
-
     def global_sgd(self, end: int, begin: int = 0, progress: float | None = None):
         """All base parameters learn from targets begin..end, every one of them scored: SGD on chunks in stream order, documents kept apart.
-
-        The learning rate is the half cosine at ``progress`` in 0..1; without it this call is a phase, with a whole half cosine and a momentum of its own.
-        """
+        The learning rate is the half cosine at ``progress`` in 0..1; without it this call is a phase, with a whole half cosine and a momentum of its own."""
         cfg, steps = self.cfg, max(round((end - begin) / self.cfg.global_ttt_chunk_tokens), 1)
         self.ledger.may_train(np.arange(begin, end))
         self.model.requires_grad_(True)
@@ -3290,10 +3210,7 @@ class TestTimeTraining:
         """Gradients of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
         self.sgd_gradient(at, count)
         parameters = list(self.model.parameters())
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        if self.ranks.world > 1:
-            flat = self.ranks.all_reduce_(torch.cat([g.flatten() for g in grads]))
-            grads = [piece.view_as(g) for piece, g in zip(flat.split([g.numel() for g in grads]), grads)]
+        grads = self.ranks.all_reduce_flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         for p in parameters:
             p.grad = None
@@ -3433,9 +3350,6 @@ class Run:
         return Ledger(name, self.val.target_bytes, self.verdicts)
 
 
-PREQUANT_REASON = "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
-
-
 def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
     if cfg.artifact_dir:
@@ -3503,19 +3417,16 @@ def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def load_trained(run: Run, model: GPT):
     """Put the weights of trained.npz into the model, and its counts and times into the result."""
-    path = run.folder / "trained.npz"
-    arrays, meta = read_trained(path)
+    arrays, meta = read_trained(path := run.folder / "trained.npz")
     load_state(model, {n: torch.from_numpy(a) for n, a in arrays.items()}, path)
     run.result["training"] = meta["training"]
     run.phases.seconds.update(meta["seconds"])
 
 
 def train_on_validation(run: Run, model: GPT):
-    """Pre-quantisation test-time training, through the door that keeps its number out of val_bpb; scoring the artifact opens the door again."""
+    """Pre-quantisation test-time training; whoever scores its artifact goes through the door that keeps the number out of val_bpb."""
     with run.phases("prequant"):
-        ledger = run.ledger("prequant")
-        ledger.break_condition("C3", PREQUANT_REASON)
-        TestTimeTraining(model, run.cfg, run.ranks, run.log, run.val, ledger).prequant()
+        TestTimeTraining(model, run.cfg, run.ranks, run.log, run.val, run.ledger("prequant")).prequant()
 
 
 def diagnose(run: Run, model: GPT, name: str):
@@ -3527,9 +3438,7 @@ def diagnose(run: Run, model: GPT, name: str):
 
 def write_artifact(run: Run, model: GPT):
     """Calibrate, quantise, and write model.bin and the packed train_gpt.py.
-
-    Steps widen until the two fit under the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains.
-    """
+    Steps widen until the two fit under the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains."""
     cfg, packed = run.cfg, pack_script(SOURCE)
     with run.phases("calibrate"):
         hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
@@ -3581,7 +3490,7 @@ def score_artifact(run: Run, model: GPT):
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     ledger, run.result["segments"] = run.ledger("quantized"), [len(run.val.starts)]
     if meta["settings"].get("prequant_ttt_enabled"):
-        ledger.break_condition("C3", PREQUANT_REASON)
+        ledger.break_condition("C3", "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored")
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
