@@ -142,7 +142,7 @@ class Config:
     parallel_final_lane: str = setting("mean", "what the two lanes end in", "mean, attn, mlp")
     # training
     max_wallclock_seconds: float = setting(600.0, "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read")
-    gptq_reserve_seconds: float = setting(8.0, "part of the budget kept for calibration and quantisation")
+    gptq_reserve_seconds: float = setting(12.0, "part of the budget kept for calibration and quantisation")
     iterations: int = setting(20000, "most steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many", POSITIVE)
     train_batch_tokens: int = setting(786432, "tokens of one step over all ranks", POSITIVE)
     micro_batch_tokens: int = setting(98304, "tokens of one forward; a step's micro-batches are dealt to the ranks, so results do not depend on their number", POSITIVE)
@@ -3449,6 +3449,7 @@ def write_artifact(run: Run, model: GPT):
             arrays = quantize(model, hessians, cfg, run.ranks, saved)
             if cfg.logit_calibration_enabled:
                 extra = extra or {"logit_calibration": quantized_calibration(run, model, arrays)}
+        before = run.phases.seconds.get("write", 0.0)
         with run.phases("write"):
             data = encode_artifact(arrays | extra, {"settings": cfg.settings()}) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
@@ -3457,6 +3458,8 @@ def write_artifact(run: Run, model: GPT):
         if size <= room and (not cfg.rate_distortion or room - size < room / 1000 or attempt > 2 or abs(size - last) < room / 10000):
             break
         saved, last = saved + 8 * (size - room * 0.9997) / weights, size        # a step 2**x times as wide saves x bits a weight
+        spent = run.phases.seconds["write"] - before                    # coding that only steers the search is part of it: training time
+        run.phases.seconds["quantize"], run.phases.seconds["write"] = run.phases.seconds["quantize"] + spent, before
     else:
         raise UserError(f"ARTIFACT_CAP={cfg.artifact_cap}: the model does not fit with any step; shrink the model or raise the cap")
     with run.phases("write"):

@@ -79,8 +79,7 @@ def one_at_a_time(model, stream, seq_len: int, stride: int) -> np.ndarray:
         for position in range(start, min(stop, stream.targets)):
             inside = position - start
             reach = seq_len if inside < seq_len else seq_len + ((inside - seq_len) // stride + 1) * stride       # where the window that first sees it ends
-            end = min(start + reach, stop, stream.targets)
-            begin = max(start, end - seq_len)
+            begin, end = start + reach - seq_len, min(start + reach, stop, stream.targets)
             tokens = torch.from_numpy(stream.tokens[begin:end].astype(np.int64))
             n = len(tokens)
             cu = torch.tensor([0, n], dtype=torch.int32)
