@@ -73,9 +73,7 @@ def explained(message: str, *errors: type[Exception]):
         raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hyperparameters
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Hyperparameters =====================================================================================================================================
 
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 POSITIVE, SHARE = "(0, inf)", "[0, 1)"
@@ -346,9 +344,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runtime: ranks, log, clock, budgets, verdicts, ledger
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Runtime: ranks, log, clock, budgets, verdicts, ledger ===============================================================================================
 
 class Ranks:
     """The process group. On one rank every collective is a no-op, so nothing else asks how many there are."""
@@ -561,11 +557,10 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
                 part.unlink()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: shards, packed training batches, the validation stream
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Data: shards, packed training batches, the validation stream ========================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024
+CONTEST_SETS = {47_853_344: (151_080_645, 151_074_309), 40_540_160: (151_078_222,)}     # tokens -> bytes of the exports with CaseOps and without
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -739,12 +734,6 @@ def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     return counts
 
 
-KNOWN_VALIDATION_SETS = {                                                # tokens -> (bytes, name); contest exports, fixed first 50,000 documents
-    47_853_344: ((151_080_645, 151_074_309), "CaseOps sp8192"),
-    40_540_160: ((151_078_222,), "sp8192"),
-}
-
-
 def check_manifest(promised: dict, cfg: Config, manifest: Path, have: dict[str, int]):
     """Counts, hashes of the validation files, vocabulary, BOS and tokenizer against manifest.json; training shards by their counts."""
     for key, count in have.items():
@@ -764,8 +753,7 @@ def check_manifest(promised: dict, cfg: Config, manifest: Path, have: dict[str, 
 def describe_data(cfg: Config, val: ValidationStream) -> dict:
     """Fingerprint of the validation set, checked against manifest.json where there is one."""
     total = int(val.bytes.sum(dtype=np.int64))
-    known = KNOWN_VALIDATION_SETS.get(len(val.tokens))
-    contest = known is not None and total in known[0] and len(val.starts) == 50_000
+    contest = total in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
     found = {"val_tokens": len(val.tokens), "val_targets": val.targets, "val_documents": len(val.starts), "val_bytes": total, "byte_source": val.byte_source,
              "val_sha256": hashlib.sha256(np.ascontiguousarray(val.tokens)).hexdigest(), "dataset": "contest" if contest else "other"}
     manifest = Path(cfg.data_path) / "manifest.json"
@@ -778,9 +766,7 @@ def describe_data(cfg: Config, val: ValidationStream) -> dict:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two ====================================
 
 try:
     import triton
@@ -789,6 +775,8 @@ try:
     INTERPRET = triton.knobs.runtime.interpret                          # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
 except ImportError:                                                     # without Triton only the references exist
     triton, tl, INTERPRET = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f)), SimpleNamespace(constexpr=int), None
+HEAD_ROWS = 32                                                          # rows of head_dim elements per program of 4 warps
+MLP_TILES = {"forward": (128, 128, 64, 4, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}     # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
 
 
 @torch.compiler.assume_constant_result
@@ -869,10 +857,6 @@ def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.con
                 d_pre_desc.store([m, at], tl.join(d0, d1).reshape(BLOCK_M, HALF).to(tl.bfloat16))
             else:
                 hidden_desc.store([m, at // 2], hidden_words(p0, p1, slope))
-
-
-# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, programs per multiprocessor
-MLP_TILES = {"forward": (128, 128, 64, 4, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}
 
 
 def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: float, tile: tuple | None = None):
@@ -1103,9 +1087,6 @@ def qk_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, gain_ptr, cos
             tl.store(dot_ptr + row * H + head, dot, mask=row < T)
 
 
-HEAD_ROWS = 32                                                          # rows of head_dim elements per program of 4 warps
-
-
 def qk_heads_outputs(qkv, gain, cos, sin, kv_heads, eps):
     T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
     return qkv.new_empty(T, H, D), qkv.new_empty(T, kv_heads, D), qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
@@ -1221,9 +1202,7 @@ def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return (xsa_gate_op if use_kernels(y, y.size(2)) else xsa_gate_reference)(y, v, gate)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention backends: one operator, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Attention backends: one operator, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference ===================================
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor):
     """Runs of consecutive segments of equal lengths: (slice of queries, slice of keys, segments, causal mask (n, m) aligned at its end)."""
@@ -1374,9 +1353,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, backend: str) -> Tensor:
     return attention_op(*half, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, backend)[0].to(q.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model: one trunk, one head
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Model: one trunk, one head ==========================================================================================================================
 
 NORM_EPS = 2.0 ** -23                                                   # the embedding's mean square begins at 2.5e-5: bf16's epsilon would crush it
 
@@ -1586,9 +1563,7 @@ class GPT(nn.Module):
         return nats if hint is None else (nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - lse)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Adapters: LoRA stacked over visits and documents
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Adapters: LoRA stacked over visits and documents ====================================================================================================
 
 
 class LoRA(NamedTuple):
@@ -1633,9 +1608,7 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
     return LoRA(a, b, widths, alpha / rank)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizers: Muon for matrices, Adam for the rest, the averaged weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Optimizers: Muon for matrices, Adam for the rest, the averaged weights ==============================================================================
 
 MUON_COEFFICIENTS = {                                                   # (a, b, c) of each iteration
     "polar_express": (                                                  # arXiv 2505.16932, #1344
@@ -1756,9 +1729,7 @@ class Optimizer:
         if self.ranks.world == 1:
             return full, []
         if self.ranks.device.type == "cpu":                             # gloo has no reduce_scatter
-            for t in full:
-                self.ranks.all_reduce_(t)
-            return [t[self.ranks.rank * g.shard:(self.ranks.rank + 1) * g.shard] for t, g in zip(full, self.muon)], []
+            return [self.ranks.all_reduce_(t)[self.ranks.rank * g.shard:(self.ranks.rank + 1) * g.shard] for t, g in zip(full, self.muon)], []
         shards = [torch.empty_like(g.momentum) for g in self.muon]
         return shards, [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, full)]
 
@@ -1794,9 +1765,7 @@ class Optimizer:
                 p.copy_(a / correction)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Training ============================================================================================================================================
 
 class Schedule:
     """Everything that depends on progress in [0, 1): learning rate, loops, attention span."""
@@ -1911,9 +1880,7 @@ class Trainer:
                  f"{self.cfg.train_batch_tokens / rate:11,.0f} tokens/s  {seconds:6.1f} s, {max(left, 0):.0f} s left")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Quantizer
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Quantizer ===========================================================================================================================================
 
 class MatrixKind(NamedTuple):
     """How one kind of matrix is quantised."""
@@ -2269,9 +2236,7 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
     return ranks.broadcast_(values.detach().cpu()).numpy()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Artifact: entropy coder for quantised weights, tensor container
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Artifact: entropy coder for quantised weights, tensor container =====================================================================================
 #
 # Rows of a weight matrix (or columns, where those live in the residual stream) are draws from a correlated Gaussian. The coder learns its
 # covariance from what is already decoded, so a symbol's mean and variance follow from the earlier columns of its row, the earlier rows and the
@@ -2658,9 +2623,7 @@ def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray
     return tensors
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scoring
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Scoring =============================================================================================================================================
 
 def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows (begin, first, end) int64: tokens begin..end are read, targets of positions first..end are scored.
@@ -2759,9 +2722,7 @@ class Scorer:
         ledger.merge(self.ranks)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# N-gram: exact causal token statistics, and the tilt or mixture that they give the scored probabilities
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== N-gram: exact causal token statistics, and the tilt or mixture that they give the scored probabilities ==============================================
 
 class Continuations(NamedTuple):
     """What had followed the contexts of one order before each of ``targets``; all (n,) on the device. A context that occurs once in the stream is left out."""
@@ -2901,9 +2862,7 @@ class NGram:
         self.precision = self.precision + curvature
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Test-time training: score a chunk, then learn from it; state crosses documents only between segments
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Test-time training: score a chunk, then learn from it; state crosses documents only between segments ================================================
 
 class Segment(NamedTuple):
     """Consecutive documents of the stream that are independent of each other."""
@@ -3234,9 +3193,7 @@ class TestTimeTraining:
         (self.loss(self.model, batch, 1, self.cfg.looped) / count).backward()       # a count inside would compile a graph for every value
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Packer
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Packer ==============================================================================================================================================
 
 BOOTSTRAP = """# coding: latin-1
 # Packed train_gpt.py. Its source: python3 train_gpt.py --unpack FILE, or the lzma stream in the string below.
@@ -3303,9 +3260,7 @@ def unpack_script(path: Path) -> str:
         return lzma.decompress(ast.literal_eval(f'"{found[1]}"').encode("latin-1")).decode()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Main ================================================================================================================================================
 
 class Run:
     """What the modes share: settings, ranks, log, timers, verdicts, validation data, attention backend."""
@@ -3327,10 +3282,9 @@ class Run:
             self.data = describe_data(cfg, self.val)
         with self.phases("setup"):
             self.attention = choose_attention(cfg, self.ranks.device)
-        self.header()
+        self.header(cfg, self.log)
 
-    def header(self):
-        cfg, log = self.cfg, self.log
+    def header(self, cfg: Config, log: Log):
         self.environment = {
             "hardware": (f"{self.ranks.world} x {torch.cuda.get_device_name()}" if self.ranks.device.type == "cuda"
                          else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)"),
@@ -3421,12 +3375,6 @@ def load_trained(run: Run, model: GPT):
     load_state(model, {n: torch.from_numpy(a) for n, a in arrays.items()}, path)
     run.result["training"] = meta["training"]
     run.phases.seconds.update(meta["seconds"])
-
-
-def train_on_validation(run: Run, model: GPT):
-    """Pre-quantisation test-time training; whoever scores its artifact goes through the door that keeps the number out of val_bpb."""
-    with run.phases("prequant"):
-        TestTimeTraining(model, run.cfg, run.ranks, run.log, run.val, run.ledger("prequant")).prequant()
 
 
 def diagnose(run: Run, model: GPT, name: str):
@@ -3575,8 +3523,9 @@ def execute(cfg: Config):
         if not cfg.ttt_eval_only:
             (load_trained if cfg.quantize_only else train)(run, model)
             diagnose(run, model, "trained")
-            if cfg.prequant_ttt_enabled:
-                train_on_validation(run, model)
+            if cfg.prequant_ttt_enabled:                                # scoring the artifact opens the door that keeps its number out of val_bpb
+                with run.phases("prequant"):
+                    TestTimeTraining(model, cfg, run.ranks, run.log, run.val, run.ledger("prequant")).prequant()
                 diagnose(run, model, "prequant")
             write_artifact(run, model)
         score_artifact(run, model)
