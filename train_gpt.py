@@ -734,36 +734,30 @@ def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     return counts
 
 
-def check_manifest(promised: dict, cfg: Config, manifest: Path, have: dict[str, int]):
-    """Counts, hashes of the validation files, vocabulary, BOS and tokenizer against manifest.json; training shards by their counts."""
-    for key, count in have.items():
-        require(promised["val"][key] in (None, count), f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again")
-    for name, file in promised["files"].items():
-        path = manifest.parent / name
-        require(path.is_file(), f"{path}: promised by {manifest.name}, not there; prepare the data again")
-        intact = len(open_shard(path)) == file["tokens"] if "train" in name else hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
-        require(intact, f"{path}: not the file that {manifest.name} describes; fetch or prepare it again")
-    for key in ("vocab_size", "bos_id"):
-        require(promised[key] == getattr(cfg, key), f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}")
-    model = tokenizer_path(cfg)
-    require(hashlib.sha256(model.read_bytes()).hexdigest() == promised["tokenizer"]["sha256"],
-            f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
-
-
 def describe_data(cfg: Config, val: ValidationStream) -> dict:
-    """Fingerprint of the validation set, checked against manifest.json where there is one."""
-    total = int(val.bytes.sum(dtype=np.int64))
-    contest = total in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
-    found = {"val_tokens": len(val.tokens), "val_targets": val.targets, "val_documents": len(val.starts), "val_bytes": total, "byte_source": val.byte_source,
-             "val_sha256": hashlib.sha256(np.ascontiguousarray(val.tokens)).hexdigest(), "dataset": "contest" if contest else "other"}
-    manifest = Path(cfg.data_path) / "manifest.json"
-    found["manifest"] = manifest.is_file()
-    if found["manifest"]:
-        with explained(f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again", ValueError, KeyError, TypeError):
-            promised = json.loads(manifest.read_text())
-            check_manifest(promised, cfg, manifest, {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": total})
-            found.update(transform=promised["transform"], tokenizer_sha256=promised["tokenizer"]["sha256"])
-    return found
+    """Fingerprint of the validation set. Where there is a manifest.json, counts, validation files, vocabulary, BOS and tokenizer must be as it says, by hash,
+    and training shards by their counts."""
+    have = {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": int(val.bytes.sum(dtype=np.int64))}
+    contest = have["bytes"] in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
+    manifest, sha256 = Path(cfg.data_path) / "manifest.json", lambda data: hashlib.sha256(data).hexdigest()
+    found = {"val_tokens": len(val.tokens), "val_targets": val.targets, "val_documents": len(val.starts), "val_bytes": have["bytes"], "byte_source": val.byte_source,
+             "val_sha256": sha256(np.ascontiguousarray(val.tokens)), "dataset": "contest" if contest else "other", "manifest": manifest.is_file()}
+    if not found["manifest"]:
+        return found
+    with explained(f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again", ValueError, KeyError, TypeError):
+        promised = json.loads(manifest.read_text())
+        for key, count in have.items():
+            require(promised["val"][key] in (None, count), f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again")
+        for name, file in promised["files"].items():
+            path = manifest.parent / name
+            require(path.is_file(), f"{path}: promised by {manifest.name}, not there; prepare the data again")
+            intact = len(open_shard(path)) == file["tokens"] if "train" in name else sha256(path.read_bytes()) == file["sha256"]
+            require(intact, f"{path}: not the file that {manifest.name} describes; fetch or prepare it again")
+        for key in ("vocab_size", "bos_id"):
+            require(promised[key] == getattr(cfg, key), f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}")
+        model, made_by = tokenizer_path(cfg), promised["tokenizer"]["sha256"]
+        require(sha256(model.read_bytes()) == made_by, f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
+        return found | {"transform": promised["transform"], "tokenizer_sha256": made_by}
 
 
 # ======== Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two ====================================
@@ -1286,11 +1280,7 @@ def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
     return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, seed, seed[0])
 
 
-BACKENDS = {
-    "fa3": (fa3_forward, fa3_backward),
-    "torch": (torch_forward, torch_backward),
-    "reference": (reference_forward, reference_backward),
-}
+BACKENDS = {"fa3": (fa3_forward, fa3_backward), "torch": (torch_forward, torch_backward), "reference": (reference_forward, reference_backward)}
 
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
@@ -1347,10 +1337,8 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, ma
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, backend: str) -> Tensor:
     """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype. Flash kernels get bf16 whatever arrives (B68)."""
-    if backend == "reference":
-        return attention_op(q, k, v, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, backend)[0]
-    half = (t.to(torch.bfloat16) for t in (q, k, v))
-    return attention_op(*half, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, backend)[0].to(q.dtype)
+    inputs = [t if backend == "reference" else t.to(torch.bfloat16) for t in (q, k, v)]
+    return attention_op(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, backend)[0].to(q.dtype)
 
 
 # ======== Model: one trunk, one head ==========================================================================================================================
@@ -1402,11 +1390,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 class GPT(nn.Module):
     """The network of #1855. Matrices of all layers are stacked, so that optimizer and quantizer see one tensor of a kind.
-
     tok_emb (V, d) | qkv (L, (H + 2 KV) D, d) | o (L, d, H D) | up (L, hidden, d) | down (L, d, hidden)
     attn_scale, mlp_scale (L, d) | resid_mix (L, 2, d) | q_gain (L, H) | attn_gate (L, H, window) | skip_weights, skip_gates (skips, d)
-    parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda () | caps (2,), positive and negative logits
-    """
+    parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda () | caps (2,), positive and negative logits"""
 
     def __init__(self, cfg: Config, attention: str, dtype: torch.dtype):
         """attention: a name in BACKENDS; dtype: of activations and matrix products (parameters are fp32)."""
@@ -1469,10 +1455,8 @@ class GPT(nn.Module):
 
     def trunk(self, tokens: Tensor, seq: Seq, *, looped: bool, lora=None, tap=None, cache: Cache | None = None):
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
-
         looped, and whether lora, tap and cache are given, are constants of a graph. lora.at(kind, visit) gives a low-rank delta or None;
-        tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows of equal length, flattened.
-        """
+        tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows of equal length, flattened."""
         raw, x = self.embed(tokens, seq.positions, cache)
         x0 = rms_norm(x)
         angle = seq.positions[:, None].float() * self.rope_frequency
@@ -1664,7 +1648,11 @@ class Optimizer:
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks, self.model, self.parameters = cfg, ranks, model, list(model.parameters())
-        self.muon = self.muon_groups(model, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+        q, kv, shapes, dtype = model.q_dim, model.kv_dim, {}, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        blocks = [(model.qkv, 0, q), (model.qkv, q, q + kv), (model.qkv, q + kv, q + 2 * kv), *((p, 0, p.size(1)) for p in (model.o, model.up, model.down))]
+        for p, lo, hi in blocks:                                        # one group for each shape: q and o, k and v, up, down where the widths differ
+            shapes.setdefault((hi - lo, p.size(2)), []).append((p, lo, hi))
+        self.muon = sorted((MuonGroup(blocks, ranks.world, dtype) for blocks in shapes.values()), key=lambda g: -g.momentum.numel())    # communication hides best
         in_muon = {id(p) for g in self.muon for p, _, _ in g.blocks}
         self.small = [p for p in self.parameters if id(p) not in in_muon]
         covered = sum(p.numel() for p in self.small) + sum(g.count * g.rows * g.cols for g in self.muon)
@@ -1675,16 +1663,6 @@ class Optimizer:
                                       betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
         self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
         self.averaged_steps = 0
-
-    def muon_groups(self, model: GPT, dtype: torch.dtype) -> list[MuonGroup]:
-        """One group for each shape of matrix: q and o, k and v, up, down where the widths differ."""
-        q, kv = model.q_dim, model.kv_dim
-        blocks = [(model.qkv, 0, q), (model.qkv, q, q + kv), (model.qkv, q + kv, q + 2 * kv), *((p, 0, p.size(1)) for p in (model.o, model.up, model.down))]
-        shapes = {}
-        for p, lo, hi in blocks:
-            shapes.setdefault((hi - lo, p.size(2)), []).append((p, lo, hi))
-        groups = [MuonGroup(blocks, self.ranks.world, dtype) for blocks in shapes.values()]
-        return sorted(groups, key=lambda g: -g.momentum.numel())        # largest first: its communication hides the most
 
     def reset(self):
         """Forget everything: momentum, Adam's moments and the average."""
@@ -1790,11 +1768,14 @@ class Schedule:
         return 1.0 if changed_at is None or n == 0 else min((step - changed_at + 1) / n, 1.0)
 
 
+def batch_nats(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None):
+    """Nats of every target of the batch, fp32 (tokens,); with hints (tokens,) also their log-probabilities."""
+    return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0), hint=hint)
+
+
 def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     """Sum of nats over this micro-batch's targets / ``total``, the tokens of the global batch."""
-    hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
-    nats = model.nll(hidden, batch.targets.clamp(min=0))
-    return torch.where(batch.targets >= 0, nats, 0.0).sum() / total
+    return torch.where(batch.targets >= 0, batch_nats(model, batch, looped), 0.0).sum() / total
 
 
 def compiled(function: Callable, cfg: Config, device: torch.device) -> Callable:
@@ -2657,11 +2638,6 @@ def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tup
     return batch, places, index[places]
 
 
-def batch_nats(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None):
-    """Nats of every target of the batch, fp32 (tokens,); with hints (tokens,) also their log-probabilities."""
-    return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0), hint=hint)
-
-
 def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
     """Write the nats (or pair with the hints' log-probabilities) that a forward found at places ``at`` as the scores of ``targets``, improved by an NGram."""
     parts = [t.detach()[at].double().cpu().numpy() for t in (found if isinstance(found, tuple) else (found,))]
@@ -2764,11 +2740,9 @@ def leader(start: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int, vocab: int):
     """Yield Continuations of order 2, 3, ..., ``orders``. tokens int32 (n + 1,); document and segment of each target int32 (n,), both rising.
-
     A target sees the targets of earlier segments and the earlier ones of its own document, whose contexts lie inside their documents. Counts
     are exact: a context is known by its rank among the sorted pairs (context one token shorter, its last token), never by a hash. One stable
-    sort by (context, target) serves an order, and shifted by one place it lists the contexts of the next; places run through those lists.
-    """
+    sort by (context, target) serves an order, and shifted by one place it lists the contexts of the next; places run through those lists."""
     at = tokens[:-1].sort(stable=True).indices                          # targets in the order of their contexts, and of the stream where these agree
     context = tokens[at].long()
     for order in range(2, orders + 1):
@@ -2797,13 +2771,11 @@ def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int
 
 class NGram:
     """Improves the scored probabilities by what earlier segments and the document so far have shown to follow the last tokens.
-
     An order clears when its context was seen NGRAM_MIN_COUNT times and its commonest continuation has a share of NGRAM_THRESHOLD.
     tilt: the longest order that clears hints at that token h, and p' = p e^(b [x = h]) / (1 + p(h) (e^b - 1)) (#1145). b is NGRAM_BOOST; with
     NGRAM_CALIBRATE it is, for each bucket of (order, count, share), moved to the most probable value given the hits on scored segments.
     mix: each order that clears takes NGRAM_WEIGHT from the distribution of the orders below, the lowest of which is the network:
-    p_n(x) = (1 - w) p_(n-1)(x) + w ((c(x) - 1/2)+ / total + distinct / (2 total) p_(n-1)(x)), PPM-D with its exact escape, so p sums to one.
-    """
+    p_n(x) = (1 - w) p_(n-1)(x) + w ((c(x) - 1/2)+ / total + distinct / (2 total) p_(n-1)(x)), PPM-D with its exact escape, so p sums to one."""
     COUNTS, SHARES, PRIOR = 6, 9, 20.0      # buckets: powers of two, eighths; NGRAM_BOOST weighs as much as 80 targets of which half hit
 
     def __init__(self, cfg: Config, ranks: Ranks, val: ValidationStream, sizes: list[int], log: Log):
@@ -3073,7 +3045,7 @@ class TestTimeTraining:
         self.model, self.cfg, self.ranks, self.log, self.val, self.ledger = model, cfg, ranks, log, val, ledger
         self.lengths, self.method = np.diff(np.append(val.starts, val.targets)), cfg.ttt_method if cfg.ttt_enabled else "none"
         self.segments = plan_chunks(self.lengths, cfg) if self.method == "sgd" else plan_segments(len(self.lengths), cfg)
-        self.loss, self.momentum = compiled(batch_loss, cfg, ranks.device), []
+        self.loss, self.sgd = compiled(batch_loss, cfg, ranks.device), None
         width = cfg.ttt_eval_seq_len
         self.sgd_tokens = -(-cfg.global_ttt_chunk_tokens // (width * ranks.world)) * width      # of one micro-batch on one rank
         sizes = [s.last - s.first for s in self.segments]
@@ -3132,19 +3104,17 @@ class TestTimeTraining:
         cfg, steps = self.cfg, max(round((end - begin) / self.cfg.global_ttt_chunk_tokens), 1)
         self.ledger.may_train(np.arange(begin, end))
         self.model.requires_grad_(True)
-        parameters = list(self.model.parameters())
-        if progress is None or not self.momentum:
-            self.momentum = [torch.zeros_like(p) for p in parameters]
+        if progress is None or self.sgd is None:
+            self.sgd = torch.optim.SGD(self.model.parameters(), momentum=cfg.global_ttt_momentum)
         edges = np.linspace(begin, end, steps + 1).astype(int).tolist()
         chunks = list(zip(edges, edges[1:])) * cfg.global_ttt_epochs
         begun = time.perf_counter()
         for i, (lo, hi) in enumerate(chunks):
-            grads = self.clipped_gradients(lo, hi - lo)
+            self.clipped_gradients(lo, hi - lo)
             share = i / len(chunks) if progress is None else progress
-            with torch.no_grad():
-                torch._foreach_mul_(self.momentum, cfg.global_ttt_momentum)
-                torch._foreach_add_(self.momentum, grads)
-                torch._foreach_add_(parameters, self.momentum, alpha=-cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share)))
+            self.sgd.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share))
+            self.sgd.step()
+            self.sgd.zero_grad()
         self.model.requires_grad_(False)
         self.ranks.synchronize()
         if progress is None:
@@ -3157,24 +3127,23 @@ class TestTimeTraining:
         for epoch in range(epochs):
             adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * math.cos(math.pi * epoch / max(epochs - 1, 1)))
             for at in range(0, self.val.targets, chunk):
-                for (name, p), grad in zip(self.model.named_parameters(), self.clipped_gradients(at, min(chunk, self.val.targets - at))):
-                    p.grad = grad if name != "tok_emb" else None
-                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):        # stacked by layer; Adam leaves alone what never had a gradient
-                        grad[:cfg.prequant_ttt_freeze_blocks] = 0.0
+                self.clipped_gradients(at, min(chunk, self.val.targets - at))
+                self.model.tok_emb.grad = None                          # Adam leaves alone what never had a gradient
+                for name, p in self.model.named_parameters():
+                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):        # stacked by layer
+                        p.grad[:cfg.prequant_ttt_freeze_blocks] = 0.0
                 adam.step()
                 adam.zero_grad()
             self.log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
 
-    def clipped_gradients(self, at: int, count: int) -> list[Tensor]:
-        """Gradients of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
+    def clipped_gradients(self, at: int, count: int):
+        """Gradients (.grad) of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
         self.sgd_gradient(at, count)
         parameters = list(self.model.parameters())
         grads = self.ranks.all_reduce_flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        norm = torch.stack(torch._foreach_norm(grads)).norm()
-        for p in parameters:
-            p.grad = None
-        torch._foreach_mul_(grads, (self.cfg.global_ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        return grads
+        torch._foreach_mul_(grads, (self.cfg.global_ttt_grad_clip / (torch.stack(torch._foreach_norm(grads)).norm() + 1e-6)).clamp(max=1.0))
+        for p, grad in zip(parameters, grads):
+            p.grad = grad
 
     def sgd_gradient(self, at: int, count: int):
         """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and each rank takes neighbouring pieces, so no sum depends on their number."""
@@ -3322,27 +3291,22 @@ def preflight(run: Run):
         path.unlink()
         if any((loaded[k] != probe[k]).any() for k in probe):
             raise RuntimeError("the artifact codec does not reproduce its input")
-        check_outputs(run, pack_script(SOURCE))
+        if cfg.ledger_path:
+            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
+                f.write(b"")
+        script, packed = run.folder / "train_gpt.py", pack_script(SOURCE)
+        if not cfg.ttt_eval_only:                                       # a packed script may run in its own folder: it is not changed
+            blocked = script.exists() and script.samefile(RUNNING) and script.read_bytes() != packed
+            require(not blocked, f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
+            need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
+            free = shutil.disk_usage(run.folder).free
+            require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
     if not cfg.ttt_eval_only and not cfg.quantize_only:
         stream = TrainStream(cfg)
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
         run.log(f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), {micro_batches} micro-batch(es) a step")
         if micro_batches < run.ranks.world:
             run.log(f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
-
-
-def check_outputs(run: Run, packed: bytes):
-    """A place for the ledger, room for what will be written, and no running script in the way, unless it is the very same: a packed script in its own folder."""
-    cfg, script = run.cfg, run.folder / "train_gpt.py"
-    if cfg.ledger_path:
-        with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
-            f.write(b"")
-    if not cfg.ttt_eval_only:
-        blocked = script.exists() and script.samefile(RUNNING) and script.read_bytes() != packed
-        require(not blocked, f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
-        need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
-        free = shutil.disk_usage(run.folder).free
-        require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
 
 
 def train(run: Run, model: GPT):
