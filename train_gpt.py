@@ -348,7 +348,6 @@ def help_text() -> str:
 
 class Ranks:
     """The process group. On one rank every collective is a no-op, so nothing else asks how many there are."""
-
     def __init__(self, cfg: Config):
         self.rank, self.world, self.main = cfg.rank, cfg.world_size, cfg.rank == 0
         use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
@@ -392,7 +391,6 @@ class Ranks:
 
 class Log:
     """Lines to the console and, once ``open`` has been called, to a file; from rank 0 only. Flushed at once, so that a killed run keeps its log."""
-
     def __init__(self, ranks: Ranks):
         self.main, self.file = ranks.main, io.StringIO()
 
@@ -466,7 +464,6 @@ class Phases:
 
 class Verdicts:
     """PASS, FAIL, DISPUTED or NOT RUN for each condition, with the reason; what only an audit can show starts as NOT RUN."""
-
     def __init__(self):
         self.table = dict.fromkeys(("C1", "C2", "C3", "C4", "bytes", "train_budget", "eval_budget", "packaging", "data"), ("NOT RUN", "shown by tools/audit.py"))
 
@@ -482,7 +479,6 @@ class Ledger:
     """Write-once record of one scoring pass: the nats of every validation target, in stream order.
     ``nats`` is float64 (targets,), NaN until scored. Writing a target twice, training on one that is not written, or closing with a hole raises: a run whose
     ledger does not hold is not a result."""
-
     ROUNDING = 1e-4       # a certain token may come out this far below zero nats: fp32 logits of up to 30
 
     def __init__(self, name: str, target_bytes: np.ndarray, verdicts: Verdicts):
@@ -607,11 +603,10 @@ def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split:
     lengths = np.diff(np.append(starts, capacity))
     pieces = -(-lengths // span)
     offsets = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    cu = np.append(np.repeat(starts, pieces) + offsets * span, capacity).astype(np.int32)
+    cu = torch.from_numpy(np.append(np.repeat(starts, pieces) + offsets * span, capacity).astype(np.int32))
     positions = (np.arange(capacity) - np.repeat(starts, lengths)).astype(np.int32)
     padded_inputs, padded_targets = np.zeros(capacity, np.int64), np.full(capacity, -1, np.int64)
     padded_inputs[:n], padded_targets[:n] = inputs, targets
-    cu = torch.from_numpy(cu)
     return Batch(torch.from_numpy(padded_inputs), torch.from_numpy(padded_targets), Seq(cu, cu, max_len, max_len, torch.from_numpy(positions)), split)
 
 
@@ -634,7 +629,6 @@ def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool =
 
 class TrainStream:
     """The training tokens as one endless stream over all shards in name order. Step s reads the same tokens at any world size."""
-
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.paths = find_shards(Path(cfg.data_path), "fineweb_train_*.bin")
@@ -674,7 +668,6 @@ class TrainStream:
 
 class Prefetch:
     """Builds the next step's batches in a thread; a change of span only costs the one batch that was built for the old one."""
-
     def __init__(self, stream: TrainStream, ranks: Ranks):
         pool, self.device, self.waiting = ThreadPoolExecutor(1), ranks.device, {}
         self.submit = lambda step, span: pool.submit(stream.step, step, span, ranks.rank, ranks.world)
@@ -687,7 +680,6 @@ class Prefetch:
 
 class ValidationStream:
     """The validation tokens, the original bytes of each, and the documents they form."""
-
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
         self.tokens = np.concatenate([open_shard(p) for p in find_shards(folder, "fineweb_val_*.bin")])
@@ -1109,7 +1101,6 @@ def qk_heads_gradient_op(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tenso
 
 class QKVHeads(torch.autograd.Function):
     """A Function around the operators, because v is a view of the packed input, which no custom operator may return."""
-
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, kv_heads, eps):
         q, k, rstd = qk_heads_op(qkv, gain, cos, sin, kv_heads, eps)
@@ -1287,9 +1278,8 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
     """The first backend that loads and agrees with the reference on this device."""
     if device.type == "cpu":
         return "reference"
-    names = [cfg.attention] if cfg.attention != "auto" else list(BACKENDS)
     reasons = []
-    for name in names:
+    for name in BACKENDS if cfg.attention == "auto" else [cfg.attention]:
         try:
             if name == "fa3" and cfg.fa3_library:
                 torch.ops.load_library(cfg.fa3_library)
@@ -1393,7 +1383,6 @@ class GPT(nn.Module):
     tok_emb (V, d) | qkv (L, (H + 2 KV) D, d) | o (L, d, H D) | up (L, hidden, d) | down (L, d, hidden)
     attn_scale, mlp_scale (L, d) | resid_mix (L, 2, d) | q_gain (L, H) | attn_gate (L, H, window) | skip_weights, skip_gates (skips, d)
     parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda () | caps (2,), positive and negative logits"""
-
     def __init__(self, cfg: Config, attention: str, dtype: torch.dtype):
         """attention: a name in BACKENDS; dtype: of activations and matrix products (parameters are fp32)."""
         super().__init__()
@@ -1618,7 +1607,6 @@ def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
 
 class MuonGroup:
     """Matrices of one shape out of several parameters: blocks are (parameter, first row, end row), all layers each."""
-
     def __init__(self, blocks: list[tuple[nn.Parameter, int, int]], world: int, dtype: torch.dtype):
         self.blocks = blocks
         self.rows, self.cols = blocks[0][2] - blocks[0][1], blocks[0][0].size(2)
@@ -1645,7 +1633,6 @@ class MuonGroup:
 class Optimizer:
     """One step: reduce the summed gradients over the ranks, clip their global norm, update. Muon's matrices are sharded over the ranks.
     Gradients must hold the sum over this rank's tokens of the loss divided by the global number of tokens."""
-
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks, self.model, self.parameters = cfg, ranks, model, list(model.parameters())
         q, kv, shapes, dtype = model.q_dim, model.kv_dim, {}, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
@@ -1671,10 +1658,6 @@ class Optimizer:
         self.adam.state.clear()
         self.averaged_steps = 0
 
-    def momentum(self, step: int) -> float:
-        warm = min(step / self.cfg.muon_momentum_warmup_steps, 1.0) if self.cfg.muon_momentum_warmup_steps else 1.0
-        return (1 - warm) * self.cfg.muon_momentum_warmup_start + warm * self.cfg.muon_momentum
-
     @torch.no_grad()
     def step(self, step: int, lr_scale: float):
         for p in self.parameters:                                       # a rank without a micro-batch still joins the sums
@@ -1686,7 +1669,9 @@ class Optimizer:
             wait.wait()
         clip = self.clip_factor(shards)
         torch._foreach_mul_([p.grad for p in self.small], clip)
-        updates = [self.direction(g, shard * clip.to(shard.dtype), self.momentum(step)) for g, shard in zip(self.muon, shards)]
+        warm = min(step / self.cfg.muon_momentum_warmup_steps, 1.0) if self.cfg.muon_momentum_warmup_steps else 1.0
+        momentum = (1 - warm) * self.cfg.muon_momentum_warmup_start + warm * self.cfg.muon_momentum
+        updates = [self.direction(g, shard * clip.to(shard.dtype), momentum) for g, shard in zip(self.muon, shards)]
         gathered = [self.gather(g, u) for g, u in zip(self.muon, updates)]
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
@@ -1747,7 +1732,6 @@ class Optimizer:
 
 class Schedule:
     """Everything that depends on progress in [0, 1): learning rate, loops, attention span."""
-
     def __init__(self, cfg: Config):
         self.cfg, self.stages = cfg, context_schedule(cfg)
 
@@ -1822,8 +1806,7 @@ class Trainer:
         """Train until the budget or ITERATIONS ends, leave the averaged weights in the model, return the counts."""
         cfg, fetch, timed = self.cfg, Prefetch(self.stream, self.ranks), self.cfg.max_wallclock_seconds > 0
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
-        clock, step, span, changed_at = Clock(self.ranks), 0, None, None
-        looped = False
+        clock, step, span, changed_at, looped = Clock(self.ranks), 0, None, None, False
         while step < cfg.iterations:
             now = clock.tick()
             if timed and now + now / max(step, 1) > budget:
@@ -2664,7 +2647,6 @@ def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
 
 class Scorer:
     """Document-bounded scoring: windows never cross a document's start, each validation target is scored once, whatever the number of ranks."""
-
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, ngram=None):
         self.model, self.cfg, self.ranks, self.log, self.ngram = model, cfg, ranks, log, ngram
         self.nats = compiled(batch_nats, cfg, ranks.device)
@@ -3040,7 +3022,6 @@ def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> li
 
 class TestTimeTraining:
     """Scores the validation stream segment by segment, adapting within documents and, at phase boundaries, the base weights."""
-
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
         self.model, self.cfg, self.ranks, self.log, self.val, self.ledger = model, cfg, ranks, log, val, ledger
         self.lengths, self.method = np.diff(np.append(val.starts, val.targets)), cfg.ttt_method if cfg.ttt_enabled else "none"
@@ -3063,19 +3044,18 @@ class TestTimeTraining:
         """Compile and capture on random tokens whatever the timed part will run: no validation token is read before (B29)."""
         begun = time.perf_counter()
         self.model.requires_grad_(False)
-        graphs, on_gpu = {}, self.ranks.device.type == "cuda"
+        on_gpu = self.ranks.device.type == "cuda"
         if self.method != "lora":
             self.scorer.warm_up()
         elif on_gpu:
             self.adapters.prepare([batch for mine in self.batches for batch in mine])
-            graphs = self.adapters.graphs
         if on_gpu and self.method != "none" and any(s.phase_ends for s in self.segments):
             self.model.requires_grad_(True)
             tokens = np.random.default_rng(0).integers(0, self.cfg.vocab_size, self.sgd_tokens + 1)
             self.sgd_backward(tokens, 1)
             self.model.zero_grad()
         self.ranks.synchronize()
-        self.log(f"  compiled and captured {len(graphs)} graphs in {time.perf_counter() - begun:.1f} s")
+        self.log(f"  compiled and captured {len(self.adapters.graphs) if self.method == 'lora' else 0} graphs in {time.perf_counter() - begun:.1f} s")
 
     def score(self) -> float:
         begun = time.perf_counter()
@@ -3233,17 +3213,13 @@ def unpack_script(path: Path) -> str:
 
 class Run:
     """What the modes share: settings, ranks, log, timers, verdicts, validation data, attention backend."""
-
     def __init__(self, cfg: Config):
-        self.cfg = cfg
-        self.folder = artifact_folder(cfg)
-        self.ranks = Ranks(cfg)
+        self.cfg, self.folder, self.ranks = cfg, artifact_folder(cfg), Ranks(cfg)
         if self.ranks.main:
             with explained(f"ARTIFACT_DIR={self.folder}: cannot be made ({{}}); name another folder", OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.ranks)
-        self.phases, self.verdicts = Phases(self.ranks, self.log), Verdicts()
-        self.result = {"bpb": {}, "bytes": {}}
+        self.log = log = Log(self.ranks)
+        self.phases, self.verdicts, self.result = Phases(self.ranks, log), Verdicts(), {"bpb": {}, "bytes": {}}
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high")
         with self.phases("read"):
@@ -3251,9 +3227,6 @@ class Run:
             self.data = describe_data(cfg, self.val)
         with self.phases("setup"):
             self.attention = choose_attention(cfg, self.ranks.device)
-        self.header(cfg, self.log)
-
-    def header(self, cfg: Config, log: Log):
         self.environment = {
             "hardware": (f"{self.ranks.world} x {torch.cuda.get_device_name()}" if self.ranks.device.type == "cuda"
                          else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)"),
