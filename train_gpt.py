@@ -338,8 +338,8 @@ def help_text() -> str:
     """The table of --help."""
     lines = ["Settings (environment variables), their defaults, meaning and limits; a number without them is in [0, inf):"]
     for f in dataclasses.fields(Config):
-        shown, within = int(f.default) if isinstance(f.default, bool) else f.default, f.metadata["within"]
-        limits = f"; {within}" if within not in ("", "[0, inf)") else ""
+        shown = int(f.default) if isinstance(f.default, bool) else f.default
+        limits = f"; {f.metadata['within']}" if f.metadata["within"] not in ("", "[0, inf)") else ""
         lines.append(f"  {f.name.upper():28s} {str(shown) or '(empty)':>12s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
 
@@ -615,8 +615,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     move = lambda t: t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
     cu = move(batch.seq.cu_q)
     torch._dynamo.mark_dynamic(cu, 0)
-    seq = batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions))
-    return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=seq)
+    return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions)))
 
 
 def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool = False):
@@ -1294,8 +1293,7 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
 
 def check_backend(name: str, cfg: Config, device: torch.device):
     """Forward and backward on two documents against the reference, relative error below 2 % (bf16)."""
-    generator = torch.Generator(device).manual_seed(0)
-    head_dim = cfg.model_dim // cfg.num_heads
+    generator, head_dim = torch.Generator(device).manual_seed(0), cfg.model_dim // cfg.num_heads
     q, k, v, dout = (torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
                      for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads))
     cu = torch.tensor([0, 100, 384], dtype=torch.int32, device=device)
@@ -1825,23 +1823,19 @@ class Trainer:
             clock.step_done()
             step += 1
             if step <= 5 or step % cfg.train_log_every == 0:
-                self.report(step, clock, loss, scale, progress, budget if timed else None)
+                loss, seconds = self.ranks.all_reduce_(loss.clone()).item(), time.perf_counter() - clock.start
+                require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
+                rate = seconds / step
+                left = budget - seconds if timed else (cfg.iterations - step) * rate
+                self.curve.append((step, round(seconds, 3), loss, scale))
+                self.log(f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {scale:.3f}  {1e3 * rate:7.1f} ms/step  "
+                         f"{cfg.train_batch_tokens / rate:11,.0f} tokens/s  {seconds:6.1f} s, {max(left, 0):.0f} s left")
         seconds = clock.stop()
         self.optimizer.use_average()
         tokens = step * cfg.train_batch_tokens
         self.log(f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: {1e3 * seconds / max(step, 1):.1f} ms/step, {tokens / seconds:,.0f} tokens/s"
                  f"{' (averaged weights)' if cfg.ema_decay else ''}")
         return {"steps": step, "tokens": tokens, "seconds": seconds, "epochs": tokens / self.stream.tokens, "curve": self.curve}
-
-    def report(self, step, clock, loss, scale, progress, budget):
-        loss = self.ranks.all_reduce_(loss.clone()).item()
-        require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
-        seconds = time.perf_counter() - clock.start
-        rate = seconds / step
-        left = budget - seconds if budget else (self.cfg.iterations - step) * rate
-        self.curve.append((step, round(seconds, 3), loss, scale))
-        self.log(f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {scale:.3f}  {1e3 * rate:7.1f} ms/step  "
-                 f"{self.cfg.train_batch_tokens / rate:11,.0f} tokens/s  {seconds:6.1f} s, {max(left, 0):.0f} s left")
 
 
 # ======== Quantizer ===========================================================================================================================================
@@ -3248,9 +3242,8 @@ class Run:
 
 def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
-    if cfg.artifact_dir:
-        return Path(cfg.artifact_dir)
-    return RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
+    default = RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
+    return Path(cfg.artifact_dir or default)
 
 
 def preflight(run: Run):
@@ -3410,8 +3403,7 @@ def finish(run: Run):
     result["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
     result["bytes"]["total"] = total = sum(result["bytes"].values())
     run.verdicts.set("bytes", "PASS" if total <= cfg.artifact_cap else "FAIL", f"{total:,} of {cfg.artifact_cap:,} bytes")
-    limit = cfg.max_wallclock_seconds
-    train_s, eval_s = phases.budget("train"), phases.budget("eval")
+    train_s, eval_s, limit = phases.budget("train"), phases.budget("eval"), cfg.max_wallclock_seconds
     if limit and not cfg.ttt_eval_only:
         run.verdicts.set("train_budget", "PASS" if train_s < limit else "FAIL", f"{train_s:.1f} of {limit:.0f} s: steps, calibration, quantisation")
     if limit:
