@@ -73,9 +73,7 @@ def explained(message: str, *errors: type[Exception]):
         raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hyperparameters
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Hyperparameters =====================================================================================================================================
 
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 POSITIVE, SHARE = "(0, inf)", "[0, 1)"
@@ -340,19 +338,16 @@ def help_text() -> str:
     """The table of --help."""
     lines = ["Settings (environment variables), their defaults, meaning and limits; a number without them is in [0, inf):"]
     for f in dataclasses.fields(Config):
-        shown, within = int(f.default) if isinstance(f.default, bool) else f.default, f.metadata["within"]
-        limits = f"; {within}" if within not in ("", "[0, inf)") else ""
+        shown = int(f.default) if isinstance(f.default, bool) else f.default
+        limits = f"; {f.metadata['within']}" if f.metadata["within"] not in ("", "[0, inf)") else ""
         lines.append(f"  {f.name.upper():28s} {str(shown) or '(empty)':>12s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runtime: ranks, log, clock, budgets, verdicts, ledger
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Runtime: ranks, log, clock, budgets, verdicts, ledger ===============================================================================================
 
 class Ranks:
     """The process group. On one rank every collective is a no-op, so nothing else asks how many there are."""
-
     def __init__(self, cfg: Config):
         self.rank, self.world, self.main = cfg.rank, cfg.world_size, cfg.rank == 0
         use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
@@ -396,7 +391,6 @@ class Ranks:
 
 class Log:
     """Lines to the console and, once ``open`` has been called, to a file; from rank 0 only. Flushed at once, so that a killed run keeps its log."""
-
     def __init__(self, ranks: Ranks):
         self.main, self.file = ranks.main, io.StringIO()
 
@@ -470,7 +464,6 @@ class Phases:
 
 class Verdicts:
     """PASS, FAIL, DISPUTED or NOT RUN for each condition, with the reason; what only an audit can show starts as NOT RUN."""
-
     def __init__(self):
         self.table = dict.fromkeys(("C1", "C2", "C3", "C4", "bytes", "train_budget", "eval_budget", "packaging", "data"), ("NOT RUN", "shown by tools/audit.py"))
 
@@ -486,7 +479,6 @@ class Ledger:
     """Write-once record of one scoring pass: the nats of every validation target, in stream order.
     ``nats`` is float64 (targets,), NaN until scored. Writing a target twice, training on one that is not written, or closing with a hole raises: a run whose
     ledger does not hold is not a result."""
-
     ROUNDING = 1e-4       # a certain token may come out this far below zero nats: fp32 logits of up to 30
 
     def __init__(self, name: str, target_bytes: np.ndarray, verdicts: Verdicts):
@@ -561,11 +553,10 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
                 part.unlink()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: shards, packed training batches, the validation stream
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Data: shards, packed training batches, the validation stream ========================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024
+CONTEST_SETS = {47_853_344: (151_080_645, 151_074_309), 40_540_160: (151_078_222,)}     # tokens -> bytes of the exports with CaseOps and without
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -612,11 +603,10 @@ def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split:
     lengths = np.diff(np.append(starts, capacity))
     pieces = -(-lengths // span)
     offsets = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    cu = np.append(np.repeat(starts, pieces) + offsets * span, capacity).astype(np.int32)
+    cu = torch.from_numpy(np.append(np.repeat(starts, pieces) + offsets * span, capacity).astype(np.int32))
     positions = (np.arange(capacity) - np.repeat(starts, lengths)).astype(np.int32)
     padded_inputs, padded_targets = np.zeros(capacity, np.int64), np.full(capacity, -1, np.int64)
     padded_inputs[:n], padded_targets[:n] = inputs, targets
-    cu = torch.from_numpy(cu)
     return Batch(torch.from_numpy(padded_inputs), torch.from_numpy(padded_targets), Seq(cu, cu, max_len, max_len, torch.from_numpy(positions)), split)
 
 
@@ -625,8 +615,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     move = lambda t: t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
     cu = move(batch.seq.cu_q)
     torch._dynamo.mark_dynamic(cu, 0)
-    seq = batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions))
-    return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=seq)
+    return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions)))
 
 
 def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool = False):
@@ -639,7 +628,6 @@ def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool =
 
 class TrainStream:
     """The training tokens as one endless stream over all shards in name order. Step s reads the same tokens at any world size."""
-
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.paths = find_shards(Path(cfg.data_path), "fineweb_train_*.bin")
@@ -679,7 +667,6 @@ class TrainStream:
 
 class Prefetch:
     """Builds the next step's batches in a thread; a change of span only costs the one batch that was built for the old one."""
-
     def __init__(self, stream: TrainStream, ranks: Ranks):
         pool, self.device, self.waiting = ThreadPoolExecutor(1), ranks.device, {}
         self.submit = lambda step, span: pool.submit(stream.step, step, span, ranks.rank, ranks.world)
@@ -692,7 +679,6 @@ class Prefetch:
 
 class ValidationStream:
     """The validation tokens, the original bytes of each, and the documents they form."""
-
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
         self.tokens = np.concatenate([open_shard(p) for p in find_shards(folder, "fineweb_val_*.bin")])
@@ -739,48 +725,33 @@ def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     return counts
 
 
-KNOWN_VALIDATION_SETS = {                                                # tokens -> (bytes, name); contest exports, fixed first 50,000 documents
-    47_853_344: ((151_080_645, 151_074_309), "CaseOps sp8192"),
-    40_540_160: ((151_078_222,), "sp8192"),
-}
-
-
-def check_manifest(promised: dict, cfg: Config, manifest: Path, have: dict[str, int]):
-    """Counts, hashes of the validation files, vocabulary, BOS and tokenizer against manifest.json; training shards by their counts."""
-    for key, count in have.items():
-        require(promised["val"][key] in (None, count), f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again")
-    for name, file in promised["files"].items():
-        path = manifest.parent / name
-        require(path.is_file(), f"{path}: promised by {manifest.name}, not there; prepare the data again")
-        intact = len(open_shard(path)) == file["tokens"] if "train" in name else hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
-        require(intact, f"{path}: not the file that {manifest.name} describes; fetch or prepare it again")
-    for key in ("vocab_size", "bos_id"):
-        require(promised[key] == getattr(cfg, key), f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}")
-    model = tokenizer_path(cfg)
-    require(hashlib.sha256(model.read_bytes()).hexdigest() == promised["tokenizer"]["sha256"],
-            f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
-
-
 def describe_data(cfg: Config, val: ValidationStream) -> dict:
-    """Fingerprint of the validation set, checked against manifest.json where there is one."""
-    total = int(val.bytes.sum(dtype=np.int64))
-    known = KNOWN_VALIDATION_SETS.get(len(val.tokens))
-    contest = known is not None and total in known[0] and len(val.starts) == 50_000
-    found = {"val_tokens": len(val.tokens), "val_targets": val.targets, "val_documents": len(val.starts), "val_bytes": total, "byte_source": val.byte_source,
-             "val_sha256": hashlib.sha256(np.ascontiguousarray(val.tokens)).hexdigest(), "dataset": "contest" if contest else "other"}
-    manifest = Path(cfg.data_path) / "manifest.json"
-    found["manifest"] = manifest.is_file()
-    if found["manifest"]:
-        with explained(f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again", ValueError, KeyError, TypeError):
-            promised = json.loads(manifest.read_text())
-            check_manifest(promised, cfg, manifest, {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": total})
-            found.update(transform=promised["transform"], tokenizer_sha256=promised["tokenizer"]["sha256"])
-    return found
+    """Fingerprint of the validation set. Where there is a manifest.json, counts, validation files, vocabulary, BOS and tokenizer must be as it says, by hash,
+    and training shards by their counts."""
+    have = {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": int(val.bytes.sum(dtype=np.int64))}
+    contest = have["bytes"] in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
+    manifest, sha256 = Path(cfg.data_path) / "manifest.json", lambda data: hashlib.sha256(data).hexdigest()
+    found = {"val_tokens": len(val.tokens), "val_targets": val.targets, "val_documents": len(val.starts), "val_bytes": have["bytes"], "byte_source": val.byte_source,
+             "val_sha256": sha256(np.ascontiguousarray(val.tokens)), "dataset": "contest" if contest else "other", "manifest": manifest.is_file()}
+    if not found["manifest"]:
+        return found
+    with explained(f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again", ValueError, KeyError, TypeError):
+        promised = json.loads(manifest.read_text())
+        for key, count in have.items():
+            require(promised["val"][key] in (None, count), f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again")
+        for name, file in promised["files"].items():
+            path = manifest.parent / name
+            require(path.is_file(), f"{path}: promised by {manifest.name}, not there; prepare the data again")
+            intact = len(open_shard(path)) == file["tokens"] if "train" in name else sha256(path.read_bytes()) == file["sha256"]
+            require(intact, f"{path}: not the file that {manifest.name} describes; fetch or prepare it again")
+        for key in ("vocab_size", "bos_id"):
+            require(promised[key] == getattr(cfg, key), f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}")
+        model, made_by = tokenizer_path(cfg), promised["tokenizer"]["sha256"]
+        require(sha256(model.read_bytes()) == made_by, f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
+        return found | {"transform": promised["transform"], "tokenizer_sha256": made_by}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two ====================================
 
 try:
     import triton
@@ -789,6 +760,8 @@ try:
     INTERPRET = triton.knobs.runtime.interpret                          # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
 except ImportError:                                                     # without Triton only the references exist
     triton, tl, INTERPRET = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f)), SimpleNamespace(constexpr=int), None
+HEAD_ROWS = 32                                                          # rows of head_dim elements per program of 4 warps
+MLP_TILES = {"forward": (128, 128, 64, 4, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}     # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
 
 
 @torch.compiler.assume_constant_result
@@ -869,10 +842,6 @@ def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.con
                 d_pre_desc.store([m, at], tl.join(d0, d1).reshape(BLOCK_M, HALF).to(tl.bfloat16))
             else:
                 hidden_desc.store([m, at // 2], hidden_words(p0, p1, slope))
-
-
-# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, programs per multiprocessor
-MLP_TILES = {"forward": (128, 128, 64, 4, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}
 
 
 def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: float, tile: tuple | None = None):
@@ -1103,9 +1072,6 @@ def qk_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, gain_ptr, cos
             tl.store(dot_ptr + row * H + head, dot, mask=row < T)
 
 
-HEAD_ROWS = 32                                                          # rows of head_dim elements per program of 4 warps
-
-
 def qk_heads_outputs(qkv, gain, cos, sin, kv_heads, eps):
     T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
     return qkv.new_empty(T, H, D), qkv.new_empty(T, kv_heads, D), qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
@@ -1134,7 +1100,6 @@ def qk_heads_gradient_op(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tenso
 
 class QKVHeads(torch.autograd.Function):
     """A Function around the operators, because v is a view of the packed input, which no custom operator may return."""
-
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, kv_heads, eps):
         q, k, rstd = qk_heads_op(qkv, gain, cos, sin, kv_heads, eps)
@@ -1221,9 +1186,7 @@ def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return (xsa_gate_op if use_kernels(y, y.size(2)) else xsa_gate_reference)(y, v, gate)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention backends: one operator, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Attention backends: one operator, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference ===================================
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor):
     """Runs of consecutive segments of equal lengths: (slice of queries, slice of keys, segments, causal mask (n, m) aligned at its end)."""
@@ -1307,20 +1270,15 @@ def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
     return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, seed, seed[0])
 
 
-BACKENDS = {
-    "fa3": (fa3_forward, fa3_backward),
-    "torch": (torch_forward, torch_backward),
-    "reference": (reference_forward, reference_backward),
-}
+BACKENDS = {"fa3": (fa3_forward, fa3_backward), "torch": (torch_forward, torch_backward), "reference": (reference_forward, reference_backward)}
 
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
     """The first backend that loads and agrees with the reference on this device."""
     if device.type == "cpu":
         return "reference"
-    names = [cfg.attention] if cfg.attention != "auto" else list(BACKENDS)
     reasons = []
-    for name in names:
+    for name in BACKENDS if cfg.attention == "auto" else [cfg.attention]:
         try:
             if name == "fa3" and cfg.fa3_library:
                 torch.ops.load_library(cfg.fa3_library)
@@ -1335,8 +1293,7 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
 
 def check_backend(name: str, cfg: Config, device: torch.device):
     """Forward and backward on two documents against the reference, relative error below 2 % (bf16)."""
-    generator = torch.Generator(device).manual_seed(0)
-    head_dim = cfg.model_dim // cfg.num_heads
+    generator, head_dim = torch.Generator(device).manual_seed(0), cfg.model_dim // cfg.num_heads
     q, k, v, dout = (torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
                      for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads))
     cu = torch.tensor([0, 100, 384], dtype=torch.int32, device=device)
@@ -1368,15 +1325,11 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, ma
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, backend: str) -> Tensor:
     """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype. Flash kernels get bf16 whatever arrives (B68)."""
-    if backend == "reference":
-        return attention_op(q, k, v, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, backend)[0]
-    half = (t.to(torch.bfloat16) for t in (q, k, v))
-    return attention_op(*half, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, backend)[0].to(q.dtype)
+    inputs = [t if backend == "reference" else t.to(torch.bfloat16) for t in (q, k, v)]
+    return attention_op(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, backend)[0].to(q.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model: one trunk, one head
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Model: one trunk, one head ==========================================================================================================================
 
 NORM_EPS = 2.0 ** -23                                                   # the embedding's mean square begins at 2.5e-5: bf16's epsilon would crush it
 
@@ -1425,12 +1378,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 class GPT(nn.Module):
     """The network of #1855. Matrices of all layers are stacked, so that optimizer and quantizer see one tensor of a kind.
-
     tok_emb (V, d) | qkv (L, (H + 2 KV) D, d) | o (L, d, H D) | up (L, hidden, d) | down (L, d, hidden)
     attn_scale, mlp_scale (L, d) | resid_mix (L, 2, d) | q_gain (L, H) | attn_gate (L, H, window) | skip_weights, skip_gates (skips, d)
-    parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda () | caps (2,), positive and negative logits
-    """
-
+    parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda () | caps (2,), positive and negative logits"""
     def __init__(self, cfg: Config, attention: str, dtype: torch.dtype):
         """attention: a name in BACKENDS; dtype: of activations and matrix products (parameters are fp32)."""
         super().__init__()
@@ -1492,10 +1442,8 @@ class GPT(nn.Module):
 
     def trunk(self, tokens: Tensor, seq: Seq, *, looped: bool, lora=None, tap=None, cache: Cache | None = None):
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
-
         looped, and whether lora, tap and cache are given, are constants of a graph. lora.at(kind, visit) gives a low-rank delta or None;
-        tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows of equal length, flattened.
-        """
+        tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows of equal length, flattened."""
         raw, x = self.embed(tokens, seq.positions, cache)
         x0 = rms_norm(x)
         angle = seq.positions[:, None].float() * self.rope_frequency
@@ -1586,9 +1534,7 @@ class GPT(nn.Module):
         return nats if hint is None else (nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - lse)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Adapters: LoRA stacked over visits and documents
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Adapters: LoRA stacked over visits and documents ====================================================================================================
 
 
 class LoRA(NamedTuple):
@@ -1633,9 +1579,7 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
     return LoRA(a, b, widths, alpha / rank)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizers: Muon for matrices, Adam for the rest, the averaged weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Optimizers: Muon for matrices, Adam for the rest, the averaged weights ==============================================================================
 
 MUON_COEFFICIENTS = {                                                   # (a, b, c) of each iteration
     "polar_express": (                                                  # arXiv 2505.16932, #1344
@@ -1661,7 +1605,6 @@ def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
 
 class MuonGroup:
     """Matrices of one shape out of several parameters: blocks are (parameter, first row, end row), all layers each."""
-
     def __init__(self, blocks: list[tuple[nn.Parameter, int, int]], world: int, dtype: torch.dtype):
         self.blocks = blocks
         self.rows, self.cols = blocks[0][2] - blocks[0][1], blocks[0][0].size(2)
@@ -1688,10 +1631,13 @@ class MuonGroup:
 class Optimizer:
     """One step: reduce the summed gradients over the ranks, clip their global norm, update. Muon's matrices are sharded over the ranks.
     Gradients must hold the sum over this rank's tokens of the loss divided by the global number of tokens."""
-
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks, self.model, self.parameters = cfg, ranks, model, list(model.parameters())
-        self.muon = self.muon_groups(model, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+        q, kv, shapes, dtype = model.q_dim, model.kv_dim, {}, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        blocks = [(model.qkv, 0, q), (model.qkv, q, q + kv), (model.qkv, q + kv, q + 2 * kv), *((p, 0, p.size(1)) for p in (model.o, model.up, model.down))]
+        for p, lo, hi in blocks:                                        # one group for each shape: q and o, k and v, up, down where the widths differ
+            shapes.setdefault((hi - lo, p.size(2)), []).append((p, lo, hi))
+        self.muon = sorted((MuonGroup(blocks, ranks.world, dtype) for blocks in shapes.values()), key=lambda g: -g.momentum.numel())    # communication hides best
         in_muon = {id(p) for g in self.muon for p, _, _ in g.blocks}
         self.small = [p for p in self.parameters if id(p) not in in_muon]
         covered = sum(p.numel() for p in self.small) + sum(g.count * g.rows * g.cols for g in self.muon)
@@ -1703,26 +1649,12 @@ class Optimizer:
         self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
         self.averaged_steps = 0
 
-    def muon_groups(self, model: GPT, dtype: torch.dtype) -> list[MuonGroup]:
-        """One group for each shape of matrix: q and o, k and v, up, down where the widths differ."""
-        q, kv = model.q_dim, model.kv_dim
-        blocks = [(model.qkv, 0, q), (model.qkv, q, q + kv), (model.qkv, q + kv, q + 2 * kv), *((p, 0, p.size(1)) for p in (model.o, model.up, model.down))]
-        shapes = {}
-        for p, lo, hi in blocks:
-            shapes.setdefault((hi - lo, p.size(2)), []).append((p, lo, hi))
-        groups = [MuonGroup(blocks, self.ranks.world, dtype) for blocks in shapes.values()]
-        return sorted(groups, key=lambda g: -g.momentum.numel())        # largest first: its communication hides the most
-
     def reset(self):
         """Forget everything: momentum, Adam's moments and the average."""
         for t in (*(g.momentum for g in self.muon), *self.average):
             t.zero_()
         self.adam.state.clear()
         self.averaged_steps = 0
-
-    def momentum(self, step: int) -> float:
-        warm = min(step / self.cfg.muon_momentum_warmup_steps, 1.0) if self.cfg.muon_momentum_warmup_steps else 1.0
-        return (1 - warm) * self.cfg.muon_momentum_warmup_start + warm * self.cfg.muon_momentum
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float):
@@ -1735,7 +1667,9 @@ class Optimizer:
             wait.wait()
         clip = self.clip_factor(shards)
         torch._foreach_mul_([p.grad for p in self.small], clip)
-        updates = [self.direction(g, shard * clip.to(shard.dtype), self.momentum(step)) for g, shard in zip(self.muon, shards)]
+        warm = min(step / self.cfg.muon_momentum_warmup_steps, 1.0) if self.cfg.muon_momentum_warmup_steps else 1.0
+        momentum = (1 - warm) * self.cfg.muon_momentum_warmup_start + warm * self.cfg.muon_momentum
+        updates = [self.direction(g, shard * clip.to(shard.dtype), momentum) for g, shard in zip(self.muon, shards)]
         gathered = [self.gather(g, u) for g, u in zip(self.muon, updates)]
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
@@ -1756,9 +1690,7 @@ class Optimizer:
         if self.ranks.world == 1:
             return full, []
         if self.ranks.device.type == "cpu":                             # gloo has no reduce_scatter
-            for t in full:
-                self.ranks.all_reduce_(t)
-            return [t[self.ranks.rank * g.shard:(self.ranks.rank + 1) * g.shard] for t, g in zip(full, self.muon)], []
+            return [self.ranks.all_reduce_(t)[self.ranks.rank * g.shard:(self.ranks.rank + 1) * g.shard] for t, g in zip(full, self.muon)], []
         shards = [torch.empty_like(g.momentum) for g in self.muon]
         return shards, [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, full)]
 
@@ -1794,13 +1726,10 @@ class Optimizer:
                 p.copy_(a / correction)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Training ============================================================================================================================================
 
 class Schedule:
     """Everything that depends on progress in [0, 1): learning rate, loops, attention span."""
-
     def __init__(self, cfg: Config):
         self.cfg, self.stages = cfg, context_schedule(cfg)
 
@@ -1821,11 +1750,14 @@ class Schedule:
         return 1.0 if changed_at is None or n == 0 else min((step - changed_at + 1) / n, 1.0)
 
 
+def batch_nats(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None):
+    """Nats of every target of the batch, fp32 (tokens,); with hints (tokens,) also their log-probabilities."""
+    return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0), hint=hint)
+
+
 def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     """Sum of nats over this micro-batch's targets / ``total``, the tokens of the global batch."""
-    hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
-    nats = model.nll(hidden, batch.targets.clamp(min=0))
-    return torch.where(batch.targets >= 0, nats, 0.0).sum() / total
+    return torch.where(batch.targets >= 0, batch_nats(model, batch, looped), 0.0).sum() / total
 
 
 def compiled(function: Callable, cfg: Config, device: torch.device) -> Callable:
@@ -1872,8 +1804,7 @@ class Trainer:
         """Train until the budget or ITERATIONS ends, leave the averaged weights in the model, return the counts."""
         cfg, fetch, timed = self.cfg, Prefetch(self.stream, self.ranks), self.cfg.max_wallclock_seconds > 0
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
-        clock, step, span, changed_at = Clock(self.ranks), 0, None, None
-        looped = False
+        clock, step, span, changed_at, looped = Clock(self.ranks), 0, None, None, False
         while step < cfg.iterations:
             now = clock.tick()
             if timed and now + now / max(step, 1) > budget:
@@ -1892,7 +1823,13 @@ class Trainer:
             clock.step_done()
             step += 1
             if step <= 5 or step % cfg.train_log_every == 0:
-                self.report(step, clock, loss, scale, progress, budget if timed else None)
+                loss, seconds = self.ranks.all_reduce_(loss.clone()).item(), time.perf_counter() - clock.start
+                require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
+                rate = seconds / step
+                left = budget - seconds if timed else (cfg.iterations - step) * rate
+                self.curve.append((step, round(seconds, 3), loss, scale))
+                self.log(f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {scale:.3f}  {1e3 * rate:7.1f} ms/step  "
+                         f"{cfg.train_batch_tokens / rate:11,.0f} tokens/s  {seconds:6.1f} s, {max(left, 0):.0f} s left")
         seconds = clock.stop()
         self.optimizer.use_average()
         tokens = step * cfg.train_batch_tokens
@@ -1900,20 +1837,8 @@ class Trainer:
                  f"{' (averaged weights)' if cfg.ema_decay else ''}")
         return {"steps": step, "tokens": tokens, "seconds": seconds, "epochs": tokens / self.stream.tokens, "curve": self.curve}
 
-    def report(self, step, clock, loss, scale, progress, budget):
-        loss = self.ranks.all_reduce_(loss.clone()).item()
-        require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
-        seconds = time.perf_counter() - clock.start
-        rate = seconds / step
-        left = budget - seconds if budget else (self.cfg.iterations - step) * rate
-        self.curve.append((step, round(seconds, 3), loss, scale))
-        self.log(f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {scale:.3f}  {1e3 * rate:7.1f} ms/step  "
-                 f"{self.cfg.train_batch_tokens / rate:11,.0f} tokens/s  {seconds:6.1f} s, {max(left, 0):.0f} s left")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Quantizer
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Quantizer ===========================================================================================================================================
 
 class MatrixKind(NamedTuple):
     """How one kind of matrix is quantised."""
@@ -2269,9 +2194,7 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
     return ranks.broadcast_(values.detach().cpu()).numpy()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Artifact: entropy coder for quantised weights, tensor container
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Artifact: entropy coder for quantised weights, tensor container =====================================================================================
 #
 # Rows of a weight matrix (or columns, where those live in the residual stream) are draws from a correlated Gaussian. The coder learns its
 # covariance from what is already decoded, so a symbol's mean and variance follow from the earlier columns of its row, the earlier rows and the
@@ -2658,9 +2581,7 @@ def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray
     return tensors
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scoring
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Scoring =============================================================================================================================================
 
 def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows (begin, first, end) int64: tokens begin..end are read, targets of positions first..end are scored.
@@ -2694,11 +2615,6 @@ def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tup
     return batch, places, index[places]
 
 
-def batch_nats(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None):
-    """Nats of every target of the batch, fp32 (tokens,); with hints (tokens,) also their log-probabilities."""
-    return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0), hint=hint)
-
-
 def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
     """Write the nats (or pair with the hints' log-probabilities) that a forward found at places ``at`` as the scores of ``targets``, improved by an NGram."""
     parts = [t.detach()[at].double().cpu().numpy() for t in (found if isinstance(found, tuple) else (found,))]
@@ -2725,7 +2641,6 @@ def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
 
 class Scorer:
     """Document-bounded scoring: windows never cross a document's start, each validation target is scored once, whatever the number of ranks."""
-
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, ngram=None):
         self.model, self.cfg, self.ranks, self.log, self.ngram = model, cfg, ranks, log, ngram
         self.nats = compiled(batch_nats, cfg, ranks.device)
@@ -2759,9 +2674,7 @@ class Scorer:
         ledger.merge(self.ranks)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# N-gram: exact causal token statistics, and the tilt or mixture that they give the scored probabilities
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== N-gram: exact causal token statistics, and the tilt or mixture that they give the scored probabilities ==============================================
 
 class Continuations(NamedTuple):
     """What had followed the contexts of one order before each of ``targets``; all (n,) on the device. A context that occurs once in the stream is left out."""
@@ -2803,11 +2716,9 @@ def leader(start: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int, vocab: int):
     """Yield Continuations of order 2, 3, ..., ``orders``. tokens int32 (n + 1,); document and segment of each target int32 (n,), both rising.
-
     A target sees the targets of earlier segments and the earlier ones of its own document, whose contexts lie inside their documents. Counts
     are exact: a context is known by its rank among the sorted pairs (context one token shorter, its last token), never by a hash. One stable
-    sort by (context, target) serves an order, and shifted by one place it lists the contexts of the next; places run through those lists.
-    """
+    sort by (context, target) serves an order, and shifted by one place it lists the contexts of the next; places run through those lists."""
     at = tokens[:-1].sort(stable=True).indices                          # targets in the order of their contexts, and of the stream where these agree
     context = tokens[at].long()
     for order in range(2, orders + 1):
@@ -2836,13 +2747,11 @@ def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int
 
 class NGram:
     """Improves the scored probabilities by what earlier segments and the document so far have shown to follow the last tokens.
-
     An order clears when its context was seen NGRAM_MIN_COUNT times and its commonest continuation has a share of NGRAM_THRESHOLD.
     tilt: the longest order that clears hints at that token h, and p' = p e^(b [x = h]) / (1 + p(h) (e^b - 1)) (#1145). b is NGRAM_BOOST; with
     NGRAM_CALIBRATE it is, for each bucket of (order, count, share), moved to the most probable value given the hits on scored segments.
     mix: each order that clears takes NGRAM_WEIGHT from the distribution of the orders below, the lowest of which is the network:
-    p_n(x) = (1 - w) p_(n-1)(x) + w ((c(x) - 1/2)+ / total + distinct / (2 total) p_(n-1)(x)), PPM-D with its exact escape, so p sums to one.
-    """
+    p_n(x) = (1 - w) p_(n-1)(x) + w ((c(x) - 1/2)+ / total + distinct / (2 total) p_(n-1)(x)), PPM-D with its exact escape, so p sums to one."""
     COUNTS, SHARES, PRIOR = 6, 9, 20.0      # buckets: powers of two, eighths; NGRAM_BOOST weighs as much as 80 targets of which half hit
 
     def __init__(self, cfg: Config, ranks: Ranks, val: ValidationStream, sizes: list[int], log: Log):
@@ -2901,9 +2810,7 @@ class NGram:
         self.precision = self.precision + curvature
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Test-time training: score a chunk, then learn from it; state crosses documents only between segments
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Test-time training: score a chunk, then learn from it; state crosses documents only between segments ================================================
 
 class Segment(NamedTuple):
     """Consecutive documents of the stream that are independent of each other."""
@@ -3109,12 +3016,11 @@ def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> li
 
 class TestTimeTraining:
     """Scores the validation stream segment by segment, adapting within documents and, at phase boundaries, the base weights."""
-
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
         self.model, self.cfg, self.ranks, self.log, self.val, self.ledger = model, cfg, ranks, log, val, ledger
         self.lengths, self.method = np.diff(np.append(val.starts, val.targets)), cfg.ttt_method if cfg.ttt_enabled else "none"
         self.segments = plan_chunks(self.lengths, cfg) if self.method == "sgd" else plan_segments(len(self.lengths), cfg)
-        self.loss, self.momentum = compiled(batch_loss, cfg, ranks.device), []
+        self.loss, self.sgd = compiled(batch_loss, cfg, ranks.device), None
         width = cfg.ttt_eval_seq_len
         self.sgd_tokens = -(-cfg.global_ttt_chunk_tokens // (width * ranks.world)) * width      # of one micro-batch on one rank
         sizes = [s.last - s.first for s in self.segments]
@@ -3132,19 +3038,18 @@ class TestTimeTraining:
         """Compile and capture on random tokens whatever the timed part will run: no validation token is read before (B29)."""
         begun = time.perf_counter()
         self.model.requires_grad_(False)
-        graphs, on_gpu = {}, self.ranks.device.type == "cuda"
+        on_gpu = self.ranks.device.type == "cuda"
         if self.method != "lora":
             self.scorer.warm_up()
         elif on_gpu:
             self.adapters.prepare([batch for mine in self.batches for batch in mine])
-            graphs = self.adapters.graphs
         if on_gpu and self.method != "none" and any(s.phase_ends for s in self.segments):
             self.model.requires_grad_(True)
             tokens = np.random.default_rng(0).integers(0, self.cfg.vocab_size, self.sgd_tokens + 1)
             self.sgd_backward(tokens, 1)
             self.model.zero_grad()
         self.ranks.synchronize()
-        self.log(f"  compiled and captured {len(graphs)} graphs in {time.perf_counter() - begun:.1f} s")
+        self.log(f"  compiled and captured {len(self.adapters.graphs) if self.method == 'lora' else 0} graphs in {time.perf_counter() - begun:.1f} s")
 
     def score(self) -> float:
         begun = time.perf_counter()
@@ -3173,19 +3078,17 @@ class TestTimeTraining:
         cfg, steps = self.cfg, max(round((end - begin) / self.cfg.global_ttt_chunk_tokens), 1)
         self.ledger.may_train(np.arange(begin, end))
         self.model.requires_grad_(True)
-        parameters = list(self.model.parameters())
-        if progress is None or not self.momentum:
-            self.momentum = [torch.zeros_like(p) for p in parameters]
+        if progress is None or self.sgd is None:
+            self.sgd = torch.optim.SGD(self.model.parameters(), momentum=cfg.global_ttt_momentum)
         edges = np.linspace(begin, end, steps + 1).astype(int).tolist()
         chunks = list(zip(edges, edges[1:])) * cfg.global_ttt_epochs
         begun = time.perf_counter()
         for i, (lo, hi) in enumerate(chunks):
-            grads = self.clipped_gradients(lo, hi - lo)
+            self.clipped_gradients(lo, hi - lo)
             share = i / len(chunks) if progress is None else progress
-            with torch.no_grad():
-                torch._foreach_mul_(self.momentum, cfg.global_ttt_momentum)
-                torch._foreach_add_(self.momentum, grads)
-                torch._foreach_add_(parameters, self.momentum, alpha=-cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share)))
+            self.sgd.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share))
+            self.sgd.step()
+            self.sgd.zero_grad()
         self.model.requires_grad_(False)
         self.ranks.synchronize()
         if progress is None:
@@ -3198,24 +3101,23 @@ class TestTimeTraining:
         for epoch in range(epochs):
             adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * math.cos(math.pi * epoch / max(epochs - 1, 1)))
             for at in range(0, self.val.targets, chunk):
-                for (name, p), grad in zip(self.model.named_parameters(), self.clipped_gradients(at, min(chunk, self.val.targets - at))):
-                    p.grad = grad if name != "tok_emb" else None
-                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):        # stacked by layer; Adam leaves alone what never had a gradient
-                        grad[:cfg.prequant_ttt_freeze_blocks] = 0.0
+                self.clipped_gradients(at, min(chunk, self.val.targets - at))
+                self.model.tok_emb.grad = None                          # Adam leaves alone what never had a gradient
+                for name, p in self.model.named_parameters():
+                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):        # stacked by layer
+                        p.grad[:cfg.prequant_ttt_freeze_blocks] = 0.0
                 adam.step()
                 adam.zero_grad()
             self.log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
 
-    def clipped_gradients(self, at: int, count: int) -> list[Tensor]:
-        """Gradients of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
+    def clipped_gradients(self, at: int, count: int):
+        """Gradients (.grad) of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
         self.sgd_gradient(at, count)
         parameters = list(self.model.parameters())
         grads = self.ranks.all_reduce_flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        norm = torch.stack(torch._foreach_norm(grads)).norm()
-        for p in parameters:
-            p.grad = None
-        torch._foreach_mul_(grads, (self.cfg.global_ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        return grads
+        torch._foreach_mul_(grads, (self.cfg.global_ttt_grad_clip / (torch.stack(torch._foreach_norm(grads)).norm() + 1e-6)).clamp(max=1.0))
+        for p, grad in zip(parameters, grads):
+            p.grad = grad
 
     def sgd_gradient(self, at: int, count: int):
         """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and each rank takes neighbouring pieces, so no sum depends on their number."""
@@ -3234,9 +3136,7 @@ class TestTimeTraining:
         (self.loss(self.model, batch, 1, self.cfg.looped) / count).backward()       # a count inside would compile a graph for every value
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Packer
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Packer ==============================================================================================================================================
 
 BOOTSTRAP = """# coding: latin-1
 # Packed train_gpt.py. Its source: python3 train_gpt.py --unpack FILE, or the lzma stream in the string below.
@@ -3303,23 +3203,17 @@ def unpack_script(path: Path) -> str:
         return lzma.decompress(ast.literal_eval(f'"{found[1]}"').encode("latin-1")).decode()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
+# ======== Main ================================================================================================================================================
 
 class Run:
     """What the modes share: settings, ranks, log, timers, verdicts, validation data, attention backend."""
-
     def __init__(self, cfg: Config):
-        self.cfg = cfg
-        self.folder = artifact_folder(cfg)
-        self.ranks = Ranks(cfg)
+        self.cfg, self.folder, self.ranks = cfg, artifact_folder(cfg), Ranks(cfg)
         if self.ranks.main:
             with explained(f"ARTIFACT_DIR={self.folder}: cannot be made ({{}}); name another folder", OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.ranks)
-        self.phases, self.verdicts = Phases(self.ranks, self.log), Verdicts()
-        self.result = {"bpb": {}, "bytes": {}}
+        self.log = log = Log(self.ranks)
+        self.phases, self.verdicts, self.result = Phases(self.ranks, log), Verdicts(), {"bpb": {}, "bytes": {}}
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high")
         with self.phases("read"):
@@ -3327,10 +3221,6 @@ class Run:
             self.data = describe_data(cfg, self.val)
         with self.phases("setup"):
             self.attention = choose_attention(cfg, self.ranks.device)
-        self.header()
-
-    def header(self):
-        cfg, log = self.cfg, self.log
         self.environment = {
             "hardware": (f"{self.ranks.world} x {torch.cuda.get_device_name()}" if self.ranks.device.type == "cuda"
                          else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)"),
@@ -3352,9 +3242,8 @@ class Run:
 
 def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
-    if cfg.artifact_dir:
-        return Path(cfg.artifact_dir)
-    return RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
+    default = RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
+    return Path(cfg.artifact_dir or default)
 
 
 def preflight(run: Run):
@@ -3368,27 +3257,22 @@ def preflight(run: Run):
         path.unlink()
         if any((loaded[k] != probe[k]).any() for k in probe):
             raise RuntimeError("the artifact codec does not reproduce its input")
-        check_outputs(run, pack_script(SOURCE))
+        if cfg.ledger_path:
+            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
+                f.write(b"")
+        script, packed = run.folder / "train_gpt.py", pack_script(SOURCE)
+        if not cfg.ttt_eval_only:                                       # a packed script may run in its own folder: it is not changed
+            blocked = script.exists() and script.samefile(RUNNING) and script.read_bytes() != packed
+            require(not blocked, f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
+            need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
+            free = shutil.disk_usage(run.folder).free
+            require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
     if not cfg.ttt_eval_only and not cfg.quantize_only:
         stream = TrainStream(cfg)
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
         run.log(f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), {micro_batches} micro-batch(es) a step")
         if micro_batches < run.ranks.world:
             run.log(f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
-
-
-def check_outputs(run: Run, packed: bytes):
-    """A place for the ledger, room for what will be written, and no running script in the way, unless it is the very same: a packed script in its own folder."""
-    cfg, script = run.cfg, run.folder / "train_gpt.py"
-    if cfg.ledger_path:
-        with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
-            f.write(b"")
-    if not cfg.ttt_eval_only:
-        blocked = script.exists() and script.samefile(RUNNING) and script.read_bytes() != packed
-        require(not blocked, f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
-        need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
-        free = shutil.disk_usage(run.folder).free
-        require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
 
 
 def train(run: Run, model: GPT):
@@ -3421,12 +3305,6 @@ def load_trained(run: Run, model: GPT):
     load_state(model, {n: torch.from_numpy(a) for n, a in arrays.items()}, path)
     run.result["training"] = meta["training"]
     run.phases.seconds.update(meta["seconds"])
-
-
-def train_on_validation(run: Run, model: GPT):
-    """Pre-quantisation test-time training; whoever scores its artifact goes through the door that keeps the number out of val_bpb."""
-    with run.phases("prequant"):
-        TestTimeTraining(model, run.cfg, run.ranks, run.log, run.val, run.ledger("prequant")).prequant()
 
 
 def diagnose(run: Run, model: GPT, name: str):
@@ -3525,8 +3403,7 @@ def finish(run: Run):
     result["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
     result["bytes"]["total"] = total = sum(result["bytes"].values())
     run.verdicts.set("bytes", "PASS" if total <= cfg.artifact_cap else "FAIL", f"{total:,} of {cfg.artifact_cap:,} bytes")
-    limit = cfg.max_wallclock_seconds
-    train_s, eval_s = phases.budget("train"), phases.budget("eval")
+    train_s, eval_s, limit = phases.budget("train"), phases.budget("eval"), cfg.max_wallclock_seconds
     if limit and not cfg.ttt_eval_only:
         run.verdicts.set("train_budget", "PASS" if train_s < limit else "FAIL", f"{train_s:.1f} of {limit:.0f} s: steps, calibration, quantisation")
     if limit:
@@ -3575,8 +3452,9 @@ def execute(cfg: Config):
         if not cfg.ttt_eval_only:
             (load_trained if cfg.quantize_only else train)(run, model)
             diagnose(run, model, "trained")
-            if cfg.prequant_ttt_enabled:
-                train_on_validation(run, model)
+            if cfg.prequant_ttt_enabled:                                # scoring the artifact opens the door that keeps its number out of val_bpb
+                with run.phases("prequant"):
+                    TestTimeTraining(model, cfg, run.ranks, run.log, run.val, run.ledger("prequant")).prequant()
                 diagnose(run, model, "prequant")
             write_artifact(run, model)
         score_artifact(run, model)

@@ -174,8 +174,7 @@ def test_arguments_are_refused():
 def sections() -> list[tuple[str, int, int]]:
     """(title, first line, last line) of each banner's section."""
     lines = SOURCE.splitlines()
-    rules = [i for i, line in enumerate(lines) if line.startswith("# -----")]
-    banners = [(lines[a + 1].removeprefix("# ").split(":")[0], a + 1) for a, b in zip(rules, rules[1:]) if b == a + 2]
+    banners = [(line.strip("#= ").split(":")[0], i) for i, line in enumerate(lines) if line.startswith("# =====")]
     ends = [start - 1 for _, start in banners[1:]] + [len(lines)]
     return [(title, start, end) for (title, start), end in zip(banners, ends)]
 
