@@ -773,7 +773,7 @@ def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
 
 # ---- runs ----
 
-STORED = {**RUN, "iterations": 4, "ttt_eval_seq_len": 48, "ttt_chunks": "4,4,8,16", "ttt_lora_rank": 4, "ttt_batch_size": 3, "ttt_lora_lr": 0.003, "phased_ttt_num_phases": 2,
+STORED = {**RUN, "iterations": 4, "ttt_eval_seq_len": 48, "ttt_chunks": "4,4,8,16", "ttt_lora_rank": 4, "ttt_batch_size": 3, "ttt_lora_lr": 0.0003, "phased_ttt_num_phases": 2,
           "phased_ttt_prefix_docs": 6, "segment_docs": 4, "global_ttt_chunk_tokens": 64}
 
 
