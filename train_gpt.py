@@ -2631,7 +2631,7 @@ def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
     draws = np.random.default_rng(0).integers(0, len(lengths), (1000, len(lengths)))
     interval = np.quantile(nats[draws].sum(1) / np.maximum(size[draws].sum(1), 1), (0.025, 0.975))
     position, result = np.arange(val.targets) - val.starts[document], {"bpb_interval": interval.tolist(), "bpb_by_length": [], "bpb_by_position": []}
-    for low, high in ((0, 64), (64, 256), (256, 1024), (1024, 2048), (2048, 8192), (8192, 1 << 40)):
+    for low, high in ((0, 64), (64, 256), (256, 1024), (1024, 2048), (2048, 8192), (8192, max(8193, int(lengths.max())))):
         for name, within in (("length", (lengths[document] > low) & (lengths[document] <= high)), ("position", (position >= low) & (position < high))):
             if val.target_bytes[within].sum(dtype=np.int64):
                 bpb = ledger.nats[within].sum() / math.log(2) / val.target_bytes[within].sum(dtype=np.int64)

@@ -123,7 +123,7 @@ def plot_documents(runs: list[Run], path: Path) -> Path | None:
         for run, colour in zip(runs, COLOURS * len(runs)):
             values = [entry["bpb"] for entry in run.result.get(key, ())]
             axis.plot(range(len(values)), values, color=colour, marker="o", markersize=4, linewidth=1.6, label=run.folder.name)
-        axis.set_xticks(range(len(bins)), [f"{entry['upto']:,}" for entry in bins], rotation=30, ha="right")
+        axis.set_xticks(range(len(bins)), [f"{entry['upto']:,}" if entry['upto'] < 1e9 else "longer" for entry in bins], rotation=30, ha="right")
         if key == "bpb_by_length":
             for x, entry in enumerate(bins):
                 axis.annotate(f"{entry['documents']:,}", (x, 0), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points", ha="center",
