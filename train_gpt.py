@@ -526,15 +526,16 @@ class Ledger:
         if now - self.shown > 5:
             self.shown, done = now, int(self.merged.sum()) + ranks.world * int((self.scored & ~self.merged).sum())
             rate, left = max(done, 1) / (now - self.begun), max(len(self.nats) - done, 0)
-            log(f"  {100 * (1 - left / len(self.nats)):5.1f} %  BPB so far {self.running_bpb():.4f}  {rate:,.0f} targets/s  {left / rate:.0f} s left")
+            log(f"  {100 * (1 - left / len(self.nats)):5.1f} %  BPB so far {self.partial_bpb(self.scored):.4f}  {rate:,.0f} targets/s  {left / rate:.0f} s left")
 
-    def running_bpb(self) -> float:
-        return float(self.nats[self.scored].sum() / math.log(2) / max(self.bytes[self.scored].sum(dtype=np.int64), 1))
+    def partial_bpb(self, which: np.ndarray) -> float:
+        """Bits per byte over the targets that the mask ``which`` (targets,) selects."""
+        return float(self.nats[which].sum() / math.log(2) / max(self.bytes[which].sum(dtype=np.int64), 1))
 
     def bpb(self) -> float:
         """Bits per byte over all targets; raises if one is missing."""
         self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
-        return self.running_bpb()
+        return self.partial_bpb(self.scored)
 
 
 @contextlib.contextmanager
@@ -867,6 +868,7 @@ def mlp_d_pre_op(d_out: Tensor, w_down: Tensor, hidden: Tensor, slope: float) ->
 
 
 def mlp_backward(ctx, d_out):
+    """d_out (T, d) -> gradients of x (T, d), w_up (h, d) and w_down (d, h) where they are needed."""
     x, w_up, w_down, hidden = ctx.saved_tensors
     need_x, need_up, need_down, _ = ctx.needs_input_grad                # test-time training freezes the weights
     d_pre = mlp_d_pre_op(d_out, w_down, hidden, *ctx.constants) if need_x or need_up else None
@@ -960,6 +962,7 @@ def softcap_nll_gradient_op(z: Tensor, targets: Tensor, caps: Tensor, row_grad: 
 
 
 def softcap_nll_backward(ctx, d_nll):
+    """d_nll (T,) fp32 -> gradients of z (T, V) and, where needed, of the caps (2,)."""
     dz, d_caps = softcap_nll_gradient_op(*ctx.saved_tensors, d_nll, ctx.needs_input_grad[2])
     return dz, None, d_caps.sum(0) if ctx.needs_input_grad[2] else None
 
@@ -977,6 +980,7 @@ def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tenso
 
 
 def head_nll_backward(ctx, d_nll):
+    """d_nll (T,) fp32 -> gradients of x (T, d), w (V, d) and the caps (2,) where needed; d nll / d z lies where the logits were."""
     x, w, dz, d_caps = ctx.saved_tensors
     need_x, need_w, _, need_caps, _ = ctx.needs_input_grad
     row = d_nll[:, None]
@@ -1073,6 +1077,7 @@ def qk_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, gain_ptr, cos
 
 
 def qk_heads_outputs(qkv, gain, cos, sin, kv_heads, eps):
+    """Empty q (T, H, D) and k (T, KV, D) in qkv's dtype and 1 / rms of their heads (T, H + KV) fp32."""
     T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
     return qkv.new_empty(T, H, D), qkv.new_empty(T, kv_heads, D), qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
 
@@ -2633,9 +2638,8 @@ def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
     position, result = np.arange(val.targets) - val.starts[document], {"bpb_interval": interval.tolist(), "bpb_by_length": [], "bpb_by_position": []}
     for low, high in ((0, 64), (64, 256), (256, 1024), (1024, 2048), (2048, 8192), (8192, max(8193, int(lengths.max())))):
         for name, within in (("length", (lengths[document] > low) & (lengths[document] <= high)), ("position", (position >= low) & (position < high))):
-            if val.target_bytes[within].sum(dtype=np.int64):
-                bpb = ledger.nats[within].sum() / math.log(2) / val.target_bytes[within].sum(dtype=np.int64)
-                result[f"bpb_by_{name}"].append({"upto": high, "bpb": float(bpb), "targets": int(within.sum()), "documents": int(len(np.unique(document[within])))})
+            if val.target_bytes[within].any():
+                result[f"bpb_by_{name}"].append({"upto": high, "bpb": ledger.partial_bpb(within), "targets": int(within.sum()), "documents": int(len(np.unique(document[within])))})
     return result
 
 
@@ -3260,8 +3264,8 @@ def preflight(run: Run):
         if cfg.ledger_path:
             with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
                 f.write(b"")
-        script, packed = run.folder / "train_gpt.py", pack_script(SOURCE)
         if not cfg.ttt_eval_only:                                       # a packed script may run in its own folder: it is not changed
+            script, packed = run.folder / "train_gpt.py", pack_script(SOURCE)
             blocked = script.exists() and script.samefile(RUNNING) and script.read_bytes() != packed
             require(not blocked, f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
             need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap

@@ -95,6 +95,31 @@ def random_documents(lengths, vocab: int = VOCAB, seed: int = 0) -> list[np.ndar
     return [np.concatenate([[BOS], rng.integers(2, vocab, n - 1)]).astype(np.int64) for n in lengths]
 
 
+class Stream:
+    """A validation stream in memory."""
+
+    def __init__(self, documents):
+        self.tokens = np.concatenate(documents).astype(np.uint16)
+        self.starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
+        self.targets = len(self.tokens) - 1
+        self.target_bytes = np.where(self.tokens == BOS, 0, self.tokens % 5 + 1).astype(np.uint16)[1:]
+
+    def ledger(self) -> "train_gpt.Ledger":
+        return train_gpt.Ledger("test", self.target_bytes, train_gpt.Verdicts())
+
+    def of(self, i: int) -> slice:
+        """Targets that the tokens of document i predict."""
+        return slice(int(self.starts[i]), int([*self.starts[1:], self.targets][i]))
+
+
+def network(cfg):
+    """Random weights in every parameter; a small embedding, so that logits stay off the softcap and float noise stays small."""
+    model = gpt(cfg)
+    with torch.no_grad():
+        model.tok_emb.mul_(0.2)
+    return model
+
+
 # ---- data on disk ----
 
 def write_shard(path: Path, values, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:

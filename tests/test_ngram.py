@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import BOS, RUN, TINY, Silent, config, forked, gpt, main, ranks, result
+from helpers import BOS, RUN, TINY, Silent, Stream, config, forked, main, network, ranks, result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,19 +40,6 @@ def repetitive(lengths, vocab: int = VOCAB, seed: int = 0) -> list[np.ndarray]:
 
 
 LENGTHS = [30, 9, 40, 1, 30, 60, 2, 33, 1, 20]
-
-
-class Stream:
-    """A validation stream in memory."""
-
-    def __init__(self, documents):
-        self.tokens = np.concatenate(documents).astype(np.uint16)
-        self.starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
-        self.targets = len(self.tokens) - 1
-        self.target_bytes = (self.tokens != BOS)[1:].astype(np.uint16)
-
-    def of(self, i: int) -> slice:
-        return slice(int(self.starts[i]), int([*self.starts[1:], self.targets][i]))
 
 
 def counted(documents, sizes, orders: int, vocab: int = VOCAB) -> dict:
@@ -166,17 +153,10 @@ def test_running_max(n):
 
 # ---- scores ----
 
-def network(cfg):
-    model = gpt(cfg)
-    with torch.no_grad():
-        model.tok_emb.mul_(0.2)
-    return model
-
-
 def score(documents, cfg, group=None) -> np.ndarray:
     """Nats of every target."""
     stream = Stream(documents)
-    ledger = Ledger("test", stream.target_bytes, Verdicts())
+    ledger = stream.ledger()
     TestTimeTraining(network(cfg), cfg, group or ranks(cfg), Silent(), stream, ledger).score()
     return ledger.nats
 
@@ -362,6 +342,6 @@ def test_the_scorer_asks_for_hints_where_it_scores(stride):
     """The windows' own check: with a boost of zero, n-grams change nothing at all."""
     cfg, documents = config(BASE, ttt_enabled=False, eval_stride=stride, ngram_boost=0.0, ngram_calibrate=False), repetitive(LENGTHS)
     stream = Stream(documents)
-    ledger = Ledger("test", stream.target_bytes, Verdicts())
+    ledger = stream.ledger()
     Scorer(network(cfg), cfg, ranks(cfg), Silent()).score(stream, ledger, stride)
     assert np.abs(ledger.nats - score(documents, cfg)).max() < 1e-5

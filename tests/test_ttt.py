@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import BOS, RUN, TINY, Silent, config, data, forked, gpt, main, random_documents, ranks, result, scratch, spawn
+from helpers import BOS, RUN, TINY, Silent, Stream, config, data, forked, main, network, random_documents, ranks, result, scratch, spawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,33 +23,8 @@ LENGTHS = [9, 40, 1, 30, 75, 2, 33, 1, 20]                              # the la
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
-class Stream:
-    """A validation stream in memory."""
-
-    def __init__(self, documents):
-        self.tokens = np.concatenate(documents).astype(np.uint16)
-        self.starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
-        self.targets = len(self.tokens) - 1
-        self.target_bytes = np.where(self.tokens == BOS, 0, self.tokens % 5 + 1).astype(np.uint16)[1:]
-
-    def ledger(self) -> Ledger:
-        return Ledger("test", self.target_bytes, Verdicts())
-
-    def of(self, i: int) -> slice:
-        """Targets that the tokens of document i predict."""
-        return slice(int(self.starts[i]), int([*self.starts[1:], self.targets][i]))
-
-
 def ttt_config(base: dict = TTT, **overrides):
     return config(base, **overrides)
-
-
-def network(cfg):
-    """Random weights in every parameter; a small embedding, so that logits stay off the softcap and float noise stays small."""
-    model = gpt(cfg)
-    with torch.no_grad():
-        model.tok_emb.mul_(0.2)
-    return model
 
 
 def adapt(documents, cfg, model=None) -> np.ndarray:
