@@ -31,9 +31,9 @@ torch.set_num_threads(1)
 
 BOS, VOCAB = 1, 320
 CPU = torch.device("cpu")
-# A model of about 50k parameters in which everything is on: loops, two lanes, skips, gates, grouped heads, XSA on some layers only.
+# A model of about 50k parameters in which everything is on: loops, two lanes, skips, gates, grouped heads, XSA and windows on some layers only.
 TINY = dict(vocab_size=VOCAB, model_dim=32, num_layers=5, num_heads=4, num_kv_heads=2, mlp_mult=2.0, rope_dims=4, gate_window=6, loop_start=1, loop_end=2,
-            num_loops=1, parallel_start_layer=4, xsa_last_n=4)
+            num_loops=1, parallel_start_layer=4, xsa_last_n=4, attn_window=7, attn_full_layers="1,4")
 # Training that takes a second: the last micro-batch of a step is not full, documents are longer than the span, and the loops switch on halfway.
 RUN = dict(TINY, train_batch_tokens=500, micro_batch_tokens=128, train_seq_len=48, eval_seq_len=48, val_batch_tokens=256, iterations=10, max_wallclock_seconds=0,
            warmup_steps=1, train_log_every=1, gptq_calibration_batches=5, muon_momentum_warmup_steps=6, ema_decay=0.8)

@@ -101,8 +101,8 @@ x, up, down = (torch.randn(*s, requires_grad=True) for s in ((5, 8), (16, 8), (8
 out, hidden = K.mlp(x, up, down, 0.5)
 targets, caps = torch.tensor([0, 1, 2, 3, 4]), torch.full((2,), 30.0)
 (K.head_nll(out, up, targets, caps).sum() + K.softcap_nll(hidden, targets, caps)[0].sum()).backward()
-q, k, v = K.qkv_heads(torch.randn(5, 32, dtype=torch.bfloat16), torch.ones(2), torch.ones(5, 2), torch.zeros(5, 2), 1, 1e-6)
-assert K.xsa_gate(q, v, torch.ones(5, 2)).shape == q.shape == (5, 2, 8) and x.grad.isfinite().all()
+q, k, v, own = K.qkv_heads(torch.randn(5, 32, dtype=torch.bfloat16), torch.ones(2), torch.ones(5, 2), torch.zeros(5, 2), 1, 1, 1e-6)
+assert K.xsa_gate(q, own, torch.ones(5, 2)).shape == q.shape == (5, 2, 8) and K.mix_norm(torch.ones(2, 8), 1.0, 1e-6, x, x)[1].shape == x.shape and x.grad.isfinite().all()
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
 
@@ -191,20 +191,21 @@ def rope(T, n, device):
     return angle.cos(), angle.sin()
 
 
-@pytest.mark.parametrize("H,KV,D,n", [(8, 4, 64, 8), (4, 1, 32, 16), (2, 2, 16, 4)])
+@pytest.mark.parametrize("H,KV,D,n,copies", [(8, 4, 64, 8, 1), (8, 4, 64, 8, 2), (4, 2, 128, 16, 2), (4, 1, 32, 16, 4), (2, 2, 16, 4, 1)])
 @cases(37)
-def test_qkv_heads(device, T, H, KV, D, n):
+def test_qkv_heads(device, T, H, KV, D, n, copies):
     gain = randn(H, device=device, dtype=torch.float32) + 5
     inputs = randn(T, (H + 2 * KV) * D, device=device), gain, *rope(T, n, device)
-    weights = [randn(T, heads, D, device=device, seed=heads + i, dtype=torch.float32) for i, heads in enumerate((H, KV, KV))]
-    compare(lambda *t: K.qkv_heads(*t, KV, 1e-6), lambda *t: K.qkv_heads_reference(*t, KV, 1e-6), inputs, weights, 0.015, frozen=(2, 3))
+    weights = [randn(T, heads, D, device=device, seed=heads + i, dtype=torch.float32) for i, heads in enumerate((H, copies * KV, copies * KV, KV))]
+    compare(lambda *t: K.qkv_heads(*t, KV, copies, 1e-6), lambda *t: K.qkv_heads_reference(*t, KV, copies, 1e-6), inputs, weights, 0.015, frozen=(2, 3))
 
 
 @cases(10)
 def test_value_heads_are_a_view_of_the_product(device, T):
     qkv = randn(T, 16 * 64, device=device)
-    v = K.qkv_heads(qkv, torch.full((8,), 5.0, device=device), *rope(T, 8, device), 4, 1e-6)[2]
-    assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr() and torch.equal(v, qkv.view(T, 16, 64)[:, 12:])
+    _, _, v, own = K.qkv_heads(qkv, torch.full((8,), 5.0, device=device), *rope(T, 8, device), 4, 2, 1e-6)
+    assert own.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr() and torch.equal(own, qkv.view(T, 16, 64)[:, 12:])
+    assert torch.equal(v[:, 0::2], own) and torch.equal(v[:, 1::2], own)
 
 
 @pytest.mark.parametrize("H,KV,D", [(8, 4, 64), (4, 4, 16), (8, 1, 32)])
@@ -218,12 +219,33 @@ def test_xsa_gate(device, T, H, KV, D):
     assert ((strided.unflatten(1, (KV, -1)).float() * packed[:, -KV:, None].float()).sum(-1).abs() < 0.3).all()     # nothing left along v
 
 
+# --- mixed streams ---
+
+@pytest.mark.parametrize("k", [2, 3])
+@cases(21)
+def test_mix_norm(device, T, k):
+    d, scale = (64 if device == "cpu" else 512), 0.7
+    streams = [randn(T, d, device=device, seed=i, scale=1 + i) for i in range(k)]
+    inputs = randn(k, d, device=device, dtype=torch.float32), *streams
+    weights = [randn(T, d, device=device, seed=7 + i, dtype=torch.float32) for i in range(3)]
+    reference = lambda w, *s: (*K.mix_norm_reference(w, scale, 1e-6, *s), s[0])
+    compare(lambda w, *s: K.mix_norm(w, scale, 1e-6, *s), reference, inputs, weights, 0.01)
+
+
+@cases(5)
+def test_mix_norm_of_one_stream_twice(device, T):
+    x, w = randn(T, 32, device=device), randn(2, 32, device=device, dtype=torch.float32)
+    weights = [randn(T, 32, device=device, seed=i, dtype=torch.float32) for i in range(3)]
+    compare(lambda w, x: K.mix_norm(w, 1.0, 1e-6, x, x), lambda w, x: (*K.mix_norm_reference(w, 1.0, 1e-6, x, x), x), (w, x), weights, 0.01)
+
+
 # --- inside torch.compile ---
 
 def small_step(x, up, down, qkv, gain, cos, sin, targets, caps):
     out, _ = K.mlp(x, up, down, 0.5)
-    q, k, v = K.qkv_heads(F.linear(out, qkv), gain, cos, sin, 1, 1e-6)
-    y = K.xsa_gate(q * k, v, torch.sigmoid(out[:, :2]).float()).flatten(1)
+    _, out, x = K.mix_norm(gain[:, None].expand(2, 64), 0.5, 1e-6, x, out)
+    q, k, v, own = K.qkv_heads(F.linear(out + x, qkv), gain, cos, sin, 1, 2, 1e-6)
+    y = K.xsa_gate(q * k + v, own, torch.sigmoid(out[:, :2]).float()).flatten(1)
     return K.head_nll(y, up[:64, :32], targets, caps).mean() + K.softcap_nll(F.linear(y, up[:50, :32]), targets, caps)[0].mean()
 
 
@@ -250,4 +272,6 @@ def test_operators_keep_their_contracts(device, T):
     check(K.head_nll_op, x, up, targets, caps, True)
     y, v, gate = randn(T, 4, 16, device=device), randn(T, 2, 16, device=device), torch.rand(T, 4, device=device)
     check(K.xsa_gate_op, *(t.requires_grad_() for t in (y, v, gate)))
-    check(K.qk_heads_op, randn(T, 8 * 16, device=device), torch.rand(4, device=device) + 1, *rope(T, 4, device), 2, 1e-6)
+    check(K.qkv_heads_op, randn(T, 8 * 16, device=device), torch.rand(4, device=device) + 1, *rope(T, 4, device), 2, 2, 1e-6)
+    streams = [randn(T, 64, device=device, seed=i) for i in range(5)]
+    check(K.mix_norm_gradient_op, *streams[:3], randn(2, 64, device=device, dtype=torch.float32), streams[3:], 0.5, 1e-6)

@@ -49,6 +49,8 @@ class Reference:
         self.saw("qkv", layer, n)
         q, k, v = (n @ p["qkv"][layer].T).split((c.num_heads * d, c.num_kv_heads * d, c.num_kv_heads * d), dim=1)
         seen = torch.ones(t, t, dtype=torch.bool).tril()
+        if c.attn_window and str(layer) not in c.attn_full_layers.split(","):
+            seen &= torch.arange(t)[:, None] - torch.arange(t) <= c.attn_window
         heads = []
         for h in range(c.num_heads):
             own = slice(h // group * d, (h // group + 1) * d)
@@ -144,6 +146,8 @@ VARIANTS = {
     "one lane": {"parallel_start_layer": 0},
     "gptj": {"parallel_mode": "gptj", "parallel_start_layer": 1},
     "gate of twice a sigmoid": {"sparse_attn_gate_enabled": False, "attn_out_gate_enabled": True},
+    "no windows": {"attn_window": 0},
+    "windows everywhere": {"attn_window": 1, "attn_full_layers": ""},
     "added skips": {"skip_gates_enabled": False},
     "no gates": {"smear_gate_enabled": False, "sparse_attn_gate_enabled": False, "ln_scale": False, "xsa_last_n": 0},
     "two extra loops": {"num_layers": 7, "num_loops": 2, "loop_start": 2, "loop_end": 4, "parallel_start_layer": 5, "num_kv_heads": 4},

@@ -48,18 +48,18 @@ def step(fn, inputs, learns, grad):
 
 
 @torch.library.custom_op("bench::attention", mutates_args=())
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Stands for attention: it takes q, k and a strided v, gives nothing, and its gradients are q, k and v of other tokens."""
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Stands for attention and XSA: it takes q, k, v and v's own heads, gives nothing, and its gradients are those of other tokens."""
     return q.new_zeros(1)
 
 
 @torch.library.custom_op("bench::attention_gradient", mutates_args=())
-def attention_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(t.flip(0) for t in (q, k, v))
+def attention_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(t.flip(0) for t in (q, k, v, own))
 
 
-attention.register_fake(lambda q, k, v: q.new_empty(1))
-attention_gradient.register_fake(lambda q, k, v: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)))
+attention.register_fake(lambda q, k, v, own: q.new_empty(1))
+attention_gradient.register_fake(lambda *inputs: K.empty_like(*inputs))
 attention.register_autograd(lambda ctx, d: attention_gradient(*ctx.saved_tensors), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
@@ -106,6 +106,12 @@ def tiles(x, up, down):
     print()
 
 
+def mixed(mix_norm, weights, x, residual):
+    """mix_norm as a block uses it: its three outputs each get a gradient."""
+    y, n, x = mix_norm(weights, 0.5, 1e-6, x, residual)
+    return y + 2 * n + 3 * x
+
+
 def warps_and_rows(z, targets, caps, qkv, gain, rope, y, v, gate):
     nll, lse, dz = torch.empty(T, device="cuda"), torch.empty(T, device="cuda"), torch.empty_like(z)
     for warps in (4, 8, 16, 32):
@@ -114,10 +120,10 @@ def warps_and_rows(z, targets, caps, qkv, gain, rope, y, v, gate):
     default = K.HEAD_ROWS
     for rows in (8, 16, 32, 64, 128):
         K.HEAD_ROWS = rows
-        q, k, rstd = K.qk_heads_op(qkv, gain, *rope, KV, 1e-6)
-        ms = [timed(fn) for fn in (lambda: K.qk_heads_op(qkv, gain, *rope, KV, 1e-6), lambda: K.qk_heads_gradient_op(q, k, v, q, k, gain, *rope, rstd),
+        q, k, wide, rstd = K.qkv_heads_op(qkv, gain, *rope, KV, H // KV, 1e-6)
+        ms = [timed(fn) for fn in (lambda: K.qkv_heads_op(qkv, gain, *rope, KV, H // KV, 1e-6), lambda: K.qkv_heads_gradient_op(q, k, wide, v, q, k, gain, *rope, rstd),
                                    lambda: K.xsa_gate_op(y, v, gate), lambda: K.xsa_gate_gradient_op(y, y, v, gate))]
-        print(f"HEAD_ROWS {rows:3}: qk_heads {ms[0]:.3f} ms, gradient {ms[1]:.3f} ms; xsa_gate {ms[2]:.3f} ms, gradient {ms[3]:.3f} ms")
+        print(f"HEAD_ROWS {rows:3}: qkv_heads {ms[0]:.3f} ms, gradient {ms[1]:.3f} ms; xsa_gate {ms[2]:.3f} ms, gradient {ms[3]:.3f} ms")
     K.HEAD_ROWS = default
     print()
 
@@ -132,6 +138,7 @@ def main():
     qkv, gain = randn(T, (H + 2 * KV) * HEAD), torch.full((H,), 5.0, device="cuda")
     angle = torch.arange(T, device="cuda")[:, None] % 2048 * 10_000.0 ** (-torch.arange(8, device="cuda") / 8)
     rope, v = (angle.cos(), angle.sin()), qkv.view(T, -1, HEAD)[:, -KV:]
+    residual, mix = randn(T, D), torch.rand(2, D, device="cuda")
     y, gate, row = randn(T, H, HEAD), torch.rand(T, H, device="cuda"), torch.full((T,), 1 / T, device="cuda")
     tiles(x, up, down)
     warps_and_rows(z, targets, caps, qkv, gain, rope, y, v, gate)
@@ -146,8 +153,10 @@ def main():
         ("head: linear, softcap_nll", lambda x, w, *t: K.softcap_nll(F.linear(x, w), *t), lambda x, w, *t: K.softcap_nll_reference(F.linear(x, w), *t),
          (x, head, targets, caps), (0, 1), row, 3 * logits),
         ("head: head_nll", K.head_nll, lambda x, w, *t: K.softcap_nll_reference(F.linear(x, w), *t), (x, head, targets, caps), (0, 1), row, 3 * logits),
-        ("qkv_heads, and flips of q, k, v", lambda *t: attention(*K.qkv_heads(*t, KV, 1e-6)), lambda *t: attention(*K.qkv_heads_reference(*t, KV, 1e-6)),
-         (qkv, gain, *rope), (0, 1), randn(1), A * HEAD * (12 + 12 + 2 * 16 + 16 + 12 + 16) / copy),
+        ("qkv_heads, and flips of q, k, v", lambda *t: attention(*K.qkv_heads(*t, KV, H // KV, 1e-6)), lambda *t: attention(*K.qkv_heads_reference(*t, KV, H // KV, 1e-6)),
+         (qkv, gain, *rope), (0, 1), randn(1), A * HEAD * (16 + 24 + 2 * 28 + 28 + 12 + 16) / copy),
+        ("mix_norm", lambda *t: mixed(K.mix_norm, *t), lambda *t: mixed(lambda *t: (*K.mix_norm_reference(*t), t[3]), *t), (mix, x, residual), (0, 1, 2), randn(T, D),
+         A * D * (2 + 2 + 5 + 2) / copy),
         ("xsa_gate", K.xsa_gate, K.xsa_gate_reference, (y, v, gate), (0, 1, 2), randn(T, H, HEAD), A * HEAD * (8 + 4 + 8 + 8 + 8 + 4 + 8 + 4) / copy),
     ]
     print(f"{'forward and backward':32} {'kernel':>9} {'compiled':>9} {'floor':>7}   ms;  peak GB kernel, compiled")

@@ -21,7 +21,7 @@ def import_public(path: Path, settings: Path | None, backend: str):
     module = types.ModuleType("flash_attn_interface")
 
     def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=True, window_size=(-1, -1)):
-        return ours.attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, backend)[0]
+        return ours.attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, -1, backend)[0]
 
     module.flash_attn_varlen_func = varlen
     module.flash_attn_func = None
