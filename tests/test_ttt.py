@@ -62,15 +62,14 @@ def document(stream: Stream, i: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def plain_windows(model, tokens: torch.Tensor, cfg) -> tuple[np.ndarray, int]:
-    """Every chunk from one plain forward over at most TTT_EVAL_SEQ_LEN tokens that ends with it -> nats, and how many of them fill whole chunks."""
-    nats, whole, length = [], 0, len(tokens) - 1
+def plain_windows(model, tokens: torch.Tensor, cfg) -> np.ndarray:
+    """Nats of every chunk from one plain forward over at most TTT_EVAL_SEQ_LEN tokens that ends with it."""
+    nats, length = [], len(tokens) - 1
     for begin, end in chunks_of(length, [int(s) for s in cfg.ttt_chunks.split(",")]):
         low, stop = max(0, end - cfg.ttt_eval_seq_len), min(end, length)
         hidden = model.trunk(tokens[low:stop], alone(tokens[low:stop]), looped=True)
         nats.append(model.nll(hidden[begin - low:], tokens[begin + 1:stop + 1]))
-        whole = end if end == stop else whole
-    return torch.cat(nats).double().numpy() if nats else np.empty(0), whole
+    return torch.cat(nats).double().numpy() if nats else np.empty(0)
 
 
 class PlainAdapters:
@@ -138,7 +137,7 @@ def test_zero_adapters_give_the_base_models_scores(mode, batch_size):
     stream = Stream(random_documents(LENGTHS))
     nats = adapt(random_documents(LENGTHS), cfg)
     for i in range(len(LENGTHS)):
-        wanted, _ = plain_windows(network(cfg), document(stream, i), cfg)
+        wanted = plain_windows(network(cfg), document(stream, i), cfg)
         found = nats[stream.of(i)]
         assert len(found) == len(wanted)
         if len(found):
@@ -152,7 +151,7 @@ def test_longer_documents_get_a_whole_context(mode):
     stream = Stream(random_documents([100, 61, 24, 25]))
     nats = adapt(random_documents([100, 61, 24, 25]), cfg)
     for i in range(4):
-        assert largest(nats[stream.of(i)], plain_windows(network(cfg), document(stream, i), cfg)[0]) < 1e-5
+        assert largest(nats[stream.of(i)], plain_windows(network(cfg), document(stream, i), cfg)) < 1e-5
 
 
 def test_cached_windows_are_as_long_as_the_context(monkeypatch):
