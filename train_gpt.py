@@ -1050,17 +1050,17 @@ def qkv_heads_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, r
         for c in tl.static_range(COPIES):
             tl.store(v_ptr + ((token * KV + head - H - KV) * COPIES + c) * D + at, x, mask=ok)
     else:
-        x = x.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+        wide = x.to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)
         tl.store(rstd_ptr + row * (H + KV) + head, rstd, mask=row < T)
         scale = rstd[:, None] * (tl.load(gain_ptr + head) if head < H else 1.0)
         a, b = tl.load(x_ptr + i, mask=ok, other=0.0) * scale, tl.load(x_ptr + N + i, mask=ok, other=0.0) * scale   # L1 hits
         cos, sin = tl.load(cos_ptr + token * N + i, mask=ok, other=0.0), tl.load(sin_ptr + token * N + i, mask=ok, other=0.0)
         if head < H:
-            store_turned(q_ptr + (token * H + head) * D, x * scale, a, b, cos, sin, ok, D, N)
+            store_turned(q_ptr + (token * H + head) * D, wide * scale, a, b, cos, sin, ok, D, N)
         else:
             for c in tl.static_range(COPIES):
-                store_turned(k_ptr + ((token * KV + head - H) * COPIES + c) * D, x * scale, a, b, cos, sin, ok, D, N)
+                store_turned(k_ptr + ((token * KV + head - H) * COPIES + c) * D, wide * scale, a, b, cos, sin, ok, D, N)
 
 
 @triton.jit
@@ -1235,7 +1235,8 @@ def mix_norm_gradient_kernel(dy_ptr, dn_ptr, pass_ptr, w_ptr, a_ptr, b_ptr, c_pt
     col = tl.arange(0, D)[None, :]
     wa, wb = tl.load(w_ptr + col), tl.load(w_ptr + D + col)
     wc = tl.load(w_ptr + 2 * D + col) if c_ptr is not None else wb
-    sum_a, sum_b, sum_c = (tl.zeros((ROWS, D), tl.float32) for _ in range(3))
+    sum_a = tl.zeros((ROWS, D), tl.float32)
+    sum_b, sum_c = sum_a, sum_a
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at, ok = row * D + col, row < T
