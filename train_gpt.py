@@ -1278,24 +1278,27 @@ def mix_norm_gradient_op(dy: Tensor, dn: Tensor, passing: Tensor, weights: Tenso
 class MixNorm(torch.autograd.Function):
     """Forward in plain PyTorch, backward in one kernel: torch.compile would read everything again for the weights' column sums."""
     @staticmethod
-    def forward(ctx, weights, scale, eps, first, *streams):
-        ctx.save_for_backward(weights, first, *streams)
+    def forward(ctx, weights, scale, eps, first, second, third):
+        streams = [x for x in (first, second, third) if x is not None]
+        ctx.save_for_backward(weights, *streams)
         ctx.constants = scale, eps
-        return *mix_norm_reference(weights, scale, eps, first, *streams), first.view_as(first)
+        return *mix_norm_reference(weights, scale, eps, *streams), first.view_as(first)
 
     @staticmethod
     def backward(ctx, dy, dn, passing):
         weights, *streams = ctx.saved_tensors
         d_weights, *grads = mix_norm_gradient_op(dy, dn, passing, weights, streams, *ctx.constants)
-        return d_weights, None, None, *grads
+        return d_weights, None, None, *grads, *[None] * (3 - len(grads))
 
 
-def mix_norm(weights: Tensor, scale: float, eps: float, first: Tensor, *streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def mix_norm(weights: Tensor, scale: float, eps: float, first: Tensor, second: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """weights (k, d) fp32, k = 2 or 3 streams (T, d) -> their sum by weights y (T, d), its RMSNorm times scale (T, d), and ``first`` as it came: who goes on
     with that has the gradients of all its uses added up where they arise."""
-    if use_kernels(first, first.size(1)):
-        return MixNorm.apply(weights, scale, eps, first, *streams)
-    return *mix_norm_reference(weights, scale, eps, first, *streams), first
+    if third is second:                                                 # given one tensor twice, a compiled Function loses a gradient (torch 2.11)
+        weights, third = torch.stack((weights[0], weights[1] + weights[2])), None
+    if use_kernels(first, first.size(1)) and second is not first:
+        return MixNorm.apply(weights, scale, eps, first, second, third)
+    return *mix_norm_reference(weights, scale, eps, first, second, *([third] if third is not None else [])), first
 
 
 # ======== Attention backends: one operator, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference ===================================

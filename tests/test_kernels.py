@@ -261,6 +261,32 @@ def test_compiled_graph_equals_eager(device, T):
         assert have is None or error(have, want) < (0.05 if device == "cuda" else 1e-6)
 
 
+@cases(64, 4096)
+@pytest.mark.parametrize("train", (True, False))
+def test_compiled_model_equals_the_plain_one(device, T, train, monkeypatch):
+    """The whole network with every kernel, compiled, in bf16, against the references in fp32: loss and the gradient of every parameter."""
+    from helpers import config, packed_seq, randomize
+    cfg = config(model_dim=64, rope_dims=8)
+    tokens = torch.randint(4, cfg.vocab_size, (T // 2 * 2,), generator=torch.Generator().manual_seed(0)).to(device)
+    seq = K.Seq(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in packed_seq([T // 2, T // 2])))
+    step = lambda model, tokens, seq: model.nll(model.trunk(tokens, seq, looped=True), tokens.roll(-1)).mean()
+
+    def result(dtype, function):
+        model = randomize(K.GPT(cfg, "reference", dtype), 0).to(device)
+        with torch.set_grad_enabled(train):
+            loss = function(model, tokens, seq)
+        if train:
+            loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    loss, grads = result(torch.bfloat16, torch.compile(step, fullgraph=True, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager"))
+    monkeypatch.setattr(K, "use_kernels", lambda *_: False)
+    wanted, wanted_grads = result(torch.float32, step)
+    assert error(loss, wanted) < 0.01
+    for name in grads if train else ():
+        assert error(grads[name], wanted_grads[name]) < 0.06, name
+
+
 @cases(12, 515)
 def test_operators_keep_their_contracts(device, T):
     x, up, down = (t.requires_grad_() for t in mlp_inputs(device, T, 64, 128))
