@@ -1936,30 +1936,45 @@ def error_feedback(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
 
 
+def gptq_block(w: Tensor, upper: Tensor, step: Tensor, column: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Symbols and errors, like w, of w (n, block, rows); upper (n, block, block), step (n, rows), column and top (n, block), all fp32, as in gptq.
+    Six small kernels for each column, which neither wait for the GPU nor depend on a value: so it can replay them as a CUDA graph."""
+    w, scale, top = w.clone(), step[:, None] * column[:, :, None], top[:, :, None]
+    symbols, errors = torch.empty_like(w), torch.empty_like(w)
+    columns = zip(*(t.split(1, dim=1) for t in (w, scale, -top, top, symbols, errors, upper.diagonal(dim1=1, dim2=2)[:, :, None])))
+    for j, (x, size, low, high, s, e, pivot) in enumerate(columns):
+        torch.div(x, size, out=s).round_().clamp_(low, high)
+        torch.addcmul(x, s, size, value=-1, out=e).div_(pivot)
+        w[:, j + 1:].addcmul_(e, upper[:, j, j + 1:, None], value=-1)
+    return symbols, errors
+
+
 def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, column: Tensor | None = None, block: int = 128) -> Tensor:
     """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet rounded (GPTQ, arXiv 2210.17323).
 
     hessian (n, cols, cols) fp32 is the second moment of the inputs. column (n, cols): factors of the step; where one is below 1, symbols may reach
     SYMBOL_MAX instead of limit. Returns symbols int16. Columns go in order of falling diagonal; one whose input never fires is zero.
     """
-    w = w.float().masked_fill((hessian.diagonal(dim1=1, dim2=2) == 0)[:, None], 0.0)
     order, upper = error_feedback(hessian, damping)
-    w = w.gather(2, order[:, None].expand_as(w))
+    w = w.float().mT.masked_fill((hessian.diagonal(dim1=1, dim2=2) == 0)[:, :, None], 0.0)
+    w = w.gather(1, order[:, :, None].expand_as(w))                     # (n, cols, rows): a column lies in one piece
     column = torch.ones_like(upper[:, 0]) if column is None else column.gather(1, order)
-    top = torch.where(column < 1, SYMBOL_MAX, limit)
-    symbols = torch.empty_like(w, dtype=torch.int16)
-    for lo in range(0, w.size(2), block):
-        hi = min(lo + block, w.size(2))
-        errors = torch.empty_like(w[:, :, lo:hi])
-        for j in range(lo, hi):
-            scale = step * column[:, j, None]
-            s = (w[:, :, j] / scale).round().clamp(-top[:, j, None], top[:, j, None])
-            symbols[:, :, j] = s.to(torch.int16)
-            e = (w[:, :, j] - s * scale) / upper[:, j, j, None]
-            w[:, :, j + 1:hi].baddbmm_(e[:, :, None], upper[:, j, None, j + 1:hi], alpha=-1)
-            errors[:, :, j - lo] = e
-        w[:, :, hi:].baddbmm_(errors, upper[:, lo:hi, hi:], alpha=-1)
-    return symbols.gather(2, order.argsort(dim=1)[:, None].expand_as(symbols))
+    top, symbols, graph = torch.where(column < 1, SYMBOL_MAX, limit).float(), torch.empty_like(w, dtype=torch.int16), None
+    for lo in range(0, w.size(1), block):
+        at, rest = slice(lo, lo + block), slice(lo + block, None)
+        parts, whole = (w[:, at], upper[:, at, at], step, column[:, at], top[:, at]), lo + block <= w.size(1)
+        if w.is_cuda and whole and lo == block:                         # the first block has loaded the kernels
+            held, graph = [t.clone() for t in parts], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = gptq_block(*held)
+        if graph and whole:
+            torch._foreach_copy_(held, parts)
+            graph.replay()
+        else:
+            found = gptq_block(*parts)
+        symbols[:, at] = found[0]
+        w[:, rest].baddbmm_(upper[:, at, rest].mT, found[1], alpha=-1)
+    return symbols.gather(1, order.argsort(dim=1)[:, :, None].expand_as(symbols)).mT.contiguous()
 
 
 @torch.no_grad()

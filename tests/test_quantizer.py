@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BOS, RUN, VOCAB, base_run, config, data, forked, gpt, main, own_data, packed_seq, processor, random_documents, ranks, result
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 from train_gpt import MATRICES, TrainStream, collect_hessians, dequantize, dequantize_matrix, folded_state, gptq, load_state, quantize
@@ -43,19 +44,55 @@ def plain_gptq(w: np.ndarray, h: np.ndarray, step: np.ndarray, limit: np.ndarray
     return symbols
 
 
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
 @pytest.mark.parametrize("block", (128, 5))
 @pytest.mark.parametrize("fine", (1.0, 0.5))
-def test_gptq_against_the_definition(block, fine):
+def test_gptq_against_the_definition(block, fine, device):
     w, h, step = problem()
     h[1, 3] = h[1, :, 3] = 0                                            # an input that never fires
     column = torch.ones(2, 24)
     column[0, 8:16] = fine
-    symbols = gptq(w, h, step, 7, 0.01, column, block=block)
+    symbols = gptq(*(t.to(device) for t in (w, h, step)), 7, 0.01, column.to(device), block=block).cpu()
     assert symbols.dtype == torch.int16 and symbols[1].abs().max() <= 7 and not symbols[1, :, 3].any()
     for i in range(2):
         limit = np.where(column[i] < 1, 127, 7)
         wanted = plain_gptq(w[i].numpy(), h[i].numpy(), step[i, :, None].numpy() * column[i].numpy(), limit, 0.01)
         assert (symbols[i].numpy() == wanted).all()
+
+
+class Recorded(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph and, entered, for torch.cuda.graph: keeps the operations with the very tensors they met, and runs them again."""
+    replays = 0
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, found))
+        return found
+
+    def replay(self):
+        Recorded.replays += 1
+        for function, args, kwargs, found in self.operations:
+            again = function(*args, **kwargs)
+            if isinstance(found, torch.Tensor) and found.data_ptr() != again.data_ptr():      # neither a view nor in place: a graph's memory is fixed
+                found.copy_(again)
+
+
+def test_replayed_blocks_are_computed_blocks(monkeypatch):
+    """What a GPU does after the first block: the operations of the second, in its memory, for every block but a shorter last one."""
+    w, h, step = problem(rows=7, cols=33, seed=2)
+    column = torch.ones(2, 33)
+    column[1, 4:20] = 0.5
+    wanted = gptq(w, h, step, 7, 0.01, column, block=6)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(Recorded, "replays", 0)
+    assert torch.equal(gptq(w, h, step, 7, 0.01, column, block=6), wanted) and Recorded.replays == 4
+    assert torch.equal(gptq(w, h, step, 7, 0.01, column), gptq(w, h, step, 7, 0.01, column, block=33)) and Recorded.replays == 4
 
 
 def test_gptq_beats_rounding_where_it_matters():
