@@ -178,16 +178,15 @@ class Config:
     prequant_ttt_freeze_blocks: int = setting(2, "first layers that stay as they are, like the embedding")
     # quantizer and artifact
     rate_distortion: bool = setting(True, "choose every quantiser step by what it costs in loss, so that the artifact just fits ARTIFACT_CAP (off: the *_CLIP_SIGMAS)")
-    rate_batches: int = setting(4, "calibration batches whose gradients tell what a row's error costs", POSITIVE)
     rate_rows: float = setting(0.75, "power to which the rows of a matrix follow their gradients; 0: all alike", "[0, 4]")
-    rate_embed_rows: float = setting(0.25, "the same for embedding rows, most of which calibration sees seldom", "[0, 4]")
+    rate_embed_rows: float = setting(0.5, "the same for embedding rows, most of which calibration sees seldom", "[0, 4]")
     rate_columns: float = setting(1.0, "power to which columns follow the Hessian's Cholesky diagonal; 0: all alike", "[0, 4]")
     matrix_bits: int = setting(6, "without RATE_DISTORTION: symbol range of matrices, +-(2^(bits-1) - 1)", "[2, 8]")
     embed_bits: int = setting(7, "symbol range of the embedding", "[2, 8]")
     mlp_clip_sigmas: float = setting(11.5, "MLP rows: step = this many row standard deviations over the range")
     attn_clip_sigmas: float = setting(13.0, "the same for attention rows")
     embed_clip_sigmas: float = setting(14.0, "the same for embedding rows")
-    gptq_calibration_batches: int = setting(16, "micro-batches of training data whose activations weigh the rounding error", POSITIVE)
+    gptq_calibration_batches: int = setting(16, "micro-batches of training data whose activations and gradients weigh the rounding error", POSITIVE)
     gptq_damping: float = setting(0.01, "added to the Hessian's diagonal, as a share of its mean")
     awq_lite_enabled: bool = setting(False, "without RATE_DISTORTION: finer steps for the most salient groups of columns")
     awq_lite_bits: int = setting(8, "symbol range of such a group", "[2, 8]")
@@ -374,9 +373,9 @@ class Ranks:
         flat = self.all_reduce_(torch.cat([t.flatten() for t in tensors]))
         return [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
-    def broadcast_(self, t: Tensor) -> Tensor:
+    def broadcast_(self, t: Tensor, source: int = 0) -> Tensor:
         if self.world > 1:
-            dist.broadcast(t, 0)
+            dist.broadcast(t, source)
         return t
 
     def agree(self, value: float) -> float:
@@ -2003,50 +2002,37 @@ def dequantize_scales(codes: np.ndarray) -> np.ndarray:
     return np.ldexp(roots[codes % SCALE_STEPS], codes // SCALE_STEPS).astype(np.float32)
 
 
-class HessianTap:
-    """Sums x x^T over the tokens at the input of every matrix: {kind: (layers, in, in) fp32}; visits of one layer add up. "NAME.rows": see learn_rows."""
-
-    def __init__(self, model: GPT):
-        cols = {"qkv": model.qkv.size(2), "o": model.o.size(2), "up": model.up.size(2), "down": model.down.size(2)}
-        device = model.tok_emb.device
-        self.sums = {kind: torch.zeros(model.cfg.num_layers, n, n, device=device) for kind, n in cols.items()}
-        self.sums["head"] = torch.zeros(1, model.cfg.model_dim, model.cfg.model_dim, device=device)
-        self.sums |= {f"{name}.rows": torch.zeros_like(getattr(model, name)[..., 0]) for name in MATRICES}
-
-    def __call__(self, kind: str, layer: int, x: Tensor):
+def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, Tensor]:
+    """Sums of x x^T over the tokens at the input of every matrix, {kind: (layers, in, in) fp32}; visits of one layer add up.
+    With ``rows`` also {"NAME.rows": (layers, out)}: squared gradients of matrix rows, summed over tokens as if each had a backward pass of its own. One pass
+    estimates that sum, since the tokens' losses get random signs."""
+    cols = {kind.hessian: getattr(model, name).size(-1) for name, kind in MATRICES.items()}
+    sums = {kind: torch.zeros(1 if kind == "head" else model.cfg.num_layers, n, n, device=model.tok_emb.device) for kind, n in cols.items()}
+    def tap(kind: str, layer: int, x: Tensor):
         x = x.detach().float()
-        self.sums[kind][layer].addmm_(x.T, x)
-
-    def learn_rows(self, model: GPT, batch: Batch, seed: int):
-        """Add the squared gradient of every matrix row, summed over tokens as if each had its own backward pass: their losses get random signs."""
-        signs = torch.randint(0, 2, batch.targets.shape, generator=torch.Generator().manual_seed(seed)).to(batch.targets.device) * 2 - 1
-        nats = model.nll(model.trunk(batch.tokens, batch.seq, looped=model.cfg.looped), batch.targets.clamp(min=0))
-        gradients = torch.autograd.grad((nats * signs * (batch.targets >= 0)).sum(), [getattr(model, name) for name in MATRICES])
-        for name, gradient in zip(MATRICES, gradients):
-            self.sums[f"{name}.rows"] += gradient.square().sum(-1)
+        sums[kind][layer].addmm_(x.T, x)
+    with torch.set_grad_enabled(rows):
+        hidden = model.trunk(batch.tokens, batch.seq, looped=model.cfg.looped, tap=tap)
+        tap("head", 0, hidden)
+        if rows:
+            signs = torch.randint(0, 2, batch.targets.shape, generator=torch.Generator().manual_seed(seed)).to(batch.targets.device) * 2 - 1
+            nats = model.nll(hidden, batch.targets.clamp(min=0))
+            gradients = torch.autograd.grad((nats * signs * (batch.targets >= 0)).sum(), [getattr(model, name) for name in MATRICES])
+            sums |= {f"{name}.rows": gradient.square().sum(-1) for name, gradient in zip(MATRICES, gradients)}
+    return sums
 
 
 def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> dict[str, Tensor]:
-    """Mean over calibration batches, spread evenly over the training stream, through the model's own forward: what a HessianTap sums up.
-
-    Batches are dealt to the ranks and added in the same order everywhere, so the sums do not depend on the number of ranks.
-    """
-    total = HessianTap(model).sums
-    batches, micro = cfg.gptq_calibration_batches, cfg.micro_batch_tokens
+    """Mean of batch_moments over GPTQ_CALIBRATION_BATCHES, spread evenly over the training stream; RATE_DISTORTION alone needs the rows.
+    Batches are dealt to the ranks and added in the same order everywhere, so the sums do not depend on the number of ranks."""
+    total, batches, micro = {}, cfg.gptq_calibration_batches, cfg.micro_batch_tokens
     for first in range(0, batches, ranks.world):
-        mine, i = HessianTap(model), first + ranks.rank
-        if i < batches:
-            batch = to_device(stream.micro_batch(i * max(stream.tokens - micro, 1) // batches, micro, cfg.train_seq_len), ranks.device)
-            with torch.no_grad():
-                mine("head", 0, model.trunk(batch.tokens, batch.seq, looped=cfg.looped, tap=mine))
-            if cfg.rate_distortion and i < cfg.rate_batches:
-                mine.learn_rows(model, batch, i)
+        i = min(first + ranks.rank, batches - 1)                        # a rank too many repeats the last one, which nobody asks it for
+        batch = stream.micro_batch(i * max(stream.tokens - micro, 1) // batches, micro, cfg.train_seq_len)
+        mine = batch_moments(model, to_device(batch, ranks.device), i, cfg.rate_distortion)
         for rank in range(min(ranks.world, batches - first)):
-            for kind, sums in mine.sums.items():
-                part = sums.clone() if rank == ranks.rank else torch.empty_like(sums)
-                if ranks.world > 1:
-                    dist.broadcast(part, rank)
-                total[kind] += part
+            for kind, sums in mine.items():
+                total[kind] = total.get(kind, 0) + ranks.broadcast_(sums if rank == ranks.rank else torch.empty_like(sums), rank)
     return {kind: sums / batches for kind, sums in total.items()}
 
 
@@ -2071,30 +2057,45 @@ def error_feedback(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
 
 
+def gptq_block(w: Tensor, upper: Tensor, step: Tensor, column: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Symbols and errors, like w, of w (n, block, rows); upper (n, block, block), step (n, rows), column and top (n, block), all fp32, as in gptq.
+    Six small kernels for each column, which neither wait for the GPU nor depend on a value: so it can replay them as a CUDA graph."""
+    w, scale, top = w.clone(), step[:, None] * column[:, :, None], top[:, :, None]
+    symbols, errors = torch.empty_like(w), torch.empty_like(w)
+    columns = zip(*(t.split(1, dim=1) for t in (w, scale, -top, top, symbols, errors, upper.diagonal(dim1=1, dim2=2)[:, :, None])))
+    for j, (x, size, low, high, s, e, pivot) in enumerate(columns):
+        torch.div(x, size, out=s).round_().clamp_(low, high)
+        torch.addcmul(x, s, size, value=-1, out=e).div_(pivot)
+        w[:, j + 1:].addcmul_(e, upper[:, j, j + 1:, None], value=-1)
+    return symbols, errors
+
+
 def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, column: Tensor | None = None, block: int = 128) -> Tensor:
     """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet rounded (GPTQ, arXiv 2210.17323).
 
     hessian (n, cols, cols) fp32 is the second moment of the inputs. column (n, cols): factors of the step; where one is below 1, symbols may reach
     SYMBOL_MAX instead of limit. Returns symbols int16. Columns go in order of falling diagonal; one whose input never fires is zero.
     """
-    w = w.float().masked_fill((hessian.diagonal(dim1=1, dim2=2) == 0)[:, None], 0.0)
     order, upper = error_feedback(hessian, damping)
-    w = w.gather(2, order[:, None].expand_as(w))
+    w = w.float().mT.masked_fill((hessian.diagonal(dim1=1, dim2=2) == 0)[:, :, None], 0.0)
+    w = w.gather(1, order[:, :, None].expand_as(w))                     # (n, cols, rows): a column lies in one piece
     column = torch.ones_like(upper[:, 0]) if column is None else column.gather(1, order)
-    top = torch.where(column < 1, SYMBOL_MAX, limit)
-    symbols = torch.empty_like(w, dtype=torch.int16)
-    for lo in range(0, w.size(2), block):
-        hi = min(lo + block, w.size(2))
-        errors = torch.empty_like(w[:, :, lo:hi])
-        for j in range(lo, hi):
-            scale = step * column[:, j, None]
-            s = (w[:, :, j] / scale).round().clamp(-top[:, j, None], top[:, j, None])
-            symbols[:, :, j] = s.to(torch.int16)
-            e = (w[:, :, j] - s * scale) / upper[:, j, j, None]
-            w[:, :, j + 1:hi].baddbmm_(e[:, :, None], upper[:, j, None, j + 1:hi], alpha=-1)
-            errors[:, :, j - lo] = e
-        w[:, :, hi:].baddbmm_(errors, upper[:, lo:hi, hi:], alpha=-1)
-    return symbols.gather(2, order.argsort(dim=1)[:, None].expand_as(symbols))
+    top, symbols, graph = torch.where(column < 1, SYMBOL_MAX, limit).float(), torch.empty_like(w, dtype=torch.int16), None
+    for lo in range(0, w.size(1), block):
+        at, rest = slice(lo, lo + block), slice(lo + block, None)
+        parts, whole = (w[:, at], upper[:, at, at], step, column[:, at], top[:, at]), lo + block <= w.size(1)
+        if w.is_cuda and whole and lo == block:                         # the first block has loaded the kernels
+            held, graph = [t.clone() for t in parts], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = gptq_block(*held)
+        if graph and whole:
+            torch._foreach_copy_(held, parts)
+            graph.replay()
+        else:
+            found = gptq_block(*parts)
+        symbols[:, at] = found[0]
+        w[:, rest].baddbmm_(upper[:, at, rest].mT, found[1], alpha=-1)
+    return symbols.gather(1, order.argsort(dim=1)[:, :, None].expand_as(symbols)).mT.contiguous()
 
 
 @torch.no_grad()
@@ -2217,8 +2218,7 @@ def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks,
         step, symbols = torch.from_numpy(dequantize_scales(codes)).to(w.device), torch.empty(w.shape, dtype=torch.int8, device=w.device)
         if ranks.rank == owner:
             symbols = gptq(w, hessians[MATRICES[name].hessian], step, steps.limit, cfg.gptq_damping, steps.column).to(torch.int8)
-        if ranks.world > 1:
-            dist.broadcast(symbols, owner)
+        ranks.broadcast_(symbols, owner)
         for layer in range(len(w)):
             arrays[f"{name}.{layer}.symbols"], arrays[f"{name}.{layer}.step"] = symbols[layer].cpu().numpy(), codes[layer]
             column = (steps.column[layer].log2() * COLUMN_STEPS).round().to(torch.int8).cpu().numpy()

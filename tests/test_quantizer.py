@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import BOS, RUN, VOCAB, base_run, config, data, gpt, main, own_data, packed_seq, processor, random_documents, ranks, result
+from helpers import BOS, RUN, VOCAB, base_run, config, data, forked, gpt, main, own_data, packed_seq, processor, random_documents, ranks, result
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 from train_gpt import MATRICES, TrainStream, collect_hessians, dequantize, dequantize_matrix, folded_state, gptq, load_state, quantize
@@ -43,19 +44,55 @@ def plain_gptq(w: np.ndarray, h: np.ndarray, step: np.ndarray, limit: np.ndarray
     return symbols
 
 
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
 @pytest.mark.parametrize("block", (128, 5))
 @pytest.mark.parametrize("fine", (1.0, 0.5))
-def test_gptq_against_the_definition(block, fine):
+def test_gptq_against_the_definition(block, fine, device):
     w, h, step = problem()
     h[1, 3] = h[1, :, 3] = 0                                            # an input that never fires
     column = torch.ones(2, 24)
     column[0, 8:16] = fine
-    symbols = gptq(w, h, step, 7, 0.01, column, block=block)
+    symbols = gptq(*(t.to(device) for t in (w, h, step)), 7, 0.01, column.to(device), block=block).cpu()
     assert symbols.dtype == torch.int16 and symbols[1].abs().max() <= 7 and not symbols[1, :, 3].any()
     for i in range(2):
         limit = np.where(column[i] < 1, 127, 7)
         wanted = plain_gptq(w[i].numpy(), h[i].numpy(), step[i, :, None].numpy() * column[i].numpy(), limit, 0.01)
         assert (symbols[i].numpy() == wanted).all()
+
+
+class Recorded(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph and, entered, for torch.cuda.graph: keeps the operations with the very tensors they met, and runs them again."""
+    replays = 0
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, found))
+        return found
+
+    def replay(self):
+        Recorded.replays += 1
+        for function, args, kwargs, found in self.operations:
+            again = function(*args, **kwargs)
+            if isinstance(found, torch.Tensor) and found.data_ptr() != again.data_ptr():      # neither a view nor in place: a graph's memory is fixed
+                found.copy_(again)
+
+
+def test_replayed_blocks_are_computed_blocks(monkeypatch):
+    """What a GPU does after the first block: the operations of the second, in its memory, for every block but a shorter last one."""
+    w, h, step = problem(rows=7, cols=33, seed=2)
+    column = torch.ones(2, 33)
+    column[1, 4:20] = 0.5
+    wanted = gptq(w, h, step, 7, 0.01, column, block=6)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(Recorded, "replays", 0)
+    assert torch.equal(gptq(w, h, step, 7, 0.01, column, block=6), wanted) and Recorded.replays == 4
+    assert torch.equal(gptq(w, h, step, 7, 0.01, column), gptq(w, h, step, 7, 0.01, column, block=33)) and Recorded.replays == 4
 
 
 def test_gptq_beats_rounding_where_it_matters():
@@ -256,19 +293,46 @@ def test_the_artifact_fills_its_cap(rate_distortion, share, tmp_path):
 
 
 def test_row_gradients_are_sums_over_tokens():
-    """learn_rows estimates the squared gradients of single tokens' losses, without a backward pass for each."""
+    """batch_moments estimates the squared gradients of single tokens' losses, without a backward pass for each."""
     cfg = config(RUN, data_path=str(data()))
     model = gpt(cfg)
     batch = TrainStream(cfg).micro_batch(0, 128, 48)
-    tap = train_gpt.HessianTap(model)
-    for seed in range(16):
-        tap.learn_rows(model, batch, seed)
+    found = sum(train_gpt.batch_moments(model, batch, seed, rows=True)["up.rows"] for seed in range(16))
     wanted = torch.zeros_like(model.up[..., 0])
     nats = model.nll(model.trunk(batch.tokens, batch.seq, looped=True), batch.targets.clamp(min=0))
     for i in np.flatnonzero(batch.targets >= 0):
         wanted += torch.autograd.grad(nats[i], model.up, retain_graph=True)[0].square().sum(-1)
-    ratio = tap.sums["up.rows"] / 16 / wanted
+    ratio = found / 16 / wanted
     assert 0.8 < ratio.log().mean().exp() < 1.25 and ratio.log().std() < 0.5
+
+
+def test_every_calibration_batch_teaches_the_rows():
+    """The mean over all of them, with signs of each batch's own; and no backward pass where nothing asks for rows."""
+    cfg = config(RUN, data_path=str(data()), gptq_calibration_batches=3)
+    model, stream = gpt(cfg), TrainStream(cfg)
+    found = collect_hessians(model, stream, cfg, ranks(cfg))
+    parts = [train_gpt.batch_moments(model, stream.micro_batch(i * (stream.tokens - 128) // 3, 128, 48), i, True) for i in range(3)]
+    assert set(found) == set(parts[0]) == {kind.hessian for kind in MATRICES.values()} | {f"{name}.rows" for name in MATRICES}
+    assert all(torch.equal(found[kind], (parts[0][kind] + parts[1][kind] + parts[2][kind]) / 3) for kind in found)
+    published = collect_hessians(model, stream, config(RUN, data_path=str(data()), gptq_calibration_batches=3, rate_distortion=False), ranks(cfg))
+    assert set(published) == {kind.hessian for kind in MATRICES.values()} and all(torch.allclose(published[kind], found[kind]) for kind in published)
+
+
+def collect(rank: int, world: int, path):
+    cfg = config(RUN, data_path=str(data()), gptq_calibration_batches=3, rank=rank, local_rank=rank, world_size=world)
+    group = ranks(cfg)
+    found = collect_hessians(gpt(cfg), TrainStream(cfg), cfg, group)
+    if path and group.main:
+        torch.save(found, path)
+    group.close()
+    return found
+
+
+def test_moments_do_not_depend_on_the_number_of_ranks(tmp_path):
+    """Two ranks for three batches: one of them has none in the second round."""
+    forked(collect, 2, tmp_path / "found")
+    wanted, found = collect(0, 1, None), torch.load(tmp_path / "found")
+    assert set(wanted) == set(found) and all(torch.equal(wanted[kind], found[kind]) for kind in wanted)
 
 
 # ---- LQER, AWQ-lite, logit calibration ----

@@ -27,7 +27,8 @@ METHODS = {                                                             # the fi
     "ours + logit calibration": dict(logit_calibration_enabled=True),
     "ours, rows by 1": dict(rate_rows=1.0),
     "ours, rows by 0.5": dict(rate_rows=0.5),
-    "ours, embedding rows by 0.5": dict(rate_embed_rows=0.5),
+    "ours, embedding rows by 0.25": dict(rate_embed_rows=0.25),
+    "ours, embedding rows by 0.75": dict(rate_embed_rows=0.75),
     "ours, embedding rows alike": dict(rate_embed_rows=0.0),
     "published sigmas, LQER by Hessian": dict(PUBLISHED, lqer_enabled=True, lqer_weight="hessian", lqer_gain_select=True),
 }
