@@ -2038,10 +2038,8 @@ def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks)
 
 def error_feedback(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """hessian (n, cols, cols) -> the order of columns (n, cols), by falling diagonal, and upper Cholesky factors of the inverses in that order, fp32.
-
-    The mean diagonal times damping is added, in fp64. Activations span many orders of magnitude: where rounding has made a Hessian indefinite, its
-    damping grows tenfold until it is not. An input that never fires counts as one of variance 1.
-    """
+    The mean diagonal times damping is added, in fp64. Activations span many orders of magnitude: where rounding has made a Hessian indefinite, its damping
+    grows tenfold until it is not. An input that never fires counts as one of variance 1."""
     h = hessian.double()
     diagonal = h.diagonal(dim1=1, dim2=2)
     diagonal.add_(diagonal == 0)
@@ -2072,10 +2070,8 @@ def gptq_block(w: Tensor, upper: Tensor, step: Tensor, column: Tensor, top: Tens
 
 def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, column: Tensor | None = None, block: int = 128) -> Tensor:
     """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet rounded (GPTQ, arXiv 2210.17323).
-
-    hessian (n, cols, cols) fp32 is the second moment of the inputs. column (n, cols): factors of the step; where one is below 1, symbols may reach
-    SYMBOL_MAX instead of limit. Returns symbols int16. Columns go in order of falling diagonal; one whose input never fires is zero.
-    """
+    hessian (n, cols, cols) fp32 is the second moment of the inputs. column (n, cols): factors of the step; where one is below 1, symbols may reach SYMBOL_MAX
+    instead of limit. Returns symbols int16. Columns go in order of falling diagonal; one whose input never fires is zero."""
     order, upper = error_feedback(hessian, damping)
     w = w.float().mT.masked_fill((hessian.diagonal(dim1=1, dim2=2) == 0)[:, :, None], 0.0)
     w = w.gather(1, order[:, :, None].expand_as(w))                     # (n, cols, rows): a column lies in one piece
@@ -2117,10 +2113,8 @@ class Steps(NamedTuple):
 
 def clip_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
     """The published recipe: *_CLIP_SIGMAS standard deviations of a row over the symbol range (#1394), times 2**saved.
-
-    AWQ-lite (#1908): in the AWQ_LITE_GROUP_TOP_K groups of columns with the largest sum of activation RMS times mean weight, of all matrices, steps are
-    those of AWQ_LITE_BITS.
-    """
+    AWQ-lite (#1908): in the AWQ_LITE_GROUP_TOP_K groups of columns with the largest sum of activation RMS times mean weight, of all matrices, steps are those
+    of AWQ_LITE_BITS."""
     steps, scores = {}, []
     visits = torch.bincount(torch.tensor([v.layer for v in model.schedules[cfg.looped]]), minlength=cfg.num_layers).to(model.tok_emb.device)
     for name, kind in MATRICES.items():
@@ -2139,12 +2133,10 @@ def clip_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tenso
 
 def rate_distortion_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
     """Steps at which one more bit anywhere lowers the loss by the same amount (reverse water-filling), for ARTIFACT_CAP bytes less ``saved`` bits a weight.
-
-    Rounding adds sum_r g_r dW_r H dW_r^T / 2 to the loss, g_r being the mean squared gradient of output r. GPTQ leaves dW_r H dW_r^T = sum_j d_j
-    step_rj^2 / 12, d_j being the squared diagonal of H's Cholesky factor, and a bit halves a step: g_r d_j step_rj^2 must be the same everywhere. Matrices
-    differ by the mean of g_r; its spread over rows enters to the power RATE_ROWS, as rarely used rows are known badly. A Gaussian row takes
-    log2(1 + 2 pi e (sigma / step)^2) / 2 bits a weight.
-    """
+    Rounding adds sum_r g_r dW_r H dW_r^T / 2 to the loss, g_r being the mean squared gradient of output r. GPTQ leaves dW_r H dW_r^T = sum_j d_j step_rj^2 /
+    12, d_j being the squared diagonal of H's Cholesky factor, and a bit halves a step: g_r d_j step_rj^2 must be the same everywhere. Matrices differ by the
+    mean of g_r; its spread over rows enters to the power RATE_ROWS, as rarely used rows are known badly. A Gaussian row takes log2(1 + 2 pi e (sigma / step)^2)
+    / 2 bits a weight."""
     steps, rates = {}, []
     folded = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
     for name, kind in MATRICES.items():
@@ -2169,9 +2161,7 @@ def rate_distortion_steps(model: GPT, weights: dict[str, Tensor], hessians: dict
 
 def lqer(error: Tensor, hessian: Tensor, cfg: Config) -> tuple[dict[str, np.ndarray], float]:
     """A correction A B of rank LQER_RANK for ``error`` (rows, cols): A int2 of one scale, B int4 of one scale for LQER_ASYM_GROUP values (#1797).
-
-    It is the best in the norm tr(E H E^T), H by LQER_WEIGHT. Returns its arrays by suffix and the squared norm it removes for each byte.
-    """
+    It is the best in the norm tr(E H E^T), H by LQER_WEIGHT. Returns its arrays by suffix and the squared norm it removes for each byte."""
     h = {"none": torch.eye(len(hessian)).to(hessian), "diagonal": hessian.diagonal().diag(), "hessian": hessian}[cfg.lqer_weight].double()
     lower = torch.linalg.cholesky(h + (cfg.gptq_damping + 1e-6) * h.diagonal().mean().clamp_min(1e-30) * torch.eye(len(h)).to(h))
     weighted = error.double() @ lower
@@ -2204,11 +2194,8 @@ def add_corrections(arrays: dict[str, np.ndarray], weights: dict[str, Tensor], h
 
 def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks, saved: float = 0.0) -> dict[str, np.ndarray]:
     """The arrays of the artifact: KIND.LAYER.symbols int8 (rows, cols), KIND.LAYER.step int16 codes of rows and KIND.LAYER.column int8 codes of columns
-    (where they are not all 1) and LQER's for matrices, int8 rows for gates where set, fp16 for the rest.
-
-    A weight gets ``saved`` bits fewer than the settings say. Kinds are dealt to the ranks; each is solved whole by one of them, so the symbols do not
-    depend on the number of ranks.
-    """
+    (where they are not all 1) and LQER's for matrices, int8 rows for gates where set, fp16 for the rest. A weight gets ``saved`` bits fewer than the settings
+    say. Kinds are dealt to the ranks; each is solved whole by one of them, so the symbols do not depend on the number of ranks."""
     state, arrays = folded_state(model), {}
     weights = {name: state.pop(name) for name in MATRICES}
     weights = {name: w if w.ndim == 3 else w[None] for name, w in weights.items()}
@@ -2382,9 +2369,7 @@ def log2_fixed(x: np.ndarray) -> np.ndarray:
 
 def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Correlations (G, n, n), smallest eigenvalue above 1/64, to c = L diag(d) L^T: strictly lower L * 2**20 and d * 2**22, integers in float64.
-
-    Left-looking in panels of 16. |sum_k L_ik d_k L_jk| <= 1 keeps every product below 2**53.
-    """
+    Left-looking in panels of 16. |sum_k L_ik d_k L_jk| <= 1 keeps every product below 2**53."""
     a = np.rint(c * 2.0**22)                                      # becomes L * d column by column
     low, d = np.zeros_like(a), np.empty(a.shape[:2])
     for p in range(0, a.shape[1], 16):
@@ -2499,9 +2484,7 @@ def cell_starts(mixture: int) -> np.ndarray:
 
 def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tuple[np.ndarray, np.ndarray]:
     """steps: (cells, starts), in the order of decoding. Returns states uint32 (lanes,) and words uint16.
-
-    A state begins with 16 bits that carry nothing, so they carry ``rider`` (two bytes a lane), which the decoder ends with.
-    """
+    A state begins with 16 bits that carry nothing, so they carry ``rider`` (two bytes a lane), which the decoder ends with."""
     state = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
     words = []
     for cells, starts in reversed(steps):
@@ -2529,9 +2512,7 @@ def repeated_rows(q: np.ndarray) -> dict[int, int]:
 
 def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
     """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of ``rider`` travel in it for nothing.
-
-    A matrix that writes to or reads from the residual stream, by far the most common size, is turned so that vectors of that width are its rows.
-    """
+    A matrix that writes to or reads from the residual stream, by far the most common size, is turned so that vectors of that width are its rows."""
     weight = collections.Counter()
     for q in stacks:
         weight.update(dict.fromkeys(q.shape[1:], q.size))
@@ -2632,9 +2613,7 @@ def planes(arrays: list[np.ndarray]) -> bytes:
 
 def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
     """Tensors (any numpy dtype) and ``meta`` (JSON) as the bytes of a model file. Integer tensors of 64 values or more are entropy-coded.
-
-    Tensors whose names differ only in numbers, of one shape, are coded together, so many small ones cost little.
-    """
+    Tensors whose names differ only in numbers, of one shape, are coded together, so many small ones cost little."""
     groups, rest = {}, {}
     for name, a in tensors.items():
         if a.dtype.kind in "iu" and a.size >= 64 and int(a.max()) - int(a.min()) < 1 << 15:
@@ -2978,9 +2957,7 @@ class Shape(NamedTuple):
 
 def lockstep(lengths: np.ndarray, cfg: Config, exact: bool):
     """Chunks of documents of these lengths, longest first: yields (begin, end, Shape). Finished rows leave the batch.
-
-    Unless ``exact``, rows and context are rounded up to powers of two, so that few shapes serve every batch.
-    """
+    Unless ``exact``, rows and context are rounded up to powers of two, so that few shapes serve every batch."""
     ceil = (lambda n, least, most: min(n, most)) if exact else lambda n, least, most: min(max(least, 1 << (n - 1).bit_length()), most) if n else 0
     begin, context = 0, cfg.ttt_eval_seq_len
     for end in chunk_ends(int(lengths.max(initial=0)), cfg):
@@ -2993,10 +2970,8 @@ def lockstep(lengths: np.ndarray, cfg: Config, exact: bool):
 
 class DocumentTTT:
     """Score-first adapters for batches of documents of one segment, in lockstep: every row is at the same position of its own document.
-
-    All memory is static and a step depends on its Shape alone, so a GPU replays CUDA graphs: its many small kernels cost no launches.
-    Keys and values stay as they were when their token was scored; a ring holds the last TTT_EVAL_SEQ_LEN of them.
-    """
+    All memory is static and a step depends on its Shape alone, so a GPU replays CUDA graphs: its many small kernels cost no launches. Keys and values stay as
+    they were when their token was scored; a ring holds the last TTT_EVAL_SEQ_LEN of them."""
 
     def __init__(self, model: GPT, cfg: Config, val: ValidationStream, ledger: Ledger, ngram: NGram | None = None):
         self.model, self.cfg, self.val, self.ledger, self.ngram, self.device = model, cfg, val, ledger, ngram, model.tok_emb.device
@@ -3067,9 +3042,7 @@ class DocumentTTT:
 
     def score(self, shape: Shape, keep: bool = True) -> tuple[Tensor, ...]:
         """Nats (rows, count) of the chunk at self.begin, and the log-probabilities of its hints where there are any.
-
-        Rows hold ``older`` cached keys and then ``back + count`` tokens. What would lie before a document is BOS in a segment of its own, seen by nobody.
-        """
+        Rows hold ``older`` cached keys and then ``back + count`` tokens. What would lie before a document is BOS in a segment of its own, seen by nobody."""
         rows, older, back, count = shape
         width, device, context = back + count, self.device, self.cfg.ttt_eval_seq_len
         position = self.begin - back + torch.arange(width, device=device)
