@@ -4,12 +4,13 @@ PIP_OPTIONS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DEMO_DATA := $(PY) prepare_data.py --source stdlib --vocab-size 1024 --val-docs 150 --out data/demo
 
 .PHONY: demo test audit lint bench clean
 
 # The second scoring runs in one thread, as recipes/scale_demo.env does: sums in another order may differ in the last digit.
 demo: $(READY)
-	$(PY) prepare_data.py --source stdlib --vocab-size 1024 --val-docs 150 --out data/demo
+	$(DEMO_DATA)
 	rm -rf runs/demo
 	set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; MAX_WALLCLOCK_SECONDS=170 GPTQ_RESERVE_SECONDS=10 ARTIFACT_DIR=runs/demo $(PY) train_gpt.py
 	@echo; echo "The packed train_gpt.py and model.bin alone, in an empty folder and a clean process:"
@@ -31,9 +32,14 @@ audit: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 
+# On a GPU at the settings of the environment, DATA_PATH among them; on a CPU at the demo's. The artifact of a demo, where there is one, goes through the coders.
 bench: $(READY)
-	$(PY) tools/bench.py caseops
-	if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) tools/bench.py kernels && $(PY) tools/bench.py train; fi
+	for name in caseops ngram; do $(PY) tools/bench.py $$name || exit 1; done
+	if test -f runs/demo/model.bin; then $(PY) tools/bench.py codec --artifact runs/demo/model.bin; fi
+	if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then names="attention optimizer train startup scaling"; \
+		if $(PY) -c 'import sys, torch, train_gpt; sys.exit(not train_gpt.has_kernels(torch.device("cuda")))'; then names="kernels $$names"; fi; \
+	else names="attention optimizer startup scaling"; test -f data/demo/manifest.json || $(DEMO_DATA) || exit 1; set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; fi; \
+	for name in $$names; do $(PY) tools/bench.py $$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) data/demo runs/demo .pytest_cache .hypothesis .ruff_cache

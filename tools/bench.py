@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -205,6 +206,51 @@ def ttt(args: argparse.Namespace) -> list[Row]:
     return [Row(f"{bpb:.5f} BPB, captured in {warm:.1f} s", line, seconds, rows[0][3] / seconds, targets, "targets/s") for line, bpb, warm, seconds, targets in rows]
 
 
+@bench("startup")
+def startup(args: argparse.Namespace) -> list[Row]:
+    """Seconds from the start of train_gpt.py's process to the end of its first training step, with empty compiler caches and again with those it left.
+
+    Settings come from the environment. Ratio: the cold start's seconds over this one's.
+    """
+    from bench_runs import startup as measure
+    rows = list(measure())
+    cold = {phase: seconds for phase, caches, seconds in rows if caches == "cold caches"}
+    return [Row(phase, caches, seconds, cold[phase] / seconds) for phase, caches, seconds in rows]
+
+
+@bench("attention", ("--tokens", {"type": int, "help": "packed tokens (default: MICRO_BATCH_TOKENS on a GPU, 4,096 on a CPU)"}))
+def attention(args: argparse.Namespace) -> list[Row]:
+    """Each attention backend that works here, forward and backward, on packed documents at the model's head shapes; ratio: its FLOP/s over a large matrix product's.
+
+    FLOPs are those of the causal pairs inside documents: two products forward, five backward. The documents are the first of DATA_PATH, or of random lengths.
+    """
+    from bench_parts import attention as measure
+    return [Row(*row) for row in measure(args.tokens)]
+
+
+@bench("optimizer")
+def optimizer(args: argparse.Namespace) -> list[Row]:
+    """A step of the optimizer on one rank and each of its parts by itself, with random gradients; ratio: the floor of its bytes and FLOPs over its time.
+
+    The floor is the time of the bytes that must be read and written at the rate of a large copy, plus that of the FLOPs at the rate of a large matrix product.
+    A model small enough for a cache can be faster.
+    """
+    from bench_parts import optimizer as measure
+    return [Row(*row) for row in measure()]
+
+
+@bench("scaling",
+       ("--gpus", {"nargs": "+", "type": int, "metavar": "N", "help": "numbers of ranks, one GPU each (default: 1, 2 and 4, as far as there are GPUs; 1 and 2 on a CPU)"}),
+       ("--steps", {"type": int, "default": 60, "help": "steps of each run (default: %(default)s)"}),
+       ("--same-batch", {"action": "store_true", "help": "every number of ranks trains the largest one's batch: strong scaling, and the loss curves must agree"}))
+def scaling(args: argparse.Namespace) -> list[Row]:
+    """Tokens/s per GPU of the plain graph through torchrun, MICRO_BATCH_TOKENS on each rank and step (weak scaling); ratio: over that of the first run."""
+    from bench_runs import scaling as measure
+    rows = list(measure(args.gpus, args.steps, args.same_batch))
+    rate = rows[0][1] / rows[0][2]
+    return [Row(f"{tokens:,} tokens a rank", f"{ranks} rank(s)", seconds, tokens / seconds / rate, tokens / 1e3, "ktok/s a rank") for ranks, tokens, seconds in rows]
+
+
 @bench("kernels")
 def kernels(args: argparse.Namespace) -> list[Row]:
     """Each Triton kernel at the shapes of a training step, beside its compiled reference and its floor; needs a Hopper GPU."""
@@ -276,7 +322,8 @@ def ngram(args: argparse.Namespace) -> list[Row]:
             Row("orders 2..16", f"sorting, {n:,} tokens", seconds, slow / prefix * n / seconds, n / 1e3, "ktok/s")]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))             # unwinds: runs that were started end too
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -284,7 +331,7 @@ def main() -> None:
         command = commands.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
         for flag, keywords in options:
             command.add_argument(flag, **keywords)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = BENCHES[args.command][0](args)
     if not rows:
         return

@@ -1,0 +1,182 @@
+"""`bench.py attention` and `bench.py optimizer`: two parts of a training step beside the floor of their bytes and FLOPs, at rates measured in the same run; on a GPU or a CPU."""
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import train_gpt as ours
+
+
+class Machine:
+    """A device, what it is timed with, and the two rates of every floor here: bytes and FLOPs per second of a large copy and of a large product."""
+
+    def __init__(self, device: torch.device):
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision("high")
+        self.device, self.gpu = device, device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.gpu else torch.float32
+        self.flops, self.unit = (1e12, "TFLOP/s") if self.gpu else (1e9, "GFLOP/s")
+        size, side = (2 ** 30, 8192) if self.gpu else (2 ** 26, 1024)
+        source, target = (torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2))
+        a, b = self.randn(side, side), self.randn(side, side)
+        self.copy_rate, self.product_rate = 2 * size / self.seconds(lambda: target.copy_(source)), 2 * side ** 3 / self.seconds(lambda: a @ b)
+        name = torch.cuda.get_device_name() if self.gpu else f"CPU, {torch.get_num_threads()} thread(s)"
+        print(f"{name}, torch {torch.__version__}: copy {self.copy_rate / 1e9:,.1f} GB/s, {side:,}-cubed product of {str(self.dtype)[6:]} "
+              f"{self.product_rate / self.flops:,.1f} {self.unit}")
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Median seconds of a call; on a GPU between two events, queued behind a kernel that sleeps some 10 ms: training, too, launches ahead."""
+        if self.gpu:
+            for _ in range(3):
+                function()
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(15)]
+            for start, end in events:
+                torch.cuda._sleep(20_000_000)
+                start.record()
+                function()
+                end.record()
+            torch.cuda.synchronize()
+            return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+        function()
+        taken = []
+        for _ in range(3):
+            started = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    def floor(self, moved: float, flops: float) -> float:
+        """Seconds of so many bytes and FLOPs, one after the other."""
+        return moved / self.copy_rate + flops / self.product_rate
+
+
+# ---------------------------------------------------------------- attention
+
+def documents(cfg: ours.Config) -> tuple[ours.Seq, str]:
+    """One micro-batch of packed documents and where it is from: the training stream, or, without one, lengths like those of web text."""
+    span, tokens = cfg.train_seq_len, cfg.micro_batch_tokens
+    if ours.find_shards(Path(cfg.data_path), "fineweb_train_*.bin", required=False):
+        return ours.TrainStream(cfg).micro_batch(0, tokens, span).seq, f"the first micro-batch of {cfg.data_path}"
+    lengths = 1 + np.random.default_rng(0).lognormal(np.log(500), 1.1, tokens).astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    return ours.pack(np.zeros(tokens + 1, np.int64), starts[starts < tokens], span, span, "train", tokens).seq, "random lengths"
+
+
+def causal_pairs(cu: torch.Tensor) -> int:
+    """(query, key) pairs that causal attention inside the segments looks at."""
+    lengths = cu.diff().long()
+    return int((lengths * (lengths + 1) // 2).sum())
+
+
+def backends(cfg: ours.Config, device: torch.device) -> Iterator[str]:
+    """Those that load here and agree with the reference; on a CPU that is the reference alone."""
+    for name in ours.BACKENDS:
+        try:
+            if ours.choose_attention(dataclasses.replace(cfg, attention=name), device) == name:
+                yield name
+        except ours.UserError as e:
+            print(e)
+
+
+def attention(tokens: int | None) -> Iterator[tuple[str, str, float, float, float, str]]:
+    """Yields (direction, variant, seconds, share of the product's FLOPs per second, amount, unit) of every backend, with the model's K/V heads and one for each query head."""
+    cfg = ours.Config.from_env(os.environ)
+    machine = Machine(ours.Ranks(cfg).device)
+    cfg = dataclasses.replace(cfg, micro_batch_tokens=tokens or (cfg.micro_batch_tokens if machine.gpu else 4096))
+    seq, origin = documents(cfg)
+    seq, pairs = seq._replace(cu_q=seq.cu_q.to(machine.device)), causal_pairs(seq.cu_q)
+    print(f"{cfg.micro_batch_tokens:,} tokens, {len(seq.cu_q) - 1:,} segments of at most {cfg.train_seq_len:,}, {pairs:,} causal pairs: {origin}")
+    heads, width = cfg.num_heads, cfg.model_dim // cfg.num_heads
+    for name in backends(cfg, machine.device):
+        forward, backward = ours.BACKENDS[name]
+        for kv in sorted({cfg.num_kv_heads, heads}):
+            qkv = machine.randn(cfg.micro_batch_tokens, heads + 2 * cfg.num_kv_heads, width)
+            q, k, v = qkv.split((heads, cfg.num_kv_heads, cfg.num_kv_heads), 1)     # v is a strided view of the product, as in the model
+            q, k, dout = q.contiguous(), k.contiguous(), machine.randn(*q.shape)
+            if kv > cfg.num_kv_heads:
+                k, v = (t.repeat_interleave(kv // cfg.num_kv_heads, 1) for t in (k, v))
+            where = (seq.cu_q, seq.cu_q, seq.max_q, seq.max_k)
+            out, lse = forward(q, k, v, *where)
+            calls = (("forward", 4, lambda: forward(q, k, v, *where)), ("backward", 10, lambda: backward(dout, q, k, v, out, lse, *where)))
+            for direction, products, call in calls:
+                seconds, flops = machine.seconds(call), products * heads * width * pairs
+                yield direction, f"{name}, {heads} heads, {kv} of K/V", seconds, machine.floor(0, flops) / seconds, flops / machine.flops, machine.unit
+
+
+# ---------------------------------------------------------------- optimizer
+
+class Part(NamedTuple):
+    """One part of a step: the least bytes that it must read and write, its FLOPs, and a call of it that can be repeated."""
+    name: str
+    moved: int
+    flops: int
+    call: Callable[[], object]
+
+
+def orthogonalize_flops(groups: list[ours.MuonGroup], iterations: int) -> int:
+    """Of three products per iteration: x xT, its square, and their sum by x, with the shorter side first."""
+    sides = [(g.shard, *sorted((g.rows, g.cols))) for g in groups]
+    return iterations * sum(n * (4 * short * short * long + 2 * short ** 3) for n, short, long in sides)
+
+
+def step_parts(optimizer: ours.Optimizer) -> list[Part]:
+    """The whole step on one rank, then what it consists of, each with random gradients inside the clipping norm, so that repeats change no magnitude."""
+    o, cfg = optimizer, optimizer.cfg
+    grads = [torch.randn_like(p) for p in o.parameters]
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    torch._foreach_mul_(grads, (cfg.grad_clip_norm or 1.0) / 2 / norm)
+
+    def with_gradients(call: Callable[[], object]) -> Callable[[], object]:
+        def run():
+            for p, grad in zip(o.parameters, grads):                    # the step forgets them
+                p.grad = grad
+            return call()
+        return run
+
+    def reduce():
+        shards, _ = o.reduce_scatter()
+        clip = o.clip_factor(shards)
+        torch._foreach_mul_([p.grad for p in o.small], clip)
+        return [shard * clip.to(shard.dtype) for shard in shards]
+
+    shards = with_gradients(reduce)()
+    coefficients = ours.MUON_COEFFICIENTS[cfg.muon_coefficients][:cfg.muon_backend_steps]
+    updates = [ours.orthogonalize(shard, coefficients) for shard in shards]
+    muon, small, wide = sum(s.numel() for s in shards), sum(p.numel() for p in o.small), shards[0].element_size()
+    everything, flops = 4 * (muon + small), orthogonalize_flops(o.muon, len(coefficients))
+    parts = [
+        Part("gradients: cast, norm, clip", everything + wide * muon + 4 * small, 0, with_gradients(reduce)),
+        # momentum 0 leaves the shard, which `direction` writes into, as it is
+        Part("Muon: momentum, rows, orthogonalise", 4 * wide * muon, flops, lambda: [o.direction(g, shard, 0.0) for g, shard in zip(o.muon, shards)]),
+        Part("Adam: embedding, vectors, scalars", 7 * 4 * small, 0, with_gradients(o.adam.step)),
+        Part("Muon: weights", (wide + 8) * muon, 0, lambda: [g.apply_(u, cfg.matrix_lr, cfg.muon_wd) for g, u in zip(o.muon, updates)]),
+    ]
+    if o.average:
+        parts.append(Part("average of the weights", 3 * everything, 0, lambda: torch._foreach_lerp_(o.average, o.parameters, 1 - cfg.ema_decay)))
+    whole = Part("Optimizer.step", sum(p.moved for p in parts), flops, with_gradients(lambda: o.step(0, 1.0)))
+    alone = Part("of Muon: orthogonalise", 2 * wide * muon, flops, lambda: [ours.orthogonalize(shard, coefficients) for shard in shards])
+    return [whole, *parts, alone]
+
+
+@torch.no_grad()
+def optimizer() -> Iterator[tuple[str, str, float, float, float, str]]:
+    """Yields (bytes and FLOPs, part, seconds, floor over seconds, amount, unit) of a step and its parts, one rank."""
+    cfg = ours.Config.from_env(os.environ)
+    ranks = ours.Ranks(cfg)
+    machine = Machine(ranks.device)
+    model = ours.GPT(cfg, "reference", machine.dtype).to(ranks.device)
+    model.init_weights(cfg.seed)
+    for part in step_parts(ours.Optimizer(model, cfg, ranks)):
+        seconds = machine.seconds(part.call)
+        work = f"{part.moved / 1e6:,.0f} MB" + (f", {part.flops / 1e9:,.0f} GFLOP" if part.flops else "")
+        amount, unit = (part.flops / machine.flops, machine.unit) if part.flops else (part.moved / 1e9, "GB/s")
+        yield work, part.name, seconds, machine.floor(part.moved, part.flops) / seconds, amount, unit

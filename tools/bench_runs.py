@@ -1,0 +1,143 @@
+"""`bench.py startup` and `bench.py scaling`: whole runs of train_gpt.py in processes of their own, timed by the lines they print and ended once the last wanted one is there."""
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+import train_gpt as ours
+
+SCRIPT = Path(ours.__file__).resolve()
+PATIENCE, GRACE = 900, 15                                               # seconds after which a run that hangs is ended, and that it has to end by itself
+PHASES = (("imports, data, attention", r"^hardware "), ("checks", r"^checks passed"), ("compilation, warm-up", r"^compiled and warmed up"), ("first step", r"^step +1 "))
+STEP = re.compile(r"^step +(\d+) .* loss ([\d.]+) .* ([\d.]+) ms/step")
+
+
+def environment(folder: str, **settings) -> dict[str, str]:
+    """The caller's environment with these settings: fixed steps, results in ``folder``. Its modes would run something else, its ledger would be overwritten."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("TTT_EVAL_ONLY", "QUANTIZE_ONLY", "CHECK_ONLY", "LEDGER_PATH")}
+    return kept | {"ARTIFACT_DIR": str(Path(folder, "run")), "MAX_WALLCLOCK_SECONDS": "0", "TTT_ENABLED": "0"} | {name: str(value) for name, value in settings.items()}
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process and theirs, where there is a /proc."""
+    found = []
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, listing.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; a dead one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def stop(child: subprocess.Popen) -> None:
+    """SIGTERM, which train_gpt.py and torchrun unwind; then SIGKILL, also for torchrun's workers, which are in sessions of their own."""
+    if child.poll() is not None:
+        return
+    family = [*descendants(child.pid), child.pid]
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+    for pid in filter(alive, family):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    child.kill()                                                        # where there is no /proc
+    child.wait()
+    while any(map(alive, family)):                                      # the next run must find the machine idle
+        time.sleep(0.05)
+
+
+def read(command: list[str], env: dict[str, str], last: str) -> list[tuple[float, str]]:
+    """(seconds since the start, line) of all that a command prints up to the first line matching ``last``; there it is ended."""
+    seen, started = [], time.perf_counter()
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+    watchdog = threading.Timer(PATIENCE, stop, [child])
+    watchdog.start()
+    try:
+        for line in child.stdout:
+            seen.append((time.perf_counter() - started, line.rstrip()))
+            if re.search(last, line):
+                return seen
+    finally:
+        watchdog.cancel()
+        stop(child)
+        child.stdout.close()
+    raise SystemExit("\n".join((f"{shlex.join(command)} ended before a line like {last!r}. Its last lines:", *(line for _, line in seen[-15:]))))
+
+
+# ---------------------------------------------------------------- start-up
+
+def phases(seen: list[tuple[float, str]]) -> Iterator[tuple[str, float]]:
+    """(phase, its seconds): each ends with the first line of its kind; then their sum."""
+    ends = [next(seconds for seconds, line in seen if re.search(pattern, line)) for _, pattern in PHASES]
+    for (name, _), (begin, end) in zip(PHASES, pairwise((0.0, *ends))):
+        yield name, end - begin
+    yield "process start to step 1", ends[-1]
+
+
+def startup() -> Iterator[tuple[str, str, float]]:
+    """Yields (phase, caches, seconds) of a start whose compiler caches are empty, and of one that finds what the first has left in them."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        env = environment(folder, ITERATIONS=2, TORCHINDUCTOR_CACHE_DIR=Path(folder, "inductor"), TRITON_CACHE_DIR=Path(folder, "triton"))
+        for caches in ("cold caches", "warm caches"):
+            for phase, seconds in phases(read([sys.executable, str(SCRIPT)], env, PHASES[-1][1])):
+                yield phase, caches, seconds
+
+
+# ---------------------------------------------------------------- scaling
+
+def step_lines(seen: list[tuple[float, str]]) -> list[tuple[int, float, float]]:
+    """(step, seconds since the first step began, loss) of the logged steps. The mean of ms/step has more digits than the seconds in the same line."""
+    found = [match for _, line in seen if (match := STEP.search(line))]
+    return [(int(step), int(step) * float(ms) / 1e3, float(loss)) for step, loss, ms in (match.groups() for match in found)]
+
+
+def step_seconds(curve: list[tuple[int, float, float]]) -> float:
+    """Seconds of one step, without the first sixth, in which clocks and queues settle."""
+    first, last = max((point for point in curve if point[0] <= max(curve[-1][0] // 6, 1)), default=curve[-1]), curve[-1]
+    if first[0] == last[0]:
+        raise SystemExit("too few logged steps to time one; more --steps")
+    return (last[1] - first[1]) / (last[0] - first[0])
+
+
+def scaling(counts: list[int] | None, steps: int, same_batch: bool) -> Iterator[tuple[int, int, float]]:
+    """Yields (ranks, tokens of a rank's step, seconds of a step) for each number of ranks, through torchrun; each has the machine to itself."""
+    cfg = ours.Config.from_env(os.environ)
+    gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()
+    counts = counts or [n for n in (1, 2, 4) if n <= (gpus or 2)]
+    if gpus and max(counts) > gpus:
+        raise SystemExit(f"scaling: {max(counts)} GPUs are asked for, {gpus} are here")
+    # NVLink multicast belongs to the whole host, which others may share; torchrun sets the threads of several ranks, not of one.
+    defaults = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"}
+    micro, curves = cfg.micro_batch_tokens, {}
+    for n in counts:
+        batch = micro * (max(counts) if same_batch else n)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            # Loops that never begin: only the plain graph is compiled and timed.
+            env = defaults | environment(folder, TRAIN_BATCH_TOKENS=batch, MICRO_BATCH_TOKENS=micro, ITERATIONS=steps, TRAIN_LOG_EVERY=10, ENABLE_LOOPING_AT=2)
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(SCRIPT)]
+            curves[n] = curve = step_lines(read(command, env, r"^trained \d+ steps"))
+        print(f"{n} rank(s), {batch:,} tokens a step, loss by step: " + "  ".join(f"{step}: {loss:.4f}" for step, _, loss in curve), flush=True)
+        yield n, batch // n, step_seconds(curve)
+    if same_batch:
+        reference = [loss for *_, loss in curves[counts[0]]]
+        for n in counts[1:]:
+            print(f"loss on {n} and on {counts[0]} rank(s): they differ by at most {max(abs(a - loss) for (*_, a), loss in zip(curves[n], reference)):.4f}")
