@@ -32,6 +32,8 @@ def table(tmp_path):
 def test_causal_pairs():
     lengths = [5, 1, 3]
     assert bench_parts.causal_pairs(torch.tensor([0, 5, 6, 9], dtype=torch.int32)) == sum(1 for n in lengths for i in range(n) for j in range(n) if j <= i)
+    within = sum(1 for n in lengths for i in range(n) for j in range(n) if i - 2 <= j <= i)
+    assert bench_parts.causal_pairs(torch.tensor([0, 5, 6, 9], dtype=torch.int32), 2) == within
 
 
 @pytest.mark.parametrize("where", ["data", "nowhere"])
@@ -44,9 +46,10 @@ def test_documents_fill_the_buffer(where, tmp_path):
 
 def test_attention(table):
     rows = table("attention", "--tokens", "256")
-    assert [(r.what, r.variant) for r in rows] == [(d, f"reference, 4 heads, {kv} of K/V") for kv in (2, 4) for d in ("forward", "backward")]
+    assert [(r.what, r.variant) for r in rows] == [(d, f"reference, 4 heads, {kv} of K/V, {reach} back")
+                                                     for kv in (2, 4) for reach in ("all", "7 tokens") for d in ("forward", "backward")]
     assert all(r.seconds > 0 and r.amount > 0 and r.ratio > 0 for r in rows)
-    assert rows[1].amount == pytest.approx(2.5 * rows[0].amount) and rows[2].amount == rows[0].amount
+    assert rows[1].amount == pytest.approx(2.5 * rows[0].amount) and rows[4].amount == rows[0].amount > rows[2].amount
 
 
 def optimizer(**overrides) -> train_gpt.Optimizer:

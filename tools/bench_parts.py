@@ -71,10 +71,11 @@ def documents(cfg: ours.Config) -> tuple[ours.Seq, str]:
     return ours.pack(np.zeros(tokens + 1, np.int64), starts[starts < tokens], span, span, "train", tokens).seq, "random lengths"
 
 
-def causal_pairs(cu: torch.Tensor) -> int:
-    """(query, key) pairs that causal attention inside the segments looks at."""
+def causal_pairs(cu: torch.Tensor, window: int = -1) -> int:
+    """(query, key) pairs that causal attention inside the segments looks at, ``window`` tokens back (-1: all)."""
     lengths = cu.diff().long()
-    return int((lengths * (lengths + 1) // 2).sum())
+    beyond = (lengths - 1 - window).clamp(min=0) if window >= 0 else 0 * lengths
+    return int((lengths * (lengths + 1) // 2 - beyond * (beyond + 1) // 2).sum())
 
 
 def backends(cfg: ours.Config, device: torch.device) -> Iterator[str]:
@@ -93,8 +94,8 @@ def attention(tokens: int | None) -> Iterator[tuple[str, str, float, float, floa
     machine = Machine(ours.Ranks(cfg).device)
     cfg = dataclasses.replace(cfg, micro_batch_tokens=tokens or (cfg.micro_batch_tokens if machine.gpu else 4096))
     seq, origin = documents(cfg)
-    seq, pairs = seq._replace(cu_q=seq.cu_q.to(machine.device)), causal_pairs(seq.cu_q)
-    print(f"{cfg.micro_batch_tokens:,} tokens, {len(seq.cu_q) - 1:,} segments of at most {cfg.train_seq_len:,}, {pairs:,} causal pairs: {origin}")
+    cu, windows = seq.cu_q.to(machine.device), [-1, cfg.attn_window] if cfg.attn_window else [-1]
+    print(f"{cfg.micro_batch_tokens:,} tokens, {len(cu) - 1:,} segments of at most {cfg.train_seq_len:,}, {causal_pairs(cu):,} causal pairs: {origin}")
     heads, width = cfg.num_heads, cfg.model_dim // cfg.num_heads
     for name in backends(cfg, machine.device):
         forward, backward = ours.BACKENDS[name]
@@ -104,12 +105,14 @@ def attention(tokens: int | None) -> Iterator[tuple[str, str, float, float, floa
             q, k, dout = q.contiguous(), k.contiguous(), machine.randn(*q.shape)
             if kv > cfg.num_kv_heads:
                 k, v = (t.repeat_interleave(kv // cfg.num_kv_heads, 1) for t in (k, v))
-            where = (seq.cu_q, seq.cu_q, seq.max_q, seq.max_k)
-            out, lse = forward(q, k, v, *where)
-            calls = (("forward", 4, lambda: forward(q, k, v, *where)), ("backward", 10, lambda: backward(dout, q, k, v, out, lse, *where)))
-            for direction, products, call in calls:
-                seconds, flops = machine.seconds(call), products * heads * width * pairs
-                yield direction, f"{name}, {heads} heads, {kv} of K/V", seconds, machine.floor(0, flops) / seconds, flops / machine.flops, machine.unit
+            for window in windows:
+                where = (cu, cu, seq.max_q, seq.max_k, window)
+                out, lse = forward(q, k, v, *where)
+                calls = (("forward", 4, lambda: forward(q, k, v, *where)), ("backward", 10, lambda: backward(dout, q, k, v, out, lse, *where)))
+                for direction, products, call in calls:
+                    seconds, flops = machine.seconds(call), products * heads * width * causal_pairs(cu, window)
+                    reach = "all" if window < 0 else f"{window} tokens"
+                    yield direction, f"{name}, {heads} heads, {kv} of K/V, {reach} back", seconds, machine.floor(0, flops) / seconds, flops / machine.flops, machine.unit
 
 
 # ---------------------------------------------------------------- optimizer
