@@ -57,12 +57,10 @@ RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()         # the p
 class UserError(Exception):
     """Bad input: printed as one line that names the file or setting and the remedy; the process exits with status 2."""
 
-
 def require(holds, message: str):
     """Raise UserError unless ``holds``."""
     if not holds:
         raise UserError(message)
-
 
 @contextlib.contextmanager
 def explained(message: str, *errors: type[Exception]):
@@ -78,11 +76,9 @@ def explained(message: str, *errors: type[Exception]):
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 POSITIVE, SHARE = "(0, inf)", "[0, 1)"
 
-
 def setting(default, meaning: str, within: str = ""):
     """A field of Config: its default, its line in --help, and the interval of a number ([0, inf) if none is given) or the choices of a string."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, "within": within or ("" if isinstance(default, str) else "[0, inf)")})
-
 
 def lies_within(value, within: str) -> bool:
     """Whether a number lies in an interval like [0, 1), without its end at a round bracket; whether a string is among "a, b, c"."""
@@ -90,7 +86,6 @@ def lies_within(value, within: str) -> bool:
         return not within or value in within.split(", ")
     low, high = map(float, within[1:-1].split(", "))
     return (low < value or low == value and within[0] == "[") and (value < high or value == high and within[-1] == "]")
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
@@ -303,7 +298,6 @@ OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "A
                 "NGRAM_", "PHASED_", "PREQUANT_", "GLOBAL_TTT_", "PARALLEL_", "SMEAR_", "SPARSE_", "SKIP_", "RATE_", "GATED_", "LOGIT_",
                 "ARTIFACT_", "LEDGER_", "WARMDOWN_", "MICRO_", "GATE_")
 
-
 def check_names(env, fields):
     """A name with one of our prefixes that is no setting is an error; a near miss without one is a warning."""
     for name in sorted(set(env) - set(fields)):
@@ -313,7 +307,6 @@ def check_names(env, fields):
         if nearest and nearest[0] not in env and len(name) > 4 and name.isupper():
             print(f"warning: the environment has {name}, which is not a setting; did you mean {nearest[0]}?", file=sys.stderr)
 
-
 def parse_setting(name: str, text: str, kind: type):
     """Text of an environment variable -> bool, int, float or str."""
     with explained(f"{name}={text!r} is not {'0 or 1' if kind is bool else 'of type ' + kind.__name__}", ValueError, KeyError):
@@ -322,7 +315,6 @@ def parse_setting(name: str, text: str, kind: type):
         value = kind(text)
     require(kind is not float or math.isfinite(value), f"{name}={text!r} is not finite")
     return value
-
 
 def context_schedule(cfg: Config) -> list[tuple[float, int]]:
     """TRAIN_SEQ_SCHEDULE as (progress at which the stage ends, attention span), in order; the last stage ends at infinity (#2014)."""
@@ -334,7 +326,6 @@ def context_schedule(cfg: Config) -> list[tuple[float, int]]:
     require(all(length > 0 and end > 0 for end, length in stages), f"{name}: lengths and ends must be positive")
     require(max(length for _, length in stages) == cfg.train_seq_len, f"{name}: the longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}")
     return [*stages[:-1], (math.inf, stages[-1][1])]
-
 
 def help_text() -> str:
     """The table of --help."""
@@ -539,7 +530,6 @@ class Ledger:
         self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
         return self.partial_bpb(self.scored)
 
-
 @contextlib.contextmanager
 def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
     """Open ``path`` for writing bytes so that it appears whole, by rename, or not at all. ``setting`` is what an error tells the user to change."""
@@ -561,7 +551,6 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024
 CONTEST_SETS = {47_853_344: (151_080_645, 151_074_309), 40_540_160: (151_078_222,)}     # tokens -> bytes of the exports with CaseOps and without
 
-
 def open_shard(path: Path) -> np.ndarray:
     """Memory-map the uint16 values of a shard: 256 little-endian int32 of header ([magic, 1, count, 0, ...]), then the values."""
     header = np.fromfile(path, dtype="<i4", count=256)
@@ -569,7 +558,6 @@ def open_shard(path: Path) -> np.ndarray:
     size, expected = path.stat().st_size, SHARD_HEADER_BYTES + 2 * int(header[2])
     require(size == expected, f"{path}: {size} bytes, its header promises {expected}; the file is truncated or damaged: fetch or make it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
-
 
 def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]:
     """Files of ``pattern`` (its * is digits) in name order; UserError where there are none and one is required."""
@@ -594,7 +582,6 @@ class Batch(NamedTuple):
     seq: Seq
     split: str            # "train" or "val"
 
-
 def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split: str, capacity: int, targets: np.ndarray | None = None) -> Batch:
     """Documents that begin at ``starts`` (starts[0] == 0) and are cut every ``span`` tokens -> a CPU batch padded to ``capacity``.
     ``tokens`` holds one more token than there are inputs, unless ``targets`` are given. Padding is a document of its own, so it is never NaN and never seen."""
@@ -612,14 +599,12 @@ def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split:
     padded_inputs[:n], padded_targets[:n] = inputs, targets
     return Batch(torch.from_numpy(padded_inputs), torch.from_numpy(padded_targets), Seq(cu, cu, max_len, max_len, torch.from_numpy(positions)), split)
 
-
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy without waiting. The number of documents is marked dynamic: no compiled graph depends on it."""
     move = lambda t: t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
     cu = move(batch.seq.cu_q)
     torch._dynamo.mark_dynamic(cu, 0)
     return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions)))
-
 
 def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool = False):
     """Every token is in the vocabulary; the first is BOS where the tokens are a stream ``from_start``."""
@@ -700,13 +685,11 @@ class ValidationStream:
         """Bytes of target i, the token at i + 1."""
         return self.bytes[1:]
 
-
 def tokenizer_path(cfg: Config) -> Path:
     """TOKENIZER_PATH, or tokenizer.model beside the shards; UserError where there is no such file."""
     path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else Path(cfg.data_path) / "tokenizer.model"
     require(path.is_file(), f"TOKENIZER_PATH={path}: no such file")
     return path
-
 
 def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     """Bytes per token from the piece table, for plain tokenizers without a sidecar: control 0, byte fallback 1, a space for each \u2581.
@@ -726,7 +709,6 @@ def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
         spaced = np.array([text.startswith(" ") for text in texts])
         counts -= np.concatenate([[True], special[tokens[:-1]]]) & spaced[tokens]
     return counts
-
 
 def describe_data(cfg: Config, val: ValidationStream) -> dict:
     """Fingerprint of the validation set. Where there is a manifest.json, counts, validation files, vocabulary, BOS and tokenizer must be as it says, by hash,
@@ -766,22 +748,18 @@ except ImportError:                                                     # withou
 HEAD_ROWS = 32                                                          # rows of head_dim elements per program of 4 warps
 MLP_TILES = {"forward": (128, 128, 64, 4, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}     # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
 
-
 @torch.compiler.assume_constant_result
 def has_kernels(device: torch.device) -> bool:
     """Triton is there and the device is a Hopper GPU or newer (TMA, wgmma), or Triton interprets."""
     return bool(INTERPRET) or (INTERPRET is not None and device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9)
 
-
 def use_kernels(x: Tensor, head_dim: int = 16) -> bool:
     """Whether bf16 x can go through the Triton kernels; ``head_dim`` must be a power of two."""
     return x.dtype == torch.bfloat16 and head_dim & (head_dim - 1) == 0 and has_kernels(x.device)
 
-
 def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Contiguous tensors of the same shapes, unset."""
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
-
 
 def operator(outputs: Callable, gradient: Callable | None = None, keep: tuple[int, ...] = ()):
     """Decorator of NAME_op: the operator golf::NAME, opaque to torch.compile. outputs(*inputs) makes empty tensors like its outputs.
@@ -809,7 +787,6 @@ def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tupl
     hidden = F.leaky_relu(F.linear(x, w_up), slope).square()
     return F.linear(hidden, w_down), hidden.detach()
 
-
 @triton.jit
 def hidden_words(p0, p1, slope):
     """Pairs of fp32 pre-activations -> pairs of bf16 leaky_relu(p)^2 in one int32, the sign of p in each least significant bit.
@@ -820,7 +797,6 @@ def hidden_words(p0, p1, slope):
     high = ((h0 >> 16) & 0xFFFF) | (h1 & -65536)                        # both upper halves: the squares cut to bf16
     sign = ((((s0 >> 16) & 0xFFFF) | (s1 & -65536)) >> 15) & 0x00010001
     return ((high + 0x00010001 - sign) & -65538) | sign                 # -65538 clears both last bits
-
 
 @triton.jit(do_not_specialize=["T"])
 def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr,
@@ -851,7 +827,6 @@ def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.con
             else:
                 hidden_desc.store([m, at // 2], hidden_words(p0, p1, slope))
 
-
 def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: float, tile: tuple | None = None):
     """Launch: fills hidden (d_pre None) or d_pre. a (T, K), hidden and d_pre (T, N), all bf16 and contiguous."""
     backward = d_pre is not None
@@ -865,14 +840,12 @@ def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: 
     mlp_gemm_kernel[(programs,)](desc(a, [bm, bk]), desc(b, [bk, bn] if backward else [bn, bk]), words, desc(d_pre, [bm, bn // 2]) if backward else words,
                                  slope, T, N, K, backward, bm, bn, bk, num_warps=warps, num_stages=stages)
 
-
 @operator(lambda d_out, w_down, hidden, slope: torch.empty_like(hidden))
 def mlp_d_pre_op(d_out: Tensor, w_down: Tensor, hidden: Tensor, slope: float) -> Tensor:
     """Gradient of the pre-activations: (d_out @ w_down) times the slope that hidden remembers, (T, h) bf16."""
     d_pre = torch.empty_like(hidden)
     mlp_gemm(d_out.contiguous(), w_down.contiguous(), hidden, d_pre, slope)
     return d_pre
-
 
 def mlp_backward(ctx, d_out):
     """d_out (T, d) -> gradients of x (T, d), w_up (h, d) and w_down (d, h) where they are needed."""
@@ -881,14 +854,12 @@ def mlp_backward(ctx, d_out):
     d_pre = mlp_d_pre_op(d_out, w_down, hidden, *ctx.constants) if need_x or need_up else None
     return d_pre @ w_up if need_x else None, d_pre.T @ x if need_up else None, d_out.T @ hidden if need_down else None, None
 
-
 @operator(lambda x, w_up, w_down, slope: (x.new_empty(len(x), len(w_down)), x.new_empty(len(x), len(w_up))), mlp_backward, keep=(0, 1, 2, 5))
 def mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """mlp() through the fused kernel and one cuBLAS product; bf16."""
     hidden = x.new_empty(len(x), len(w_up))
     mlp_gemm(x.contiguous(), w_up.contiguous(), hidden, None, slope)
     return F.linear(hidden, w_down), hidden
-
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d), hidden (T, h); hidden is for observers and has no gradient.
@@ -904,20 +875,17 @@ def softcap(z: Tensor, caps: Tensor) -> Tensor:
     z = z.float()
     return torch.where(z > 0, caps[0] * torch.tanh(z / caps[0]), caps[1] * torch.tanh(z / caps[1]))
 
-
 def softcap_nll_reference(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """softcap_nll() in plain PyTorch."""
     logits = softcap(z, caps)
     lse = logits.logsumexp(-1)
     return lse - logits.gather(1, targets[:, None])[:, 0], lse.detach()
 
-
 @triton.jit
 def tanh_of(doubled):
     """tanh(x) from 2 x log2(e), to 3e-7; rsqrt(y)^2 is 1/y without the range checks of a division."""
     r = tl.rsqrt(tl.exp2(doubled) + 1.0)
     return 1.0 - 2.0 * (r * r)
-
 
 @triton.jit
 def softcap_nll_kernel(z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_ptr, dz_ptr, d_cap_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
@@ -949,7 +917,6 @@ def softcap_nll_kernel(z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_pt
             tl.store(d_cap_ptr + 2 * row, tl.sum(tl.where(z > 0, d_cap, 0.0), 0))
             tl.store(d_cap_ptr + 2 * row + 1, tl.sum(tl.where(z > 0, 0.0, d_cap), 0))
 
-
 def launch_softcap_nll(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tensor | None = None, dz: Tensor | None = None, want_caps: bool = False):
     """-> nll (T,), lse (T,), gradient of each row by the caps (T, 2) or (0, 2); fills dz if given. z (T, V) contiguous."""
     T, V = z.shape
@@ -959,7 +926,6 @@ def launch_softcap_nll(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tenso
     softcap_nll_kernel[(T,)](z, targets, caps, row_grad, nll, lse, dz, d_caps if want_caps else None, V, block, num_warps=min(32, max(1, block // 512)))
     return nll, lse, d_caps
 
-
 @operator(lambda z, targets, caps, row_grad, want_caps: (z.new_empty(z.shape), z.new_empty(len(z) if want_caps else 0, 2, dtype=torch.float32)))
 def softcap_nll_gradient_op(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tensor, want_caps: bool) -> tuple[Tensor, Tensor]:
     """dz (T, V) in z's dtype and, if wanted, the gradient of the caps by row (T, 2)."""
@@ -967,24 +933,20 @@ def softcap_nll_gradient_op(z: Tensor, targets: Tensor, caps: Tensor, row_grad: 
     dz = torch.empty_like(z)
     return dz, launch_softcap_nll(z, targets, caps, row_grad.float().contiguous(), dz, want_caps)[2]
 
-
 def softcap_nll_backward(ctx, d_nll):
     """d_nll (T,) fp32 -> gradients of z (T, V) and, where needed, of the caps (2,)."""
     dz, d_caps = softcap_nll_gradient_op(*ctx.saved_tensors, d_nll, ctx.needs_input_grad[2])
     return dz, None, d_caps.sum(0) if ctx.needs_input_grad[2] else None
-
 
 @operator(lambda z, targets, caps: tuple(z.new_empty(len(z), dtype=torch.float32) for _ in range(2)), softcap_nll_backward, keep=(0, 1, 2))
 def softcap_nll_op(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """softcap_nll() through the kernel."""
     return launch_softcap_nll(z.contiguous(), targets, caps)[:2]
 
-
 def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """z (T, V) before the softcap, targets (T,) int64, caps (2,) fp32 (positive, negative) -> nats (T,), log-sum-exp (T,), both fp32.
     Gradients reach z and caps through the nats; the log-sum-exp has none."""
     return (softcap_nll_op if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
-
 
 def head_nll_backward(ctx, d_nll):
     """d_nll (T,) fp32 -> gradients of x (T, d), w (V, d) and the caps (2,) where needed; d nll / d z lies where the logits were."""
@@ -994,7 +956,6 @@ def head_nll_backward(ctx, d_nll):
     return ((dz @ w * row).to(x.dtype) if need_x else None, dz.T @ (x * row).to(x.dtype) if need_w else None, None,
             (d_caps * row).sum(0) if need_caps else None, None)
 
-
 @operator(lambda x, w, targets, caps, want_caps: (x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(w)),
                                                   x.new_empty(len(x) if want_caps else 0, 2, dtype=torch.float32)), head_nll_backward, keep=(0, 1, 6, 7))
 def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -1002,7 +963,6 @@ def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: 
     z = F.linear(x, w)
     nll, _, d_caps = launch_softcap_nll(z, targets, caps, dz=z, want_caps=want_caps)
     return nll, z, d_caps                                               # z now holds d nll / d z
-
 
 def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
     """softcap_nll of x (T, d) @ w (V, d).T in nats (T,), for training: the logits are overwritten by their gradient in the forward pass.
@@ -1026,7 +986,6 @@ def qkv_heads_reference(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_
     v = heads[:, -kv_heads:]
     return (q * gain[:, None]).to(qkv.dtype), k.to(qkv.dtype).repeat_interleave(copies, 1), v.repeat_interleave(copies, 1), v
 
-
 @triton.jit
 def store_turned(out_ptr, x, a, b, cos, sin, ok, D: tl.constexpr, N: tl.constexpr):
     """Store rows x (BLOCK, D) with a, b (BLOCK, N), turned by an angle, in place of their first 2N columns."""
@@ -1034,7 +993,6 @@ def store_turned(out_ptr, x, a, b, cos, sin, ok, D: tl.constexpr, N: tl.constexp
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=ok & (at >= 2 * N))
     tl.store(out_ptr + i, (a * cos + b * sin).to(out_ptr.dtype.element_ty), mask=ok)
     tl.store(out_ptr + N + i, (b * cos - a * sin).to(out_ptr.dtype.element_ty), mask=ok)
-
 
 @triton.jit(do_not_specialize=["T"])
 def qkv_heads_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, rstd_ptr, T, eps, H: tl.constexpr, KV: tl.constexpr, COPIES: tl.constexpr,
@@ -1061,7 +1019,6 @@ def qkv_heads_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, r
             for c in tl.static_range(COPIES):
                 store_turned(k_ptr + ((token * KV + head - H) * COPIES + c) * D, wide * scale, a, b, cos, sin, ok, D, N)
 
-
 @triton.jit
 def load_sum(ptr, at, mask, COPIES: tl.constexpr, STRIDE: tl.constexpr):
     """The sum of COPIES tiles, STRIDE elements apart, fp32."""
@@ -1069,7 +1026,6 @@ def load_sum(ptr, at, mask, COPIES: tl.constexpr, STRIDE: tl.constexpr):
     for i in tl.static_range(1, COPIES):
         total += tl.load(ptr + i * STRIDE + at, mask=mask, other=0.0).to(tl.float32)
     return total
-
 
 @triton.jit(do_not_specialize=["T"])
 def qkv_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, d_own_ptr, q_ptr, k_ptr, gain_ptr, cos_ptr, sin_ptr, rstd_ptr, d_qkv_ptr, dot_ptr, T, H: tl.constexpr,
@@ -1101,13 +1057,11 @@ def qkv_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, d_own_ptr, q_ptr, k_ptr, g
         if head < H:
             tl.store(dot_ptr + row * H + head, dot, mask=row < T)
 
-
 def qkv_heads_outputs(qkv, gain, cos, sin, kv_heads, copies, eps):
     """Empty q (T, H, D), k and v (T, copies KV, D) in qkv's dtype and 1 / rms of the heads of q and k (T, H + KV) fp32."""
     T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
     k, v = (qkv.new_empty(T, copies * kv_heads, D) for _ in range(2))
     return qkv.new_empty(T, H, D), k, v, qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
-
 
 @operator(qkv_heads_outputs)
 def qkv_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1117,7 +1071,6 @@ def qkv_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: 
     dense = (t.contiguous() for t in (qkv, gain, cos, sin))
     qkv_heads_kernel[(triton.cdiv(T, HEAD_ROWS) * (H + 2 * kv_heads),)](*dense, *outputs, T, eps, H, kv_heads, copies, D, cos.size(1), HEAD_ROWS)
     return outputs
-
 
 @operator(lambda dq, dk, dv, d_own, q, *_: (q.new_empty(len(q), (q.size(1) + 2 * d_own.size(1)) * q.size(2)), q.new_empty(q.shape[:2], dtype=torch.float32)))
 def qkv_heads_gradient_op(dq: Tensor, dk: Tensor, dv: Tensor, d_own: Tensor, q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
@@ -1144,7 +1097,6 @@ class QKVHeads(torch.autograd.Function):
         d_qkv, dot = qkv_heads_gradient_op(dq, dk, dv, d_own, q, k, gain, cos, sin, rstd)
         return d_qkv, dot.sum(0) / gain if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
-
 def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """qkv (T, (H + 2 KV) D), gain (H,) fp32 and nonzero, cos and sin (T, n) fp32 -> q (T, H, D), k and v (T, copies KV, D), and v again as a view of qkv (T, KV, D).
     q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain. k and v come ``copies`` times in a row: FlashAttention 3
@@ -1161,7 +1113,6 @@ def xsa_gate_reference(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     grouped, v = y.unflatten(1, (v.size(1), -1)).float(), v[:, :, None].float()
     along = (grouped * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp_min(1e-12)
     return ((grouped - along * v).flatten(1, 2) * gate[:, :, None]).to(y.dtype)
-
 
 @triton.jit(do_not_specialize=["T"])
 def xsa_gate_kernel(y_ptr, v_ptr, gate_ptr, d_out_ptr, out_ptr, dv_ptr, d_gate_ptr, T, v_stride, KV: tl.constexpr, GROUP: tl.constexpr,
@@ -1191,7 +1142,6 @@ def xsa_gate_kernel(y_ptr, v_ptr, gate_ptr, d_out_ptr, out_ptr, dv_ptr, d_gate_p
     if d_out_ptr is not None:
         tl.store(dv_ptr + row[:, None] * D + d, dv.to(dv_ptr.dtype.element_ty), mask=ok)
 
-
 def launch_xsa_gate(y: Tensor, v: Tensor, gate: Tensor, d_out: Tensor | None = None):
     """-> (out like y, None, None), or with d_out the gradients of y, v and gate. v's heads lie side by side, its tokens at any stride."""
     T, KV, D = v.shape
@@ -1201,18 +1151,15 @@ def launch_xsa_gate(y: Tensor, v: Tensor, gate: Tensor, d_out: Tensor | None = N
     xsa_gate_kernel[(triton.cdiv(T * KV, HEAD_ROWS),)](y, v, gate, d_out, *results, T, v.stride(0), KV, y.size(1) // KV, D, HEAD_ROWS)
     return results
 
-
 @operator(lambda d_out, *inputs: tuple(t.new_empty(t.shape) for t in inputs))
 def xsa_gate_gradient_op(d_out: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y, v and gate."""
     return launch_xsa_gate(y, v, gate, d_out)
 
-
 @operator(lambda y, v, gate: y.new_empty(y.shape), lambda ctx, d_out: xsa_gate_gradient_op(d_out, *ctx.saved_tensors), keep=(0, 1, 2))
 def xsa_gate_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """xsa_gate() through the kernel."""
     return launch_xsa_gate(y, v, gate)[0]
-
 
 def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """y (T, H, D), v (T, KV, D), gate (T, H) -> gate (y - (y . v) / (v . v) v) in y's dtype, v that of the head's group (#265, #1787)."""
@@ -1225,7 +1172,6 @@ def mix_norm_reference(weights: Tensor, scale: float, eps: float, *streams: Tens
     """The first two outputs of mix_norm() in plain PyTorch; torch.compile fuses it into what comes before."""
     y = sum(w * x for w, x in zip(weights, streams)).to(streams[0].dtype)
     return y, F.rms_norm(y, y.shape[1:], eps=eps) * scale
-
 
 @triton.jit(do_not_specialize=["T"])
 def mix_norm_gradient_kernel(dy_ptr, dn_ptr, pass_ptr, w_ptr, a_ptr, b_ptr, c_ptr, da_ptr, db_ptr, dc_ptr, dw_ptr, T, scale, eps, D: tl.constexpr,
@@ -1261,7 +1207,6 @@ def mix_norm_gradient_kernel(dy_ptr, dn_ptr, pass_ptr, w_ptr, a_ptr, b_ptr, c_pt
     if c_ptr is not None:
         tl.store(out_ptr + 2 * D, tl.sum(sum_c, 0))
 
-
 @operator(lambda dy, dn, passing, weights, streams, scale, eps: [torch.empty_like(weights), *empty_like(*streams)])
 def mix_norm_gradient_op(dy: Tensor, dn: Tensor, passing: Tensor, weights: Tensor, streams: list[Tensor], scale: float, eps: float) -> list[Tensor]:
     """Gradients of the weights and of each stream. passing (T, d) is added to the gradient of the first."""
@@ -1289,7 +1234,6 @@ class MixNorm(torch.autograd.Function):
         d_weights, *grads = mix_norm_gradient_op(dy, dn, passing, weights, streams, *ctx.constants)
         return d_weights, None, None, *grads, *[None] * (3 - len(grads))
 
-
 def mix_norm(weights: Tensor, scale: float, eps: float, first: Tensor, second: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """weights (k, d) fp32, k = 2 or 3 streams (T, d) -> their sum by weights y (T, d), its RMSNorm times scale (T, d), and ``first`` as it came: who goes on
     with that has the gradients of all its uses added up where they arise."""
@@ -1313,21 +1257,17 @@ def segment_groups(cu_q: Tensor, cu_k: Tensor, window: int):
             mask = torch.ones(n, m, dtype=torch.bool, device=cu_q.device).tril(m - n)
             yield slice(at_q, end_q), slice(at_k, end_k), segments, mask if window < 0 else mask.triu(m - n - window)
 
-
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """q (B, KV, G, n, D), k (B, KV, 1, m, D) -> (B, KV, G, n, m), softmax over the keys that the mask allows."""
     return (q @ k.mT * q.size(-1) ** -0.5).masked_fill_(~mask, -torch.inf).softmax(-1)
-
 
 def heads_first(t: Tensor, segments: int, kv_heads: int) -> Tensor:
     """(segments n, H, D) -> (segments, KV, H / KV, n, D)."""
     return t.unflatten(0, (segments, -1)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
-
 def tokens_first(t: Tensor) -> Tensor:
     """(segments, KV, H / KV, n, D) -> (segments n, H, D)."""
     return t.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-
 
 def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1) -> tuple[Tensor, Tensor]:
     """Causal attention of packed segments in plain torch. The log-sum-exp is empty, since the backward pass recomputes."""
@@ -1336,7 +1276,6 @@ def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1) -> tuple
         qs, ks, vs = heads_first(q[at_q], segments, kv), heads_first(k[at_k], segments, kv), heads_first(v[at_k], segments, kv)
         out[at_q] = tokens_first(attention_weights(qs, ks, mask) @ vs)
     return out, q.new_empty(0, dtype=torch.float32)
-
 
 def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1):
     """Gradients of reference_forward by q, k, v, written out."""
@@ -1352,7 +1291,6 @@ def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, wi
         dv[at_k] = tokens_first((p.mT @ ds).sum(2, keepdim=True))
     return dq, dk, dv
 
-
 def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: out (Tq, H, D) and log-sum-exp (H, Tq) fp32."""
     nothing = [None] * 4
@@ -1360,19 +1298,16 @@ def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
                                               q.size(-1) ** -0.5, True, window, 0, num_splits=1)    # its own choice splits, and a combining kernel eats the gain
     return out, lse
 
-
 def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: gradients of q, k, v."""
     grads = empty_like(q, k, v)
     torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, *grads, cu_q, cu_k, None, None, max_q, max_k, q.size(-1) ** -0.5, True, window, 0)
     return grads                                                        # written in place; builds differ in what the operator returns
 
-
 def torch_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
     """torch's own FlashAttention 2: out and log-sum-exp."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, window_size_left=window, window_size_right=0)
     return out, lse
-
 
 def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     """torch's own FlashAttention 2: gradients of q, k, v."""
@@ -1382,7 +1317,6 @@ def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
 
 
 BACKENDS = {"fa3": (fa3_forward, fa3_backward), "torch": (torch_forward, torch_backward), "reference": (reference_forward, reference_backward)}
-
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
     """The first backend that loads and agrees with the reference on this device."""
@@ -1400,7 +1334,6 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
         except Exception as e:                                          # any fault of a third-party library only means: try the next
             reasons.append(f"{name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     raise UserError(f"ATTENTION={cfg.attention}: no backend works here ({'; '.join(reasons)})")
-
 
 def check_backend(name: str, cfg: Config, device: torch.device):
     """Forward and backward on two documents against the reference, with a window and without, relative error below 2 % (bf16)."""
@@ -1420,13 +1353,11 @@ def check_backend(name: str, cfg: Config, device: torch.device):
             if not error < 0.02:
                 raise RuntimeError(f"differs from the reference by {error:.1%}")
 
-
 @operator(lambda dout, q, k, v, *_: empty_like(q, k, v))
 def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
                           max_q: int, max_k: int, window: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v through the same backend."""
     return tuple(BACKENDS[backend][1](dout.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window)[:3])
-
 
 @operator(lambda q, k, v, cu_q, cu_k, max_q, max_k, window, backend: (*empty_like(q), q.new_empty((0,) if backend == "reference" else (q.size(1), q.size(0)),
                                                                                                   dtype=torch.float32)),
@@ -1434,7 +1365,6 @@ def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Te
 def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, window: int, backend: str) -> tuple[Tensor, Tensor]:
     """The chosen backend as one opaque operator: out (Tq, H, D) and what its backward needs, (H, Tq) fp32 or empty. window: tokens reached back, -1: all."""
     return BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k, window)
-
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, backend: str) -> Tensor:
     """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype. Flash kernels get bf16 whatever arrives (B68)."""
@@ -1453,7 +1383,6 @@ class Visit(NamedTuple):
     skip: int | None      # row of skip_weights and skip_gates
     source: int | None    # index of the visit whose output is merged
     lanes: bool
-
 
 def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second half merges their outputs, last first."""
@@ -1475,14 +1404,12 @@ class Cache(NamedTuple):
     values: Tensor        # (visits, rows, length, KV, D)
     last: Tensor          # (rows, model_dim)
 
-
 def project(x: Tensor, w: Tensor, delta: Callable | None = None, tap: Callable | None = None) -> Tensor:
     """x (tokens, in) @ w (out, in).T, plus an adapter's low-rank delta, while an optional tap watches the input."""
     if tap is not None:
         tap(x)
     y = F.linear(x, w)
     return y if delta is None else y + delta(x)
-
 
 def rms_norm(x: Tensor) -> Tensor:
     """x over the root mean square of its last dimension, no weight."""
@@ -1689,7 +1616,6 @@ class LoRA(NamedTuple):
         cut = lambda part: {kind: [t.detach()[:documents].requires_grad_() for t in visits] for kind, visits in part.items()}
         return self._replace(a=cut(self.a), b=cut(self.b))
 
-
 def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
     """A uniform in +-1/sqrt(in) and the same for every document, so that no score depends on the batch a document is in; B zero."""
     d, visits = model.cfg.model_dim, len(model.schedules[model.cfg.looped])
@@ -1715,7 +1641,6 @@ MUON_COEFFICIENTS = {                                                   # (a, b,
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
     "newton_schulz": ((3.4445, -4.7750, 2.0315),) * 5,
 }
-
 
 def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
     """Nearest semi-orthogonal matrices of u (n, rows, cols), by one odd quintic iteration for each (a, b, c). Five of Polar Express leave singular values
@@ -1874,16 +1799,13 @@ class Schedule:
         n = self.cfg.seq_change_warmup_steps
         return 1.0 if changed_at is None or n == 0 else min((step - changed_at + 1) / n, 1.0)
 
-
 def batch_nats(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None):
     """Nats of every target of the batch, fp32 (tokens,); with hints (tokens,) also their log-probabilities."""
     return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0), hint=hint)
 
-
 def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     """Sum of nats over this micro-batch's targets / ``total``, the tokens of the global batch."""
     return torch.where(batch.targets >= 0, batch_nats(model, batch, looped), 0.0).sum() / total
-
 
 def compiled(function: Callable, cfg: Config, device: torch.device) -> Callable:
     """One static graph per set of Python arguments on a GPU; eager on a CPU."""
@@ -1984,23 +1906,19 @@ FOLDED = {"attn_scale": "o", "mlp_scale": "down"}                       # vector
 SYMBOL_MAX = 127
 SCALE_STEPS, COLUMN_STEPS = 16, 4                                       # codes per octave of the scales of rows, 4.4 % apart, and of columns, 19 %
 
-
 def binary_roots(n: int) -> list[int]:
     """2**(i/n) * 2**60 for i < n; decimal's exp and ln are correctly rounded, so every machine agrees."""
     return [int((Decimal(2).ln() * i / n).exp() * 2**60) for i in range(n)]
 
-
 def quantize_scales(scale: np.ndarray) -> np.ndarray:
     """Positive float scales to int16 codes; quantise the weights with dequantize_scales(codes), and the rounding costs nothing but 2 % of step."""
     return np.clip(np.rint(np.log2(np.maximum(scale, 1e-30)) * SCALE_STEPS), -1600, 1600).astype(np.int16)
-
 
 def dequantize_scales(codes: np.ndarray) -> np.ndarray:
     """2**(code / 16), float32, equal on every machine."""
     roots = np.array(binary_roots(SCALE_STEPS), np.float64) / (1 << 60)
     codes = codes.astype(np.int64)
     return np.ldexp(roots[codes % SCALE_STEPS], codes // SCALE_STEPS).astype(np.float32)
-
 
 def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, Tensor]:
     """Sums of x x^T over the tokens at the input of every matrix, {kind: (layers, in, in) fp32}; visits of one layer add up.
@@ -2021,7 +1939,6 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
             sums |= {f"{name}.rows": gradient.square().sum(-1) for name, gradient in zip(MATRICES, gradients)}
     return sums
 
-
 def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> dict[str, Tensor]:
     """Mean of batch_moments over GPTQ_CALIBRATION_BATCHES, spread evenly over the training stream; RATE_DISTORTION alone needs the rows.
     Batches are dealt to the ranks and added in the same order everywhere, so the sums do not depend on the number of ranks."""
@@ -2034,7 +1951,6 @@ def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks)
             for kind, sums in mine.items():
                 total[kind] = total.get(kind, 0) + ranks.broadcast_(sums if rank == ranks.rank else torch.empty_like(sums), rank)
     return {kind: sums / batches for kind, sums in total.items()}
-
 
 def error_feedback(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """hessian (n, cols, cols) -> the order of columns (n, cols), by falling diagonal, and upper Cholesky factors of the inverses in that order, fp32.
@@ -2054,7 +1970,6 @@ def error_feedback(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         damp = torch.where(info > 0, (10 * damp).clamp_min(1e-6), damp)
     raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
 
-
 def gptq_block(w: Tensor, upper: Tensor, step: Tensor, column: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """Symbols and errors, like w, of w (n, block, rows); upper (n, block, block), step (n, rows), column and top (n, block), all fp32, as in gptq.
     Six small kernels for each column, which neither wait for the GPU nor depend on a value: so it can replay them as a CUDA graph."""
@@ -2066,7 +1981,6 @@ def gptq_block(w: Tensor, upper: Tensor, step: Tensor, column: Tensor, top: Tens
         torch.addcmul(x, s, size, value=-1, out=e).div_(pivot)
         w[:, j + 1:].addcmul_(e, upper[:, j, j + 1:, None], value=-1)
     return symbols, errors
-
 
 def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, column: Tensor | None = None, block: int = 128) -> Tensor:
     """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet rounded (GPTQ, arXiv 2210.17323).
@@ -2093,7 +2007,6 @@ def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, c
         w[:, rest].baddbmm_(upper[:, at, rest].mT, found[1], alpha=-1)
     return symbols.gather(1, order.argsort(dim=1)[:, :, None].expand_as(symbols)).mT.contiguous()
 
-
 @torch.no_grad()
 def folded_state(model: GPT) -> dict[str, Tensor]:
     """Parameters by name (fp32), the sublayer scales multiplied into the rows they scale and set to one."""
@@ -2109,7 +2022,6 @@ class Steps(NamedTuple):
     row: Tensor           # (layers, rows) fp32
     column: Tensor        # (layers, cols) fp32
     limit: int            # largest symbol
-
 
 def clip_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
     """The published recipe: *_CLIP_SIGMAS standard deviations of a row over the symbol range (#1394), times 2**saved.
@@ -2129,7 +2041,6 @@ def clip_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tenso
         fine = 2.0 ** (getattr(cfg, MATRICES[name].bits) - cfg.awq_lite_bits)
         steps[name].column[layer, at * cfg.awq_lite_group_size:(at + 1) * cfg.awq_lite_group_size] = fine
     return steps
-
 
 def rate_distortion_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
     """Steps at which one more bit anywhere lowers the loss by the same amount (reverse water-filling), for ARTIFACT_CAP bytes less ``saved`` bits a weight.
@@ -2158,7 +2069,6 @@ def rate_distortion_steps(model: GPT, weights: dict[str, Tensor], hessians: dict
         low, high = (middle, high) if spent > budget else (low, middle)
     return {name: s._replace(row=(s.row * 2 ** high).maximum(finest)) for (name, s), (_, finest, _, _) in zip(steps.items(), rates)}
 
-
 def lqer(error: Tensor, hessian: Tensor, cfg: Config) -> tuple[dict[str, np.ndarray], float]:
     """A correction A B of rank LQER_RANK for ``error`` (rows, cols): A int2 of one scale, B int4 of one scale for LQER_ASYM_GROUP values (#1797).
     It is the best in the norm tr(E H E^T), H by LQER_WEIGHT. Returns its arrays by suffix and the squared norm it removes for each byte."""
@@ -2174,12 +2084,10 @@ def lqer(error: Tensor, hessian: Tensor, cfg: Config) -> tuple[dict[str, np.ndar
     rest = (error - lqer_product(arrays, len(h)).to(error.device)).double() @ lower
     return arrays, float(weighted.square().sum() - rest.square().sum()) / (a.numel() / 4 + b.numel() / 2 + 2 * len(scales))
 
-
 def lqer_product(arrays: dict[str, np.ndarray], cols: int) -> Tensor:
     """A B (rows, cols) fp32 of lqer's arrays."""
     a, b, scales = (torch.from_numpy(arrays[name].astype(np.float32)) for name in ("lqer_a", "lqer_b", "lqer_scales"))
     return scales[0] * a @ (b * scales[1:, None]).flatten()[:a.size(1) * cols].view(-1, cols)
-
 
 def add_corrections(arrays: dict[str, np.ndarray], weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config):
     """LQER for the LQER_TOP_K matrices with the largest Frobenius error; by LQER_GAIN_SELECT those of four times as many that gain most for each byte."""
@@ -2190,7 +2098,6 @@ def add_corrections(arrays: dict[str, np.ndarray], weights: dict[str, Tensor], h
         found = sorted([f for f in found if f[0][1] > 0], key=lambda f: -f[0][1])[:cfg.lqer_top_k]
     for (parts, _), (name, layer) in found:
         arrays.update({f"{name}.{layer}.{suffix}": part for suffix, part in parts.items()})
-
 
 def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks, saved: float = 0.0) -> dict[str, np.ndarray]:
     """The arrays of the artifact: KIND.LAYER.symbols int8 (rows, cols), KIND.LAYER.step int16 codes of rows and KIND.LAYER.column int8 codes of columns
@@ -2222,7 +2129,6 @@ def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks,
             arrays[name] = value.half().cpu().numpy()
     return arrays
 
-
 def dequantize_matrix(arrays: dict[str, np.ndarray], name: str, layer: int) -> Tensor:
     """One matrix of quantize's arrays, (rows, cols) fp32."""
     parts = {suffix: arrays.get(f"{name}.{layer}.{suffix}") for suffix in ("symbols", "step", "column", "lqer_a", "lqer_b", "lqer_scales")}
@@ -2231,7 +2137,6 @@ def dequantize_matrix(arrays: dict[str, np.ndarray], name: str, layer: int) -> T
         w *= dequantize_scales(parts["column"].astype(np.int64) * (SCALE_STEPS // COLUMN_STEPS))
     w = torch.from_numpy(w)
     return w if parts["lqer_a"] is None else w + lqer_product(parts, w.size(1))
-
 
 def dequantize(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """Inverse of quantize up to the rounding: parameters by name, fp32. Sublayer scales come back as ones."""
@@ -2250,7 +2155,6 @@ def dequantize(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         state[vector] = torch.ones(state[matrix].shape[:2])
     return state
 
-
 def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
     """Copy parameters by name into the model; a missing, unknown or misshapen one is an error that names the file they came from."""
     with torch.no_grad():
@@ -2266,7 +2170,6 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
     if "logit_calibration" in state:
         model.calibration = calibration(state["logit_calibration"].to(model.tok_emb.device), piece_features(model.cfg).to(model.tok_emb.device))
 
-
 def piece_features(cfg: Config) -> Tensor:
     """What the tokenizer's pieces look like without their leading space: 14 overlapping categories (V, 14), 0 or 1 (#1924)."""
     import sentencepiece
@@ -2281,11 +2184,9 @@ def piece_features(cfg: Config) -> Tensor:
                                     text.islower(), text.isupper(), text.istitle()))
     return features
 
-
 def calibration(values: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """15 numbers -> the factor of the softcapped logits, 0.9..1.1, and what is added to them (V,), +-0.5 for each category."""
     return 0.9 + 0.2 * torch.sigmoid(values[0]), features @ values[1:].clamp(-0.5, 0.5)
-
 
 def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> np.ndarray:
     """The 15 numbers (fp32) of calibration() that suit the quantised model, from the first 131,072 training tokens; Adam, 256 steps (#1924)."""
@@ -2329,13 +2230,11 @@ PRIORS = ((700, 0.6), (2500, 0.4), (0, 0.0))   # (rows the prior correlation cou
 class ArtifactError(UserError):
     """The model file is damaged or not ours; the message names it and the remedy."""
 
-
 def half_gaussian(steps: int = 1024, top: int = 9) -> np.ndarray:
     """Mass of N(0, 1) on [0, i/steps] times 2**30, int64 (steps * top + 1,), by the trapezoid rule; decimal's exp is correctly rounded everywhere."""
     density = [int((Decimal(-i * i) / (2 * steps**2)).exp() * 2**64) for i in range(steps * top + 1)]
     area = list(itertools.accumulate((a + b for a, b in zip(density, density[1:])), initial=0))
     return np.array([(a << 29) // area[-1] for a in area], np.int64)
-
 
 def frequency_tables() -> np.ndarray:
     """Integer frequencies (mixtures, BUCKETS * PHASES, 256): a Gaussian mixture of the bucket's variance, integrated over unit bins."""
@@ -2360,12 +2259,10 @@ LOG_EDGES = np.array(binary_roots(2 * LOG)[1::2], np.float64) / (1 << 61)       
 FREQ = frequency_tables()
 COST = np.where(FREQ > 0, PROB_BITS - np.log2(np.maximum(FREQ, 1)), 0).astype(np.float32)     # bits; estimates only, never coded with
 
-
 def log2_fixed(x: np.ndarray) -> np.ndarray:
     """round(LOG * log2(x)), int64, equal on every machine."""
     mantissa, exponent = np.frexp(x)
     return (exponent.astype(np.int64) - 1) * LOG + np.searchsorted(LOG_EDGES, mantissa, side="right")
-
 
 def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Correlations (G, n, n), smallest eigenvalue above 1/64, to c = L diag(d) L^T: strictly lower L * 2**20 and d * 2**22, integers in float64.
@@ -2381,7 +2278,6 @@ def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             panel[:, j + 1:, j + 1:] -= np.rint(column[:, :, None] * (panel[:, None, j + 1:end - p, j] * 2.0**-20))
         a[:, p:, p:end] = panel
     return low, d
-
 
 def correlation(moments: np.ndarray) -> np.ndarray:
     """(G, n, n) second moments to correlations."""
@@ -2456,7 +2352,6 @@ class Stack:
         self.moments += q @ q.transpose(0, 2, 1)
         self.seen += end - start
 
-
 def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
     """Index into PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most two members."""
     members, rows, width = q.shape
@@ -2475,12 +2370,10 @@ def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
             best[i] += np.log(np.diag(low)).mean() + 0.5 * ((e * e).mean() - (odd * odd).mean()) + 0.002
     return int(best.argmin())
 
-
 def cell_starts(mixture: int) -> np.ndarray:
     """For every cell (table * 256 + symbol): frequency << PROB_BITS | sum of the frequencies before it."""
     freq = FREQ[mixture]
     return (freq << PROB_BITS | np.minimum(np.cumsum(freq, 1) - freq, (1 << PROB_BITS) - 1)).ravel()
-
 
 def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tuple[np.ndarray, np.ndarray]:
     """steps: (cells, starts), in the order of decoding. Returns states uint32 (lanes,) and words uint16.
@@ -2497,18 +2390,15 @@ def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tup
         state[:len(cells)] = (times << PROB_BITS) + (x - times * freq) + start
     return state.astype("<u4"), np.concatenate(words[::-1] + [np.empty(0, "<u2")])
 
-
 def common_weight(q: np.ndarray, axis: int) -> int:
     """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how far theirs lie apart."""
     spread = np.log((q.astype(np.float64)**2).mean(axis) + 1 / 12).var(1).mean() - 2 / q.shape[axis]
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
 
-
 def repeated_rows(q: np.ndarray) -> dict[int, int]:
     """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: embeddings of tokens that training never saw."""
     seen = {}
     return {i: first for i, row in enumerate(q[0]) if (first := seen.setdefault(row.tobytes(), i)) != i} if len(q) == 1 else {}
-
 
 def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
     """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of ``rider`` travel in it for nothing.
@@ -2550,7 +2440,6 @@ def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, 
     raw = zlib.compress(np.concatenate(escaped).astype("<i2").tobytes(), 9)
     sizes = struct.pack("<4I", len(side), len(raw), lanes, len(words))
     return b"".join((sizes, side, raw, states.tobytes(), words.tobytes())), min(len(rider), 2 * lanes)
-
 
 def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
     """Inverse of encode_stacks: the stacks, int16, and the rider (padded with zeros)."""
@@ -2596,7 +2485,6 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
 MAGIC, VERSION, FIXED = b"GPTGOLF\n", 1, struct.Struct("<8sIQII")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 
-
 def as_matrix(a: np.ndarray) -> np.ndarray:
     """An integer tensor as (R, C): vectors and matrices of two long sides are folded, the last row padded with zeros."""
     if a.ndim > 1 and min(len(a), a[0].size) <= 1024:
@@ -2604,12 +2492,10 @@ def as_matrix(a: np.ndarray) -> np.ndarray:
     width = 64 if a.ndim == 1 else 512
     return np.pad(a.ravel(), (0, -a.size % width)).reshape(-1, width)
 
-
 def planes(arrays: list[np.ndarray]) -> bytes:
     """Bytes of arrays of one dtype, most significant bytes of all values first."""
     data = b"".join(a.tobytes() for a in arrays)
     return np.frombuffer(data, np.uint8).reshape(-1, arrays[0].itemsize).T[::-1].tobytes()
-
 
 def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
     """Tensors (any numpy dtype) and ``meta`` (JSON) as the bytes of a model file. Integer tensors of 64 values or more are entropy-coded.
@@ -2634,12 +2520,10 @@ def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
     data = FIXED.pack(MAGIC, VERSION, total, len(head), len(code)) + head + code + raw[ridden:]
     return data + struct.pack("<I", zlib.crc32(data))
 
-
 def save_artifact(path: Path, tensors: dict[str, np.ndarray], meta: dict):
     """Write encode_artifact's bytes whole, by rename."""
     with whole_file(path) as f:
         f.write(encode_artifact(tensors, meta))
-
 
 def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
     """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or of another kind raises ArtifactError."""
@@ -2659,7 +2543,6 @@ def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
     at = FIXED.size + head
     return json.loads(zlib.decompress(data[FIXED.size:at])), data[at:at + code], data[at + code:-4]
 
-
 def load_artifact(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Inverse of encode_artifact: tensors and meta."""
     head, code, rest = read_artifact(path)
@@ -2667,7 +2550,6 @@ def load_artifact(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         return unpack_tensors(head, code, rest), head["meta"]
     except Exception as e:                                              # the checksum holds, so this is a file that was made wrongly
         raise ArtifactError(f"{path}: cannot be decoded ({type(e).__name__}: {e}); write it anew") from e
-
 
 def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray]:
     """The tensors that a model file's header describes."""
@@ -2701,14 +2583,12 @@ def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> 
             first, reach = reach, min(reach + stride, end)
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
-
 def pack_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
     """Consecutive windows into buffers of at most ``capacity`` tokens."""
     tokens, cuts = np.append(0, np.cumsum(windows[:, 2] - windows[:, 0])), [0]
     while cuts[-1] < len(windows):
         cuts.append(int(np.searchsorted(tokens, tokens[cuts[-1]] + capacity, side="right")) - 1)
     return [windows[lo:hi] for lo, hi in zip(cuts, cuts[1:])]
-
 
 def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tuple[Batch, np.ndarray, np.ndarray]:
     """One buffer of windows -> (batch, places scored in the buffer, targets they score in the stream)."""
@@ -2719,12 +2599,10 @@ def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tup
     places = np.flatnonzero(index >= np.repeat(windows[:, 1], lengths))
     return batch, places, index[places]
 
-
 def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
     """Write the nats (or pair with the hints' log-probabilities) that a forward found at places ``at`` as the scores of ``targets``, improved by an NGram."""
     parts = [t.detach()[at].double().cpu().numpy() for t in (found if isinstance(found, tuple) else (found,))]
     ledger.write(targets, parts[0] if ngram is None else ngram.scored(targets, *parts))
-
 
 def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
     """Where the bits of a finished pass are: BPB by document length and by position, both in tokens, and a 95 % interval over documents.
@@ -2790,7 +2668,6 @@ class Continuations(NamedTuple):
     seen: Tensor          # int64: how often the realised target was seen
     distinct: Tensor      # int64: how many different tokens were seen
 
-
 def run_starts(*keys: Tensor) -> Tensor:
     """Places (n,) bool where any of the sorted keys differs from the place before."""
     first = torch.zeros_like(keys[0], dtype=torch.bool)
@@ -2799,11 +2676,9 @@ def run_starts(*keys: Tensor) -> Tensor:
         first[1:] |= key[1:] != key[:-1]
     return first
 
-
 def latest(flags: Tensor) -> Tensor:
     """Index (n,) int64 of the last True at or before each place; flags[0] is True."""
     return flags.nonzero()[:, 0][flags.cumsum(0) - 1]
-
 
 def running_max(x: Tensor) -> Tensor:
     """Cumulative maximum of x (n,), not negative, by rows: a scan over one long row would occupy a single block of the GPU."""
@@ -2811,12 +2686,10 @@ def running_max(x: Tensor) -> Tensor:
     rows = F.pad(x, (0, -len(x) % width)).view(-1, width).cummax(1).values
     return torch.maximum(rows, F.pad(rows[:-1, -1].cummax(0).values, (1, 0))[:, None]).flatten()[:len(x)]
 
-
 def leader(start: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Inside groups that begin at ``start`` (n,): the highest of the counts (n,) so far, and where it was first reached."""
     highest = running_max((start << 32) + counts)
     return highest & 0xFFFFFFFF, latest(run_starts(highest))
-
 
 def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int, vocab: int):
     """Yield Continuations of order 2, 3, ..., ``orders``. tokens int32 (n + 1,); document and segment of each target int32 (n,), both rising.
@@ -2922,7 +2795,6 @@ class Segment(NamedTuple):
     last: int
     phase_ends: bool      # global SGD follows
 
-
 def plan_segments(documents: int, cfg: Config) -> list[Segment]:
     """Segments end at the phase boundaries PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES and otherwise every SEGMENT_DOCS."""
     prefix, phases = min(cfg.phased_ttt_prefix_docs, documents - 1), cfg.phased_ttt_num_phases
@@ -2930,14 +2802,12 @@ def plan_segments(documents: int, cfg: Config) -> list[Segment]:
     ends = sorted({*boundaries, *range(cfg.segment_docs, documents, cfg.segment_docs), documents})
     return [Segment(lo, hi, hi in boundaries) for lo, hi in zip([0, *ends], ends)]
 
-
 def plan_chunks(lengths: np.ndarray, cfg: Config) -> list[Segment]:
     """The segments of TTT_METHOD=sgd: whole documents of at least GLOBAL_TTT_CHUNK_TOKENS targets; all but the last are learnt from."""
     targets, ends = np.append(0, np.cumsum(lengths)), [0]
     while ends[-1] < len(lengths):
         ends.append(min(int(np.searchsorted(targets, targets[ends[-1]] + cfg.global_ttt_chunk_tokens)), len(lengths)))
     return [Segment(lo, hi, hi < len(lengths)) for lo, hi in zip(ends, ends[1:])]
-
 
 def chunk_ends(longest: int, cfg: Config) -> list[int]:
     """Ends of the chunks that cover ``longest`` positions: TTT_CHUNKS in order, its last size repeated. A function of position, never of a document's length."""
@@ -2953,7 +2823,6 @@ class Shape(NamedTuple):
     older: int            # cached tokens that may be attended to
     back: int             # scored tokens run again, so that gradients reach back through them
     count: int            # tokens of the chunk
-
 
 def lockstep(lengths: np.ndarray, cfg: Config, exact: bool):
     """Chunks of documents of these lengths, longest first: yields (begin, end, Shape). Finished rows leave the batch.
@@ -3098,7 +2967,6 @@ class DocumentTTT:
             start += self.cfg.ttt_warm_start / max(total, 1.0) * ranks.all_reduce_(drift)
             drift.zero_()
         self.documents = 0.0
-
 
 def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> list[list[np.ndarray]]:
     """Documents of a segment by falling length in batches, dealt to the ranks by falling cost: a batch costs what its longest row takes."""
@@ -3249,11 +3117,9 @@ if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
 exec(compile(s,__file__,"exec"))
 """
 
-
 def documented(tree: ast.Module) -> list:
     """Nodes whose first statement is a docstring and not the only one."""
     return [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1]
-
 
 def strip_source(source: str) -> str:
     """The source without comments, docstrings and blank lines; names, annotations and layout stay, since Triton and torch read them."""
@@ -3271,14 +3137,12 @@ def strip_source(source: str) -> str:
     kept = [line if number in inside else line.rstrip() for number, line in enumerate(lines, 1) if number not in drop and (number in inside or line.strip())]
     return "\n".join(kept) + "\n"
 
-
 def without_docstrings(source: str) -> str:
     """The syntax tree as text, docstrings left out."""
     tree = ast.parse(source)
     for node in documented(tree):
         del node.body[0]
     return ast.dump(tree)
-
 
 def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
@@ -3290,7 +3154,6 @@ def pack_script(source: str) -> bytes:
     for char, escape in (("\\", "\\\\"), ("\r", "\\r"), ("\n", "\\n"), ("\0", "\\x00"), ('"', '\\"')):
         payload = payload.replace(char, escape)
     return (BOOTSTRAP % payload).encode("latin-1")
-
 
 def unpack_script(path: Path) -> str:
     """The source inside a packed script, without running it."""
@@ -3337,12 +3200,10 @@ class Run:
     def ledger(self, name: str) -> Ledger:
         return Ledger(name, self.val.target_bytes, self.verdicts)
 
-
 def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
     default = RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
     return Path(cfg.artifact_dir or default)
-
 
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
@@ -3372,7 +3233,6 @@ def preflight(run: Run):
         if micro_batches < run.ranks.world:
             run.log(f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
 
-
 def train(run: Run, model: GPT):
     """Train the model and keep its weights on disk (trained.npz)."""
     model.init_weights(run.cfg.seed)
@@ -3389,13 +3249,11 @@ def train(run: Run, model: GPT):
             with whole_file(run.folder / "trained.npz") as f:
                 np.savez(f, meta=np.array(json.dumps(meta)), **{n: p.detach().cpu().numpy() for n, p in model.named_parameters()})
 
-
 def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
     with explained(f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it", OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         arrays = dict(np.load(path))
         return arrays, json.loads(str(arrays.pop("meta")))
-
 
 def load_trained(run: Run, model: GPT):
     """Put the weights of trained.npz into the model, and its counts and times into the result."""
@@ -3404,13 +3262,11 @@ def load_trained(run: Run, model: GPT):
     run.result["training"] = meta["training"]
     run.phases.seconds.update(meta["seconds"])
 
-
 def diagnose(run: Run, model: GPT, name: str):
     """BPB of the weights in memory, in a ledger and a time of its own."""
     with run.phases("diagnostic"):
         run.result["bpb"][name] = Scorer(model, run.cfg, run.ranks, run.log).score(run.val, run.ledger(name), run.cfg.eval_stride)
     run.log(f"{name}: {run.result['bpb'][name]:.5f} BPB")
-
 
 def write_artifact(run: Run, model: GPT):
     """Calibrate, quantise, and write model.bin and the packed train_gpt.py.
@@ -3450,13 +3306,11 @@ def write_artifact(run: Run, model: GPT):
     run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
     run.log("seconds: " + ", ".join(f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")))
 
-
 def quantized_calibration(run: Run, model: GPT, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """fit_logit_calibration for the weights as the artifact will give them back; the model stays as it is."""
     quantized = copy.deepcopy(model)
     load_state(quantized, dequantize(arrays), run.folder)
     return fit_logit_calibration(quantized, TrainStream(run.cfg), run.cfg, run.ranks)
-
 
 def score_artifact(run: Run, model: GPT):
     """Load model.bin from disk into the model and score it; the number comes from what ships."""
@@ -3493,7 +3347,6 @@ def score_artifact(run: Run, model: GPT):
             np.save(f, ledger.nats)
         run.log(f"ledger written to {cfg.ledger_path}")
 
-
 def finish(run: Run):
     """Verdicts, result.json and the final table."""
     cfg, result, phases = run.cfg, run.result, run.phases
@@ -3523,7 +3376,6 @@ def finish(run: Run):
     run.log(f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}" if not failed
             else f"no val_bpb: {', '.join(failed)} failed")
 
-
 def configure(env) -> Config:
     """Settings from the environment; where a run continues from a file, that file's settings stand where the environment says nothing."""
     cfg, stored, path = Config.from_env(env, check=False), {}, None
@@ -3536,7 +3388,6 @@ def configure(env) -> Config:
     unknown = sorted(set(stored) - set(cfg.settings()))
     require(not unknown, f"{path}: holds settings this script does not know ({', '.join(unknown)}); use the train_gpt.py that was packed with it")
     return Config.from_env(env, stored)
-
 
 def execute(cfg: Config):
     """One mode from beginning to end."""
@@ -3559,7 +3410,6 @@ def execute(cfg: Config):
         finish(run)
     finally:
         run.ranks.close()
-
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C."""
