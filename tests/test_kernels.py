@@ -92,6 +92,44 @@ def test_kernels_through_the_interpreter():
     assert " passed" in result.stdout
 
 
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
+def test_every_kernel_compiles_for_a_hopper_gpu(monkeypatch):
+    """Each launch of a training step, to machine code for sm_90: the interpreter accepts programs that the compiler refuses."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction, mangle_type
+    compiled = set()
+
+    def compile_only(kernel, *args, grid, warmup, num_warps=4, num_stages=3, **others):
+        values = dict(zip(kernel.arg_names, args)) | others
+        constant = {p.name for p in kernel.params if p.is_constexpr or values[p.name] is None}
+        source = triton.compiler.ASTSource(kernel, {n: "constexpr" if n in constant else mangle_type(v) for n, v in values.items()},
+                                           constexprs={(kernel.arg_names.index(n),): values[n] for n in constant})
+        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+        assert binary.metadata.shared <= 227 * 1024
+        compiled.add(kernel.fn.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    T, d = 256, 512
+    x, up, down, caps = randn(T, d, device="cpu"), randn(2048, d, device="cpu"), randn(d, 2048, device="cpu"), torch.full((2,), 30.0)
+    K.mlp_op(x, up, down, 0.5)
+    K.mlp_d_pre_op(x, down, randn(T, 2048, device="cpu"), 0.5)
+    z, targets = randn(T, 8192, device="cpu"), torch.zeros(T, dtype=torch.int64)
+    K.softcap_nll_op(z, targets, caps)
+    K.softcap_nll_gradient_op(z, targets, caps, torch.ones(T), True)
+    K.head_nll_op(x, randn(8192, d, device="cpu"), targets, caps, False)
+    for H, KV, D, copies in ((8, 4, 64, 2), (4, 2, 128, 2), (4, 2, 128, 1)):
+        rotation, gain = rope(T, D // 8, "cpu"), torch.ones(H)
+        q, k, v, rstd = K.qkv_heads_op(randn(T, (H + 2 * KV) * D, device="cpu"), gain, *rotation, KV, copies, 1e-6)
+        K.qkv_heads_gradient_op(q, k, v, v[:, :KV], q, k, gain, *rotation, rstd)
+        gate = torch.ones(T, H)
+        K.xsa_gate_op(q, v[:, :KV], gate)
+        K.xsa_gate_gradient_op(q, q, v[:, :KV], gate)
+    for streams in ([x, x], [x, x, x]):
+        K.mix_norm_gradient_op(x, x, x, torch.ones(len(streams), d), streams, 0.5, 1e-6)
+    assert compiled == {name for name in vars(K) if name.endswith("_kernel")}
+
+
 def test_references_serve_a_machine_without_triton():
     code = """
 import sys; sys.modules["triton"] = None
