@@ -137,7 +137,7 @@ class Config:
     parallel_final_lane: str = setting("mean", "what the two lanes end in", "mean, attn, mlp")
     # training
     max_wallclock_seconds: float = setting(600.0, "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read")
-    gptq_reserve_seconds: float = setting(16.0, "part of the budget kept for calibration and quantisation")
+    gptq_reserve_seconds: float = setting(12.0, "part of the budget kept for calibration and quantisation")
     iterations: int = setting(20000, "most steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many", POSITIVE)
     train_batch_tokens: int = setting(786432, "tokens of one step over all ranks", POSITIVE)
     micro_batch_tokens: int = setting(98304, "tokens of one forward; a step's micro-batches are dealt to the ranks, so results do not depend on their number", POSITIVE)
