@@ -673,6 +673,7 @@ class ValidationStream:
         check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg, from_start=True)
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         self.targets = len(self.tokens) - 1
+        self.lengths = np.diff(np.append(self.starts, self.targets))    # inputs of each document; its last target is the next one's BOS
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
         self.byte_source = "sidecar" if sidecars else "tokenizer"
         self.bytes = np.concatenate([open_shard(p) for p in sidecars]) if sidecars else tokenizer_bytes(cfg, self.tokens)
@@ -2845,7 +2846,6 @@ class DocumentTTT:
     def __init__(self, model: GPT, cfg: Config, val: ValidationStream, ledger: Ledger, ngram: NGram | None = None):
         self.model, self.cfg, self.val, self.ledger, self.ngram, self.device = model, cfg, val, ledger, ngram, model.tok_emb.device
         rows, device, visits = cfg.ttt_batch_size, self.device, len(model.schedules[cfg.looped])
-        self.lengths = np.diff(np.append(val.starts, val.targets))      # inputs of each document; its last target is the next one's BOS
         self.stream = torch.from_numpy(val.tokens.astype(np.int32)).to(device)
         self.hints = None if ngram is None else ngram.hints(np.arange(val.targets))
         self.begin, self.updates = torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), device=device)
@@ -2862,7 +2862,7 @@ class DocumentTTT:
         """Capture every graph that these batches need, on random tokens (B29). Only lengths of documents are read."""
         self.stream.random_(self.cfg.vocab_size, generator=torch.Generator(self.device).manual_seed(0))
         self.pool = torch.cuda.graph_pool_handle()
-        for shape in sorted({shape for batch in batches for *_, shape in lockstep(np.sort(self.lengths[batch])[::-1], self.cfg, False)}, reverse=True):
+        for shape in sorted({shape for batch in batches for *_, shape in lockstep(np.sort(self.val.lengths[batch])[::-1], self.cfg, False)}, reverse=True):
             self.graphs[shape] = self.capture(shape)
         self.stream.copy_(torch.from_numpy(self.val.tokens.astype(np.int32)))
 
@@ -2885,14 +2885,14 @@ class DocumentTTT:
             p.copy_(start.expand_as(p))
             v.zero_()
         self.updates.zero_()
-        for memory, values in ((self.row_starts, self.val.starts[documents]), (self.row_lengths, self.lengths[documents])):
+        for memory, values in ((self.row_starts, self.val.starts[documents]), (self.row_lengths, self.val.lengths[documents])):
             memory.zero_()
             memory[:len(documents)] = torch.from_numpy(values)
 
     def run(self, documents: np.ndarray):
         """documents: indices, at most TTT_BATCH_SIZE, in any order."""
-        documents = documents[np.argsort(-self.lengths[documents], kind="stable")]
-        starts, lengths = self.val.starts[documents], self.lengths[documents]
+        documents = documents[np.argsort(-self.val.lengths[documents], kind="stable")]
+        starts, lengths = self.val.starts[documents], self.val.lengths[documents]
         self.reset(documents)
         for begin, end, shape in lockstep(lengths, self.cfg, self.device.type == "cpu"):
             self.begin.fill_(begin)
@@ -2980,23 +2980,75 @@ def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> li
     return dealt
 
 
+class BaseLearner:
+    """Gradients of the base weights from validation targets, for whoever may learn from them."""
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, val: ValidationStream):
+        self.model, self.cfg, self.ranks, self.val, self.loss = model, cfg, ranks, val, compiled(batch_loss, cfg, ranks.device)
+        self.width = cfg.ttt_eval_seq_len
+        self.tokens = -(-cfg.global_ttt_chunk_tokens // (self.width * ranks.world)) * self.width    # of one micro-batch on one rank
+
+    def warm_up(self):
+        """Compile on random tokens."""
+        self.model.requires_grad_(True)
+        self.backward(np.random.default_rng(0).integers(0, self.cfg.vocab_size, self.tokens + 1), 1)
+        self.model.zero_grad()
+        self.model.requires_grad_(False)
+
+    def clipped_gradients(self, at: int, count: int):
+        """Gradients (.grad) of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
+        self.gradients(at, count)
+        parameters = list(self.model.parameters())
+        grads = self.ranks.all_reduce_flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        torch._foreach_mul_(grads, (self.cfg.global_ttt_grad_clip / (torch.stack(torch._foreach_norm(grads)).norm() + 1e-6)).clamp(max=1.0))
+        for p, grad in zip(parameters, grads):
+            p.grad = grad
+
+    def gradients(self, at: int, count: int):
+        """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and each rank takes neighbouring pieces, so no sum depends on their number."""
+        share = -(-count // (self.width * self.ranks.world)) * self.width
+        first, last = at + self.ranks.rank * share, min(at + (self.ranks.rank + 1) * share, at + count)
+        for lo in range(first, last, self.tokens):
+            self.backward(self.val.tokens[lo:min(lo + self.tokens, last) + 1].astype(np.int64), count)
+
+    def backward(self, tokens: np.ndarray, count: int):
+        """Add the gradient of the summed nats of tokens[1:] over ``count``."""
+        starts = np.union1d(np.flatnonzero(tokens[:-1] == self.cfg.bos_id), np.arange(0, len(tokens) - 1, self.width))
+        capacity = self.tokens if self.ranks.device.type == "cuda" else len(tokens) - 1     # padding pays for one graph only
+        batch = to_device(pack(tokens, starts, self.width, self.width, "val", capacity), self.ranks.device)
+        (self.loss(self.model, batch, 1, self.cfg.looped) / count).backward()       # a count inside would compile a graph for every value
+
+    def prequant(self, log: Log):
+        """AdamW over the whole validation set before any of it is scored (#1735, #1738): the published mistake, kept so that it can be measured."""
+        cfg, chunk, epochs = self.cfg, self.cfg.global_ttt_chunk_tokens, self.cfg.prequant_ttt_epochs
+        adam = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)
+        for epoch in range(epochs):
+            adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * math.cos(math.pi * epoch / max(epochs - 1, 1)))
+            for at in range(0, self.val.targets, chunk):
+                self.clipped_gradients(at, min(chunk, self.val.targets - at))
+                self.model.tok_emb.grad = None                          # Adam leaves alone what never had a gradient
+                for name, p in self.model.named_parameters():
+                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):        # stacked by layer
+                        p.grad[:cfg.prequant_ttt_freeze_blocks] = 0.0
+                adam.step()
+                adam.zero_grad()
+            log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
+
+
 class TestTimeTraining:
     """Scores the validation stream segment by segment, adapting within documents and, at phase boundaries, the base weights."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
         self.model, self.cfg, self.ranks, self.log, self.val, self.ledger = model, cfg, ranks, log, val, ledger
-        self.lengths, self.method = np.diff(np.append(val.starts, val.targets)), cfg.ttt_method if cfg.ttt_enabled else "none"
-        self.segments = plan_chunks(self.lengths, cfg) if self.method == "sgd" else plan_segments(len(self.lengths), cfg)
-        self.loss, self.sgd = compiled(batch_loss, cfg, ranks.device), None
-        width = cfg.ttt_eval_seq_len
-        self.sgd_tokens = -(-cfg.global_ttt_chunk_tokens // (width * ranks.world)) * width      # of one micro-batch on one rank
+        self.method = cfg.ttt_method if cfg.ttt_enabled else "none"
+        self.segments = plan_chunks(val.lengths, cfg) if self.method == "sgd" else plan_segments(len(val.lengths), cfg)
+        self.learner, self.sgd = BaseLearner(model, cfg, ranks, val), None
         sizes = [s.last - s.first for s in self.segments]
-        serial = sum(len(chunk_ends(int(self.lengths[s.first:s.last].max()), cfg)) for s in self.segments)
+        serial = sum(len(chunk_ends(int(val.lengths[s.first:s.last].max()), cfg)) for s in self.segments)
         log(f"test-time training ({self.method}): {len(sizes)} segment(s) of {sizes if len(sizes) < 30 else f'{min(sizes)}..{max(sizes)}'} documents"
             + (f"; critical path {serial:,} chunks in a row, the longest documents of the segments" if self.method == "lora" else ""))
         self.ngram = NGram(cfg, ranks, val, sizes, log) if cfg.ngram_enabled else None
         if self.method == "lora":
             self.adapters = DocumentTTT(model, cfg, val, ledger, self.ngram)
-            self.batches = [deal_batches(self.lengths[s.first:s.last], s.first, cfg, ranks.world)[ranks.rank] for s in self.segments]
+            self.batches = [deal_batches(val.lengths[s.first:s.last], s.first, cfg, ranks.world)[ranks.rank] for s in self.segments]
         else:
             self.scorer = Scorer(model, cfg, ranks, log, self.ngram)
 
@@ -3010,10 +3062,7 @@ class TestTimeTraining:
         elif on_gpu:
             self.adapters.prepare([batch for mine in self.batches for batch in mine])
         if on_gpu and self.method != "none" and any(s.phase_ends for s in self.segments):
-            self.model.requires_grad_(True)
-            tokens = np.random.default_rng(0).integers(0, self.cfg.vocab_size, self.sgd_tokens + 1)
-            self.sgd_backward(tokens, 1)
-            self.model.zero_grad()
+            self.learner.warm_up()
         self.ranks.synchronize()
         self.log(f"  compiled and captured {len(self.adapters.graphs) if self.method == 'lora' else 0} graphs in {time.perf_counter() - begun:.1f} s")
 
@@ -3050,7 +3099,7 @@ class TestTimeTraining:
         chunks = list(zip(edges, edges[1:])) * cfg.global_ttt_epochs
         begun = time.perf_counter()
         for i, (lo, hi) in enumerate(chunks):
-            self.clipped_gradients(lo, hi - lo)
+            self.learner.clipped_gradients(lo, hi - lo)
             share = i / len(chunks) if progress is None else progress
             self.sgd.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share))
             self.sgd.step()
@@ -3059,47 +3108,6 @@ class TestTimeTraining:
         self.ranks.synchronize()
         if progress is None:
             self.log(f"  base weights learnt from {end - begin:,} scored targets in {len(chunks)} steps, {time.perf_counter() - begun:.1f} s")
-
-    def prequant(self):
-        """AdamW over the whole validation set before any of it is scored (#1735, #1738): the published mistake, kept so that it can be measured."""
-        cfg, chunk, epochs = self.cfg, self.cfg.global_ttt_chunk_tokens, self.cfg.prequant_ttt_epochs
-        adam = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)
-        for epoch in range(epochs):
-            adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * math.cos(math.pi * epoch / max(epochs - 1, 1)))
-            for at in range(0, self.val.targets, chunk):
-                self.clipped_gradients(at, min(chunk, self.val.targets - at))
-                self.model.tok_emb.grad = None                          # Adam leaves alone what never had a gradient
-                for name, p in self.model.named_parameters():
-                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):        # stacked by layer
-                        p.grad[:cfg.prequant_ttt_freeze_blocks] = 0.0
-                adam.step()
-                adam.zero_grad()
-            self.log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
-
-    def clipped_gradients(self, at: int, count: int):
-        """Gradients (.grad) of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
-        self.sgd_gradient(at, count)
-        parameters = list(self.model.parameters())
-        grads = self.ranks.all_reduce_flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        torch._foreach_mul_(grads, (self.cfg.global_ttt_grad_clip / (torch.stack(torch._foreach_norm(grads)).norm() + 1e-6)).clamp(max=1.0))
-        for p, grad in zip(parameters, grads):
-            p.grad = grad
-
-    def sgd_gradient(self, at: int, count: int):
-        """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and each rank takes neighbouring pieces, so no sum depends on their number."""
-        width = self.cfg.ttt_eval_seq_len
-        share = -(-count // (width * self.ranks.world)) * width
-        first, last = at + self.ranks.rank * share, min(at + (self.ranks.rank + 1) * share, at + count)
-        for lo in range(first, last, self.sgd_tokens):
-            self.sgd_backward(self.val.tokens[lo:min(lo + self.sgd_tokens, last) + 1].astype(np.int64), count)
-
-    def sgd_backward(self, tokens: np.ndarray, count: int):
-        """Add the gradient of the summed nats of tokens[1:] over ``count``."""
-        width = self.cfg.ttt_eval_seq_len
-        starts = np.union1d(np.flatnonzero(tokens[:-1] == self.cfg.bos_id), np.arange(0, len(tokens) - 1, width))
-        capacity = self.sgd_tokens if self.ranks.device.type == "cuda" else len(tokens) - 1     # padding pays for one graph only
-        batch = to_device(pack(tokens, starts, width, width, "val", capacity), self.ranks.device)
-        (self.loss(self.model, batch, 1, self.cfg.looped) / count).backward()       # a count inside would compile a graph for every value
 
 
 # ======== Packer ==============================================================================================================================================
@@ -3403,7 +3411,7 @@ def execute(cfg: Config):
             diagnose(run, model, "trained")
             if cfg.prequant_ttt_enabled:                                # scoring the artifact opens the door that keeps its number out of val_bpb
                 with run.phases("prequant"):
-                    TestTimeTraining(model, cfg, run.ranks, run.log, run.val, run.ledger("prequant")).prequant()
+                    BaseLearner(model, cfg, run.ranks, run.val).prequant(run.log)
                 diagnose(run, model, "prequant")
             write_artifact(run, model)
         score_artifact(run, model)

@@ -102,6 +102,7 @@ class Stream:
         self.tokens = np.concatenate(documents).astype(np.uint16)
         self.starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
         self.targets = len(self.tokens) - 1
+        self.lengths = np.diff([*self.starts, self.targets])
         self.target_bytes = np.where(self.tokens == BOS, 0, self.tokens % 5 + 1).astype(np.uint16)[1:]
 
     def ledger(self) -> "train_gpt.Ledger":

@@ -130,7 +130,7 @@ def test_first_layers_and_the_embedding_stay_frozen():
     model.init_weights(0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     stream = Stream(random_documents([60, 40, 90]))
-    train_gpt.TestTimeTraining(model, cfg, ranks(cfg), Silent(), stream, stream.ledger()).prequant()
+    train_gpt.BaseLearner(model, cfg, ranks(cfg), stream).prequant(Silent())
     moved = {n: (p.detach() != before[n]) for n, p in model.named_parameters()}
     assert not moved["tok_emb"].any()
     for name in ("qkv", "o", "up", "down", "q_gain", "resid_mix"):
