@@ -1502,7 +1502,8 @@ class GPT(nn.Module):
             skip = None if visit.skip is None else (outputs[visit.source], *self.skip_factors(visit.skip))
             lanes, x0, kv = self.block(lanes, layer, weights[layer], x0, skip, rope, seq, delta, watch, past)
             outputs.append(lanes[0])
-            fresh += [kv] * (cache is not None)                         # otherwise nobody asks, and they are 0.2 GB a visit in training
+            if cache is not None:                                       # nobody else asks, and they are 0.2 GB a visit in training
+                fresh.append(kv)
         final = {"mean": 0.5 * (lanes[0] + lanes[-1]), "attn": lanes[0], "mlp": lanes[-1]}[self.cfg.parallel_final_lane]
         hidden = rms_norm(final if len(lanes) == 2 else lanes[0])
         if cache is None:
