@@ -12,7 +12,7 @@ DEMO_DATA := $(PY) prepare_data.py --source stdlib --vocab-size 1024 --val-docs 
 demo: $(READY)
 	$(DEMO_DATA)
 	rm -rf runs/demo
-	set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; MAX_WALLCLOCK_SECONDS=170 GPTQ_RESERVE_SECONDS=10 ARTIFACT_DIR=runs/demo $(PY) train_gpt.py
+	set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; ATTN_WINDOW=64 MAX_WALLCLOCK_SECONDS=170 GPTQ_RESERVE_SECONDS=10 ARTIFACT_DIR=runs/demo $(PY) train_gpt.py
 	@echo; echo "The packed train_gpt.py and model.bin alone, in an empty folder and a clean process:"
 	@alone=$$(mktemp -d) && trap 'rm -rf "$$alone"' EXIT && cp runs/demo/train_gpt.py runs/demo/model.bin "$$alone" && cd "$$alone" \
 		&& env -i PATH="$$PATH" CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \

@@ -66,7 +66,8 @@ def test_a_near_miss_without_our_prefix_warns(capsys):
 
 
 BAD = {"ITERATIONS": ("ten", "1.5", ""), "MATRIX_LR": ("fast", "nan"), "EMA_DECAY": ("inf", "1"), "COMPILE": ("maybe",), "NUM_HEADS": ("7",), "NUM_KV_HEADS": ("3",),
-       "ROPE_DIMS": ("15", "130"), "VOCAB_SIZE": ("70000",), "LOOP_END": ("2", "11"), "PARALLEL_FINAL_LANE": ("both",), "GATE_WINDOW": ("0",), "DEVICE": ("tpu",),
+       "ROPE_DIMS": ("15", "130"), "ATTN_FULL_LAYERS": ("2;5", "2,", "all"), "ATTN_WINDOW": ("-1",),
+       "VOCAB_SIZE": ("70000",), "LOOP_END": ("2", "11"), "PARALLEL_FINAL_LANE": ("both",), "GATE_WINDOW": ("0",), "DEVICE": ("tpu",),
        "ATTENTION": ("fa4000",), "MUON_BACKEND_STEPS": ("6",), "EVAL_STRIDE": ("-1", "4096"), "VAL_BATCH_TOKENS": ("100",), "MATRIX_BITS": ("9",), "EMBED_BITS": ("1",),
        "TRAIN_SEQ_SCHEDULE": ("1024", "1024@0.5", "a@b", "0@0.5,2048@1", "2048@nan"), "GPTQ_RESERVE_SECONDS": ("600",)}
 

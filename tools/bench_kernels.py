@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import train_gpt as K
 
-T, D, HIDDEN, V, H, KV, HEAD = 98_304, 512, 2048, 8192, 8, 4, 64
+T, D, HIDDEN, V, H, KV, HEAD = 98_304, 512, 2048, 8192, 4, 2, 128
 TILES = {  # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, programs per multiprocessor
     "forward": [(128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 4, 1), (128, 128, 32, 4, 6, 2)],
     "backward": [(128, 128, 32, 4, 5, 2), (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 3, 1), (128, 128, 64, 4, 2, 2)],
@@ -136,7 +136,7 @@ def main():
     x, up, down, head = randn(T, D), randn(HIDDEN, D, scale=D ** -0.5), randn(D, HIDDEN, scale=HIDDEN ** -0.5), randn(V, D, scale=0.1)
     z, targets, caps = randn(T, V, scale=5.0), torch.randint(V, (T,), device="cuda"), torch.full((2,), 30.0, device="cuda")
     qkv, gain = randn(T, (H + 2 * KV) * HEAD), torch.full((H,), 5.0, device="cuda")
-    angle = torch.arange(T, device="cuda")[:, None] % 2048 * 10_000.0 ** (-torch.arange(8, device="cuda") / 8)
+    angle = torch.arange(T, device="cuda")[:, None] % 2048 * 10_000.0 ** (-torch.arange(16, device="cuda") / 16)
     rope, v = (angle.cos(), angle.sin()), qkv.view(T, -1, HEAD)[:, -KV:]
     residual, mix = randn(T, D), torch.rand(2, D, device="cuda")
     y, gate, row = randn(T, H, HEAD), torch.rand(T, H, device="cuda"), torch.full((T,), 1 / T, device="cuda")
@@ -154,10 +154,10 @@ def main():
          (x, head, targets, caps), (0, 1), row, 3 * logits),
         ("head: head_nll", K.head_nll, lambda x, w, *t: K.softcap_nll_reference(F.linear(x, w), *t), (x, head, targets, caps), (0, 1), row, 3 * logits),
         ("qkv_heads, and flips of q, k, v", lambda *t: attention(*K.qkv_heads(*t, KV, H // KV, 1e-6)), lambda *t: attention(*K.qkv_heads_reference(*t, KV, H // KV, 1e-6)),
-         (qkv, gain, *rope), (0, 1), randn(1), A * HEAD * (16 + 24 + 2 * 28 + 28 + 12 + 16) / copy),
+         (qkv, gain, *rope), (0, 1), randn(1), A * HEAD * (8 + 12 + 2 * 14 + 14 + 6 + 8) / copy),
         ("mix_norm", lambda *t: mixed(K.mix_norm, *t), lambda *t: mixed(lambda *t: (*K.mix_norm_reference(*t), t[3]), *t), (mix, x, residual), (0, 1, 2), randn(T, D),
          A * D * (2 + 2 + 5 + 2) / copy),
-        ("xsa_gate", K.xsa_gate, K.xsa_gate_reference, (y, v, gate), (0, 1, 2), randn(T, H, HEAD), A * HEAD * (8 + 4 + 8 + 8 + 8 + 4 + 8 + 4) / copy),
+        ("xsa_gate", K.xsa_gate, K.xsa_gate_reference, (y, v, gate), (0, 1, 2), randn(T, H, HEAD), A * HEAD * (4 + 2 + 4 + 4 + 4 + 2 + 4 + 2) / copy),
     ]
     print(f"{'forward and backward':32} {'kernel':>9} {'compiled':>9} {'floor':>7}   ms;  peak GB kernel, compiled")
     for name, kernel, reference, inputs, learns, grad, floor in cases:

@@ -101,8 +101,8 @@ def attention(tokens: int | None) -> Iterator[tuple[str, str, float, float, floa
         forward, backward = ours.BACKENDS[name]
         for kv in sorted({cfg.num_kv_heads, heads}):
             qkv = machine.randn(cfg.micro_batch_tokens, heads + 2 * cfg.num_kv_heads, width)
-            q, k, v = qkv.split((heads, cfg.num_kv_heads, cfg.num_kv_heads), 1)     # v is a strided view of the product, as in the model
-            q, k, dout = q.contiguous(), k.contiguous(), machine.randn(*q.shape)
+            q, k, v = (t.contiguous() for t in qkv.split((heads, cfg.num_kv_heads, cfg.num_kv_heads), 1))
+            dout = machine.randn(*q.shape)
             if kv > cfg.num_kv_heads:
                 k, v = (t.repeat_interleave(kv // cfg.num_kv_heads, 1) for t in (k, v))
             for window in windows:

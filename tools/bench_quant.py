@@ -112,7 +112,8 @@ class Lab:
     def __init__(self, trained: Path):
         arrays, meta = ours.read_trained(trained)
         known = {f.name for f in dataclasses.fields(ours.Config)}
-        self.cfg = ours.Config.from_env(os.environ, stored={k: v for k, v in meta["settings"].items() if k in known})
+        stored = {"attn_window": 0} | meta["settings"]                  # weights older than that setting were trained without windows
+        self.cfg = ours.Config.from_env(os.environ, stored={k: v for k, v in stored.items() if k in known})
         self.ranks = ours.Ranks(self.cfg)
         torch.set_float32_matmul_precision("high")
         backend = ours.choose_attention(self.cfg, self.ranks.device)
