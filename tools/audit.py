@@ -927,9 +927,10 @@ def seeds(a: Audit) -> tuple[str, str]:
 
 @check
 def evidence(a: Audit) -> tuple[str, str]:
-    """README.md and submission.json of the folder against its logs and results; logs without tracebacks and private paths."""
-    claim, readme = a.folder / "submission.json", a.folder / "README.md"
-    logs = {p.name: p.read_text(encoding="utf-8", errors="replace") for p in sorted(a.folder.glob("*.log"))}
+    """README.md and submission.json of the folder against the logs and results there and of the other seeds; logs without tracebacks and private paths."""
+    claim, readme, folders = a.folder / "submission.json", a.folder / "README.md", (a.folder, *a.seeds)
+    logs = {f"{folder.name}/{p.name}" if folder in a.seeds else p.name: p.read_text(encoding="utf-8", errors="replace")
+            for folder in folders for p in sorted(folder.glob("*.log"))}
     faults = [f"{name} holds a traceback" for name, text in logs.items() if "Traceback (most recent call last)" in text]
     faults += [f"{name} holds a private path" for name, text in logs.items() if re.search(r"(?<![\w.])/(?:home|root|Users)/\w+", text)]
     if not claim.is_file() and not readme.is_file():
@@ -937,7 +938,7 @@ def evidence(a: Audit) -> tuple[str, str]:
             return FAIL, "; ".join(faults)
         raise NotRun(f"no README.md or submission.json in {a.folder.name} ({len(logs)} logs without traceback or private path)")
     found = read_json(claim)
-    results = [read_json(p) for p in sorted(a.folder.glob("*result*.json"))]
+    results = [read_json(p) for folder in folders for p in sorted(folder.glob("*result*.json"))]
     text = "\n".join(logs.values()) + json.dumps(results)
     shown = {float(number) for number in re.findall(r"\d+\.\d{3,}", text)}
     sizes = {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]{3,}", text)}

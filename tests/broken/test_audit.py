@@ -110,3 +110,13 @@ def test_a_prefix_ends_in_a_phrase_that_it_holds_already(tmp_path):
     prefix = audit.telling_prefix(shared, 200).tolist()
     assert prefix[0] == shared.data.bos and prefix.count(shared.data.bos) == 1 and 150 < len(prefix) <= 201
     assert any(prefix[i:i + 2] == prefix[-2:] for i in range(1, len(prefix) - 2))
+
+
+def test_a_submission_of_several_seeds_needs_the_logs_of_all(tmp_path, capsys):
+    first, second = (copy_of(artifact(), tmp_path / name) for name in ("first", "second"))
+    own = json.loads((first / "result.json").read_text())["val_bpb"]
+    (second / "train.log").write_text("val_bpb 1.234567 on all targets\n")
+    claim = {"val_bpb": (own + 1.234567) / 2, "seed_results": {"1": {"val_bpb": own}, "2": {"val_bpb": 1.234567}}}
+    (first / "submission.json").write_text(json.dumps(claim))
+    assert run(first, "--only", "evidence") == 1 and "seed 2 val_bpb 1.234567" in capsys.readouterr().out
+    assert run(first, "--only", "evidence", "--seeds", str(second)) == 0
