@@ -1,4 +1,5 @@
 """The model against a plain reference written from the published formulas, and the properties that scores rest on: causality, isolation, caches, graphs."""
+import dataclasses
 import math
 
 import numpy as np
@@ -192,10 +193,12 @@ def test_published_visit_lists():
     assert [v.layer for v in train_gpt.visit_schedule(Config(), True) if v.lanes] == [8, 9, 10]
 
 
-def test_default_parameter_count():
+@pytest.mark.parametrize("heads, parameters", (({}, 35_945_099), ({"num_heads": 8, "num_kv_heads": 4}, 35_945_671)))
+def test_parameter_count(heads, parameters):
+    """With 8 heads that of #1855; a head fewer has a gain and a gate of 12 fewer in each layer."""
     with torch.device("meta"):
-        model = GPT(Config(), "reference", torch.float32)
-    assert sum(p.numel() for p in model.parameters()) == 35_945_671
+        model = GPT(dataclasses.replace(Config(), **heads), "reference", torch.float32)
+    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 def test_initial_weights():

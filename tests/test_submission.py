@@ -77,7 +77,7 @@ def test_a_number_changed_in_submission_json_is_caught(runs, tmp_path, capsys, k
 
 SPOILED = {
     "trained": lambda r: r["bpb"].__setitem__("trained", r["bpb"]["trained"] - 0.01), "total": lambda r: r["bytes"].__setitem__("total", r["bytes"]["total"] - 1),
-    "headline": lambda r: (r["bpb"].__setitem__("quantized", 1.0), r.__setitem__("val_bpb", 1.0)), "seconds": lambda r: r["seconds"].__setitem__("eval", 0.1),
+    "headline": lambda r: (r["bpb"].__setitem__("quantized", 1.0), r.__setitem__("val_bpb", 1.0)), "seconds": lambda r: r["seconds"].__setitem__("eval", r["seconds"]["eval"] + 1),
     "verdict": lambda r: r["verdicts"]["C1"].__setitem__("verdict", "PASS"), "setting": lambda r: r["settings"].__setitem__("matrix_lr", 0.1),
     "hidden fail": lambda r: r["verdicts"]["C3"].update(verdict="FAIL"), "loss": lambda r: r["training"]["curve"][-1].__setitem__(2, 1.0),
     "targets": lambda r: r["data"].__setitem__("val_targets", 5), "hash": lambda r: r.__setitem__("settings_sha256", "0"), "source": lambda r: r.__setitem__("source_sha256", "0")}

@@ -183,7 +183,7 @@ ValidationStream.__init__ = joined
     scorer("B33", "the schedule of chunks depends on a document's length", "lengths", """
 _run = DocumentTTT.run
 def run(self, documents):
-    self.cfg = dataclasses.replace(self.cfg, ttt_chunks="4,8,16" if int(self.lengths[documents].max()) > 100 else "8,16")
+    self.cfg = dataclasses.replace(self.cfg, ttt_chunks="4,8,16" if int(self.val.lengths[documents].max()) > 100 else "8,16")
     _run(self, documents)
 DocumentTTT.run = run
 """),
