@@ -1249,7 +1249,8 @@ def mix_norm(weights: Tensor, scale: float, eps: float, first: Tensor, second: T
 # ======== Attention backends: one operator, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference ===================================
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor, window: int):
-    """Runs of consecutive segments of equal lengths: (slice of queries, slice of keys, segments, causal mask (n, m) aligned at its end)."""
+    """Runs of consecutive segments of equal lengths: (slice of queries, slice of keys, segments, causal mask (n, m) aligned at its end,
+    of keys at most ``window`` back, -1: all)."""
     end_q = end_k = 0
     lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
     for (n, m), run in itertools.groupby(pair for pair in lengths if pair != (0, 0)):

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import bench  # noqa: E402
 import bench_parts  # noqa: E402
 import bench_runs  # noqa: E402
+import processes  # noqa: E402
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_a_stopped_run_leaves_nothing_behind(tmp_path, monkeypatch):
                       "print('pids', os.getpid(), child.pid, flush=True)\nprint('wanted', flush=True)\ntime.sleep(60)\nprint('never')\n")
     seen = bench_runs.read([sys.executable, str(script)], dict(os.environ), "^wanted")
     assert [line.split()[0] for _, line in seen] == ["pids", "wanted"] and 0.5 < seen[0][0] <= seen[1][0] < 30
-    assert not any(bench_runs.alive(int(pid)) for pid in seen[0][1].split()[1:])
+    assert not any(processes.alive(int(pid)) for pid in seen[0][1].split()[1:])
 
 
 def test_a_run_that_ends_early_says_why():

@@ -1,9 +1,7 @@
 """`bench.py startup` and `bench.py scaling`: whole runs of train_gpt.py in processes of their own, timed by the lines they print and ended once the last wanted one is there."""
-import contextlib
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from processes import stop
 
 import train_gpt as ours
 
@@ -29,47 +28,11 @@ def environment(folder: str, **settings) -> dict[str, str]:
     return kept | {"ARTIFACT_DIR": str(Path(folder, "run")), "MAX_WALLCLOCK_SECONDS": "0", "TTT_ENABLED": "0"} | {name: str(value) for name, value in settings.items()}
 
 
-def descendants(pid: int) -> list[int]:
-    """Children of a process and theirs, where there is a /proc."""
-    found = []
-    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, listing.read_text().split()):
-                found += [child, *descendants(child)]
-    return found
-
-
-def alive(pid: int) -> bool:
-    """Whether a process still runs; a dead one that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def stop(child: subprocess.Popen) -> None:
-    """SIGTERM, which train_gpt.py and torchrun unwind; then SIGKILL, also for torchrun's workers, which are in sessions of their own."""
-    if child.poll() is not None:
-        return
-    family = [*descendants(child.pid), child.pid]
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(GRACE)
-    for pid in filter(alive, family):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    child.kill()                                                        # where there is no /proc
-    child.wait()
-    while any(map(alive, family)):                                      # the next run must find the machine idle
-        time.sleep(0.05)
-
-
 def read(command: list[str], env: dict[str, str], last: str) -> list[tuple[float, str]]:
     """(seconds since the start, line) of all that a command prints up to the first line matching ``last``; there it is ended."""
     seen, started = [], time.perf_counter()
     child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
-    watchdog = threading.Timer(PATIENCE, stop, [child])
+    watchdog = threading.Timer(PATIENCE, stop, [child, GRACE])
     watchdog.start()
     try:
         for line in child.stdout:
@@ -78,7 +41,7 @@ def read(command: list[str], env: dict[str, str], last: str) -> list[tuple[float
                 return seen
     finally:
         watchdog.cancel()
-        stop(child)
+        stop(child, GRACE)
         child.stdout.close()
     raise SystemExit("\n".join((f"{shlex.join(command)} ended before a line like {last!r}. Its last lines:", *(line for _, line in seen[-15:]))))
 

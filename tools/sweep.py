@@ -12,7 +12,6 @@ Each run has a folder in --out. Every attempt, failed and bad ones too, is a lin
 runs that ended well with these settings and this script are not repeated. Ctrl-C ends the current run cleanly and says how to go on.
 """
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -32,6 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from tools.processes import stop  # noqa: E402
 
 START_SECONDS = 180                                                 # start, compilation and diagnostics of one run at full size, from the logs of runs on an H200
 PASSED_ON = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "ATTENTION", "FA3_LIBRARY", "COMPILE")
@@ -225,18 +225,7 @@ def execute(run: Planned, folder: Path, args: argparse.Namespace, status) -> int
                 status(line.rstrip())
             return child.wait()
         finally:
-            stop(child)
-
-
-def stop(child: subprocess.Popen) -> None:
-    """SIGTERM, which train_gpt.py unwinds; SIGKILL for what is left of the session after 30 s."""
-    for signum, patience in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
-        if child.poll() is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signum)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(patience)
+            stop(child, grace=30)
 
 
 class Status:
