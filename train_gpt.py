@@ -20,6 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import itertools
@@ -100,7 +101,6 @@ class Config:
     quantize_only: bool = setting(False, "start from ARTIFACT_DIR/trained.npz instead of training")
     check_only: bool = setting(False, "run every pre-flight check and stop")
     device: str = setting("auto", "where to run; auto: a GPU if there is one", "auto, cpu, cuda")
-    compile: bool = setting(True, "torch.compile on a GPU; the CPU always runs eagerly")
     attention: str = setting("auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, torch, reference")
     fa3_library: str = setting("", "shared object that registers torch.ops.flash_attn_3 (for example of the xformers wheel)")
     # model
@@ -292,7 +292,7 @@ class Config:
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
 
-NOT_SETTINGS = frozenset(("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device", "compile",
+NOT_SETTINGS = frozenset(("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device",
                           "attention", "fa3_library", "rank", "local_rank", "world_size", "train_log_every"))
 OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "AWQ_", "LOOP_", "ROPE_", "EMBED_", "MLP_", "ATTN_", "MATRIX_", "XSA_", "EMA_",
                 "NGRAM_", "PHASED_", "PREQUANT_", "GLOBAL_TTT_", "PARALLEL_", "SMEAR_", "SPARSE_", "SKIP_", "RATE_", "GATED_", "LOGIT_",
@@ -437,7 +437,7 @@ class Clock:
 
 class Phases:
     """Wall seconds by phase, and the two budgets they add up to: training data changes the model, or validation data is touched."""
-    BUDGET = {"steps": "train", "calibrate": "train", "quantize": "train", "load": "eval", "compile_eval": "eval", "score": "eval", "adapt": "eval",
+    BUDGET = {"steps": "train", "calibrate": "train", "quantize": "train", "load": "eval", "prepare": "eval", "score": "eval", "adapt": "eval",
               "read": "eval", "prequant": "eval", "setup": None, "warmup": None, "diagnostic": None, "write": None}
 
     def __init__(self, ranks: Ranks, log: Log):
@@ -570,7 +570,7 @@ class Seq(NamedTuple):
     """Where the documents of a packed buffer lie. Attention is causal, aligned at the end, inside each (query, key) segment."""
     cu_q: Tensor          # int32 (segments + 1,): query offsets
     cu_k: Tensor          # int32 (segments + 1,): key offsets; the same tensor unless a cache is read
-    max_q: int            # upper bounds of the segment lengths, constant over a run so that no graph depends on a batch
+    max_q: int            # upper bounds of the segment lengths
     max_k: int
     positions: Tensor     # int32 (tokens,): offset in the document; 0 means that no previous token may be seen
 
@@ -600,10 +600,9 @@ def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split:
     return Batch(torch.from_numpy(padded_inputs), torch.from_numpy(padded_targets), Seq(cu, cu, max_len, max_len, torch.from_numpy(positions)), split)
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy without waiting. The number of documents is marked dynamic: no compiled graph depends on it."""
+    """Copy without waiting."""
     move = lambda t: t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
     cu = move(batch.seq.cu_q)
-    torch._dynamo.mark_dynamic(cu, 0)
     return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions)))
 
 def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool = False):
@@ -738,6 +737,7 @@ def describe_data(cfg: Config, val: ValidationStream) -> dict:
 
 
 # ======== Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two ====================================
+# Training runs eagerly: these kernels and cuBLAS are all that a step launches on (tokens, channels), and nothing is compiled but they.
 
 try:
     import triton
@@ -747,39 +747,24 @@ try:
 except ImportError:                                                     # without Triton only the references exist
     triton, tl, INTERPRET = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f)), SimpleNamespace(constexpr=int), None
 HEAD_ROWS = 32                                                          # rows of head_dim elements per program of 4 warps
-MIX_ROWS, MIX_PROGRAMS = 4, 3                                           # rows of a tile of mix_norm's gradient, programs per multiprocessor
+MIX_ROWS, MIX_PROGRAMS = 4, 3                                           # rows of a tile of mix(), programs per multiprocessor
 MLP_TILES = {"forward": (128, 128, 64, 4, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}     # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
 
-@torch.compiler.assume_constant_result
-def has_kernels(device: torch.device) -> bool:
-    """Triton is there and the device is a Hopper GPU or newer (TMA, wgmma), or Triton interprets."""
-    return bool(INTERPRET) or (INTERPRET is not None and device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9)
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a Hopper GPU or a newer one (TMA, wgmma); 2 where Triton interprets; 0 where the kernels cannot run."""
+    if INTERPRET:
+        return 2
+    properties = torch.cuda.get_device_properties(device) if INTERPRET is not None and device.type == "cuda" else None
+    return properties.multi_processor_count if properties and properties.major >= 9 else 0
 
 def use_kernels(x: Tensor, width: int = 16) -> bool:
     """Whether bf16 x can go through the Triton kernels; ``width``, of a head or of the stream, must be a power of two."""
-    return x.dtype == torch.bfloat16 and width & (width - 1) == 0 and has_kernels(x.device)
+    return x.dtype == torch.bfloat16 and width & (width - 1) == 0 and processors(x.device) > 0
 
 def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Contiguous tensors of the same shapes, unset."""
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
-
-def operator(outputs: Callable, gradient: Callable | None = None, keep: tuple[int, ...] = ()):
-    """Decorator of NAME_op: the operator golf::NAME, opaque to torch.compile. outputs(*inputs) makes empty tensors like its outputs.
-    Only the first output has a gradient. gradient(ctx, gradient of that output) gives those of the inputs; ctx.saved_tensors are the items of (*inputs,
-    *outputs) whose numbers are in ``keep``, ctx.constants the inputs that are no tensors."""
-    def context(ctx, inputs, output):
-        values = *inputs, *(output if isinstance(output, tuple) else (output,))
-        ctx.save_for_backward(*(values[i] for i in keep))
-        ctx.constants = [x for x in inputs if not isinstance(x, Tensor)]
-        ctx.mark_non_differentiable(*values[len(inputs) + 1:])
-
-    def register(function):
-        op = torch.library.custom_op(f"golf::{function.__name__.removesuffix('_op')}", function, mutates_args=())
-        op.register_fake(outputs)
-        if gradient is not None:
-            op.register_autograd(lambda ctx, d_out, *_: gradient(ctx, d_out), setup_context=context)
-        return op
-    return register
 
 
 # --- MLP: down(leaky_relu(up(x))^2) ---
@@ -835,39 +820,39 @@ def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: 
     (T, K), N = a.shape, hidden.size(1)
     bm, bn, bk, warps, stages, per_sm = tile or MLP_TILES["backward" if backward else "forward"]
     bn, bk = min(bn, N & -N), min(bk, K & -K)                           # every model width has a tile, if not a fast one
-    processors = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
-    programs = min(processors * per_sm, triton.cdiv(T, bm) * (N // bn))
+    programs = min(processors(a.device) * per_sm, triton.cdiv(T, bm) * (N // bn))
     desc = TensorDescriptor.from_tensor
     words = desc(hidden.view(torch.int32), [bm, bn // 4])
     mlp_gemm_kernel[(programs,)](desc(a, [bm, bk]), desc(b, [bk, bn] if backward else [bn, bk]), words, desc(d_pre, [bm, bn // 2]) if backward else words,
                                  slope, T, N, K, backward, bm, bn, bk, num_warps=warps, num_stages=stages)
 
-@operator(lambda d_out, w_down, hidden, slope: torch.empty_like(hidden))
-def mlp_d_pre_op(d_out: Tensor, w_down: Tensor, hidden: Tensor, slope: float) -> Tensor:
-    """Gradient of the pre-activations: (d_out @ w_down) times the slope that hidden remembers, (T, h) bf16."""
-    d_pre = torch.empty_like(hidden)
-    mlp_gemm(d_out.contiguous(), w_down.contiguous(), hidden, d_pre, slope)
-    return d_pre
 
-def mlp_backward(ctx, d_out):
-    """d_out (T, d) -> gradients of x (T, d), w_up (h, d) and w_down (d, h) where they are needed."""
-    x, w_up, w_down, hidden = ctx.saved_tensors
-    need_x, need_up, need_down, _ = ctx.needs_input_grad                # test-time training freezes the weights
-    d_pre = mlp_d_pre_op(d_out, w_down, hidden, *ctx.constants) if need_x or need_up else None
-    return d_pre @ w_up if need_x else None, d_pre.T @ x if need_up else None, d_out.T @ hidden if need_down else None, None
+class MLP(torch.autograd.Function):
+    """mlp() through the fused products and cuBLAS; bf16."""
+    @staticmethod
+    def forward(ctx, x, w_up, w_down, slope):
+        x, w_up, w_down = x.contiguous(), w_up.contiguous(), w_down.contiguous()
+        hidden = x.new_empty(len(x), len(w_up))
+        mlp_gemm(x, w_up, hidden, None, slope)
+        ctx.save_for_backward(x, w_up, w_down, hidden)
+        ctx.mark_non_differentiable(hidden)
+        ctx.slope = slope
+        return F.linear(hidden, w_down), hidden
 
-@operator(lambda x, w_up, w_down, slope: (x.new_empty(len(x), len(w_down)), x.new_empty(len(x), len(w_up))), mlp_backward, keep=(0, 1, 2, 5))
-def mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """mlp() through the fused kernel and one cuBLAS product; bf16."""
-    hidden = x.new_empty(len(x), len(w_up))
-    mlp_gemm(x.contiguous(), w_up.contiguous(), hidden, None, slope)
-    return F.linear(hidden, w_down), hidden
+    @staticmethod
+    def backward(ctx, d_out, _):
+        x, w_up, w_down, hidden = ctx.saved_tensors
+        need_x, need_up, need_down, _ = ctx.needs_input_grad            # test-time training freezes the weights
+        if need_x or need_up:                                           # d(pre-activation): d_out @ w_down times the slope that hidden remembers
+            d_pre = torch.empty_like(hidden)
+            mlp_gemm(d_out.contiguous(), w_down, hidden, d_pre, ctx.slope)
+        return d_pre @ w_up if need_x else None, d_pre.T @ x if need_up else None, d_out.T @ hidden if need_down else None, None
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d), hidden (T, h); hidden is for observers and has no gradient.
     The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens."""
     fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0            # a tile's least sides
-    return (mlp_op if fits and use_kernels(x) else mlp_reference)(x, w_up, w_down, slope)
+    return (MLP.apply if fits and use_kernels(x) else mlp_reference)(x, w_up, w_down, slope)
 
 
 # --- Cross-entropy of softcapped logits ---
@@ -928,43 +913,46 @@ def launch_softcap_nll(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tenso
     softcap_nll_kernel[(T,)](z, targets, caps, row_grad, nll, lse, dz, d_caps if want_caps else None, V, block, num_warps=min(32, max(1, block // 512)))
     return nll, lse, d_caps
 
-@operator(lambda z, targets, caps, row_grad, want_caps: (z.new_empty(z.shape), z.new_empty(len(z) if want_caps else 0, 2, dtype=torch.float32)))
-def softcap_nll_gradient_op(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tensor, want_caps: bool) -> tuple[Tensor, Tensor]:
-    """dz (T, V) in z's dtype and, if wanted, the gradient of the caps by row (T, 2)."""
-    z = z.contiguous()
-    dz = torch.empty_like(z)
-    return dz, launch_softcap_nll(z, targets, caps, row_grad.float().contiguous(), dz, want_caps)[2]
 
-def softcap_nll_backward(ctx, d_nll):
-    """d_nll (T,) fp32 -> gradients of z (T, V) and, where needed, of the caps (2,)."""
-    dz, d_caps = softcap_nll_gradient_op(*ctx.saved_tensors, d_nll, ctx.needs_input_grad[2])
-    return dz, None, d_caps.sum(0) if ctx.needs_input_grad[2] else None
-
-@operator(lambda z, targets, caps: tuple(z.new_empty(len(z), dtype=torch.float32) for _ in range(2)), softcap_nll_backward, keep=(0, 1, 2))
-def softcap_nll_op(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
+class SoftcapNLL(torch.autograd.Function):
     """softcap_nll() through the kernel."""
-    return launch_softcap_nll(z.contiguous(), targets, caps)[:2]
+    @staticmethod
+    def forward(ctx, z, targets, caps):
+        z = z.contiguous()
+        nll, lse, _ = launch_softcap_nll(z, targets, caps)
+        ctx.save_for_backward(z, targets, caps)
+        ctx.mark_non_differentiable(lse)
+        return nll, lse
+
+    @staticmethod
+    def backward(ctx, d_nll, _):
+        z, targets, caps = ctx.saved_tensors
+        dz = torch.empty_like(z)
+        d_caps = launch_softcap_nll(z, targets, caps, d_nll.float().contiguous(), dz, ctx.needs_input_grad[2])[2]
+        return dz, None, d_caps.sum(0) if ctx.needs_input_grad[2] else None
 
 def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """z (T, V) before the softcap, targets (T,) int64, caps (2,) fp32 (positive, negative) -> nats (T,), log-sum-exp (T,), both fp32.
     Gradients reach z and caps through the nats; the log-sum-exp has none."""
-    return (softcap_nll_op if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
+    return (SoftcapNLL.apply if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
 
-def head_nll_backward(ctx, d_nll):
-    """d_nll (T,) fp32 -> gradients of x (T, d), w (V, d) and the caps (2,) where needed; d nll / d z lies where the logits were."""
-    x, w, dz, d_caps = ctx.saved_tensors
-    need_x, need_w, _, need_caps, _ = ctx.needs_input_grad
-    row = d_nll[:, None]
-    return ((dz @ w * row).to(x.dtype) if need_x else None, dz.T @ (x * row).to(x.dtype) if need_w else None, None,
-            (d_caps * row).sum(0) if need_caps else None, None)
 
-@operator(lambda x, w, targets, caps, want_caps: (x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(w)),
-                                                  x.new_empty(len(x) if want_caps else 0, 2, dtype=torch.float32)), head_nll_backward, keep=(0, 1, 6, 7))
-def head_nll_op(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, want_caps: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats (T,), and in place of the logits their gradient (T, V); the caps' gradient by row if wanted."""
-    z = F.linear(x, w)
-    nll, _, d_caps = launch_softcap_nll(z, targets, caps, dz=z, want_caps=want_caps)
-    return nll, z, d_caps                                               # z now holds d nll / d z
+class HeadNLL(torch.autograd.Function):
+    """head_nll() whose logits are overwritten by d nll / d logits in the forward pass."""
+    @staticmethod
+    def forward(ctx, x, w, targets, caps):
+        z = F.linear(x, w)
+        nll, _, d_caps = launch_softcap_nll(z, targets, caps, dz=z, want_caps=ctx.needs_input_grad[3])
+        ctx.save_for_backward(x, w, z, d_caps)
+        return nll
+
+    @staticmethod
+    def backward(ctx, d_nll):
+        x, w, dz, d_caps = ctx.saved_tensors
+        need_x, need_w, _, need_caps = ctx.needs_input_grad
+        row, dx = d_nll[:, None], dz @ w if need_x else None            # products with fp32 rows go back into bf16 in one pass
+        return (torch.mul(dx, row, out=dx) if need_x else None, dz.T @ torch.mul(x, row, out=torch.empty_like(x)) if need_w else None, None,
+                (d_caps * row).sum(0) if need_caps else None)
 
 def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
     """softcap_nll of x (T, d) @ w (V, d).T in nats (T,), for training: the logits are overwritten by their gradient in the forward pass.
@@ -972,7 +960,7 @@ def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
     twice (1 read, 1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304)."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or caps.requires_grad)
     if use_kernels(x) and differentiable:
-        return head_nll_op(x, w, targets, caps, caps.requires_grad)[0]
+        return HeadNLL.apply(x, w, targets, caps)
     return softcap_nll(F.linear(x, w), targets, caps)[0]
 
 
@@ -1059,44 +1047,26 @@ def qkv_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, d_own_ptr, q_ptr, k_ptr, g
         if head < H:
             tl.store(dot_ptr + row * H + head, dot, mask=row < T)
 
-def qkv_heads_outputs(qkv, gain, cos, sin, kv_heads, copies, eps):
-    """Empty q (T, H, D), k and v (T, copies KV, D) in qkv's dtype and 1 / rms of the heads of q and k (T, H + KV) fp32."""
-    T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
-    k, v = (qkv.new_empty(T, copies * kv_heads, D) for _ in range(2))
-    return qkv.new_empty(T, H, D), k, v, qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
-
-@operator(qkv_heads_outputs)
-def qkv_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What qkv_heads_outputs describes, filled."""
-    q, *_ = outputs = qkv_heads_outputs(qkv, gain, cos, sin, kv_heads, copies, eps)
-    T, H, D = q.shape
-    dense = (t.contiguous() for t in (qkv, gain, cos, sin))
-    qkv_heads_kernel[(triton.cdiv(T, HEAD_ROWS) * (H + 2 * kv_heads),)](*dense, *outputs, T, eps, H, kv_heads, copies, D, cos.size(1), HEAD_ROWS)
-    return outputs
-
-@operator(lambda dq, dk, dv, d_own, q, *_: (q.new_empty(len(q), (q.size(1) + 2 * d_own.size(1)) * q.size(2)), q.new_empty(q.shape[:2], dtype=torch.float32)))
-def qkv_heads_gradient_op(dq: Tensor, dk: Tensor, dv: Tensor, d_own: Tensor, q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
-                          rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the packed qkv (T, (H + 2 KV) D), and q . dq of each head (T, H) fp32."""
-    (T, H, D), KV = q.shape, d_own.size(1)
-    d_qkv, dot = q.new_empty(T, (H + 2 * KV) * D), q.new_empty(T, H, dtype=torch.float32)
-    dense = (t.contiguous() for t in (dq, dk, dv, d_own, q, k, gain, cos, sin))
-    qkv_heads_gradient_kernel[(triton.cdiv(T, HEAD_ROWS) * (H + 2 * KV),)](*dense, rstd, d_qkv, dot, T, H, KV, k.size(1) // KV, D, cos.size(1), HEAD_ROWS)
-    return d_qkv, dot
-
 
 class QKVHeads(torch.autograd.Function):
-    """A Function around the operators, because the last output is a view of the packed input, which no custom operator may return."""
+    """qkv_heads() through the kernels."""
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, kv_heads, copies, eps):
-        q, k, v, rstd = qkv_heads_op(qkv, gain, cos, sin, kv_heads, copies, eps)
+        qkv, gain, cos, sin = (t.contiguous() for t in (qkv, gain, cos, sin))
+        T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
+        q, k, v = (qkv.new_empty(T, heads, D) for heads in (H, copies * kv_heads, copies * kv_heads))
+        rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)      # 1 / rms of the heads of q and k
+        qkv_heads_kernel[(triton.cdiv(T, HEAD_ROWS) * (H + 2 * kv_heads),)](qkv, gain, cos, sin, q, k, v, rstd, T, eps, H, kv_heads, copies, D, cos.size(1), HEAD_ROWS)
         ctx.save_for_backward(q, k, gain, cos, sin, rstd)
-        return q, k, v, qkv.unflatten(1, (-1, q.size(2)))[:, -kv_heads:]
+        return q, k, v, qkv.unflatten(1, (-1, D))[:, -kv_heads:]
 
     @staticmethod
-    def backward(ctx, dq, dk, dv, d_own):
+    def backward(ctx, *grads):
         q, k, gain, cos, sin, rstd = ctx.saved_tensors
-        d_qkv, dot = qkv_heads_gradient_op(dq, dk, dv, d_own, q, k, gain, cos, sin, rstd)
+        (T, H, D), KV, grads = q.shape, grads[3].size(1), [t.contiguous() for t in grads]
+        d_qkv, dot = q.new_empty(T, (H + 2 * KV) * D), q.new_empty(T, H, dtype=torch.float32)       # dot: q . dq
+        qkv_heads_gradient_kernel[(triton.cdiv(T, HEAD_ROWS) * (H + 2 * KV),)](*grads, q, k, gain, cos, sin, rstd, d_qkv, dot, T, H, KV, k.size(1) // KV, D,
+                                                                             cos.size(1), HEAD_ROWS)
         return d_qkv, dot.sum(0) / gain if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1110,14 +1080,14 @@ def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 
 # --- XSA and the gate of each head's output ---
 
-def xsa_gate_reference(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
     """xsa_gate() in plain PyTorch."""
     grouped, v = y.unflatten(1, (v.size(1), -1)).float(), v[:, :, None].float()
     along = (grouped * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp_min(1e-12)
-    return ((grouped - along * v).flatten(1, 2) * gate[:, :, None]).to(y.dtype)
+    return ((grouped - along * v).flatten(1, 2) * (top * torch.sigmoid(slope * z.float()))[:, :, None]).to(y.dtype)
 
 @triton.jit(do_not_specialize=["T"])
-def xsa_gate_kernel(y_ptr, v_ptr, gate_ptr, d_out_ptr, out_ptr, dv_ptr, d_gate_ptr, T, v_stride, KV: tl.constexpr, GROUP: tl.constexpr,
+def xsa_gate_kernel(y_ptr, v_ptr, z_ptr, d_out_ptr, out_ptr, dv_ptr, dz_ptr, T, v_stride, slope, top, KV: tl.constexpr, GROUP: tl.constexpr,
                     D: tl.constexpr, BLOCK: tl.constexpr):
     """Rows are (token, KV head); the GROUP query heads that share a value pass one after another. With d_out_ptr backward: out is d(y)."""
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -1129,124 +1099,214 @@ def xsa_gate_kernel(y_ptr, v_ptr, gate_ptr, d_out_ptr, out_ptr, dv_ptr, d_gate_p
         head = row * GROUP + g
         at = head[:, None] * D + d
         y = tl.load(y_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + head, mask=row < T * KV, other=0.0).to(tl.float32)[:, None]
+        opened = tl.sigmoid(slope * tl.load(z_ptr + head, mask=row < T * KV, other=0.0).to(tl.float32))
         along = tl.sum(y * v, 1)[:, None] * inverse
         kept = y - along * v
         if d_out_ptr is None:
-            tl.store(out_ptr + at, (kept * gate).to(out_ptr.dtype.element_ty), mask=ok)
+            tl.store(out_ptr + at, (kept * (top * opened)[:, None]).to(out_ptr.dtype.element_ty), mask=ok)
         else:
             d_out = tl.load(d_out_ptr + at, mask=ok, other=0.0).to(tl.float32)
-            tl.store(d_gate_ptr + head, tl.sum(d_out * kept, 1).to(d_gate_ptr.dtype.element_ty), mask=row < T * KV)
-            d_kept = d_out * gate
+            dz = tl.sum(d_out * kept, 1) * (top * slope) * opened * (1.0 - opened)
+            tl.store(dz_ptr + head, dz.to(dz_ptr.dtype.element_ty), mask=row < T * KV)
+            d_kept = d_out * (top * opened)[:, None]
             d_along = tl.sum(d_kept * v, 1)[:, None] * inverse
             tl.store(out_ptr + at, (d_kept - d_along * v).to(out_ptr.dtype.element_ty), mask=ok)
             dv += 2.0 * along * d_along * v - d_along * y - along * d_kept
     if d_out_ptr is not None:
         tl.store(dv_ptr + row[:, None] * D + d, dv.to(dv_ptr.dtype.element_ty), mask=ok)
 
-def launch_xsa_gate(y: Tensor, v: Tensor, gate: Tensor, d_out: Tensor | None = None):
-    """-> (out like y, None, None), or with d_out the gradients of y, v and gate. v's heads lie side by side, its tokens at any stride."""
+def launch_xsa_gate(inputs: tuple, slope: float, top: float, d_out: Tensor | None, out: Tensor, dv: Tensor | None = None, dz: Tensor | None = None):
+    """Fills out, or with d_out the gradients of the inputs y, v and z: out, dv, dz."""
+    y, v, z = inputs
     T, KV, D = v.shape
-    v = v if v.stride()[1:] == (D, 1) else v.contiguous()
-    y, gate, d_out = y.contiguous(), gate.contiguous(), d_out.contiguous() if d_out is not None else None
-    results = torch.empty_like(y), *((None, None) if d_out is None else (v.new_empty(v.shape), torch.empty_like(gate)))
-    xsa_gate_kernel[(triton.cdiv(T * KV, HEAD_ROWS),)](y, v, gate, d_out, *results, T, v.stride(0), KV, y.size(1) // KV, D, HEAD_ROWS)
-    return results
-
-@operator(lambda d_out, *inputs: tuple(t.new_empty(t.shape) for t in inputs))
-def xsa_gate_gradient_op(d_out: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, v and gate."""
-    return launch_xsa_gate(y, v, gate, d_out)
-
-@operator(lambda y, v, gate: y.new_empty(y.shape), lambda ctx, d_out: xsa_gate_gradient_op(d_out, *ctx.saved_tensors), keep=(0, 1, 2))
-def xsa_gate_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """xsa_gate() through the kernel."""
-    return launch_xsa_gate(y, v, gate)[0]
-
-def xsa_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """y (T, H, D), v (T, KV, D), gate (T, H) -> gate (y - (y . v) / (v . v) v) in y's dtype, v that of the head's group (#265, #1787)."""
-    return (xsa_gate_op if use_kernels(y, y.size(2)) else xsa_gate_reference)(y, v, gate)
+    xsa_gate_kernel[(triton.cdiv(T * KV, HEAD_ROWS),)](y, v, z, d_out, out, dv, dz, T, v.stride(0), slope, top, KV, y.size(1) // KV, D, HEAD_ROWS)
 
 
-# --- Streams mixed channel by channel, and the RMSNorm of the mixture ---
+class XSAGate(torch.autograd.Function):
+    """xsa_gate() through the kernel. v's heads lie side by side, its tokens at any stride."""
+    @staticmethod
+    def forward(ctx, y, v, z, slope, top):
+        inputs, out = (y.contiguous(), v if v.stride()[1:] == (v.size(2), 1) else v.contiguous(), z.contiguous()), y.new_empty(y.shape)
+        launch_xsa_gate(inputs, slope, top, None, out)
+        ctx.save_for_backward(*inputs)
+        ctx.constants = slope, top
+        return out
 
-def mix_norm_reference(weights: Tensor, scale: float, eps: float, *streams: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two outputs of mix_norm() in plain PyTorch; torch.compile fuses it into what comes before."""
-    y = sum(w * x for w, x in zip(weights, streams)).to(streams[0].dtype)
-    return y, F.rms_norm(y, y.shape[1:], eps=eps) * scale
+    @staticmethod
+    def backward(ctx, d_out):
+        grads = empty_like(*ctx.saved_tensors)
+        launch_xsa_gate(ctx.saved_tensors, *ctx.constants, d_out.contiguous(), *grads)
+        return *grads, None, None
+
+def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
+    """y (T, H, D), v (T, KV, D), z (T, H) -> top sigmoid(slope z) (y - (y . v) / (v . v) v) in y's dtype, v that of the head's group (#265, #1787)."""
+    return (XSAGate.apply if use_kernels(y, y.size(2)) else xsa_gate_reference)(y, v, z, slope, top)
+
+
+# --- Sums of streams weighted channel by channel, and their RMSNorm ---
+
+ONE, NO = -1, -2                                                        # in a form of mix(): the stream as it is; not at all
+
+def mix_reference(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor) -> tuple[Tensor, ...]:
+    """mix() in plain PyTorch."""
+    outputs = []
+    for row, scale, kept in zip(form, scales, keep):
+        terms = [x if r == ONE else weights[r] * x for r, x in zip(row, streams) if r != NO]
+        y = sum(terms[1:], terms[0]).to(streams[0].dtype)
+        outputs += [y] * kept + ([] if scale is None else [F.rms_norm(y, y.shape[1:], eps=eps) * scale])
+    return tuple(outputs)
+
+@triton.jit
+def load_all(ptrs, at, ok):
+    """The tiles at ``at`` of all pointers, fp32."""
+    tiles = ()
+    for i in tl.static_range(len(ptrs)):
+        tiles = tiles + (tl.load(ptrs[i] + at, mask=ok, other=0.0).to(tl.float32),)
+    return tiles
+
+@triton.jit
+def load_rows(w_ptr, R: tl.constexpr, D: tl.constexpr):
+    """The R rows of weights (R, D), each (1, D)."""
+    rows = ()
+    for r in tl.static_range(R):
+        rows = rows + (tl.load(w_ptr + r * D + tl.arange(0, D)[None, :]),)
+    return rows
+
+@triton.jit
+def mixture(xs, ws, FORM: tl.constexpr, m: tl.constexpr):
+    """The sum of tiles xs, each by the row of ws that row m of FORM names."""
+    y = tl.zeros(xs[0].shape, tl.float32)
+    for k in tl.static_range(len(xs)):
+        if FORM[m][k] == -1:
+            y += xs[k]
+        elif FORM[m][k] >= 0:
+            y += ws[FORM[m][k]] * xs[k]
+    return y
 
 @triton.jit(do_not_specialize=["T"])
-def mix_norm_gradient_kernel(dy_ptr, dn_ptr, pass_ptr, w_ptr, a_ptr, b_ptr, c_ptr, da_ptr, db_ptr, dc_ptr, dw_ptr, T, scale, eps, D: tl.constexpr,
-                             ROWS: tl.constexpr):
-    """Gradients of streams a, b and, where given, c; the gradient that passes through a is added to it. Each program leaves its sum of those of the weights."""
-    col = tl.arange(0, D)[None, :]
-    wa, wb = tl.load(w_ptr + col), tl.load(w_ptr + D + col)
-    wc = tl.load(w_ptr + 2 * D + col) if c_ptr is not None else wb
-    sum_a = tl.zeros((ROWS, D), tl.float32)
-    sum_b, sum_c = sum_a, sum_a
+def mix_kernel(streams, w_ptr, ys, ns, scales, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Each of ys and ns may be None."""
+    ws = load_rows(w_ptr, R, D)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        at, ok = row * D + col, row < T
-        a, b = tl.load(a_ptr + at, mask=ok, other=0.0).to(tl.float32), tl.load(b_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        y = wa * a + wb * b
-        if c_ptr is not None:
-            c = tl.load(c_ptr + at, mask=ok, other=0.0).to(tl.float32)
-            y += wc * c
-        y = y.to(dy_ptr.dtype.element_ty).to(tl.float32)
-        dy, dn = tl.load(dy_ptr + at, mask=ok, other=0.0).to(tl.float32), tl.load(dn_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
-        g = dy + scale * rstd * (dn - y * (rstd * rstd * tl.sum(y * dn, 1)[:, None] / D))
-        tl.store(da_ptr + at, (wa * g + tl.load(pass_ptr + at, mask=ok, other=0.0)).to(da_ptr.dtype.element_ty), mask=ok)
-        tl.store(db_ptr + at, (wb * g).to(db_ptr.dtype.element_ty), mask=ok)
-        sum_a += g * a
-        sum_b += g * b
-        if c_ptr is not None:
-            tl.store(dc_ptr + at, (wc * g).to(dc_ptr.dtype.element_ty), mask=ok)
-            sum_c += g * c
-    out_ptr = dw_ptr + tl.program_id(0) * (2 * D if c_ptr is None else 3 * D) + tl.arange(0, D)
-    tl.store(out_ptr, tl.sum(sum_a, 0))
-    tl.store(out_ptr + D, tl.sum(sum_b, 0))
-    if c_ptr is not None:
-        tl.store(out_ptr + 2 * D, tl.sum(sum_c, 0))
+        at, ok = row * D + tl.arange(0, D)[None, :], row < T
+        xs = load_all(streams, at, ok)
+        for m in tl.static_range(len(FORM)):
+            if ys[m] is not None or ns[m] is not None:
+                y = mixture(xs, ws, FORM, m).to(streams[0].dtype.element_ty)
+                if ys[m] is not None:
+                    tl.store(ys[m] + at, y, mask=ok)
+                if ns[m] is not None:
+                    wide = y.to(tl.float32)
+                    n = wide * (scales[m] * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps))[:, None]
+                    tl.store(ns[m] + at, n.to(ns[m].dtype.element_ty), mask=ok)
 
-@operator(lambda dy, dn, passing, weights, streams, scale, eps: [torch.empty_like(weights), *empty_like(*streams)])
-def mix_norm_gradient_op(dy: Tensor, dn: Tensor, passing: Tensor, weights: Tensor, streams: list[Tensor], scale: float, eps: float) -> list[Tensor]:
-    """Gradients of the weights and of each stream. passing (T, d) is added to the gradient of the first."""
-    (T, d), grads = dy.shape, empty_like(*streams)
-    programs = min(triton.cdiv(T, MIX_ROWS), MIX_PROGRAMS * torch.cuda.get_device_properties(dy.device).multi_processor_count if dy.is_cuda else 2)
-    parts = weights.new_empty(programs, *weights.shape)
-    dense = [t.contiguous() for t in (dy, dn, passing, weights, *streams)]
-    missing = [None] * (3 - len(streams))
-    mix_norm_gradient_kernel[(programs,)](*dense, *missing, *grads, *missing, parts, T, scale, eps, d, MIX_ROWS)
-    return [parts.sum(0), *grads]
+@triton.jit(do_not_specialize=["T"])
+def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Gradients of the streams, and with dw_ptr each program's sum of those of the weights. Each of dys, dns and grads may be None."""
+    ws, sums = load_rows(w_ptr, R, D), ()
+    for r in tl.static_range(R):
+        sums = sums + (tl.zeros((ROWS, D), tl.float32),)
+    for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        at, ok = row * D + tl.arange(0, D)[None, :], row < T
+        xs, gs = load_all(streams, at, ok), ()
+        for m in tl.static_range(len(FORM)):
+            g = tl.zeros((ROWS, D), tl.float32)
+            if dns[m] is not None:
+                y = mixture(xs, ws, FORM, m).to(streams[0].dtype.element_ty).to(tl.float32)
+                dn = tl.load(dns[m] + at, mask=ok, other=0.0).to(tl.float32)
+                rstd = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
+                g = scales[m] * rstd * (dn - y * (rstd * rstd * tl.sum(y * dn, 1)[:, None] / D))
+            if dys[m] is not None:
+                g += tl.load(dys[m] + at, mask=ok, other=0.0).to(tl.float32)
+            gs = gs + (g,)
+        for k in tl.static_range(len(streams)):
+            if grads[k] is not None:
+                d = tl.zeros((ROWS, D), tl.float32)
+                for m in tl.static_range(len(FORM)):
+                    if FORM[m][k] == -1:
+                        d += gs[m]
+                    elif FORM[m][k] >= 0:
+                        d += ws[FORM[m][k]] * gs[m]
+                tl.store(grads[k] + at, d.to(grads[k].dtype.element_ty), mask=ok)
+        added = ()
+        for r in tl.static_range(R):
+            total = sums[r]
+            for m in tl.static_range(len(FORM)):
+                for k in tl.static_range(len(streams)):
+                    if FORM[m][k] == r:
+                        total += gs[m] * xs[k]
+            added = added + (total,)
+        sums = added
+    if dw_ptr is not None:
+        for r in tl.static_range(R):
+            tl.store(dw_ptr + (tl.program_id(0) * R + r) * D + tl.arange(0, D), tl.sum(sums[r], 0))
 
 
-class MixNorm(torch.autograd.Function):
-    """Forward in plain PyTorch, backward in one kernel: torch.compile would read everything again for the weights' column sums."""
+class Mix(torch.autograd.Function):
+    """mix() through the kernels. A row that is one stream as it is costs nothing forward: its gradient joins where the stream's others arise."""
     @staticmethod
-    def forward(ctx, weights, scale, eps, first, second, third):
-        streams = [x for x in (first, second, third) if x is not None]
+    def forward(ctx, weights, form, scales, keep, eps, *streams):
+        weights, (T, d), R = (None, streams[0].shape, 0) if weights is None else (weights.contiguous(), streams[0].shape, len(weights))
+        streams = tuple(x.contiguous() for x in streams)
+        alias = [row.index(ONE) if sorted(row)[-2:] in ([ONE], [NO, ONE]) else None for row in form]
+        ys = tuple(torch.empty_like(streams[0]) if kept and a is None else None for a, kept in zip(alias, keep))
+        ns = tuple(None if scale is None else torch.empty_like(streams[0]) for scale in scales)
+        programs = min(triton.cdiv(T, MIX_ROWS), MIX_PROGRAMS * processors(streams[0].device))
+        if any(t is not None for t in ys + ns):
+            mix_kernel[(programs,)](streams, weights, ys, ns, scales, T, eps, form, R, d, MIX_ROWS)
         ctx.save_for_backward(weights, *streams)
-        ctx.constants = scale, eps
-        return *mix_norm_reference(weights, scale, eps, *streams), first.view_as(first)
+        ctx.constants, ctx.programs = (form, scales, keep, eps), programs
+        ctx.set_materialize_grads(False)
+        outputs = ((streams[a].view_as(streams[a]) if a is not None and kept else y, n) for a, kept, y, n in zip(alias, keep, ys, ns))
+        return tuple(t for pair in outputs for t in pair if t is not None)
 
     @staticmethod
-    def backward(ctx, dy, dn, passing):
-        weights, *streams = ctx.saved_tensors
-        d_weights, *grads = mix_norm_gradient_op(dy, dn, passing, weights, streams, *ctx.constants)
-        return d_weights, None, None, *grads, *[None] * (3 - len(grads))
+    def backward(ctx, *d_outputs):
+        (weights, *streams), (form, scales, keep, eps) = ctx.saved_tensors, ctx.constants
+        arriving = iter(None if t is None else t.contiguous() for t in d_outputs)
+        dys, dns = zip(*((next(arriving) if kept else None, next(arriving) if scale is not None else None) for kept, scale in zip(keep, scales)))
+        columns, need_w = list(zip(*form)), ctx.needs_input_grad[0]     # streams of equal columns have one gradient
+        firsts = [columns.index(column) for column in columns]
+        needed = {first for first, need in zip(firsts, ctx.needs_input_grad[5:]) if need}
+        grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(streams))
+        parts = weights.new_empty(ctx.programs, *weights.shape) if need_w else None
+        mix_gradient_kernel[(ctx.programs,)](tuple(streams), weights, dys, dns, scales, grads, parts, streams[0].size(0), eps, form,
+                                             0 if weights is None else len(weights), streams[0].size(1), MIX_ROWS)
+        return parts.sum(0) if need_w else None, None, None, None, None, *(grads[k] if need else None for k, need in zip(firsts, ctx.needs_input_grad[5:]))
 
-def mix_norm(weights: Tensor, scale: float, eps: float, first: Tensor, second: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """weights (k, d) fp32, k = 2 or 3 streams (T, d) -> their sum by weights y (T, d), its RMSNorm times scale (T, d), and ``first`` as it came: who goes on
-    with that has the gradients of all its uses added up where they arise."""
-    if third is second:                                                 # given one tensor twice, a compiled Function loses a gradient (torch 2.11)
-        weights, third = torch.stack((weights[0], weights[1] + weights[2])), None
-    if use_kernels(first, first.size(1)) and second is not first:
-        return MixNorm.apply(weights, scale, eps, first, second, third)
-    return *mix_norm_reference(weights, scale, eps, first, second, *([third] if third is not None else [])), first
+def mix(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor) -> tuple[Tensor, ...]:
+    """Weighted sums of streams (T, d). For each row of ``form``: its sum (T, d) if kept, then the sum's RMSNorm times its scale (T, d) unless that is None.
+    A row names for each stream the row of weights (R, d) fp32 that multiplies it, ONE or NO. A row with a single ONE hands a stream on: who uses that instead
+    has the gradients of all its uses added up in one place."""
+    return (Mix.apply if use_kernels(streams[0], streams[0].size(1)) else mix_reference)(weights, form, scales, keep, eps, *streams)
 
 
-# ======== Attention backends: one operator, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference ===================================
+# --- A product and the attention gate's, from one input ---
+
+class GatedLinear(torch.autograd.Function):
+    """gated_linear(): a Function, so that the gradient of the leading channels is added in place and not as a padded (T, d)."""
+    @staticmethod
+    def forward(ctx, x, w, gate):
+        ctx.save_for_backward(x, w, gate)
+        return F.linear(x, w), F.linear(x[:, :gate.size(1)], gate)
+
+    @staticmethod
+    def backward(ctx, dy, dz):
+        x, w, gate = ctx.saved_tensors
+        need_x, need_w, need_gate = ctx.needs_input_grad
+        dx = dy @ w if need_x else None
+        if need_x:
+            dx[:, :gate.size(1)].addmm_(dz, gate)
+        return dx, dy.T @ x if need_w else None, dz.T @ x[:, :gate.size(1)] if need_gate else None
+
+def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, d), w (n, d), gate (H, c) -> x @ w.T (T, n), and of its leading channels x[:, :c] @ gate.T (T, H)."""
+    return GatedLinear.apply(x, w, gate)
+
+
+# ======== Attention backends: one function, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference ===================================
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor, window: int):
     """Runs of consecutive segments of equal lengths: (slice of queries, slice of keys, segments, causal mask (n, m) aligned at its end,
@@ -1357,23 +1417,23 @@ def check_backend(name: str, cfg: Config, device: torch.device):
                 raise RuntimeError(f"differs from the reference by {error:.1%}")
 
 
-@operator(lambda dout, q, k, v, *_: empty_like(q, k, v))
-def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-                          max_q: int, max_k: int, window: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v through the same backend."""
-    return tuple(BACKENDS[backend][1](dout.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window)[:3])
+class Attention(torch.autograd.Function):
+    """The chosen backend: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, window, backend):
+        out, lse = BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k, window)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        ctx.constants, ctx.backend = (max_q, max_k, window), backend
+        return out
 
-@operator(lambda q, k, v, cu_q, cu_k, max_q, max_k, window, backend: (*empty_like(q), q.new_empty((0,) if backend == "reference" else (q.size(1), q.size(0)),
-                                                                                                  dtype=torch.float32)),
-          lambda ctx, dout: (*attention_backward_op(dout, *ctx.saved_tensors, *ctx.constants), *[None] * 6), keep=(0, 1, 2, 9, 10, 3, 4))
-def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, window: int, backend: str) -> tuple[Tensor, Tensor]:
-    """The chosen backend as one opaque operator: out (Tq, H, D) and what its backward needs, (H, Tq) fp32 or empty. window: tokens reached back, -1: all."""
-    return BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k, window)
+    @staticmethod
+    def backward(ctx, dout):
+        return *BACKENDS[ctx.backend][1](dout.contiguous(), *ctx.saved_tensors, *ctx.constants)[:3], *[None] * 6
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, backend: str) -> Tensor:
-    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype. Flash kernels get bf16 whatever arrives (B68)."""
+    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype; window: tokens reached back, -1: all. Flash kernels get bf16 whatever arrives (B68)."""
     inputs = [t if backend == "reference" else t.to(torch.bfloat16) for t in (q, k, v)]
-    return attention_op(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window, backend)[0].to(q.dtype)
+    return Attention.apply(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window, backend).to(q.dtype)
 
 
 # ======== Model: one trunk, one head ==========================================================================================================================
@@ -1415,9 +1475,17 @@ def project(x: Tensor, w: Tensor, delta: Callable | None = None, tap: Callable |
     y = F.linear(x, w)
     return y if delta is None else y + delta(x)
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x over the root mean square of its last dimension, no weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+class Site(NamedTuple):
+    """What a visit computes with."""
+    layer: int
+    weights: tuple[Tensor, ...]         # qkv, o, up, down
+    rows: Tensor                        # of GPT.mixing
+    rope: tuple[Tensor, Tensor]
+    seq: Seq
+    delta: Callable                     # kind -> low-rank delta or None
+    watch: Callable                     # kind -> tap or None
+    past: tuple[Tensor, Tensor] | None  # cached keys and values
 
 
 class GPT(nn.Module):
@@ -1434,6 +1502,7 @@ class GPT(nn.Module):
         self.schedules = {looped: visit_schedule(cfg, looped) for looped in (False, True)}
         full = {int(n) for n in cfg.attn_full_layers.split(",") if n} if cfg.attn_window else range(layers)
         self.norm_scales = [1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0 for layer in range(layers)]
+        self.gate_slope, self.gate_top = (cfg.sparse_attn_gate_scale, 1.0) if cfg.sparse_attn_gate_enabled else (1.0, 2.0)     # 2 sigmoid(0) = 1 without a gate
         self.windows = [-1 if layer in full else cfg.attn_window for layer in range(layers)]
         skips = max(sum(v.skip is not None for v in s) for s in self.schedules.values())
         parameter = lambda *shape, value=None: nn.Parameter(torch.empty(shape) if value is None else torch.full(shape, float(value)))
@@ -1470,110 +1539,129 @@ class GPT(nn.Module):
                 matrix.copy_(nn.init.orthogonal_(torch.empty(matrix.shape), generator=generator))
 
     def layer_weights(self) -> list[tuple[Tensor, ...]]:
-        """(qkv, o, up, down) of each layer in the compute dtype. The sublayer scales multiply the rows of o and down: weights are smaller than data."""
-        stacks = self.qkv, self.o * self.attn_scale[:, :, None], self.up, self.down * self.mlp_scale[:, :, None]
+        """(qkv, o, up, down) of each layer and, if heads are gated, attn_gate, in the compute dtype. The sublayer scales multiply the rows of o and down: weights
+        are smaller than data."""
+        stacks = self.qkv, self.o * self.attn_scale[:, :, None], self.up, self.down * self.mlp_scale[:, :, None], *([] if self.attn_gate is None else [self.attn_gate])
         return list(zip(*(s.to(self.dtype).unbind(0) for s in stacks)))
 
     def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """tokens (T,) -> (raw, smeared) embeddings (T, d). SmearGate (#1667): e_t + lambda sigmoid(w . e_t) e_{t-1} inside a document."""
+        """tokens (T,) -> raw embeddings and the RMSNorm of the smeared ones (T, d). SmearGate (#1667): e_t + lambda sigmoid(w . e_t) e_{t-1} inside a document."""
         e = F.embedding(tokens, self.tok_emb).to(self.dtype)
         if self.smear_gate is None:
-            return e, e
+            return e, *self.mix(None, ((ONE,),), (1.0,), (False,), e)
         if cache is None:
             previous = torch.cat((e[:1], e[:-1]))
         else:
             rows = e.unflatten(0, (cache.last.size(0), -1))
             previous = torch.cat((cache.last[:, None], rows[:, :-1]), dim=1).flatten(0, 1)
         gate = torch.sigmoid(F.linear(e[:, :self.cfg.gate_window], self.smear_gate[None].to(self.dtype)).float())
-        return e, e + (self.smear_lambda * gate * previous * (positions > 0)[:, None]).to(self.dtype)
+        smear = (self.smear_lambda * gate * (positions > 0)[:, None]).to(self.dtype)
+        return e, *self.mix(None, ((ONE, ONE),), (1.0,), (False,), e, smear * previous)
+
+    def mix(self, weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, *streams: Tensor) -> tuple[Tensor, ...]:
+        return mix(weights, form, scales, keep, NORM_EPS, *streams)
+
+    def mixing(self, looped: bool) -> tuple[Tensor, ...]:
+        """For each visit rows (5, d): attention reads row 0 of x0, row 1 of the stream and row 2 of an earlier visit's output that joins it; of the last two,
+        lane 0 becomes rows 3 and 4. A skip merges g stream + (1 - g) w joining with g = sigmoid(gate), or stream + w joining without gates (U-Net)."""
+        schedule, mixes = self.schedules[looped], self.resid_mix.unbind(0)
+        stay, begin = torch.stack([mixes[visit.layer] for visit in schedule]).unbind(1)
+        skips = [i for i, visit in enumerate(schedule) if visit.skip is not None]       # consecutive, the first of them first
+        w = self.skip_weights[:len(skips)]
+        g = torch.ones_like(w) if self.skip_gates is None else torch.sigmoid(self.skip_gates[:len(skips)])
+        joining = w if self.skip_gates is None else (1 - g) * w
+        g = torch.cat((g[:1] + joining[:1], g[1:]))                     # the first skip would join the visit before to itself
+        begin = torch.cat((begin[:1] + stay[:1], begin[1:]))            # the first visit finds x0 in the stream, too
+        before = skips[0] if skips else 0
+        around = 0, 0, before, len(schedule) - before - len(skips)
+        g, joining = F.pad(g - 1, around) + 1, F.pad(joining, around)
+        return torch.stack((begin, stay * g, stay * joining, g, joining), 1).unbind(0)
 
     def trunk(self, tokens: Tensor, seq: Seq, *, looped: bool, lora=None, tap=None, cache: Cache | None = None):
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
-        looped, and whether lora, tap and cache are given, are constants of a graph. lora.at(kind, visit) gives a low-rank delta or None;
-        tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows of equal length, flattened."""
-        raw, x = self.embed(tokens, seq.positions, cache)
-        x0 = rms_norm(x)
+        lora.at(kind, visit) gives a low-rank delta or None; tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows
+        of equal length, flattened."""
+        raw, x0 = self.embed(tokens, seq.positions, cache)
         angle = seq.positions[:, None].float() * self.rope_frequency
-        rope = angle.cos(), angle.sin()
-        weights, outputs, fresh, lanes = self.layer_weights(), [], [], (x0,)
-        for i, visit in enumerate(self.schedules[looped]):
-            layer = visit.layer
+        schedule, weights, mixing, rope = self.schedules[looped], self.layer_weights(), self.mixing(looped), (angle.cos(), angle.sin())
+        sources = {visit.source for i, visit in enumerate(schedule) if visit.source != i - 1}
+        terms, lanes, outputs, fresh = (), None, {}, []                 # the residual stream is the sum of its terms: additions wait for the norm that reads them
+        for i, visit in enumerate(schedule):
             delta = (lambda kind, i=i: lora.at(kind, i)) if lora is not None else lambda kind: None
-            watch = (lambda kind, layer=layer: lambda x: tap(kind, layer, x)) if tap is not None else lambda kind: None
-            past = (cache.keys[i], cache.values[i]) if cache is not None else None
-            lanes = lanes * 2 if visit.lanes and len(lanes) == 1 else lanes
-            skip = None if visit.skip is None else (outputs[visit.source], *self.skip_factors(visit.skip))
-            lanes, x0, kv = self.block(lanes, layer, weights[layer], x0, skip, rope, seq, delta, watch, past)
-            outputs.append(lanes[0])
+            watch = (lambda kind, layer=visit.layer: lambda x: tap(kind, layer, x)) if tap is not None else lambda kind: None
+            site = Site(visit.layer, weights[visit.layer], mixing[i], rope, seq, delta, watch, None if cache is None else (cache.keys[i], cache.values[i]))
+            joining = (outputs[visit.source],) if visit.source in outputs else ()
+            if visit.lanes and lanes is None:
+                lane, normed = self.mix(None, ((ONE,) * len(terms),), (self.norm_scales[visit.layer],), (True,), *terms)
+                lanes = lane, lane, normed
+            if lanes is None:
+                terms, x0, outputs[i - 1], kv = self.one_lane(site, x0, terms, joining, i - 1 in sources)
+            else:
+                lanes, x0, kv = self.two_lanes(site, x0, lanes, joining, visit.skip is not None, schedule[i + 1].layer if i + 1 < len(schedule) else None)
             if cache is not None:                                       # nobody else asks, and they are 0.2 GB a visit in training
                 fresh.append(kv)
-        final = {"mean": 0.5 * (lanes[0] + lanes[-1]), "attn": lanes[0], "mlp": lanes[-1]}[self.cfg.parallel_final_lane]
-        hidden = rms_norm(final if len(lanes) == 2 else lanes[0])
+        hidden = self.mix(None, ((ONE,) * len(terms),), (1.0,), (False,), *terms)[0] if lanes is None else lanes[0]
         if cache is None:
             return hidden
         rows = cache.last.size(0)
         keys, values = (torch.stack([kv[j].unflatten(0, (rows, -1)) for kv in fresh]) for j in (0, 1))
         return hidden, Cache(keys, values, raw.unflatten(0, (rows, -1))[:, -1])
 
-    def skip_factors(self, row: int) -> tuple[Tensor, Tensor]:
-        """U-Net skip: factors (d,) of the stream and of what joins it, g and (1 - g) w with g = sigmoid(gate), or 1 and w without gates."""
-        w = self.skip_weights[row]
-        if self.skip_gates is None:
-            return torch.ones_like(w), w
-        g = torch.sigmoid(self.skip_gates[row])
-        return g, (1 - g) * w
+    def one_lane(self, site: Site, x0: Tensor, terms: tuple, joining: tuple, keep: bool):
+        """-> terms of the stream after the visit, x0 as handed on, the stream before the visit if it is to be kept, new keys and values."""
+        row = lambda *r: (r[0], *[r[1]] * len(terms), *[r[2]] * len(joining))
+        scale, streams = self.norm_scales[site.layer], (x0, *terms, *joining)
+        form, scales = (row(0, 1, 2), row(ONE, NO, NO), row(NO, ONE, NO)), (scale, None, None)
+        x, n, x0, *before = self.mix(site.rows, form[:2 + keep], scales[:2 + keep], (True,) * (2 + keep), *streams)
+        a, kv = self.attn(n, site)
+        if self.cfg.parallel_mode == "gptj" and 0 < self.cfg.parallel_start_layer <= site.layer:
+            return (x, a, self.mlp(n, site)), x0, *(before or [None]), kv       # #1493
+        x, n = self.mix(None, ((ONE, ONE),), (scale,), (True,), x, a)
+        return (x, self.mlp(n, site)), x0, *(before or [None]), kv
 
-    def normed(self, x: Tensor, layer: int) -> Tensor:
-        return rms_norm(x) * self.norm_scales[layer]
+    def two_lanes(self, site: Site, x0: Tensor, lanes: tuple, joining: tuple, skips: bool, following: int | None):
+        """Attention reads lane 0, which alone receives the skip, the MLP reads lane 1, and both write both (#1529). lanes: both, and the norm of the second.
+        -> lanes for layer ``following``, or if that is None the final hidden states alone; x0 as handed on; new keys and values."""
+        row = lambda *r: (r[0], r[1], NO, *[r[2]] * len(joining))
+        form = row(0, 1, 2), row(ONE, NO, NO), row(NO, 3, 4) if skips else row(NO, ONE, NO), (NO, NO, ONE, *[NO] * len(joining))
+        n, x0, first, second = self.mix(site.rows, form, (self.norm_scales[site.layer], None, None, None), (False, True, True, True), x0, *lanes[:2], *joining)
+        (a, kv), m = self.attn(n, site), self.mlp(lanes[2], site)
+        stay, attn, mlp = torch.cat((self.parallel_resid[site.layer][None], self.parallel_post[site.layer])).unbind(0)     # each by the lane written
+        if following is None:
+            share = {"mean": (0.5, 0.5), "attn": (1.0, 0.0), "mlp": (0.0, 1.0)}[self.cfg.parallel_final_lane]
+            stay, attn, mlp = ((share[0] * t[:1], share[1] * t[1:]) for t in (stay, attn, mlp))
+            weights, form, scales, keep = (*stay, sum(attn), sum(mlp)), ((0, 1, 2, 3),), (1.0,), (False,)
+        else:
+            weights, form, scales, keep = (stay, attn, mlp), ((0, NO, 2, 4), (NO, 1, 3, 5)), (None, self.norm_scales[following]), (True, True)
+        return self.mix(torch.cat(weights)[:, None].expand(-1, n.size(1)), form, scales, keep, first, second, a, m), x0, kv
 
-    def block(self, lanes, layer, w, x0, skip, rope, seq, delta, watch, cache):
-        """One residual stream (T, d), or two: then attention reads lane 0, which alone receives the skip, the MLP lane 1, and both write both (#1529)."""
-        keep, begin = self.resid_mix[layer]
-        factors, streams = (begin, keep), lanes[:1]
-        if skip is not None:
-            joining, stream_factor, skip_factor = skip
-            if len(lanes) == 2:                                         # the merged lane is needed itself
-                lanes = (stream_factor * lanes[0] + skip_factor * joining).to(self.dtype), lanes[1]
-                streams = lanes[:1]
-            else:
-                factors, streams = (begin, keep * stream_factor, keep * skip_factor), (lanes[0], joining)
-        x, n, x0 = mix_norm(torch.stack(factors), self.norm_scales[layer], NORM_EPS, x0, *streams)
-        a, kv = self.attn(n, layer, w, rope, seq, delta, watch, cache)
-        if self.cfg.parallel_mode == "gptj" and 0 < self.cfg.parallel_start_layer <= layer:
-            return (x + a + self.mlp(n, w, delta, watch),), x0, kv      # #1493
-        if len(lanes) == 1:
-            x = x + a
-            return (x + self.mlp(self.normed(x, layer), w, delta, watch),), x0, kv
-        m = self.mlp(self.normed(lanes[1], layer), w, delta, watch)
-        post, stay = self.parallel_post[layer], self.parallel_resid[layer]
-        return tuple((stay[j] * lanes[j].float() + post[0, j] * a + post[1, j] * m).to(self.dtype) for j in (0, 1)), x0, kv
-
-    def attn(self, n, layer, w, rope, seq, delta, watch, cache):
+    def attn(self, n: Tensor, site: Site) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """n (T, d) -> (T, d), and this visit's new keys and values (T, KV, D), or (T, H, D) where no cache is kept."""
-        qkv = project(n, w[0], delta("qkv"), watch("qkv"))
-        copies = self.cfg.num_heads // self.cfg.num_kv_heads if cache is None else 1
-        q, k, v, own = qkv_heads(qkv, self.q_gain[layer], *rope, self.cfg.num_kv_heads, copies, NORM_EPS)
-        all_k, all_v = (k, v) if cache is None else (torch.cat((old, new.unflatten(0, (old.size(0), -1))), 1).flatten(0, 1) for old, new in zip(cache, (k, v)))
-        y = attend(q, all_k, all_v, seq, self.windows[layer], self.attention)
-        gate = self.head_gate(n, layer)
-        y = xsa_gate(y, own, gate) if layer >= self.cfg.num_layers - self.cfg.xsa_last_n else (y * gate[:, :, None]).to(self.dtype)
-        y = project(y.flatten(1), w[1], None, watch("o"))
-        parallel = delta("o")                                           # reads the sublayer's input, as #1855's does
+        cfg, layer, delta, tap = self.cfg, site.layer, site.delta("qkv"), site.watch("qkv")
+        if tap is not None:
+            tap(n)
+        qkv, z = (F.linear(n, site.weights[0]), n.new_zeros(len(n), cfg.num_heads)) if self.attn_gate is None else gated_linear(n, site.weights[0], site.weights[4])
+        qkv = qkv if delta is None else qkv + delta(n)
+        copies = cfg.num_heads // cfg.num_kv_heads if site.past is None else 1
+        q, k, v, own = qkv_heads(qkv, self.q_gain[layer], *site.rope, cfg.num_kv_heads, copies, NORM_EPS)
+        past_and = lambda old, new: torch.cat((old, new.unflatten(0, (old.size(0), -1))), 1).flatten(0, 1)
+        all_k, all_v = (k, v) if site.past is None else map(past_and, site.past, (k, v))
+        y = attend(q, all_k, all_v, site.seq, self.windows[layer], self.attention)
+        if layer >= cfg.num_layers - cfg.xsa_last_n:
+            y = xsa_gate(y, own, z, self.gate_slope, self.gate_top)
+        else:
+            y = (y * (self.gate_top * torch.sigmoid(self.gate_slope * z.float()))[:, :, None]).to(self.dtype)
+        y = project(y.flatten(1), site.weights[1], None, site.watch("o"))
+        parallel = site.delta("o")                                      # reads the sublayer's input, as #1855's does
         return (y if parallel is None else y + parallel(n)), (k, v)
 
-    def head_gate(self, n: Tensor, layer: int) -> Tensor:
-        """Factor of each head's output (T, H): a sigmoid of the leading channels of n (#1787), twice one (#1667), or ones."""
-        if self.attn_gate is None:
-            return n.new_ones(n.size(0), self.cfg.num_heads)
-        z = F.linear(n[:, :self.cfg.gate_window], self.attn_gate[layer].to(self.dtype)).float()
-        return 2 * torch.sigmoid(z) if self.cfg.attn_out_gate_enabled else torch.sigmoid(self.cfg.sparse_attn_gate_scale * z)
-
-    def mlp(self, n, w, delta, watch):
-        out, hidden = mlp(n, w[2], w[3], self.cfg.leaky_relu_sq_slope)
+    def mlp(self, n: Tensor, site: Site) -> Tensor:
+        """n (T, d) -> (T, d)."""
+        out, hidden = mlp(n, *site.weights[2:4], self.cfg.leaky_relu_sq_slope)
         for kind, x in (("up", n), ("down", hidden)):
-            if watch(kind) is not None:
-                watch(kind)(x)
-        parallel = delta("mlp")
+            if site.watch(kind) is not None:
+                site.watch(kind)(x)
+        parallel = site.delta("mlp")
         return out if parallel is None else out + parallel(n)
 
     def nll(self, hidden: Tensor, targets: Tensor, *, lora=None, hint: Tensor | None = None):
@@ -1812,22 +1900,14 @@ def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     """Sum of nats over this micro-batch's targets / ``total``, the tokens of the global batch."""
     return torch.where(batch.targets >= 0, batch_nats(model, batch, looped), 0.0).sum() / total
 
-def compiled(function: Callable, cfg: Config, device: torch.device) -> Callable:
-    """One static graph per set of Python arguments on a GPU; eager on a CPU."""
-    if not cfg.compile or device.type != "cuda":
-        return function
-    # Inductor's joint reductions over rows and columns make two kernels of 6 ms out of 0.6 ms each (H200, torch 2.11).
-    return torch.compile(function, dynamic=False, fullgraph=True, options={"triton.mix_order_reduction": False})
-
 
 class Trainer:
-    """Everything a training run holds: data, optimizer, schedule, compiled loss, and the curve it leaves."""
+    """Everything a training run holds: data, optimizer, schedule, and the curve it leaves."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, phases: Phases):
         self.model, self.cfg, self.ranks, self.log, self.phases = model, cfg, ranks, log, phases
         self.stream = TrainStream(cfg)
         self.optimizer = Optimizer(model, cfg, ranks)
         self.schedule = Schedule(cfg)
-        self.loss = compiled(batch_loss, cfg, ranks.device)
         self.curve = []                                                 # (step, seconds, loss, learning-rate factor) of every logged step
 
     def gradients(self, batches: list[Batch], looped: bool) -> Tensor:
@@ -1835,13 +1915,13 @@ class Trainer:
         loss = torch.zeros((), device=self.ranks.device)
         for batch in batches:
             assert batch.split == "train"
-            part = self.loss(self.model, batch, self.cfg.train_batch_tokens, looped)
+            part = batch_loss(self.model, batch, self.cfg.train_batch_tokens, looped)
             part.backward()
             loss += part.detach()
         return loss
 
     def warm_up(self):
-        """Compile and run every graph on real shapes, then restore weights and optimizer entirely: only caches remain warm."""
+        """Run steps of both schedules on real shapes, so that kernels are compiled and libraries set up, then restore weights and optimizer entirely."""
         saved = [p.detach().clone() for p in self.model.parameters()]
         fetch = Prefetch(self.stream, self.ranks)
         for looped in sorted({self.schedule.looped(0.0), self.schedule.looped(1.0)}):
@@ -2630,7 +2710,6 @@ class Scorer:
     """Document-bounded scoring: windows never cross a document's start, each validation target is scored once, whatever the number of ranks."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, ngram=None):
         self.model, self.cfg, self.ranks, self.log, self.ngram = model, cfg, ranks, log, ngram
-        self.nats = compiled(batch_nats, cfg, ranks.device)
 
     @torch.no_grad()
     def warm_up(self):
@@ -2639,7 +2718,7 @@ class Scorer:
         starts = np.arange(0, self.cfg.val_batch_tokens, self.cfg.eval_seq_len)
         batch = to_device(pack(tokens, starts, self.cfg.eval_seq_len, self.cfg.eval_seq_len, "val", self.cfg.val_batch_tokens), self.ranks.device)
         hint = torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=self.ranks.device)
-        self.nats(self.model, batch, self.cfg.looped, *(() if self.ngram is None or self.ngram.hints(np.empty(0, np.int64)) is None else (hint,)))
+        batch_nats(self.model, batch, self.cfg.looped, *(() if self.ngram is None or self.ngram.hints(np.empty(0, np.int64)) is None else (hint,)))
 
     def score(self, val: ValidationStream, ledger: Ledger, stride: int) -> float:
         """Fill the ledger and return its BPB."""
@@ -2657,7 +2736,7 @@ class Scorer:
             batch, places, targets = window_batch(val, buffer, self.cfg)
             at, hint = torch.from_numpy(places).to(self.ranks.device), self.ngram and self.ngram.hints(targets)
             hint = () if hint is None else (torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=at.device).index_copy(0, at, hint),)
-            book(ledger, targets, self.nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint), at, self.ngram)
+            book(ledger, targets, batch_nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint), at, self.ngram)
         ledger.merge(self.ranks)
 
 
@@ -2987,7 +3066,7 @@ def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> li
 class BaseLearner:
     """Gradients of the base weights from validation targets, for whoever may learn from them."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, val: ValidationStream):
-        self.model, self.cfg, self.ranks, self.val, self.loss = model, cfg, ranks, val, compiled(batch_loss, cfg, ranks.device)
+        self.model, self.cfg, self.ranks, self.val = model, cfg, ranks, val
         self.width = cfg.ttt_eval_seq_len
         self.tokens = -(-cfg.global_ttt_chunk_tokens // (self.width * ranks.world)) * self.width    # of one micro-batch on one rank
 
@@ -3019,7 +3098,7 @@ class BaseLearner:
         starts = np.union1d(np.flatnonzero(tokens[:-1] == self.cfg.bos_id), np.arange(0, len(tokens) - 1, self.width))
         capacity = self.tokens if self.ranks.device.type == "cuda" else len(tokens) - 1     # padding pays for one graph only
         batch = to_device(pack(tokens, starts, self.width, self.width, "val", capacity), self.ranks.device)
-        (self.loss(self.model, batch, 1, self.cfg.looped) / count).backward()       # a count inside would compile a graph for every value
+        batch_loss(self.model, batch, count, self.cfg.looped).backward()
 
     def prequant(self, log: Log):
         """AdamW over the whole validation set before any of it is scored (#1735, #1738): the published mistake, kept so that it can be measured."""
@@ -3068,7 +3147,7 @@ class TestTimeTraining:
         if on_gpu and self.method != "none" and any(s.phase_ends for s in self.segments):
             self.learner.warm_up()
         self.ranks.synchronize()
-        self.log(f"  compiled and captured {len(self.adapters.graphs) if self.method == 'lora' else 0} graphs in {time.perf_counter() - begun:.1f} s")
+        self.log(f"  captured {len(self.adapters.graphs) if self.method == 'lora' else 0} graphs in {time.perf_counter() - begun:.1f} s")
 
     def score(self) -> float:
         begun = time.perf_counter()
@@ -3252,7 +3331,7 @@ def train(run: Run, model: GPT):
     trainer = Trainer(model, run.cfg, run.ranks, run.log, run.phases)
     with run.phases("warmup"):
         trainer.warm_up()
-    run.log(f"compiled and warmed up in {run.phases.seconds['warmup']:.1f} s")
+    run.log(f"warmed up in {run.phases.seconds['warmup']:.1f} s")
     with run.phases("steps"):
         run.result["training"] = trainer.run()
     with run.phases("write"):
@@ -3339,7 +3418,7 @@ def score_artifact(run: Run, model: GPT):
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
-        with run.phases("compile_eval"):
+        with run.phases("prepare"):
             adaptation = TestTimeTraining(model, cfg, run.ranks, run.log, run.val, ledger)
             adaptation.warm_up()
         with run.phases("adapt"):
@@ -3347,7 +3426,7 @@ def score_artifact(run: Run, model: GPT):
         run.result["segments"] = [s.last - s.first for s in adaptation.segments]     # what the audit may hold us to: documents of a segment are independent
     else:
         scorer = Scorer(model, cfg, run.ranks, run.log)
-        with run.phases("compile_eval"):
+        with run.phases("prepare"):
             scorer.warm_up()
         with run.phases("score"):
             run.result["bpb"]["quantized"] = scorer.score(run.val, ledger, cfg.eval_stride)
@@ -3370,7 +3449,7 @@ def finish(run: Run):
     if limit and not cfg.ttt_eval_only:
         run.verdicts.set("train_budget", "PASS" if train_s < limit else "FAIL", f"{train_s:.1f} of {limit:.0f} s: steps, calibration, quantisation")
     if limit:
-        run.verdicts.set("eval_budget", "PASS" if eval_s < limit else "FAIL", f"{eval_s:.1f} of {limit:.0f} s: read, load, compile, score")
+        run.verdicts.set("eval_budget", "PASS" if eval_s < limit else "FAIL", f"{eval_s:.1f} of {limit:.0f} s: read, load, prepare, score")
     failed = run.verdicts.failed()
     if not failed:
         result["val_bpb"] = result["bpb"][run.headline]

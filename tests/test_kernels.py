@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+import helpers  # noqa: E402
 import train_gpt as K  # noqa: E402
 
 INTERPRETING = bool(K.INTERPRET)
@@ -103,32 +105,36 @@ def test_every_kernel_compiles_for_a_hopper_gpu(monkeypatch):
     compiled = set()
 
     def compile_only(kernel, *args, grid, warmup, num_warps=4, num_stages=3, **others):
-        values = dict(zip(kernel.arg_names, args)) | others
-        constant = {p.name for p in kernel.params if p.is_constexpr or values[p.name] is None}
-        source = triton.compiler.ASTSource(kernel, {n: "constexpr" if n in constant else mangle_type(v) for n, v in values.items()},
-                                           constexprs={(kernel.arg_names.index(n),): values[n] for n in constant})
-        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+        values, constants = dict(zip(kernel.arg_names, args)) | others, {}
+
+        def kind(value, path, constant=False):
+            """Triton's name of the type of an argument; in a tuple of them each may be a constant."""
+            if constant or value is None:
+                constants[path] = value
+                return "constexpr"
+            return tuple(kind(v, (*path, i)) for i, v in enumerate(value)) if isinstance(value, tuple) else mangle_type(value)
+
+        signature = {p.name: kind(values[p.name], (i,), p.is_constexpr) for i, p in enumerate(kernel.params)}
+        binary = triton.compile(triton.compiler.ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32),
+                                options={"num_warps": num_warps, "num_stages": num_stages})
         assert binary.metadata.shared <= 227 * 1024
         compiled.add(kernel.fn.__name__)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(K, "processors", lambda device: 132)
+    leaf = lambda *shape, dtype=torch.bfloat16: randn(*shape, device="cpu", dtype=dtype).requires_grad_()
     T, d = 256, 512
-    x, up, down, caps = randn(T, d, device="cpu"), randn(2048, d, device="cpu"), randn(d, 2048, device="cpu"), torch.full((2,), 30.0)
-    K.mlp_op(x, up, down, 0.5)
-    K.mlp_d_pre_op(x, down, randn(T, 2048, device="cpu"), 0.5)
-    z, targets = randn(T, 8192, device="cpu"), torch.zeros(T, dtype=torch.int64)
-    K.softcap_nll_op(z, targets, caps)
-    K.softcap_nll_gradient_op(z, targets, caps, torch.ones(T), True)
-    K.head_nll_op(x, randn(8192, d, device="cpu"), targets, caps, False)
+    targets, caps, x = torch.zeros(T, dtype=torch.int64), torch.full((2,), 30.0, requires_grad=True), leaf(T, d)
+    K.mlp(x, leaf(2048, d), leaf(d, 2048), 0.5)[0].sum().backward()
+    K.softcap_nll(leaf(T, 8192), targets, caps)[0].sum().backward()
+    K.head_nll(x, leaf(8192, d), targets, caps.detach()).sum().backward()
     for H, KV, D, copies in ((8, 4, 64, 2), (4, 2, 128, 2), (4, 2, 128, 1)):
-        rotation, gain = rope(T, D // 8, "cpu"), torch.ones(H)
-        q, k, v, rstd = K.qkv_heads_op(randn(T, (H + 2 * KV) * D, device="cpu"), gain, *rotation, KV, copies, 1e-6)
-        K.qkv_heads_gradient_op(q, k, v, v[:, :KV], q, k, gain, *rotation, rstd)
-        gate = torch.ones(T, H)
-        K.xsa_gate_op(q, v[:, :KV], gate)
-        K.xsa_gate_gradient_op(q, q, v[:, :KV], gate)
-    for streams in ([x, x], [x, x, x]):
-        K.mix_norm_gradient_op(x, x, x, torch.ones(len(streams), d), streams, 0.5, 1e-6)
+        q, k, v, own = K.qkv_heads(leaf(T, (H + 2 * KV) * D), torch.ones(H), *rope(T, D // 8, "cpu"), KV, copies, 1e-6)
+        (K.xsa_gate(q, own, leaf(T, H), 0.5, 1.0).sum() + k.sum() + v.sum()).backward()
+    model = K.GPT(helpers.config(model_dim=512, num_heads=4, num_kv_heads=2, mlp_mult=4.0), "reference", torch.bfloat16)
+    seq = helpers.packed_seq([T // 2, T // 2])
+    for looped in (False, True):                                        # every form of mix() that the network has
+        model.trunk(torch.zeros(T, dtype=torch.int64), seq, looped=looped).sum().backward()
     assert compiled == {name for name in vars(K) if name.endswith("_kernel")}
 
 
@@ -142,7 +148,8 @@ out, hidden = K.mlp(x, up, down, 0.5)
 targets, caps = torch.tensor([0, 1, 2, 3, 4]), torch.full((2,), 30.0)
 (K.head_nll(out, up, targets, caps).sum() + K.softcap_nll(hidden, targets, caps)[0].sum()).backward()
 q, k, v, own = K.qkv_heads(torch.randn(5, 32, dtype=torch.bfloat16), torch.ones(2), torch.ones(5, 2), torch.zeros(5, 2), 1, 1, 1e-6)
-assert K.xsa_gate(q, own, torch.ones(5, 2)).shape == q.shape == (5, 2, 8) and K.mix_norm(torch.ones(2, 8), 1.0, 1e-6, x, x)[1].shape == x.shape and x.grad.isfinite().all()
+assert K.xsa_gate(q, own, torch.ones(5, 2), 1.0, 1.0).shape == q.shape == (5, 2, 8) and x.grad.isfinite().all()
+assert K.mix(torch.ones(2, 8), ((0, 1),), (1.0,), (False,), 1e-6, x, x)[0].shape == x.shape
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
 
@@ -248,103 +255,109 @@ def test_value_heads_are_a_view_of_the_product(device, T):
     assert torch.equal(v[:, 0::2], own) and torch.equal(v[:, 1::2], own)
 
 
+@pytest.mark.parametrize("slope,top", [(0.5, 1.0), (1.0, 2.0)])
 @pytest.mark.parametrize("H,KV,D", [(8, 4, 64), (4, 4, 16), (8, 1, 32)])
 @cases(37)
-def test_xsa_gate(device, T, H, KV, D):
-    y, packed, gate = randn(T, H, D, device=device), randn(T, H + 2 * KV, D, device=device), torch.rand(T, H, device=device)
+def test_xsa_gate(device, T, H, KV, D, slope, top):
+    y, packed, z = randn(T, H, D, device=device), randn(T, H + 2 * KV, D, device=device), randn(T, H, device=device)
     weight = randn(T, H, D, device=device, seed=3, dtype=torch.float32)
-    compare(K.xsa_gate, K.xsa_gate_reference, (y, packed[:, -KV:], gate), (weight,), 0.006)
-    strided = K.xsa_gate(y, packed[:, -KV:], gate)
-    assert torch.equal(strided, K.xsa_gate(y, packed[:, -KV:].contiguous(), gate))
-    assert ((strided.unflatten(1, (KV, -1)).float() * packed[:, -KV:, None].float()).sum(-1).abs() < 0.3).all()     # nothing left along v
+    compare(lambda *t: K.xsa_gate(*t, slope, top), lambda *t: K.xsa_gate_reference(*t, slope, top), (y, packed[:, -KV:], z), (weight,), 0.006)
+    strided = K.xsa_gate(y, packed[:, -KV:], z, slope, top)
+    assert torch.equal(strided, K.xsa_gate(y, packed[:, -KV:].contiguous(), z, slope, top))
+    assert ((strided.unflatten(1, (KV, -1)).float() * packed[:, -KV:, None].float()).sum(-1).abs() < 0.3 * top).all()     # nothing left along v
 
 
 # --- mixed streams ---
 
-@pytest.mark.parametrize("k", [2, 3])
+FORMS = {  # rows of weights, form, scales, kept sums
+    "norm of one stream": (0, ((K.ONE,),), (1.0,), (False,)),
+    "sum of two and its norm": (0, ((K.ONE, K.ONE),), (0.7,), (True,)),
+    "attention's input": (3, ((0, 1, 1, 2), (K.ONE, K.NO, K.NO, K.NO)), (0.7, None), (True, True)),
+    "the same, and the stream": (2, ((0, 1, 1), (K.ONE, K.NO, K.NO), (K.NO, K.ONE, K.ONE)), (0.7, None, None), (True, True, True)),
+    "lane 0": (5, ((0, 1, K.NO, 2), (K.ONE, K.NO, K.NO, K.NO), (K.NO, 3, K.NO, 4), (K.NO, K.NO, K.ONE, K.NO)), (0.3, None, None, None), (False, True, True, True)),
+    "both lanes": (6, ((0, K.NO, 2, 4), (K.NO, 1, 3, 5)), (None, 0.9), (True, True)),
+    "a stream and its norm": (1, ((K.NO, K.ONE), (0, K.NO)), (1.0, None), (True, True)),
+}
+
+
+def mixing(name, device, T):
+    """Inputs of mix(), a loss weight for each output, and mix and its reference as functions of the inputs."""
+    rows, *how = FORMS[name]
+    d = 64 if device == "cpu" else 512
+    streams = [randn(T, d, device=device, seed=i, scale=1 + i) for i in range(len(how[0][0]))]
+    w = [randn(rows, d, device=device, dtype=torch.float32)] if rows else []
+    weights = [randn(T, d, device=device, seed=7 + i, dtype=torch.float32) for i in range(sum(how[2]) + sum(scale is not None for scale in how[1]))]
+    call = lambda function: lambda *t: function(t[0] if rows else None, *how, 1e-6, *t[bool(rows):])
+    return w + streams, weights, call(K.mix), call(K.mix_reference)
+
+
+@pytest.mark.parametrize("name", FORMS)
 @cases(21)
-def test_mix_norm(device, T, k):
-    d, scale = (64 if device == "cpu" else 512), 0.7
-    streams = [randn(T, d, device=device, seed=i, scale=1 + i) for i in range(k)]
-    inputs = randn(k, d, device=device, dtype=torch.float32), *streams
-    weights = [randn(T, d, device=device, seed=7 + i, dtype=torch.float32) for i in range(3)]
-    reference = lambda w, *s: (*K.mix_norm_reference(w, scale, 1e-6, *s), s[0])
-    compare(lambda w, *s: K.mix_norm(w, scale, 1e-6, *s), reference, inputs, weights, 0.01)
+def test_mix(device, T, name):
+    inputs, weights, ours, reference = mixing(name, device, T)
+    compare(ours, reference, inputs, weights, 0.01)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2, 3), (0, 1, 2)])
+@cases(9)
+def test_mix_of_frozen_inputs(device, T, frozen):
+    inputs, weights, ours, reference = mixing("attention's input", device, T)
+    compare(ours, reference, inputs, weights, 0.01, frozen=frozen)
+
+
+@cases(9)
+def test_mix_where_an_output_is_not_used(device, T):
+    inputs, weights, ours, reference = mixing("attention's input", device, T)
+    for unused in ({0}, {1}, {2}, {1, 2}):
+        some = lambda function: lambda *t: tuple(out for i, out in enumerate(function(*t)) if i not in unused)
+        compare(some(ours), some(reference), inputs, [w for i, w in enumerate(weights) if i not in unused], 0.01, frozen=())
+
+
+@cases(9)
+def test_a_stream_handed_on_is_no_copy(device, T):
+    inputs, _, ours, _ = mixing("attention's input", device, T)
+    assert ours(*inputs)[2].data_ptr() == inputs[1].data_ptr()
 
 
 @cases(5)
-def test_mix_norm_of_a_skip_from_the_visit_before(device, T):
-    inputs = randn(3, 32, device=device, dtype=torch.float32), randn(T, 32, device=device), randn(T, 32, device=device, seed=1)
-    weights = [randn(T, 32, device=device, seed=i, dtype=torch.float32) for i in range(3)]
-    compare(lambda w, x, y: K.mix_norm(w, 1.0, 1e-6, x, y, y), lambda w, x, y: (*K.mix_norm_reference(w, 1.0, 1e-6, x, y, y), x), inputs, weights, 0.01)
-
-
-@cases(5)
-def test_mix_norm_of_one_stream_twice(device, T):
+def test_mix_of_one_stream_twice(device, T):
     x, w = randn(T, 32, device=device), randn(2, 32, device=device, dtype=torch.float32)
-    weights = [randn(T, 32, device=device, seed=i, dtype=torch.float32) for i in range(3)]
-    compare(lambda w, x: K.mix_norm(w, 1.0, 1e-6, x, x), lambda w, x: (*K.mix_norm_reference(w, 1.0, 1e-6, x, x), x), (w, x), weights, 0.01)
+    how, weights = (((0, 1),), (0.5,), (True,), 1e-6), [randn(T, 32, device=device, seed=i, dtype=torch.float32) for i in range(2)]
+    compare(lambda w, x: K.mix(w, *how, x, x), lambda w, x: K.mix_reference(w, *how, x, x), (w, x), weights, 0.01)
 
 
-# --- inside torch.compile ---
+# --- a product and a gate ---
 
-def small_step(x, up, down, qkv, gain, cos, sin, targets, caps):
-    out, _ = K.mlp(x, up, down, 0.5)
-    _, out, x = K.mix_norm(gain[:, None].expand(2, 64), 0.5, 1e-6, x, out)
-    q, k, v, own = K.qkv_heads(F.linear(out + x, qkv), gain, cos, sin, 1, 2, 1e-6)
-    y = K.xsa_gate(q * k + v, own, torch.sigmoid(out[:, :2]).float()).flatten(1)
-    return K.head_nll(y, up[:64, :32], targets, caps).mean() + K.softcap_nll(F.linear(y, up[:50, :32]), targets, caps)[0].mean()
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
+@cases(50)
+def test_gated_linear(device, T, frozen):
+    inputs = randn(T, 64, device=device), randn(96, 64, device=device), randn(4, 12, device=device)
+    weights = randn(T, 96, device=device, seed=1, dtype=torch.float32), randn(T, 4, device=device, seed=2, dtype=torch.float32)
+    compare(K.gated_linear, lambda x, w, gate: (F.linear(x, w), F.linear(x[:, :12], gate)), inputs, weights, 0.01, frozen=frozen)
 
 
-@cases(12, 515)
-def test_compiled_graph_equals_eager(device, T):
-    x, up, down = mlp_inputs(device, T, 64, 128)
-    inputs = [x, up, down, randn(64, 64, device=device, scale=0.1), randn(2, device=device, dtype=torch.float32) + 3, *rope(T, 4, device),
-              torch.randint(50, (T,), device=device), torch.tensor((30.0, 20.0), device=device)]
-    eager = run(small_step, inputs, (1,), frozen=(5, 6))
-    compiled = run(torch.compile(small_step, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"), inputs, (1,), frozen=(5, 6))
-    for have, want in zip(compiled[0] + compiled[1], eager[0] + eager[1]):
-        assert (have is None) == (want is None)
-        assert have is None or error(have, want) < (0.05 if device == "cuda" else 1e-6)
-
+# --- the whole network ---
 
 @cases(64, 4096)
+@pytest.mark.parametrize("variant", [{}, {"parallel_start_layer": 0}, {"parallel_mode": "gptj", "parallel_start_layer": 1}, {"num_layers": 5, "parallel_final_lane": "mlp"}])
 @pytest.mark.parametrize("train", (True, False))
-def test_compiled_model_equals_the_plain_one(device, T, train, monkeypatch):
-    """The whole network with every kernel, compiled, in bf16, against the references in fp32: loss and the gradient of every parameter."""
-    from helpers import config, packed_seq, randomize
-    cfg = config(model_dim=64, rope_dims=8)
+def test_the_network_on_kernels_equals_the_plain_one(device, T, train, variant, monkeypatch):
+    """In bf16 against the references in fp32: the loss and the gradient of every parameter."""
+    cfg = helpers.config(model_dim=64, rope_dims=8, **variant)
     tokens = torch.randint(4, cfg.vocab_size, (T // 2 * 2,), generator=torch.Generator().manual_seed(0)).to(device)
-    seq = K.Seq(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in packed_seq([T // 2, T // 2])))
-    step = lambda model, tokens, seq: model.nll(model.trunk(tokens, seq, looped=True), tokens.roll(-1)).mean()
+    seq = K.Seq(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in helpers.packed_seq([T // 2, T // 2])))
 
-    def result(dtype, function):
-        model = randomize(K.GPT(cfg, "reference", dtype), 0).to(device)
+    def result(dtype):
+        model = helpers.randomize(K.GPT(cfg, "reference", dtype), 0).to(device)
         with torch.set_grad_enabled(train):
-            loss = function(model, tokens, seq)
+            loss = model.nll(model.trunk(tokens, seq, looped=True), tokens.roll(-1)).mean()
         if train:
             loss.backward()
         return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
-    loss, grads = result(torch.bfloat16, torch.compile(step, fullgraph=True, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager"))
+    loss, grads = result(torch.bfloat16)
     monkeypatch.setattr(K, "use_kernels", lambda *_: False)
-    wanted, wanted_grads = result(torch.float32, step)
+    wanted, wanted_grads = result(torch.float32)
     assert error(loss, wanted) < 0.01
     for name in grads if train else ():
         assert error(grads[name], wanted_grads[name]) < 0.06, name
-
-
-@cases(12, 515)
-def test_operators_keep_their_contracts(device, T):
-    x, up, down = (t.requires_grad_() for t in mlp_inputs(device, T, 64, 128))
-    caps, targets = torch.tensor((30.0, 20.0), device=device, requires_grad=True), torch.randint(128, (T,), device=device)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    check = lambda op, *args: torch.library.opcheck(op, args, test_utils=tests)
-    check(K.mlp_op, x, up, down, 0.5)
-    check(K.softcap_nll_op, randn(T, 128, device=device).requires_grad_(), targets, caps)
-    check(K.head_nll_op, x, up, targets, caps, True)
-    y, v, gate = randn(T, 4, 16, device=device), randn(T, 2, 16, device=device), torch.rand(T, 4, device=device)
-    check(K.xsa_gate_op, *(t.requires_grad_() for t in (y, v, gate)))
-    check(K.qkv_heads_op, randn(T, 8 * 16, device=device), torch.rand(4, device=device) + 1, *rope(T, 4, device), 2, 2, 1e-6)
-    streams = [randn(T, 64, device=device, seed=i) for i in range(5)]
-    check(K.mix_norm_gradient_op, *streams[:3], randn(2, 64, device=device, dtype=torch.float32), streams[3:], 0.5, 1e-6)

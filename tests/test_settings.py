@@ -65,7 +65,7 @@ def test_a_near_miss_without_our_prefix_warns(capsys):
     assert "ITERATION" in (err := capsys.readouterr().err) and "ITERATIONS?" in err and err.count("\n") == 1
 
 
-BAD = {"ITERATIONS": ("ten", "1.5", ""), "MATRIX_LR": ("fast", "nan"), "EMA_DECAY": ("inf", "1"), "COMPILE": ("maybe",), "NUM_HEADS": ("7",), "NUM_KV_HEADS": ("3",),
+BAD = {"ITERATIONS": ("ten", "1.5", ""), "MATRIX_LR": ("fast", "nan"), "EMA_DECAY": ("inf", "1"), "TTT_ENABLED": ("maybe",), "NUM_HEADS": ("7",), "NUM_KV_HEADS": ("3",),
        "ROPE_DIMS": ("15", "130"), "ATTN_FULL_LAYERS": ("2;5", "2,", "all"), "ATTN_WINDOW": ("-1",),
        "VOCAB_SIZE": ("70000",), "LOOP_END": ("2", "11"), "PARALLEL_FINAL_LANE": ("both",), "GATE_WINDOW": ("0",), "DEVICE": ("tpu",),
        "ATTENTION": ("fa4000",), "MUON_BACKEND_STEPS": ("6",), "EVAL_STRIDE": ("-1", "4096"), "VAL_BATCH_TOKENS": ("100",), "MATRIX_BITS": ("9",), "EMBED_BITS": ("1",),
@@ -154,7 +154,7 @@ def test_settings_hash_covers_what_decides_the_result_and_nothing_else():
         other = dataclasses.replace(base, **{f.name: not value if type(value) is bool else value + "x" if type(value) is str else value + 1})
         assert (other.sha256() != base.sha256()) == (f.name in base.settings()), f.name
     hidden = {f.name for f in FIELDS} - set(base.settings())
-    assert hidden == {"data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device", "compile", "attention", "fa3_library",
+    assert hidden == {"data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device", "attention", "fa3_library",
                       "rank", "local_rank", "world_size", "train_log_every"}
 
 

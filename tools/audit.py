@@ -200,7 +200,7 @@ class Artifact:
 
     def environment(self, data: Path, env: dict) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items()
-                if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "COMPILE", "ATTENTION", "FA3_LIBRARY") or name.startswith(("CUDA_", "NVIDIA_", "NCCL_"))}
+                if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "ATTENTION", "FA3_LIBRARY") or name.startswith(("CUDA_", "NVIDIA_", "NCCL_"))}
         tokenizer = next(iter(sorted(data.glob("*.model"))), None)
         return {**kept, "HOME": str(self.work), "TRITON_CACHE_DIR": str(self.work / "triton"), "OMP_NUM_THREADS": "1", "DEVICE": self.device,
                 "DATA_PATH": str(data), **({"TOKENIZER_PATH": str(tokenizer)} if tokenizer else {}), **{name: str(value) for name, value in env.items()}}

@@ -18,7 +18,7 @@ import train_gpt as ours
 
 SCRIPT = Path(ours.__file__).resolve()
 PATIENCE, GRACE = 900, 15                                               # seconds after which a run that hangs is ended, and that it has to end by itself
-PHASES = (("imports, data, attention", r"^hardware "), ("checks", r"^checks passed"), ("compilation, warm-up", r"^compiled and warmed up"), ("first step", r"^step +1 "))
+PHASES = (("imports, data, attention", r"^hardware "), ("checks", r"^checks passed"), ("kernels, warm-up", r"^warmed up"), ("first step", r"^step +1 "))
 STEP = re.compile(r"^step +(\d+) .* loss ([\d.]+) .* ([\d.]+) ms/step")
 
 
@@ -57,9 +57,9 @@ def phases(seen: list[tuple[float, str]]) -> Iterator[tuple[str, float]]:
 
 
 def startup() -> Iterator[tuple[str, str, float]]:
-    """Yields (phase, caches, seconds) of a start whose compiler caches are empty, and of one that finds what the first has left in them."""
+    """Yields (phase, caches, seconds) of a start whose caches of compiled kernels are empty, and of one that finds what the first has left in them."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        env = environment(folder, ITERATIONS=2, TORCHINDUCTOR_CACHE_DIR=Path(folder, "inductor"), TRITON_CACHE_DIR=Path(folder, "triton"))
+        env = environment(folder, ITERATIONS=2, TRITON_CACHE_DIR=Path(folder, "triton"))
         for caches in ("cold caches", "warm caches"):
             for phase, seconds in phases(read([sys.executable, str(SCRIPT)], env, PHASES[-1][1])):
                 yield phase, caches, seconds
@@ -94,7 +94,7 @@ def scaling(counts: list[int] | None, steps: int, same_batch: bool) -> Iterator[
     for n in counts:
         batch = micro * (max(counts) if same_batch else n)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            # Loops that never begin: only the plain graph is compiled and timed.
+            # Loops that never begin: only plain steps are timed.
             env = defaults | environment(folder, TRAIN_BATCH_TOKENS=batch, MICRO_BATCH_TOKENS=micro, ITERATIONS=steps, TRAIN_LOG_EVERY=10, ENABLE_LOOPING_AT=2)
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(SCRIPT)]
             curves[n] = curve = step_lines(read(command, env, r"^trained \d+ steps"))
