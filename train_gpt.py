@@ -746,9 +746,9 @@ try:
     INTERPRET = triton.knobs.runtime.interpret                          # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
 except ImportError:                                                     # without Triton only the references exist
     triton, tl, INTERPRET = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f)), SimpleNamespace(constexpr=int), None
-HEAD_ROWS = 32                                                          # rows of head_dim elements per program of 4 warps
-MIX_ROWS, MIX_PROGRAMS = 4, 3                                           # rows of a tile of mix(), programs per multiprocessor
-MLP_TILES = {"forward": (128, 128, 64, 4, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}     # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
+HEAD_TILE = 1024                                                        # elements of heads per program of 4 warps
+STREAM_ROWS, STREAM_PROGRAMS = 4, 4                                     # rows of d elements per tile of 4 warps, programs per multiprocessor
+MLP_TILES = {"forward": (128, 128, 64, 8, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}     # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
 
 @functools.cache
 def processors(device: torch.device) -> int:
@@ -836,6 +836,7 @@ class MLP(torch.autograd.Function):
         mlp_gemm(x, w_up, hidden, None, slope)
         ctx.save_for_backward(x, w_up, w_down, hidden)
         ctx.mark_non_differentiable(hidden)
+        ctx.set_materialize_grads(False)                                # else hidden's would be 0.4 GB of zeros
         ctx.slope = slope
         return F.linear(hidden, w_down), hidden
 
@@ -937,31 +938,28 @@ def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tenso
     return (SoftcapNLL.apply if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
 
 
-class HeadNLL(torch.autograd.Function):
-    """head_nll() whose logits are overwritten by d nll / d logits in the forward pass."""
+class HeadLoss(torch.autograd.Function):
+    """head_loss() whose logits are overwritten by the loss's gradient in the forward pass."""
     @staticmethod
-    def forward(ctx, x, w, targets, caps):
+    def forward(ctx, x, w, targets, caps, weight):
         z = F.linear(x, w)
-        nll, _, d_caps = launch_softcap_nll(z, targets, caps, dz=z, want_caps=ctx.needs_input_grad[3])
+        nll, _, d_caps = launch_softcap_nll(z, targets, caps, weight, z, ctx.needs_input_grad[3])
         ctx.save_for_backward(x, w, z, d_caps)
-        return nll
+        return torch.dot(nll, weight)
 
     @staticmethod
-    def backward(ctx, d_nll):
+    def backward(ctx, d_loss):
         x, w, dz, d_caps = ctx.saved_tensors
-        need_x, need_w, _, need_caps = ctx.needs_input_grad
-        row, dx = d_nll[:, None], dz @ w if need_x else None            # products with fp32 rows go back into bf16 in one pass
-        return (torch.mul(dx, row, out=dx) if need_x else None, dz.T @ torch.mul(x, row, out=torch.empty_like(x)) if need_w else None, None,
-                (d_caps * row).sum(0) if need_caps else None)
+        need_x, need_w, _, need_caps, _ = ctx.needs_input_grad          # a scalar commutes with the products: it multiplies what is small
+        return dz @ (w * d_loss) if need_x else None, (dz.T @ x) * d_loss if need_w else None, None, d_caps.sum(0) * d_loss if need_caps else None, None
 
-def head_nll(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor) -> Tensor:
-    """softcap_nll of x (T, d) @ w (V, d).T in nats (T,), for training: the logits are overwritten by their gradient in the forward pass.
-    Exact for any gradient of the rows: a row's factor commutes with the products by w and x, so it multiplies (T, d) instead of (T, V). Logits cross memory
-    twice (1 read, 1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304)."""
+def head_loss(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, weight: Tensor) -> Tensor:
+    """Sum over the rows of weight (T,) fp32 times softcap_nll of x (T, d) @ w (V, d).T; a scalar, for training. The logits cross memory twice (1 read,
+    1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304)."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or caps.requires_grad)
     if use_kernels(x) and differentiable:
-        return HeadNLL.apply(x, w, targets, caps)
-    return softcap_nll(F.linear(x, w), targets, caps)[0]
+        return HeadLoss.apply(x, w, targets, caps, weight)
+    return torch.dot(softcap_nll(F.linear(x, w), targets, caps)[0], weight)
 
 
 # --- Heads of a packed QKV product: RMSNorm of q and k, partial RoPE, gain of q ---
@@ -1018,9 +1016,9 @@ def load_sum(ptr, at, mask, COPIES: tl.constexpr, STRIDE: tl.constexpr):
     return total
 
 @triton.jit(do_not_specialize=["T"])
-def qkv_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, d_own_ptr, q_ptr, k_ptr, gain_ptr, cos_ptr, sin_ptr, rstd_ptr, d_qkv_ptr, dot_ptr, T, H: tl.constexpr,
+def qkv_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, d_own_ptr, q_ptr, k_ptr, gain_ptr, cos_ptr, sin_ptr, rstd_ptr, d_qkv_ptr, d_gain_ptr, T, H: tl.constexpr,
                               KV: tl.constexpr, COPIES: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """One head of d(qkv), of q, k or v, of BLOCK tokens, and q . dq. The normed vectors come from q and k as attention saved them: q / gain, unrotated."""
+    """One head of d(qkv), of q, k or v, of BLOCK tokens. The normed vectors come from q and k as attention saved them: q / gain, unrotated."""
     head, row = tl.program_id(0) % (H + 2 * KV), (tl.program_id(0) // (H + 2 * KV) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     token, at, i = row[:, None], tl.arange(0, D)[None, :], tl.arange(0, N)[None, :]
     ok = token < T
@@ -1044,8 +1042,8 @@ def qkv_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, d_own_ptr, q_ptr, k_ptr, g
         a = keep * da - drop * tl.load(y_ptr + i, mask=ok, other=0.0)   # L1 hits
         b = keep * db - drop * tl.load(y_ptr + N + i, mask=ok, other=0.0)
         store_turned(dx_ptr, keep * dy - drop * y, a, b, cos, -sin, ok, D, N)
-        if head < H:
-            tl.store(dot_ptr + row * H + head, dot, mask=row < T)
+        if head < H and d_gain_ptr is not None:
+            tl.atomic_add(d_gain_ptr + head, tl.sum(dot, 0) / gain, sem="relaxed")
 
 
 class QKVHeads(torch.autograd.Function):
@@ -1056,7 +1054,8 @@ class QKVHeads(torch.autograd.Function):
         T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
         q, k, v = (qkv.new_empty(T, heads, D) for heads in (H, copies * kv_heads, copies * kv_heads))
         rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)      # 1 / rms of the heads of q and k
-        qkv_heads_kernel[(triton.cdiv(T, HEAD_ROWS) * (H + 2 * kv_heads),)](qkv, gain, cos, sin, q, k, v, rstd, T, eps, H, kv_heads, copies, D, cos.size(1), HEAD_ROWS)
+        rows = max(HEAD_TILE // D, 1)
+        qkv_heads_kernel[(triton.cdiv(T, rows) * (H + 2 * kv_heads),)](qkv, gain, cos, sin, q, k, v, rstd, T, eps, H, kv_heads, copies, D, cos.size(1), rows)
         ctx.save_for_backward(q, k, gain, cos, sin, rstd)
         return q, k, v, qkv.unflatten(1, (-1, D))[:, -kv_heads:]
 
@@ -1064,10 +1063,10 @@ class QKVHeads(torch.autograd.Function):
     def backward(ctx, *grads):
         q, k, gain, cos, sin, rstd = ctx.saved_tensors
         (T, H, D), KV, grads = q.shape, grads[3].size(1), [t.contiguous() for t in grads]
-        d_qkv, dot = q.new_empty(T, (H + 2 * KV) * D), q.new_empty(T, H, dtype=torch.float32)       # dot: q . dq
-        qkv_heads_gradient_kernel[(triton.cdiv(T, HEAD_ROWS) * (H + 2 * KV),)](*grads, q, k, gain, cos, sin, rstd, d_qkv, dot, T, H, KV, k.size(1) // KV, D,
-                                                                             cos.size(1), HEAD_ROWS)
-        return d_qkv, dot.sum(0) / gain if ctx.needs_input_grad[1] else None, None, None, None, None, None
+        d_qkv, d_gain, rows = q.new_empty(T, (H + 2 * KV) * D), torch.zeros_like(gain) if ctx.needs_input_grad[1] else None, max(HEAD_TILE // D, 1)
+        qkv_heads_gradient_kernel[(triton.cdiv(T, rows) * (H + 2 * KV),)](*grads, q, k, gain, cos, sin, rstd, d_qkv, d_gain, T, H, KV, k.size(1) // KV, D,
+                                                                        cos.size(1), rows)
+        return d_qkv, d_gain, None, None, None, None, None
 
 def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """qkv (T, (H + 2 KV) D), gain (H,) fp32 and nonzero, cos and sin (T, n) fp32 -> q (T, H, D), k and v (T, copies KV, D), and v again as a view of qkv (T, KV, D).
@@ -1118,8 +1117,8 @@ def xsa_gate_kernel(y_ptr, v_ptr, z_ptr, d_out_ptr, out_ptr, dv_ptr, dz_ptr, T, 
 def launch_xsa_gate(inputs: tuple, slope: float, top: float, d_out: Tensor | None, out: Tensor, dv: Tensor | None = None, dz: Tensor | None = None):
     """Fills out, or with d_out the gradients of the inputs y, v and z: out, dv, dz."""
     y, v, z = inputs
-    T, KV, D = v.shape
-    xsa_gate_kernel[(triton.cdiv(T * KV, HEAD_ROWS),)](y, v, z, d_out, out, dv, dz, T, v.stride(0), slope, top, KV, y.size(1) // KV, D, HEAD_ROWS)
+    (T, KV, D), rows = v.shape, max(HEAD_TILE // v.size(2), 1)
+    xsa_gate_kernel[(triton.cdiv(T * KV, rows),)](y, v, z, d_out, out, dv, dz, T, v.stride(0), slope, top, KV, y.size(1) // KV, D, rows)
 
 
 class XSAGate(torch.autograd.Function):
@@ -1141,6 +1140,96 @@ class XSAGate(torch.autograd.Function):
 def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
     """y (T, H, D), v (T, KV, D), z (T, H) -> top sigmoid(slope z) (y - (y . v) / (v . v) v) in y's dtype, v that of the head's group (#265, #1787)."""
     return (XSAGate.apply if use_kernels(y, y.size(2)) else xsa_gate_reference)(y, v, z, slope, top)
+
+
+# --- Embeddings, smeared and normed ---
+
+def embed_reference(tokens: Tensor, previous: Tensor, positions: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float,
+                    dtype: torch.dtype) -> Tensor:
+    """embed() in plain PyTorch."""
+    x = F.embedding(tokens, table).to(dtype)
+    if gate is not None:
+        z = F.linear(x[:, :len(gate)], gate[None].to(dtype)).float()
+        smear = strength * torch.sigmoid(z) * (positions > 0)[:, None]
+        x = (x + smear * F.embedding(previous, table).to(dtype)).to(dtype)
+    return F.rms_norm(x, x.shape[1:], eps=eps)
+
+@triton.jit
+def smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
+    """Of some rows: token and the one before it; its first GATE channels (of the gate's C); how far the gate is open, 0 at a start; the embedding before, the smeared one."""
+    ok, i, col = row < T, tl.arange(0, GATE)[None, :], tl.arange(0, D)[None, :]
+    token, before = tl.load(tokens_ptr + row, mask=ok, other=0), tl.load(previous_ptr + row, mask=ok, other=0)
+    x = tl.load(table_ptr + token[:, None] * D + col).to(tl.bfloat16).to(tl.float32)
+    first, p, opened = tl.zeros((row.shape[0], GATE), tl.float32), tl.zeros(x.shape, tl.float32), tl.zeros(row.shape, tl.float32)
+    if gate_ptr is not None:
+        first = tl.load(table_ptr + token[:, None] * D + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32)
+        p = tl.load(table_ptr + before[:, None] * D + col).to(tl.bfloat16).to(tl.float32)
+        z = tl.sum(first * tl.load(gate_ptr + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32), 1)
+        seen = (tl.load(positions_ptr + row, mask=ok, other=0) > 0).to(tl.float32)
+        opened = tl.sigmoid(z) * seen
+        x += (tl.load(strength_ptr) * opened)[:, None] * p
+    return token, before, first, opened, p, x.to(tl.bfloat16).to(tl.float32)
+
+@triton.jit(do_not_specialize=["T"])
+def embed_kernel(tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, out_ptr, T, eps, C: tl.constexpr, D: tl.constexpr,
+                 GATE: tl.constexpr, ROWS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    _, _, _, _, _, x = smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C, D, GATE)
+    n = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    tl.store(out_ptr + row[:, None] * D + tl.arange(0, D)[None, :], n.to(out_ptr.dtype.element_ty), mask=(row < T)[:, None])
+
+@triton.jit(do_not_specialize=["T"])
+def embed_gradient_kernel(dn_ptr, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, d_table_ptr, d_gate_ptr, d_strength_ptr, T, eps,
+                          C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr):
+    """Adds to the gradients of the table, the gate and the strength."""
+    i, col = tl.arange(0, GATE)[None, :], tl.arange(0, D)[None, :]
+    d_gate, d_strength = tl.zeros((ROWS, GATE), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for begin in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
+        row = (begin + tl.arange(0, ROWS)).to(tl.int64)
+        ok = (row < T)[:, None]
+        token, before, first, opened, p, x = smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C, D, GATE)
+        dn = tl.load(dn_ptr + row[:, None] * D + col, mask=ok, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        dx = rstd * (dn - x * (rstd * rstd * tl.sum(x * dn, 1)[:, None] / D))
+        tl.atomic_add(d_table_ptr + token[:, None] * D + col, dx, mask=ok, sem="relaxed")
+        if gate_ptr is not None:
+            strength, along = tl.load(strength_ptr), tl.sum(p * dx, 1)
+            tl.atomic_add(d_table_ptr + before[:, None] * D + col, (strength * opened)[:, None] * dx, mask=ok & (opened > 0)[:, None], sem="relaxed")
+            dz = strength * along * opened * (1.0 - opened)
+            gate = tl.load(gate_ptr + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32)
+            tl.atomic_add(d_table_ptr + token[:, None] * D + i, dz[:, None] * gate, mask=ok & (i < C), sem="relaxed")
+            d_gate += dz[:, None] * first
+            d_strength += along * opened
+    if gate_ptr is not None:
+        tl.atomic_add(d_gate_ptr + tl.arange(0, GATE), tl.sum(d_gate, 0), mask=tl.arange(0, GATE) < C, sem="relaxed")
+        tl.atomic_add(d_strength_ptr, tl.sum(d_strength, 0), sem="relaxed")
+
+
+class Embed(torch.autograd.Function):
+    """embed() through the kernels."""
+    @staticmethod
+    def forward(ctx, tokens, previous, positions, table, gate, strength, eps):
+        T, d = len(tokens), table.size(1)
+        ctx.width = (0, d, 16) if gate is None else (len(gate), d, triton.next_power_of_2(len(gate)))
+        out = torch.empty(T, d, dtype=torch.bfloat16, device=table.device)
+        embed_kernel[(triton.cdiv(T, STREAM_ROWS),)](tokens, previous, positions, table, gate, strength, out, T, eps, *ctx.width, STREAM_ROWS)
+        ctx.save_for_backward(tokens, previous, positions, table, gate, strength)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, dn):
+        grads = [None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors[3:]]
+        programs = STREAM_PROGRAMS * processors(dn.device)
+        embed_gradient_kernel[(programs,)](dn.contiguous(), *ctx.saved_tensors, *grads, len(dn), ctx.eps, *ctx.width, STREAM_ROWS)
+        return None, None, None, *grads, None
+
+def embed(tokens: Tensor, previous: Tensor, positions: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """tokens, previous (T,) int64, positions (T,) int32, table (V, d), gate (c,) and strength () fp32 -> RMSNorm of e_t + strength sigmoid(gate . e_t) e_{t-1}
+    (T, d) in ``dtype``, without the second term at position 0 (SmearGate, #1667)."""
+    if dtype == torch.bfloat16 and table.size(1) & (table.size(1) - 1) == 0 and processors(table.device):
+        return Embed.apply(tokens, previous, positions, table, gate, strength, eps)
+    return embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype)
 
 
 # --- Sums of streams weighted channel by channel, and their RMSNorm ---
@@ -1203,7 +1292,7 @@ def mix_kernel(streams, w_ptr, ys, ns, scales, T, eps, FORM: tl.constexpr, R: tl
 
 @triton.jit(do_not_specialize=["T"])
 def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """Gradients of the streams, and with dw_ptr each program's sum of those of the weights. Each of dys, dns and grads may be None."""
+    """Gradients of the streams; those of the weights are added to dw_ptr if given. Each of dys, dns and grads may be None."""
     ws, sums = load_rows(w_ptr, R, D), ()
     for r in tl.static_range(R):
         sums = sums + (tl.zeros((ROWS, D), tl.float32),)
@@ -1241,7 +1330,7 @@ def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps,
         sums = added
     if dw_ptr is not None:
         for r in tl.static_range(R):
-            tl.store(dw_ptr + (tl.program_id(0) * R + r) * D + tl.arange(0, D), tl.sum(sums[r], 0))
+            tl.atomic_add(dw_ptr + r * D + tl.arange(0, D), tl.sum(sums[r], 0), sem="relaxed")
 
 
 class Mix(torch.autograd.Function):
@@ -1253,11 +1342,10 @@ class Mix(torch.autograd.Function):
         alias = [row.index(ONE) if sorted(row)[-2:] in ([ONE], [NO, ONE]) else None for row in form]
         ys = tuple(torch.empty_like(streams[0]) if kept and a is None else None for a, kept in zip(alias, keep))
         ns = tuple(None if scale is None else torch.empty_like(streams[0]) for scale in scales)
-        programs = min(triton.cdiv(T, MIX_ROWS), MIX_PROGRAMS * processors(streams[0].device))
         if any(t is not None for t in ys + ns):
-            mix_kernel[(programs,)](streams, weights, ys, ns, scales, T, eps, form, R, d, MIX_ROWS)
+            mix_kernel[(STREAM_PROGRAMS * processors(streams[0].device),)](streams, weights, ys, ns, scales, T, eps, form, R, d, STREAM_ROWS)
         ctx.save_for_backward(weights, *streams)
-        ctx.constants, ctx.programs = (form, scales, keep, eps), programs
+        ctx.constants = form, scales, keep, eps
         ctx.set_materialize_grads(False)
         outputs = ((streams[a].view_as(streams[a]) if a is not None and kept else y, n) for a, kept, y, n in zip(alias, keep, ys, ns))
         return tuple(t for pair in outputs for t in pair if t is not None)
@@ -1271,10 +1359,10 @@ class Mix(torch.autograd.Function):
         firsts = [columns.index(column) for column in columns]
         needed = {first for first, need in zip(firsts, ctx.needs_input_grad[5:]) if need}
         grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(streams))
-        parts = weights.new_empty(ctx.programs, *weights.shape) if need_w else None
-        mix_gradient_kernel[(ctx.programs,)](tuple(streams), weights, dys, dns, scales, grads, parts, streams[0].size(0), eps, form,
-                                             0 if weights is None else len(weights), streams[0].size(1), MIX_ROWS)
-        return parts.sum(0) if need_w else None, None, None, None, None, *(grads[k] if need else None for k, need in zip(firsts, ctx.needs_input_grad[5:]))
+        d_weights, (T, d), rows = torch.zeros_like(weights) if need_w else None, streams[0].shape, 0 if weights is None else len(weights)
+        programs, tile = (6, STREAM_ROWS) if len(streams) < 4 else (8, 1)       # four rows of four streams do not fit into the registers
+        mix_gradient_kernel[(programs * processors(streams[0].device),)](tuple(streams), weights, dys, dns, scales, grads, d_weights, T, eps, form, rows, d, tile)
+        return d_weights, None, None, None, None, *(grads[k] if need else None for k, need in zip(firsts, ctx.needs_input_grad[5:]))
 
 def mix(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor) -> tuple[Tensor, ...]:
     """Weighted sums of streams (T, d). For each row of ``form``: its sum (T, d) if kept, then the sum's RMSNorm times its scale (T, d) unless that is None.
@@ -1285,25 +1373,118 @@ def mix(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: fl
 
 # --- A product and the attention gate's, from one input ---
 
+def gated_linear_reference(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """gated_linear() in plain PyTorch."""
+    return F.linear(x, w), F.linear(x[:, :gate.size(1)], gate)
+
+@triton.jit(do_not_specialize=["T"])
+def gate_kernel(x_ptr, gate_ptr, z_ptr, dz_ptr, dx_ptr, d_gate_ptr, T, D, H: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):
+    """z = x[:, :C] @ gate.T; with dz_ptr backward: what they receive is added to dx and d_gate, each of which may be None. GATE is C or more."""
+    i, ws, sums = tl.arange(0, GATE)[None, :], (), ()
+    for h in tl.static_range(H):
+        ws = ws + (tl.load(gate_ptr + h * C + i, mask=i < C, other=0.0).to(tl.float32),)
+        sums = sums + (tl.zeros((BLOCK, GATE), tl.float32),)
+    for first in range(tl.program_id(0) * BLOCK, T, tl.num_programs(0) * BLOCK):
+        row = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        at, ok, added = row[:, None] * D + i, (row < T)[:, None] & (i < C), ()
+        x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        dx = tl.load(dx_ptr + at, mask=ok, other=0.0).to(tl.float32) if dx_ptr is not None else x
+        for h in tl.static_range(H):
+            if dz_ptr is None:
+                tl.store(z_ptr + row * H + h, tl.sum(x * ws[h], 1).to(z_ptr.dtype.element_ty), mask=row < T)
+            else:
+                dz = tl.load(dz_ptr + row * H + h, mask=row < T, other=0.0).to(tl.float32)[:, None]
+                dx += dz * ws[h]
+                added = added + (sums[h] + dz * x,)
+        if dz_ptr is not None:
+            sums = added
+        if dx_ptr is not None:
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+    if d_gate_ptr is not None:
+        for h in tl.static_range(H):
+            tl.atomic_add(d_gate_ptr + h * C + tl.arange(0, GATE), tl.sum(sums[h], 0), mask=tl.arange(0, GATE) < C, sem="relaxed")
+
+def launch_gate(x: Tensor, gate: Tensor, z: Tensor | None, dz: Tensor | None = None, dx: Tensor | None = None, d_gate: Tensor | None = None):
+    """Fills z, or with dz adds to dx and d_gate."""
+    (T, d), (H, C) = x.shape, gate.shape
+    gate_kernel[(2 * processors(x.device),)](x, gate, z, dz, dx, d_gate, T, d, H, C, triton.next_power_of_2(C), 128)
+
+
 class GatedLinear(torch.autograd.Function):
-    """gated_linear(): a Function, so that the gradient of the leading channels is added in place and not as a padded (T, d)."""
+    """gated_linear() through cuBLAS and a kernel, which adds to the gradient of the leading channels in place."""
     @staticmethod
     def forward(ctx, x, w, gate):
+        x, gate = x.contiguous(), gate.contiguous()
         ctx.save_for_backward(x, w, gate)
-        return F.linear(x, w), F.linear(x[:, :gate.size(1)], gate)
+        z = x.new_empty(len(x), len(gate))
+        launch_gate(x, gate, z)
+        return F.linear(x, w), z
 
     @staticmethod
     def backward(ctx, dy, dz):
         x, w, gate = ctx.saved_tensors
         need_x, need_w, need_gate = ctx.needs_input_grad
-        dx = dy @ w if need_x else None
-        if need_x:
-            dx[:, :gate.size(1)].addmm_(dz, gate)
-        return dx, dy.T @ x if need_w else None, dz.T @ x[:, :gate.size(1)] if need_gate else None
+        dx, d_gate = dy @ w if need_x else None, torch.zeros_like(gate, dtype=torch.float32) if need_gate else None
+        if need_x or need_gate:
+            launch_gate(x, gate, None, dz.contiguous(), dx, d_gate)
+        return dx, dy.T @ x if need_w else None, d_gate.to(gate.dtype) if need_gate else None
 
 def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, d), w (n, d), gate (H, c) -> x @ w.T (T, n), and of its leading channels x[:, :c] @ gate.T (T, H)."""
-    return GatedLinear.apply(x, w, gate)
+    return (GatedLinear.apply if use_kernels(x) else gated_linear_reference)(x, w, gate)
+
+
+# --- Muon: what surrounds its orthogonalisation ---
+
+def nesterov_reference(grad: Tensor, momentum: Tensor, clip: Tensor, decay: float, normalize: bool) -> Tensor:
+    """nesterov() in plain PyTorch."""
+    grad = grad * clip.to(grad.dtype)
+    momentum.mul_(decay).add_(grad)
+    u = grad.add_(momentum, alpha=decay)
+    return u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(u.dtype) if normalize else u
+
+@triton.jit
+def nesterov_kernel(grad_ptr, momentum_ptr, clip_ptr, out_ptr, decay, COLS: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr):
+    """One row of a matrix."""
+    at, ok = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, BLOCK), tl.arange(0, BLOCK) < COLS
+    grad = tl.load(grad_ptr + at, mask=ok, other=0.0).to(tl.float32) * tl.load(clip_ptr)
+    momentum = decay * tl.load(momentum_ptr + at, mask=ok, other=0.0).to(tl.float32) + grad
+    u = grad + decay * momentum
+    if NORMALIZE:
+        u /= tl.maximum(tl.sqrt(tl.sum(u * u, 0)), 1e-7)
+    tl.store(momentum_ptr + at, momentum.to(momentum_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + at, u.to(out_ptr.dtype.element_ty), mask=ok)
+
+def nesterov(grad: Tensor, momentum: Tensor, clip: Tensor, decay: float, normalize: bool) -> Tensor:
+    """grad and momentum (n, rows, cols) of one dtype, clip () fp32. momentum becomes decay momentum + clip grad; -> clip grad + decay momentum, its rows
+    of length one if they are to be normalised (MuonEq-R)."""
+    if not use_kernels(grad):
+        return nesterov_reference(grad, momentum, clip, decay, normalize)
+    out, cols = torch.empty_like(grad), grad.size(2)
+    nesterov_kernel[(grad.size(0) * grad.size(1),)](grad, momentum, clip, out, decay, cols, triton.next_power_of_2(cols), normalize)
+    return out
+
+@triton.jit
+def descend_kernel(p_ptr, average_ptr, update_ptr, keep, lr, share, count, inner, stride, BLOCK: tl.constexpr):
+    """BLOCK elements; ``inner`` of them are contiguous in the weights, at every ``stride``."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at, ok = i // inner * stride + i % inner, i < count
+    p = keep * tl.load(p_ptr + at, mask=ok) - lr * tl.load(update_ptr + i, mask=ok).to(tl.float32)
+    tl.store(p_ptr + at, p, mask=ok)
+    if average_ptr is not None:
+        average = tl.load(average_ptr + at, mask=ok)
+        tl.store(average_ptr + at, average + share * (p - average), mask=ok)
+
+def descend_(weights: Tensor, average: Tensor | None, update: Tensor, keep: float, lr: float, share: float):
+    """weights (L, rows, cols) fp32, of each matrix perhaps some rows of more, become keep weights - lr update; then their average, of the same strides, moves
+    by ``share`` towards them."""
+    if use_kernels(update):
+        block = 1024
+        descend_kernel[(triton.cdiv(update.numel(), block),)](weights, average, update, keep, lr, share, update.numel(), update[0].numel(), weights.stride(0), block)
+        return
+    weights.mul_(keep).add_(update, alpha=-lr)
+    if average is not None:
+        average.lerp_(weights, share)
 
 
 # ======== Attention backends: one function, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference ===================================
@@ -1463,10 +1644,10 @@ def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
 
 
 class Cache(NamedTuple):
-    """What earlier tokens left behind, for rows of equal length: keys and values of each visit, and the last raw embedding for SmearGate."""
+    """What earlier tokens left behind, for rows of equal length: keys and values of each visit, and the last token for SmearGate."""
     keys: Tensor          # (visits, rows, length, KV, D)
     values: Tensor        # (visits, rows, length, KV, D)
-    last: Tensor          # (rows, model_dim)
+    last: Tensor          # (rows,) int64
 
 def project(x: Tensor, w: Tensor, delta: Callable | None = None, tap: Callable | None = None) -> Tensor:
     """x (tokens, in) @ w (out, in).T, plus an adapter's low-rank delta, while an optional tap watches the input."""
@@ -1544,19 +1725,11 @@ class GPT(nn.Module):
         stacks = self.qkv, self.o * self.attn_scale[:, :, None], self.up, self.down * self.mlp_scale[:, :, None], *([] if self.attn_gate is None else [self.attn_gate])
         return list(zip(*(s.to(self.dtype).unbind(0) for s in stacks)))
 
-    def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """tokens (T,) -> raw embeddings and the RMSNorm of the smeared ones (T, d). SmearGate (#1667): e_t + lambda sigmoid(w . e_t) e_{t-1} inside a document."""
-        e = F.embedding(tokens, self.tok_emb).to(self.dtype)
-        if self.smear_gate is None:
-            return e, *self.mix(None, ((ONE,),), (1.0,), (False,), e)
-        if cache is None:
-            previous = torch.cat((e[:1], e[:-1]))
-        else:
-            rows = e.unflatten(0, (cache.last.size(0), -1))
-            previous = torch.cat((cache.last[:, None], rows[:, :-1]), dim=1).flatten(0, 1)
-        gate = torch.sigmoid(F.linear(e[:, :self.cfg.gate_window], self.smear_gate[None].to(self.dtype)).float())
-        smear = (self.smear_lambda * gate * (positions > 0)[:, None]).to(self.dtype)
-        return e, *self.mix(None, ((ONE, ONE),), (1.0,), (False,), e, smear * previous)
+    def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
+        """tokens (T,) -> x0 (T, d), normed."""
+        rows = tokens[None] if cache is None else tokens.unflatten(0, (len(cache.last), -1))
+        previous = torch.cat((rows[:, :1] if cache is None else cache.last[:, None], rows[:, :-1]), 1).flatten()
+        return embed(tokens, previous, positions, self.tok_emb, self.smear_gate, self.smear_lambda, NORM_EPS, self.dtype)
 
     def mix(self, weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, *streams: Tensor) -> tuple[Tensor, ...]:
         return mix(weights, form, scales, keep, NORM_EPS, *streams)
@@ -1581,7 +1754,7 @@ class GPT(nn.Module):
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
         lora.at(kind, visit) gives a low-rank delta or None; tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows
         of equal length, flattened."""
-        raw, x0 = self.embed(tokens, seq.positions, cache)
+        x0 = self.embed(tokens, seq.positions, cache)
         angle = seq.positions[:, None].float() * self.rope_frequency
         schedule, weights, mixing, rope = self.schedules[looped], self.layer_weights(), self.mixing(looped), (angle.cos(), angle.sin())
         sources = {visit.source for i, visit in enumerate(schedule) if visit.source != i - 1}
@@ -1603,9 +1776,8 @@ class GPT(nn.Module):
         hidden = self.mix(None, ((ONE,) * len(terms),), (1.0,), (False,), *terms)[0] if lanes is None else lanes[0]
         if cache is None:
             return hidden
-        rows = cache.last.size(0)
-        keys, values = (torch.stack([kv[j].unflatten(0, (rows, -1)) for kv in fresh]) for j in (0, 1))
-        return hidden, Cache(keys, values, raw.unflatten(0, (rows, -1))[:, -1])
+        keys, values = (torch.stack([kv[j].unflatten(0, (len(cache.last), -1)) for kv in fresh]) for j in (0, 1))
+        return hidden, Cache(keys, values, tokens.unflatten(0, (len(cache.last), -1))[:, -1])
 
     def one_lane(self, site: Site, x0: Tensor, terms: tuple, joining: tuple, keep: bool):
         """-> terms of the stream after the visit, x0 as handed on, the stream before the visit if it is to be kept, new keys and values."""
@@ -1666,10 +1838,7 @@ class GPT(nn.Module):
 
     def nll(self, hidden: Tensor, targets: Tensor, *, lora=None, hint: Tensor | None = None):
         """hidden (T, d), targets (T,) int64 -> nats per token (T,) fp32; with hint (T,) int64 also the log-probability of the hinted token."""
-        w = self.tok_emb.to(self.dtype)
-        if lora is None and hint is None and self.calibration is None:
-            return head_nll(hidden, w, targets, self.caps)
-        z = project(hidden, w, lora.at("head", 0) if lora is not None else None)
+        z = project(hidden, self.tok_emb.to(self.dtype), lora.at("head", 0) if lora is not None else None)
         if self.calibration is not None:
             logits = self.calibration[0] * softcap(z, self.caps) + self.calibration[1]
             lse = logits.logsumexp(-1)
@@ -1677,6 +1846,12 @@ class GPT(nn.Module):
             return nats if hint is None else (nats, logits.gather(1, hint[:, None])[:, 0] - lse)
         nats, lse = softcap_nll(z, targets, self.caps)
         return nats if hint is None else (nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - lse)
+
+    def loss(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """Sum of nll() times weight (T,) fp32."""
+        if self.calibration is not None:
+            return torch.dot(self.nll(hidden, targets), weight)
+        return head_loss(hidden, self.tok_emb.to(self.dtype), targets, self.caps, weight)
 
 
 # ======== Adapters: LoRA stacked over visits and documents ====================================================================================================
@@ -1738,12 +1913,12 @@ MUON_COEFFICIENTS = {                                                   # (a, b,
 def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
     """Nearest semi-orthogonal matrices of u (n, rows, cols), by one odd quintic iteration for each (a, b, c). Five of Polar Express leave singular values
     within about 0.1 of 1, five of the constant ones within about 0.3."""
-    x = u.mT if u.size(1) > u.size(2) else u
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for a, b, c in coefficients:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if u.size(1) > u.size(2) else x
+    x, wide = u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7), u.size(1) <= u.size(2)
+    for a, b, c in coefficients:                                        # the Gram matrix of the shorter side
+        gram = x @ x.mT if wide else x.mT @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, *((polynomial, x) if wide else (x, polynomial)), beta=a)
+    return x
 
 
 class MuonGroup:
@@ -1760,14 +1935,15 @@ class MuonGroup:
     def gradient(self) -> Tensor:
         """(padded, rows, cols) in the momentum's dtype."""
         pieces = [p.grad[:, lo:hi].to(self.momentum.dtype) for p, lo, hi in self.blocks]
-        padding = self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)
-        return torch.cat([*pieces, padding])
+        padding = [self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)] if self.padded > self.count else []
+        return torch.cat([*pieces, *padding]) if len(pieces) + len(padding) > 1 else pieces[0]
 
-    def apply_(self, update: Tensor, lr: float, wd: float):
+    def apply_(self, update: Tensor, lr: float, wd: float, average: dict[nn.Parameter, Tensor], share: float):
+        """Weights decay and take the update; the average of those that have one follows."""
         at = 0
         for p, lo, hi in self.blocks:
-            block = p[:, lo:hi]
-            block.mul_(1 - lr * wd).add_(update[at:at + p.size(0)], alpha=-lr * self.scale)
+            followed = average[p][:, lo:hi] if p in average else None
+            descend_(p[:, lo:hi], followed, update[at:at + p.size(0)], 1 - lr * wd, lr * self.scale, share)
             at += p.size(0)
 
 
@@ -1789,12 +1965,12 @@ class Optimizer:
                  ([model.caps] if cfg.asym_logit_rescale else [], cfg.scalar_lr, 0.0))
         self.adam = torch.optim.AdamW([{"params": params, "base_lr": lr, "lr": lr, "weight_decay": wd} for params, lr, wd in rules if params],
                                       betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-        self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
+        self.average = {p: torch.zeros_like(p) for p in self.parameters} if cfg.ema_decay else {}
         self.averaged_steps = 0
 
     def reset(self):
         """Forget everything: momentum, Adam's moments and the average."""
-        for t in (*(g.momentum for g in self.muon), *self.average):
+        for t in (*(g.momentum for g in self.muon), *self.average.values()):
             t.zero_()
         self.adam.state.clear()
         self.averaged_steps = 0
@@ -1812,7 +1988,7 @@ class Optimizer:
         torch._foreach_mul_([p.grad for p in self.small], clip)
         warm = min(step / self.cfg.muon_momentum_warmup_steps, 1.0) if self.cfg.muon_momentum_warmup_steps else 1.0
         momentum = (1 - warm) * self.cfg.muon_momentum_warmup_start + warm * self.cfg.muon_momentum
-        updates = [self.direction(g, shard * clip.to(shard.dtype), momentum) for g, shard in zip(self.muon, shards)]
+        updates = [self.direction(g, shard, clip, momentum) for g, shard in zip(self.muon, shards)]
         gathered = [self.gather(g, u) for g, u in zip(self.muon, updates)]
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
@@ -1820,11 +1996,11 @@ class Optimizer:
         for g, (update, wait) in zip(self.muon, gathered):
             if wait is not None:
                 wait.wait()
-            g.apply_(update, self.cfg.matrix_lr * lr_scale, self.cfg.muon_wd)
+            g.apply_(update, self.cfg.matrix_lr * lr_scale, self.cfg.muon_wd, self.average, 1 - self.cfg.ema_decay)
         for p in self.parameters:
             p.grad = None
         if self.average:
-            torch._foreach_lerp_(self.average, self.parameters, 1 - self.cfg.ema_decay)
+            torch._foreach_lerp_([self.average[p] for p in self.small], self.small, 1 - self.cfg.ema_decay)
             self.averaged_steps += 1
 
     def reduce_scatter(self) -> tuple[list[Tensor], list]:
@@ -1846,12 +2022,9 @@ class Optimizer:
         squares = squares + torch.stack(torch._foreach_norm([p.grad for p in self.small])).square().sum()
         return (self.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
 
-    def direction(self, group: MuonGroup, grad: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum, row normalisation (MuonEq-R), orthogonalisation of this rank's matrices (n, rows, cols)."""
-        group.momentum.mul_(momentum).add_(grad)
-        u = grad.add_(group.momentum, alpha=momentum)
-        if self.cfg.muon_row_normalize:
-            u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(u.dtype)
+    def direction(self, group: MuonGroup, grad: Tensor, clip: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum, row normalisation, orthogonalisation of this rank's matrices (n, rows, cols)."""
+        u = nesterov(grad, group.momentum, clip, momentum, self.cfg.muon_row_normalize)
         return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients][:self.cfg.muon_backend_steps])
 
     def gather(self, group: MuonGroup, update: Tensor):
@@ -1865,8 +2038,8 @@ class Optimizer:
         """Put the debiased average into the model: average / (1 - decay^steps), so that a short run is not averaged with zeros."""
         if self.averaged_steps:
             correction = 1 - self.cfg.ema_decay ** self.averaged_steps
-            for p, a in zip(self.parameters, self.average):
-                p.copy_(a / correction)
+            for p, average in self.average.items():
+                p.copy_(average / correction)
 
 
 # ======== Training ============================================================================================================================================
@@ -1898,7 +2071,8 @@ def batch_nats(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = Non
 
 def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     """Sum of nats over this micro-batch's targets / ``total``, the tokens of the global batch."""
-    return torch.where(batch.targets >= 0, batch_nats(model, batch, looped), 0.0).sum() / total
+    hidden, weight = model.trunk(batch.tokens, batch.seq, looped=looped), (batch.targets >= 0).float() / total
+    return model.loss(hidden, batch.targets.clamp(min=0), weight)
 
 
 class Trainer:
@@ -3006,7 +3180,7 @@ class DocumentTTT:
         outside = [(n - self.begin).clamp(min=0).int() for n in (back, older + back)]
         seq = Seq(offsets(width, outside[0]), offsets(older + width, outside[1]), width, older + width, position.int().repeat(rows))
         slots = (self.begin - back - older + torch.arange(older, device=device)) % context
-        cache = Cache(*(t[:, :rows].index_select(2, slots) for t in (self.keys, self.values)), F.embedding(before, self.model.tok_emb).to(self.model.dtype))
+        cache = Cache(*(t[:, :rows].index_select(2, slots) for t in (self.keys, self.values)), before)
         lora = self.parts[rows] = self.parts.get(rows) or self.lora.first(rows)
         with torch.set_grad_enabled(self.cfg.ttt_grad_steps > 0):
             hidden, fresh = self.model.trunk(tokens.flatten(), seq, looped=self.cfg.looped, lora=lora, cache=cache)

@@ -127,7 +127,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu(monkeypatch):
     targets, caps, x = torch.zeros(T, dtype=torch.int64), torch.full((2,), 30.0, requires_grad=True), leaf(T, d)
     K.mlp(x, leaf(2048, d), leaf(d, 2048), 0.5)[0].sum().backward()
     K.softcap_nll(leaf(T, 8192), targets, caps)[0].sum().backward()
-    K.head_nll(x, leaf(8192, d), targets, caps.detach()).sum().backward()
+    K.head_loss(x, leaf(8192, d), targets, caps.detach(), torch.ones(T)).backward()
     for H, KV, D, copies in ((8, 4, 64, 2), (4, 2, 128, 2), (4, 2, 128, 1)):
         q, k, v, own = K.qkv_heads(leaf(T, (H + 2 * KV) * D), torch.ones(H), *rope(T, D // 8, "cpu"), KV, copies, 1e-6)
         (K.xsa_gate(q, own, leaf(T, H), 0.5, 1.0).sum() + k.sum() + v.sum()).backward()
@@ -135,6 +135,8 @@ def test_every_kernel_compiles_for_a_hopper_gpu(monkeypatch):
     seq = helpers.packed_seq([T // 2, T // 2])
     for looped in (False, True):                                        # every form of mix() that the network has
         model.trunk(torch.zeros(T, dtype=torch.int64), seq, looped=looped).sum().backward()
+    K.nesterov(x.detach()[None], x.detach()[None], torch.ones(()), 0.9, True)
+    K.descend_(torch.ones(1, T, d), torch.ones(1, T, d), x.detach()[None], 0.9, 0.1, 0.1)
     assert compiled == {name for name in vars(K) if name.endswith("_kernel")}
 
 
@@ -146,7 +148,7 @@ assert K.INTERPRET is None
 x, up, down = (torch.randn(*s, requires_grad=True) for s in ((5, 8), (16, 8), (8, 16)))
 out, hidden = K.mlp(x, up, down, 0.5)
 targets, caps = torch.tensor([0, 1, 2, 3, 4]), torch.full((2,), 30.0)
-(K.head_nll(out, up, targets, caps).sum() + K.softcap_nll(hidden, targets, caps)[0].sum()).backward()
+(K.head_loss(out, up, targets, caps, torch.ones(5)) + K.softcap_nll(hidden, targets, caps)[0].sum()).backward()
 q, k, v, own = K.qkv_heads(torch.randn(5, 32, dtype=torch.bfloat16), torch.ones(2), torch.ones(5, 2), torch.zeros(5, 2), 1, 1, 1e-6)
 assert K.xsa_gate(q, own, torch.ones(5, 2), 1.0, 1.0).shape == q.shape == (5, 2, 8) and x.grad.isfinite().all()
 assert K.mix(torch.ones(2, 8), ((0, 1),), (1.0,), (False,), 1e-6, x, x)[0].shape == x.shape
@@ -219,16 +221,17 @@ def test_softcap_nll(device, T, V, caps):
 
 
 @cases(9)
-def test_head_nll(device, T):
+def test_head_loss(device, T):
     d, V = (32, 200) if device == "cpu" else (512, 8192)
     x, w, caps = randn(T, d, device=device), randn(V, d, device=device, scale=3 * d ** -0.5), torch.tensor((30.0, 25.0), device=device)
     targets = torch.randint(V, (T,), device=device)
     weight = torch.rand(T, device=device) / T
     weight[-1] = 0                                                      # padding
-    compare(K.head_nll, lambda x, w, t, c: plain_nll(F.linear(x, w), t, c), (x, w, targets, caps), (weight,), 0.01)
-    compare(K.head_nll, lambda x, w, t, c: plain_nll(F.linear(x, w), t, c), (x, w, targets, caps), (weight,), 0.01, frozen=(1, 3))
+    plain = lambda x, w, t, c: (plain_nll(F.linear(x, w), t, c) * weight).sum()
+    for frozen in ((), (1, 2), (0, 2)):
+        compare(lambda *t: K.head_loss(*t, weight), plain, (x, w, targets, caps), (-3.0,), 0.01, frozen=frozen)
     with torch.no_grad():
-        assert error(K.head_nll(x, w, targets, caps), plain_nll(F.linear(x.float(), w.float()), targets, caps)) < 0.005
+        assert error(K.head_loss(x, w, targets, caps, weight), plain(x.float(), w.float(), targets, caps)) < 0.005
 
 
 # --- heads ---
@@ -265,6 +268,46 @@ def test_xsa_gate(device, T, H, KV, D, slope, top):
     strided = K.xsa_gate(y, packed[:, -KV:], z, slope, top)
     assert torch.equal(strided, K.xsa_gate(y, packed[:, -KV:].contiguous(), z, slope, top))
     assert ((strided.unflatten(1, (KV, -1)).float() * packed[:, -KV:, None].float()).sum(-1).abs() < 0.3 * top).all()     # nothing left along v
+
+
+# --- embeddings ---
+
+@pytest.mark.parametrize("channels", [12, 16, 0])
+@cases(23)
+def test_embed(device, T, channels):
+    V, d = (30, 64) if device == "cpu" else (8192, 512)
+    tokens = torch.randint(V, (T,), device=device)
+    table, gate = randn(V, d, device=device, dtype=torch.float32), randn(channels, device=device, dtype=torch.float32)
+    previous, positions = tokens.roll(1), torch.arange(T, device=device, dtype=torch.int32) % 7
+    how = lambda function, dtype: lambda table, gate, strength: function(tokens, previous, positions, table, *((gate, strength) if channels else (None, None)), 1e-6, dtype)
+    inputs = table, gate, torch.tensor(0.7, device=device)
+    weight = randn(T, d, device=device, seed=1, dtype=torch.float32) + F.embedding(previous, table)     # so that the strength has a gradient beyond rounding
+    compare(how(K.embed, torch.bfloat16), how(K.embed_reference, torch.float32), inputs, (weight,), 0.015)
+
+
+# --- Muon ---
+
+@pytest.mark.parametrize("normalize", [True, False])
+@cases(3, 22)
+def test_nesterov(device, T, normalize):
+    shape = (T, 24, 40) if device == "cpu" else (T, 512, 2048)
+    grad, momentum, clip = randn(*shape, device=device), randn(*shape, device=device, seed=1), torch.tensor(0.3, device=device)
+    wanted_momentum = momentum.float()
+    wanted = K.nesterov_reference(grad.float(), wanted_momentum, clip, 0.95, normalize)
+    assert error(K.nesterov(grad, momentum, clip, 0.95, normalize), wanted) < 0.005 and error(momentum, wanted_momentum) < 0.005
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+@cases(3, 11)
+def test_descend(device, T, averaged):
+    """Some rows of each matrix change, and the others do not."""
+    weights = randn(T, 50, 33, device=device, dtype=torch.float32)
+    average, update = randn(T, 50, 33, device=device, dtype=torch.float32, seed=1), randn(T, 20, 33, device=device, seed=2)
+    wanted, wanted_average = weights.clone(), average.clone()
+    wanted[:, 10:30] = 0.9 * wanted[:, 10:30] - 0.1 * update.float()
+    wanted_average[:, 10:30] += 0.2 * (wanted - wanted_average)[:, 10:30] if averaged else 0
+    K.descend_(weights[:, 10:30], average[:, 10:30] if averaged else None, update, 0.9, 0.1, 0.2)
+    assert torch.allclose(weights, wanted, atol=1e-6) and torch.allclose(average, wanted_average, atol=1e-6)
 
 
 # --- mixed streams ---

@@ -114,7 +114,7 @@ def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
         for step in range(cfg.ttt_grad_steps + 1):
             n = stop - again
             seq = Seq(torch.tensor([0, n], dtype=torch.int32), torch.tensor([0, stop - low], dtype=torch.int32), n, stop - low, torch.arange(again, stop, dtype=torch.int32))
-            last = model.tok_emb[tokens[again - 1] if again else 0][None]
+            last = tokens[again - 1 if again else 0][None]
             hidden, new = model.trunk(tokens[again:stop], seq, looped=True, lora=adapters, cache=Cache(keys[:, :, low:again], values[:, :, low:again], last))
             scores = model.nll(hidden[begin - again:], tokens[begin + 1:stop + 1], lora=adapters)
             if step == 0:
@@ -196,15 +196,12 @@ class Merged(train_gpt.GPT):
         self.extra = {kind: torch.stack([lora.scale * b[row].T @ a[row].T for a, b in zip(lora.a[kind], lora.b[kind])]) for kind in ADAPTER_KINDS}      # (visits, out, in)
         self.qkv += torch.cat([self.extra[kind] for kind in ("q", "k", "v")], 1)
 
-    def layer_weights(self):
-        return [(*w, layer) for layer, w in enumerate(super().layer_weights())]
+    def attn(self, n, site):
+        y, kv = super().attn(n, site)
+        return y + n @ self.extra["o"][site.layer].T, kv
 
-    def attn(self, n, layer, *rest):
-        y, kv = super().attn(n, layer, *rest)
-        return y + n @ self.extra["o"][layer].T, kv
-
-    def mlp(self, n, w, *rest):
-        return super().mlp(n, w, *rest) + n @ self.extra["mlp"][w[4]].T
+    def mlp(self, n, site):
+        return super().mlp(n, site) + n @ self.extra["mlp"][site.layer].T
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ import torch
 
 import train_gpt as ours
 
+BLOCK = 5
+
 
 def opaque_attention(backend: str):
     """Our backend as an operator that torch.compile does not look into, as the public script's own FlashAttention-3 is."""
@@ -130,21 +132,21 @@ class PublicSide:
 
 
 def side_by_side(cfg, ranks, backend, stream, public, looped: bool, steps: int):
-    """Both sides over the same batches, from the same fresh weights where they are the same network.
-    Returns sides, losses, seconds of the steps after the fifth, seconds of the first."""
+    """Both sides over the same batches, from the same fresh weights where they are the same network; BLOCK steps in a row, as in training, where nothing waits for
+    the GPU between two steps. Returns sides, losses, seconds of a step in each block but the first, seconds of the first block."""
     torch.compiler.reset()
     mine = OurSide(cfg, ranks, backend)
     sides = [mine] + ([PublicSide(public, mine)] if public else [])
     losses, seconds, first = ({side.name: [] for side in sides} for _ in range(3))
-    for step in range(steps):
-        batches = [ours.to_device(b, ranks.device) for b in stream.step(step, cfg.train_seq_len, 0, 1)]
-        for side in sides if step % 2 else sides[::-1]:                 # in turns, so that a slower GPU slows both
+    for block in range(steps // BLOCK):
+        batches = {step: [ours.to_device(b, ranks.device) for b in stream.step(step, cfg.train_seq_len, 0, 1)] for step in range(block * BLOCK, (block + 1) * BLOCK)}
+        for side in sides if block % 2 else sides[::-1]:                # in turns, so that a slower GPU slows both
             torch.cuda.synchronize()
             begun = time.perf_counter()
-            loss = side.step(step, batches, looped)
+            found = [side.step(step, batch, looped) for step, batch in batches.items()]
             torch.cuda.synchronize()
-            (seconds if step >= 5 else first)[side.name].append(time.perf_counter() - begun)
-            losses[side.name].append(loss.item())
+            (seconds if block else first)[side.name].append((time.perf_counter() - begun) / (BLOCK if block else 1))
+            losses[side.name] += [loss.item() for loss in found]
     return sides, losses, seconds, first
 
 
@@ -171,7 +173,7 @@ def measure(public_path: Path | None, public_settings: Path | None, steps: int):
         sides, losses, seconds, first = side_by_side(cfg, ranks, backend, stream, public, looped, steps)
         medians = {side.name: statistics.median(seconds[side.name]) for side in sides}
         for side in sides:
-            print(f"{mode}: {side.name} sets up and runs its first step in {first[side.name][0]:.1f} s")
+            print(f"{mode}: {side.name} sets up and runs its first {BLOCK} steps in {first[side.name][0]:.1f} s")
             yield mode, side.name, medians[side.name], medians.get("public", medians["ours"]) / medians[side.name], cfg.train_batch_tokens
         if public and sides[-1].same:
             print_losses(mode, losses)
