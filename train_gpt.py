@@ -54,7 +54,6 @@ from torch import Tensor, nn
 SOURCE = Path(__file__).read_text(encoding="utf-8")                     # captured once: editing the file during a run changes nothing
 RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()         # the packed script names itself
 
-
 class UserError(Exception):
     """Bad input: printed as one line that names the file or setting and the remedy; the process exits with status 2."""
 
@@ -70,7 +69,6 @@ def explained(message: str, *errors: type[Exception]):
         yield
     except errors as e:
         raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
-
 
 # ======== Hyperparameters =====================================================================================================================================
 
@@ -291,7 +289,6 @@ class Config:
     def sha256(self) -> str:
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
-
 NOT_SETTINGS = frozenset(("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device",
                           "attention", "fa3_library", "rank", "local_rank", "world_size", "train_log_every"))
 OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "AWQ_", "LOOP_", "ROPE_", "EMBED_", "MLP_", "ATTN_", "MATRIX_", "XSA_", "EMA_",
@@ -335,7 +332,6 @@ def help_text() -> str:
         limits = f"; {f.metadata['within']}" if f.metadata["within"] not in ("", "[0, inf)") else ""
         lines.append(f"  {f.name.upper():28s} {str(shown) or '(empty)':>12s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
-
 
 # ======== Runtime: ranks, log, clock, budgets, verdicts, ledger ===============================================================================================
 
@@ -381,7 +377,6 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
 class Log:
     """Lines to the console and, once ``open`` has been called, to a file; from rank 0 only. Flushed at once, so that a killed run keeps its log."""
     def __init__(self, ranks: Ranks):
@@ -400,7 +395,6 @@ class Log:
             self.file.flush()
             if console:
                 print(line, flush=True)
-
 
 class Clock:
     """Seconds of training, the same on every rank: rank 0's reading, sent over the CPU group, with no drain of the GPU's queue.
@@ -434,7 +428,6 @@ class Clock:
         self.ranks.synchronize()
         return self.ranks.agree(time.perf_counter() - self.start)
 
-
 class Phases:
     """Wall seconds by phase, and the two budgets they add up to: training data changes the model, or validation data is touched."""
     BUDGET = {"steps": "train", "calibrate": "train", "quantize": "train", "load": "eval", "prepare": "eval", "score": "eval", "adapt": "eval",
@@ -454,7 +447,6 @@ class Phases:
     def budget(self, which: str) -> float:
         return sum(s for name, s in self.seconds.items() if self.BUDGET[name] == which)
 
-
 class Verdicts:
     """PASS, FAIL, DISPUTED or NOT RUN for each condition, with the reason; what only an audit can show starts as NOT RUN."""
     def __init__(self):
@@ -467,11 +459,9 @@ class Verdicts:
     def failed(self) -> list[str]:
         return [c for c, (verdict, _) in self.table.items() if verdict == "FAIL"]
 
-
 class Ledger:
-    """Write-once record of one scoring pass: the nats of every validation target, in stream order.
-    ``nats`` is float64 (targets,), NaN until scored. Writing a target twice, training on one that is not written, or closing with a hole raises: a run whose
-    ledger does not hold is not a result."""
+    """Write-once record of one scoring pass: ``nats`` of every validation target in stream order, float64 (targets,), NaN until scored.
+    Writing a target twice, training on one that is not written, or closing with a hole raises: a run whose ledger does not hold is not a result."""
     ROUNDING = 1e-4       # a certain token may come out this far below zero nats: fp32 logits of up to 30
 
     def __init__(self, name: str, target_bytes: np.ndarray, verdicts: Verdicts):
@@ -545,7 +535,6 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
             with contextlib.suppress(OSError):
                 part.unlink()
 
-
 # ======== Data: shards, packed training batches, the validation stream ========================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024
@@ -565,7 +554,6 @@ def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]
     require(paths or not required, f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
     return paths
 
-
 class Seq(NamedTuple):
     """Where the documents of a packed buffer lie. Attention is causal, aligned at the end, inside each (query, key) segment."""
     cu_q: Tensor          # int32 (segments + 1,): query offsets
@@ -573,7 +561,6 @@ class Seq(NamedTuple):
     max_q: int            # upper bounds of the segment lengths
     max_k: int
     positions: Tensor     # int32 (tokens,): offset in the document; 0 means that no previous token may be seen
-
 
 class Batch(NamedTuple):
     """One packed buffer and where it comes from."""
@@ -611,7 +598,6 @@ def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool =
         require(list(tokens[:1]) == [cfg.bos_id], f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again")
     highest = tokens.max(initial=0)
     require(highest < cfg.vocab_size, f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
-
 
 class TrainStream:
     """The training tokens as one endless stream over all shards in name order. Step s reads the same tokens at any world size."""
@@ -651,7 +637,6 @@ class TrainStream:
         total, micro = self.cfg.train_batch_tokens, self.cfg.micro_batch_tokens
         return [self.micro_batch(step * total + at, min(micro, total - at), span) for at in range(rank * micro, total, world * micro)]
 
-
 class Prefetch:
     """Builds the next step's batches in a thread; a change of span only costs the one batch that was built for the old one."""
     def __init__(self, stream: TrainStream, ranks: Ranks):
@@ -662,7 +647,6 @@ class Prefetch:
         future = self.waiting.pop((step, span), None) or self.submit(step, span)
         self.waiting = {(step + 1, span): self.submit(step + 1, span)}
         return [to_device(b, self.device) for b in future.result()]
-
 
 class ValidationStream:
     """The validation tokens, the original bytes of each, and the documents they form."""
@@ -711,8 +695,7 @@ def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     return counts
 
 def describe_data(cfg: Config, val: ValidationStream) -> dict:
-    """Fingerprint of the validation set. Where there is a manifest.json, counts, validation files, vocabulary, BOS and tokenizer must be as it says, by hash,
-    and training shards by their counts."""
+    """Fingerprint of the validation set. All must be as manifest.json says, where there is one: counts, vocabulary, BOS; tokenizer and validation files by hash."""
     have = {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": int(val.bytes.sum(dtype=np.int64))}
     contest = have["bytes"] in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
     manifest, sha256 = Path(cfg.data_path) / "manifest.json", lambda data: hashlib.sha256(data).hexdigest()
@@ -734,7 +717,6 @@ def describe_data(cfg: Config, val: ValidationStream) -> dict:
         model, made_by = tokenizer_path(cfg), promised["tokenizer"]["sha256"]
         require(sha256(model.read_bytes()) == made_by, f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
         return found | {"transform": promised["transform"], "tokenizer_sha256": made_by}
-
 
 # ======== Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two ====================================
 # Training runs eagerly: these kernels and cuBLAS are all that a step launches on (tokens, channels), and nothing is compiled but they.
@@ -766,9 +748,7 @@ def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Contiguous tensors of the same shapes, unset."""
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
-
 # --- MLP: down(leaky_relu(up(x))^2) ---
-
 def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """mlp() in plain PyTorch."""
     hidden = F.leaky_relu(F.linear(x, w_up), slope).square()
@@ -789,8 +769,7 @@ def hidden_words(p0, p1, slope):
 def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Forward: hidden = leaky_relu(a @ b.T)^2, b (N, K). Backward: d_pre = (a @ b) * d hidden / d pre, b (K, N). hidden as int32 pairs.
-    Persistent, so that the loads of the next tile are under way during an epilogue; the epilogue works on two halves to leave shared memory to the load
-    pipeline. 0 <= slope <= 1."""
+    Persistent: the next tile's loads are under way during an epilogue, which works on two halves to leave them shared memory. 0 <= slope <= 1."""
     tiles_n: tl.constexpr = N // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
     for tile in tl.range(tl.program_id(0), tl.cdiv(T, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=True):
@@ -826,7 +805,6 @@ def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: 
     mlp_gemm_kernel[(programs,)](desc(a, [bm, bk]), desc(b, [bk, bn] if backward else [bn, bk]), words, desc(d_pre, [bm, bn // 2]) if backward else words,
                                  slope, T, N, K, backward, bm, bn, bk, num_warps=warps, num_stages=stages)
 
-
 class MLP(torch.autograd.Function):
     """mlp() through the fused products and cuBLAS; bf16."""
     @staticmethod
@@ -855,9 +833,7 @@ def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, 
     fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0            # a tile's least sides
     return (MLP.apply if fits and use_kernels(x) else mlp_reference)(x, w_up, w_down, slope)
 
-
 # --- Cross-entropy of softcapped logits ---
-
 def softcap(z: Tensor, caps: Tensor) -> Tensor:
     """z -> caps[0] tanh(z / caps[0]) where positive, caps[1] tanh(z / caps[1]) elsewhere (#1923), fp32."""
     z = z.float()
@@ -914,7 +890,6 @@ def launch_softcap_nll(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tenso
     softcap_nll_kernel[(T,)](z, targets, caps, row_grad, nll, lse, dz, d_caps if want_caps else None, V, block, num_warps=min(32, max(1, block // 512)))
     return nll, lse, d_caps
 
-
 class SoftcapNLL(torch.autograd.Function):
     """softcap_nll() through the kernel."""
     @staticmethod
@@ -936,7 +911,6 @@ def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tenso
     """z (T, V) before the softcap, targets (T,) int64, caps (2,) fp32 (positive, negative) -> nats (T,), log-sum-exp (T,), both fp32.
     Gradients reach z and caps through the nats; the log-sum-exp has none."""
     return (SoftcapNLL.apply if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
-
 
 class HeadLoss(torch.autograd.Function):
     """head_loss() whose logits are overwritten by the loss's gradient in the forward pass."""
@@ -961,9 +935,7 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, weight: Tenso
         return HeadLoss.apply(x, w, targets, caps, weight)
     return torch.dot(softcap_nll(F.linear(x, w), targets, caps)[0], weight)
 
-
 # --- Heads of a packed QKV product: RMSNorm of q and k, partial RoPE, gain of q ---
-
 def qkv_heads_reference(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float) -> tuple[Tensor, ...]:
     """qkv_heads() in plain PyTorch."""
     H, n, cos, sin = gain.numel(), cos.size(1), cos[:, None], sin[:, None]
@@ -1045,7 +1017,6 @@ def qkv_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, d_own_ptr, q_ptr, k_ptr, g
         if head < H and d_gain_ptr is not None:
             tl.atomic_add(d_gain_ptr + head, tl.sum(dot, 0) / gain, sem="relaxed")
 
-
 class QKVHeads(torch.autograd.Function):
     """qkv_heads() through the kernels."""
     @staticmethod
@@ -1076,9 +1047,7 @@ def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
     kernel = rotates and use_kernels(qkv, qkv.size(1) // (gain.numel() + 2 * kv_heads))
     return (QKVHeads.apply if kernel else qkv_heads_reference)(qkv, gain, cos, sin, kv_heads, copies, eps)
 
-
 # --- XSA and the gate of each head's output ---
-
 def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
     """xsa_gate() in plain PyTorch."""
     grouped, v = y.unflatten(1, (v.size(1), -1)).float(), v[:, :, None].float()
@@ -1114,19 +1083,17 @@ def xsa_gate_kernel(y_ptr, v_ptr, z_ptr, d_out_ptr, out_ptr, dv_ptr, dz_ptr, T, 
     if d_out_ptr is not None:
         tl.store(dv_ptr + row[:, None] * D + d, dv.to(dv_ptr.dtype.element_ty), mask=ok)
 
-def launch_xsa_gate(inputs: tuple, slope: float, top: float, d_out: Tensor | None, out: Tensor, dv: Tensor | None = None, dz: Tensor | None = None):
-    """Fills out, or with d_out the gradients of the inputs y, v and z: out, dv, dz."""
-    y, v, z = inputs
+def launch_xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float, *results: Tensor | None):
+    """results: None, out, None, None; or the gradient of out, and room for those of y, v and z."""
     (T, KV, D), rows = v.shape, max(HEAD_TILE // v.size(2), 1)
-    xsa_gate_kernel[(triton.cdiv(T * KV, rows),)](y, v, z, d_out, out, dv, dz, T, v.stride(0), slope, top, KV, y.size(1) // KV, D, rows)
-
+    xsa_gate_kernel[(triton.cdiv(T * KV, rows),)](y, v, z, *results, T, v.stride(0), slope, top, KV, y.size(1) // KV, D, rows)
 
 class XSAGate(torch.autograd.Function):
     """xsa_gate() through the kernel. v's heads lie side by side, its tokens at any stride."""
     @staticmethod
     def forward(ctx, y, v, z, slope, top):
         inputs, out = (y.contiguous(), v if v.stride()[1:] == (v.size(2), 1) else v.contiguous(), z.contiguous()), y.new_empty(y.shape)
-        launch_xsa_gate(inputs, slope, top, None, out)
+        launch_xsa_gate(*inputs, slope, top, None, out, None, None)
         ctx.save_for_backward(*inputs)
         ctx.constants = slope, top
         return out
@@ -1134,16 +1101,14 @@ class XSAGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         grads = empty_like(*ctx.saved_tensors)
-        launch_xsa_gate(ctx.saved_tensors, *ctx.constants, d_out.contiguous(), *grads)
+        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, d_out.contiguous(), *grads)
         return *grads, None, None
 
 def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
     """y (T, H, D), v (T, KV, D), z (T, H) -> top sigmoid(slope z) (y - (y . v) / (v . v) v) in y's dtype, v that of the head's group (#265, #1787)."""
     return (XSAGate.apply if use_kernels(y, y.size(2)) else xsa_gate_reference)(y, v, z, slope, top)
 
-
 # --- Embeddings, smeared and normed ---
-
 def embed_reference(tokens: Tensor, previous: Tensor, positions: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float,
                     dtype: torch.dtype) -> Tensor:
     """embed() in plain PyTorch."""
@@ -1160,9 +1125,9 @@ def smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, s
     ok, i, col = row < T, tl.arange(0, GATE)[None, :], tl.arange(0, D)[None, :]
     token, before = tl.load(tokens_ptr + row, mask=ok, other=0), tl.load(previous_ptr + row, mask=ok, other=0)
     x = tl.load(table_ptr + token[:, None] * D + col).to(tl.bfloat16).to(tl.float32)
-    first, p, opened = tl.zeros((row.shape[0], GATE), tl.float32), tl.zeros(x.shape, tl.float32), tl.zeros(row.shape, tl.float32)
+    first = tl.load(table_ptr + token[:, None] * D + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32)
+    p, opened = x, tl.zeros(row.shape, tl.float32)
     if gate_ptr is not None:
-        first = tl.load(table_ptr + token[:, None] * D + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32)
         p = tl.load(table_ptr + before[:, None] * D + col).to(tl.bfloat16).to(tl.float32)
         z = tl.sum(first * tl.load(gate_ptr + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32), 1)
         seen = (tl.load(positions_ptr + row, mask=ok, other=0) > 0).to(tl.float32)
@@ -1204,7 +1169,6 @@ def embed_gradient_kernel(dn_ptr, tokens_ptr, previous_ptr, positions_ptr, table
         tl.atomic_add(d_gate_ptr + tl.arange(0, GATE), tl.sum(d_gate, 0), mask=tl.arange(0, GATE) < C, sem="relaxed")
         tl.atomic_add(d_strength_ptr, tl.sum(d_strength, 0), sem="relaxed")
 
-
 class Embed(torch.autograd.Function):
     """embed() through the kernels."""
     @staticmethod
@@ -1220,7 +1184,7 @@ class Embed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dn):
         grads = [None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors[3:]]
-        programs = STREAM_PROGRAMS * processors(dn.device)
+        programs = 3 * processors(dn.device)                            # more contend for the table
         embed_gradient_kernel[(programs,)](dn.contiguous(), *ctx.saved_tensors, *grads, len(dn), ctx.eps, *ctx.width, STREAM_ROWS)
         return None, None, None, *grads, None
 
@@ -1231,9 +1195,7 @@ def embed(tokens: Tensor, previous: Tensor, positions: Tensor, table: Tensor, ga
         return Embed.apply(tokens, previous, positions, table, gate, strength, eps)
     return embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype)
 
-
 # --- Sums of streams weighted channel by channel, and their RMSNorm ---
-
 ONE, NO = -1, -2                                                        # in a form of mix(): the stream as it is; not at all
 
 def mix_reference(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor) -> tuple[Tensor, ...]:
@@ -1247,19 +1209,11 @@ def mix_reference(weights: Tensor | None, form: tuple, scales: tuple, keep: tupl
 
 @triton.jit
 def load_all(ptrs, at, ok):
-    """The tiles at ``at`` of all pointers, fp32."""
+    """The tiles of all pointers, fp32."""
     tiles = ()
     for i in tl.static_range(len(ptrs)):
         tiles = tiles + (tl.load(ptrs[i] + at, mask=ok, other=0.0).to(tl.float32),)
     return tiles
-
-@triton.jit
-def load_rows(w_ptr, R: tl.constexpr, D: tl.constexpr):
-    """The R rows of weights (R, D), each (1, D)."""
-    rows = ()
-    for r in tl.static_range(R):
-        rows = rows + (tl.load(w_ptr + r * D + tl.arange(0, D)[None, :]),)
-    return rows
 
 @triton.jit
 def mixture(xs, ws, FORM: tl.constexpr, m: tl.constexpr):
@@ -1275,7 +1229,9 @@ def mixture(xs, ws, FORM: tl.constexpr, m: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def mix_kernel(streams, w_ptr, ys, ns, scales, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
     """Each of ys and ns may be None."""
-    ws = load_rows(w_ptr, R, D)
+    ws = ()
+    for r in tl.static_range(R):
+        ws = ws + (tl.load(w_ptr + r * D + tl.arange(0, D)[None, :]),)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at, ok = row * D + tl.arange(0, D)[None, :], row < T
@@ -1293,13 +1249,13 @@ def mix_kernel(streams, w_ptr, ys, ns, scales, T, eps, FORM: tl.constexpr, R: tl
 @triton.jit(do_not_specialize=["T"])
 def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
     """Gradients of the streams; those of the weights are added to dw_ptr if given. Each of dys, dns and grads may be None."""
-    ws, sums = load_rows(w_ptr, R, D), ()
+    ws, sums = (), ()
     for r in tl.static_range(R):
-        sums = sums + (tl.zeros((ROWS, D), tl.float32),)
+        ws, sums = ws + (tl.load(w_ptr + r * D + tl.arange(0, D)[None, :]),), sums + (tl.zeros((ROWS, D), tl.float32),)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at, ok = row * D + tl.arange(0, D)[None, :], row < T
-        xs, gs = load_all(streams, at, ok), ()
+        xs, gs, added = load_all(streams, at, ok), (), ()
         for m in tl.static_range(len(FORM)):
             g = tl.zeros((ROWS, D), tl.float32)
             if dns[m] is not None:
@@ -1319,7 +1275,6 @@ def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps,
                     elif FORM[m][k] >= 0:
                         d += ws[FORM[m][k]] * gs[m]
                 tl.store(grads[k] + at, d.to(grads[k].dtype.element_ty), mask=ok)
-        added = ()
         for r in tl.static_range(R):
             total = sums[r]
             for m in tl.static_range(len(FORM)):
@@ -1331,7 +1286,6 @@ def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps,
     if dw_ptr is not None:
         for r in tl.static_range(R):
             tl.atomic_add(dw_ptr + r * D + tl.arange(0, D), tl.sum(sums[r], 0), sem="relaxed")
-
 
 class Mix(torch.autograd.Function):
     """mix() through the kernels. A row that is one stream as it is costs nothing forward: its gradient joins where the stream's others arise."""
@@ -1366,132 +1320,34 @@ class Mix(torch.autograd.Function):
 
 def mix(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor) -> tuple[Tensor, ...]:
     """Weighted sums of streams (T, d). For each row of ``form``: its sum (T, d) if kept, then the sum's RMSNorm times its scale (T, d) unless that is None.
-    A row names for each stream the row of weights (R, d) fp32 that multiplies it, ONE or NO. A row with a single ONE hands a stream on: who uses that instead
-    has the gradients of all its uses added up in one place."""
+    A row names for each stream the row of weights (R, d) fp32 that multiplies it, ONE or NO. One with a single ONE hands a stream on, whose gradients then meet here."""
     return (Mix.apply if use_kernels(streams[0], streams[0].size(1)) else mix_reference)(weights, form, scales, keep, eps, *streams)
 
-
 # --- A product and the attention gate's, from one input ---
-
-def gated_linear_reference(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """gated_linear() in plain PyTorch."""
-    return F.linear(x, w), F.linear(x[:, :gate.size(1)], gate)
-
-@triton.jit(do_not_specialize=["T"])
-def gate_kernel(x_ptr, gate_ptr, z_ptr, dz_ptr, dx_ptr, d_gate_ptr, T, D, H: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):
-    """z = x[:, :C] @ gate.T; with dz_ptr backward: what they receive is added to dx and d_gate, each of which may be None. GATE is C or more."""
-    i, ws, sums = tl.arange(0, GATE)[None, :], (), ()
-    for h in tl.static_range(H):
-        ws = ws + (tl.load(gate_ptr + h * C + i, mask=i < C, other=0.0).to(tl.float32),)
-        sums = sums + (tl.zeros((BLOCK, GATE), tl.float32),)
-    for first in range(tl.program_id(0) * BLOCK, T, tl.num_programs(0) * BLOCK):
-        row = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        at, ok, added = row[:, None] * D + i, (row < T)[:, None] & (i < C), ()
-        x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        dx = tl.load(dx_ptr + at, mask=ok, other=0.0).to(tl.float32) if dx_ptr is not None else x
-        for h in tl.static_range(H):
-            if dz_ptr is None:
-                tl.store(z_ptr + row * H + h, tl.sum(x * ws[h], 1).to(z_ptr.dtype.element_ty), mask=row < T)
-            else:
-                dz = tl.load(dz_ptr + row * H + h, mask=row < T, other=0.0).to(tl.float32)[:, None]
-                dx += dz * ws[h]
-                added = added + (sums[h] + dz * x,)
-        if dz_ptr is not None:
-            sums = added
-        if dx_ptr is not None:
-            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
-    if d_gate_ptr is not None:
-        for h in tl.static_range(H):
-            tl.atomic_add(d_gate_ptr + h * C + tl.arange(0, GATE), tl.sum(sums[h], 0), mask=tl.arange(0, GATE) < C, sem="relaxed")
-
-def launch_gate(x: Tensor, gate: Tensor, z: Tensor | None, dz: Tensor | None = None, dx: Tensor | None = None, d_gate: Tensor | None = None):
-    """Fills z, or with dz adds to dx and d_gate."""
-    (T, d), (H, C) = x.shape, gate.shape
-    gate_kernel[(2 * processors(x.device),)](x, gate, z, dz, dx, d_gate, T, d, H, C, triton.next_power_of_2(C), 128)
-
-
 class GatedLinear(torch.autograd.Function):
-    """gated_linear() through cuBLAS and a kernel, which adds to the gradient of the leading channels in place."""
+    """gated_linear(): a Function, so that the gradient of the leading channels is added in place and not as a padded (T, d)."""
     @staticmethod
     def forward(ctx, x, w, gate):
-        x, gate = x.contiguous(), gate.contiguous()
         ctx.save_for_backward(x, w, gate)
-        z = x.new_empty(len(x), len(gate))
-        launch_gate(x, gate, z)
-        return F.linear(x, w), z
+        return F.linear(x, w), F.linear(x[:, :gate.size(1)], gate)
 
     @staticmethod
     def backward(ctx, dy, dz):
         x, w, gate = ctx.saved_tensors
         need_x, need_w, need_gate = ctx.needs_input_grad
-        dx, d_gate = dy @ w if need_x else None, torch.zeros_like(gate, dtype=torch.float32) if need_gate else None
-        if need_x or need_gate:
-            launch_gate(x, gate, None, dz.contiguous(), dx, d_gate)
-        return dx, dy.T @ x if need_w else None, d_gate.to(gate.dtype) if need_gate else None
+        dx = dy @ w if need_x else None
+        if need_x:
+            dx[:, :gate.size(1)].addmm_(dz, gate)
+        return dx, dy.T @ x if need_w else None, dz.T @ x[:, :gate.size(1)] if need_gate else None
 
 def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, d), w (n, d), gate (H, c) -> x @ w.T (T, n), and of its leading channels x[:, :c] @ gate.T (T, H)."""
-    return (GatedLinear.apply if use_kernels(x) else gated_linear_reference)(x, w, gate)
-
-
-# --- Muon: what surrounds its orthogonalisation ---
-
-def nesterov_reference(grad: Tensor, momentum: Tensor, clip: Tensor, decay: float, normalize: bool) -> Tensor:
-    """nesterov() in plain PyTorch."""
-    grad = grad * clip.to(grad.dtype)
-    momentum.mul_(decay).add_(grad)
-    u = grad.add_(momentum, alpha=decay)
-    return u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(u.dtype) if normalize else u
-
-@triton.jit
-def nesterov_kernel(grad_ptr, momentum_ptr, clip_ptr, out_ptr, decay, COLS: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr):
-    """One row of a matrix."""
-    at, ok = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, BLOCK), tl.arange(0, BLOCK) < COLS
-    grad = tl.load(grad_ptr + at, mask=ok, other=0.0).to(tl.float32) * tl.load(clip_ptr)
-    momentum = decay * tl.load(momentum_ptr + at, mask=ok, other=0.0).to(tl.float32) + grad
-    u = grad + decay * momentum
-    if NORMALIZE:
-        u /= tl.maximum(tl.sqrt(tl.sum(u * u, 0)), 1e-7)
-    tl.store(momentum_ptr + at, momentum.to(momentum_ptr.dtype.element_ty), mask=ok)
-    tl.store(out_ptr + at, u.to(out_ptr.dtype.element_ty), mask=ok)
-
-def nesterov(grad: Tensor, momentum: Tensor, clip: Tensor, decay: float, normalize: bool) -> Tensor:
-    """grad and momentum (n, rows, cols) of one dtype, clip () fp32. momentum becomes decay momentum + clip grad; -> clip grad + decay momentum, its rows
-    of length one if they are to be normalised (MuonEq-R)."""
-    if not use_kernels(grad):
-        return nesterov_reference(grad, momentum, clip, decay, normalize)
-    out, cols = torch.empty_like(grad), grad.size(2)
-    nesterov_kernel[(grad.size(0) * grad.size(1),)](grad, momentum, clip, out, decay, cols, triton.next_power_of_2(cols), normalize)
-    return out
-
-@triton.jit
-def descend_kernel(p_ptr, average_ptr, update_ptr, keep, lr, share, count, inner, stride, BLOCK: tl.constexpr):
-    """BLOCK elements; ``inner`` of them are contiguous in the weights, at every ``stride``."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at, ok = i // inner * stride + i % inner, i < count
-    p = keep * tl.load(p_ptr + at, mask=ok) - lr * tl.load(update_ptr + i, mask=ok).to(tl.float32)
-    tl.store(p_ptr + at, p, mask=ok)
-    if average_ptr is not None:
-        average = tl.load(average_ptr + at, mask=ok)
-        tl.store(average_ptr + at, average + share * (p - average), mask=ok)
-
-def descend_(weights: Tensor, average: Tensor | None, update: Tensor, keep: float, lr: float, share: float):
-    """weights (L, rows, cols) fp32, of each matrix perhaps some rows of more, become keep weights - lr update; then their average, of the same strides, moves
-    by ``share`` towards them."""
-    if use_kernels(update):
-        block = 1024
-        descend_kernel[(triton.cdiv(update.numel(), block),)](weights, average, update, keep, lr, share, update.numel(), update[0].numel(), weights.stride(0), block)
-        return
-    weights.mul_(keep).add_(update, alpha=-lr)
-    if average is not None:
-        average.lerp_(weights, share)
-
+    return GatedLinear.apply(x, w, gate)
 
 # ======== Attention backends: one function, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference ===================================
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor, window: int):
-    """Runs of consecutive segments of equal lengths: (slice of queries, slice of keys, segments, causal mask (n, m) aligned at its end,
-    of keys at most ``window`` back, -1: all)."""
+    """Runs of consecutive segments of equal lengths: (slices of queries and keys, segments, causal mask (n, m) aligned at its end, ``window`` keys back, -1: all)."""
     end_q = end_k = 0
     lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
     for (n, m), run in itertools.groupby(pair for pair in lengths if pair != (0, 0)):
@@ -1559,7 +1415,6 @@ def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, seed, seed[0], window_size_left=window,
                                                     window_size_right=0)
 
-
 BACKENDS = {"fa3": (fa3_forward, fa3_backward), "torch": (torch_forward, torch_backward), "reference": (reference_forward, reference_backward)}
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
@@ -1597,7 +1452,6 @@ def check_backend(name: str, cfg: Config, device: torch.device):
             if not error < 0.02:
                 raise RuntimeError(f"differs from the reference by {error:.1%}")
 
-
 class Attention(torch.autograd.Function):
     """The chosen backend: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
     @staticmethod
@@ -1616,11 +1470,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, backend: str)
     inputs = [t if backend == "reference" else t.to(torch.bfloat16) for t in (q, k, v)]
     return Attention.apply(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window, backend).to(q.dtype)
 
-
 # ======== Model: one trunk, one head ==========================================================================================================================
 
 NORM_EPS = 2.0 ** -23                                                   # the embedding's mean square begins at 2.5e-5: bf16's epsilon would crush it
-
 
 class Visit(NamedTuple):
     """One stop of the trunk: which layer, which earlier visit is merged in by which skip, and whether two lanes run."""
@@ -1642,7 +1494,6 @@ def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
         visits.append(Visit(layer, j if merges else None, encoder - 1 - j if merges else None, lanes))
     return tuple(visits)
 
-
 class Cache(NamedTuple):
     """What earlier tokens left behind, for rows of equal length: keys and values of each visit, and the last token for SmearGate."""
     keys: Tensor          # (visits, rows, length, KV, D)
@@ -1656,7 +1507,6 @@ def project(x: Tensor, w: Tensor, delta: Callable | None = None, tap: Callable |
     y = F.linear(x, w)
     return y if delta is None else y + delta(x)
 
-
 class Site(NamedTuple):
     """What a visit computes with."""
     layer: int
@@ -1667,7 +1517,6 @@ class Site(NamedTuple):
     delta: Callable                     # kind -> low-rank delta or None
     watch: Callable                     # kind -> tap or None
     past: tuple[Tensor, Tensor] | None  # cached keys and values
-
 
 class GPT(nn.Module):
     """The network of #1855. Matrices of all layers are stacked, so that optimizer and quantizer see one tensor of a kind.
@@ -1720,8 +1569,7 @@ class GPT(nn.Module):
                 matrix.copy_(nn.init.orthogonal_(torch.empty(matrix.shape), generator=generator))
 
     def layer_weights(self) -> list[tuple[Tensor, ...]]:
-        """(qkv, o, up, down) of each layer and, if heads are gated, attn_gate, in the compute dtype. The sublayer scales multiply the rows of o and down: weights
-        are smaller than data."""
+        """(qkv, o, up, down[, attn_gate]) of each layer in the compute dtype. The sublayer scales multiply rows of o and down: weights are smaller than data."""
         stacks = self.qkv, self.o * self.attn_scale[:, :, None], self.up, self.down * self.mlp_scale[:, :, None], *([] if self.attn_gate is None else [self.attn_gate])
         return list(zip(*(s.to(self.dtype).unbind(0) for s in stacks)))
 
@@ -1730,9 +1578,6 @@ class GPT(nn.Module):
         rows = tokens[None] if cache is None else tokens.unflatten(0, (len(cache.last), -1))
         previous = torch.cat((rows[:, :1] if cache is None else cache.last[:, None], rows[:, :-1]), 1).flatten()
         return embed(tokens, previous, positions, self.tok_emb, self.smear_gate, self.smear_lambda, NORM_EPS, self.dtype)
-
-    def mix(self, weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, *streams: Tensor) -> tuple[Tensor, ...]:
-        return mix(weights, form, scales, keep, NORM_EPS, *streams)
 
     def mixing(self, looped: bool) -> tuple[Tensor, ...]:
         """For each visit rows (5, d): attention reads row 0 of x0, row 1 of the stream and row 2 of an earlier visit's output that joins it; of the last two,
@@ -1752,8 +1597,7 @@ class GPT(nn.Module):
 
     def trunk(self, tokens: Tensor, seq: Seq, *, looped: bool, lora=None, tap=None, cache: Cache | None = None):
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
-        lora.at(kind, visit) gives a low-rank delta or None; tap(kind, layer, x) sees the input of every matrix product. With lora or cache, tokens are rows
-        of equal length, flattened."""
+        lora.at(kind, visit) gives a delta or None; tap(kind, layer, x) sees the input of every product. With lora or cache, tokens are rows of equal length, flattened."""
         x0 = self.embed(tokens, seq.positions, cache)
         angle = seq.positions[:, None].float() * self.rope_frequency
         schedule, weights, mixing, rope = self.schedules[looped], self.layer_weights(), self.mixing(looped), (angle.cos(), angle.sin())
@@ -1765,7 +1609,7 @@ class GPT(nn.Module):
             site = Site(visit.layer, weights[visit.layer], mixing[i], rope, seq, delta, watch, None if cache is None else (cache.keys[i], cache.values[i]))
             joining = (outputs[visit.source],) if visit.source in outputs else ()
             if visit.lanes and lanes is None:
-                lane, normed = self.mix(None, ((ONE,) * len(terms),), (self.norm_scales[visit.layer],), (True,), *terms)
+                lane, normed = mix(None, ((ONE,) * len(terms),), (self.norm_scales[visit.layer],), (True,), NORM_EPS, *terms)
                 lanes = lane, lane, normed
             if lanes is None:
                 terms, x0, outputs[i - 1], kv = self.one_lane(site, x0, terms, joining, i - 1 in sources)
@@ -1773,7 +1617,7 @@ class GPT(nn.Module):
                 lanes, x0, kv = self.two_lanes(site, x0, lanes, joining, visit.skip is not None, schedule[i + 1].layer if i + 1 < len(schedule) else None)
             if cache is not None:                                       # nobody else asks, and they are 0.2 GB a visit in training
                 fresh.append(kv)
-        hidden = self.mix(None, ((ONE,) * len(terms),), (1.0,), (False,), *terms)[0] if lanes is None else lanes[0]
+        hidden = mix(None, ((ONE,) * len(terms),), (1.0,), (False,), NORM_EPS, *terms)[0] if lanes is None else lanes[0]
         if cache is None:
             return hidden
         keys, values = (torch.stack([kv[j].unflatten(0, (len(cache.last), -1)) for kv in fresh]) for j in (0, 1))
@@ -1784,11 +1628,11 @@ class GPT(nn.Module):
         row = lambda *r: (r[0], *[r[1]] * len(terms), *[r[2]] * len(joining))
         scale, streams = self.norm_scales[site.layer], (x0, *terms, *joining)
         form, scales = (row(0, 1, 2), row(ONE, NO, NO), row(NO, ONE, NO)), (scale, None, None)
-        x, n, x0, *before = self.mix(site.rows, form[:2 + keep], scales[:2 + keep], (True,) * (2 + keep), *streams)
+        x, n, x0, *before = mix(site.rows, form[:2 + keep], scales[:2 + keep], (True,) * (2 + keep), NORM_EPS, *streams)
         a, kv = self.attn(n, site)
         if self.cfg.parallel_mode == "gptj" and 0 < self.cfg.parallel_start_layer <= site.layer:
             return (x, a, self.mlp(n, site)), x0, *(before or [None]), kv       # #1493
-        x, n = self.mix(None, ((ONE, ONE),), (scale,), (True,), x, a)
+        x, n = mix(None, ((ONE, ONE),), (scale,), (True,), NORM_EPS, x, a)
         return (x, self.mlp(n, site)), x0, *(before or [None]), kv
 
     def two_lanes(self, site: Site, x0: Tensor, lanes: tuple, joining: tuple, skips: bool, following: int | None):
@@ -1796,7 +1640,7 @@ class GPT(nn.Module):
         -> lanes for layer ``following``, or if that is None the final hidden states alone; x0 as handed on; new keys and values."""
         row = lambda *r: (r[0], r[1], NO, *[r[2]] * len(joining))
         form = row(0, 1, 2), row(ONE, NO, NO), row(NO, 3, 4) if skips else row(NO, ONE, NO), (NO, NO, ONE, *[NO] * len(joining))
-        n, x0, first, second = self.mix(site.rows, form, (self.norm_scales[site.layer], None, None, None), (False, True, True, True), x0, *lanes[:2], *joining)
+        n, x0, first, second = mix(site.rows, form, (self.norm_scales[site.layer], None, None, None), (False, True, True, True), NORM_EPS, x0, *lanes[:2], *joining)
         (a, kv), m = self.attn(n, site), self.mlp(lanes[2], site)
         stay, attn, mlp = torch.cat((self.parallel_resid[site.layer][None], self.parallel_post[site.layer])).unbind(0)     # each by the lane written
         if following is None:
@@ -1805,7 +1649,7 @@ class GPT(nn.Module):
             weights, form, scales, keep = (*stay, sum(attn), sum(mlp)), ((0, 1, 2, 3),), (1.0,), (False,)
         else:
             weights, form, scales, keep = (stay, attn, mlp), ((0, NO, 2, 4), (NO, 1, 3, 5)), (None, self.norm_scales[following]), (True, True)
-        return self.mix(torch.cat(weights)[:, None].expand(-1, n.size(1)), form, scales, keep, first, second, a, m), x0, kv
+        return mix(torch.cat(weights)[:, None].expand(-1, n.size(1)), form, scales, keep, NORM_EPS, first, second, a, m), x0, kv
 
     def attn(self, n: Tensor, site: Site) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """n (T, d) -> (T, d), and this visit's new keys and values (T, KV, D), or (T, H, D) where no cache is kept."""
@@ -1853,9 +1697,7 @@ class GPT(nn.Module):
             return torch.dot(self.nll(hidden, targets), weight)
         return head_loss(hidden, self.tok_emb.to(self.dtype), targets, self.caps, weight)
 
-
 # ======== Adapters: LoRA stacked over visits and documents ====================================================================================================
-
 
 class LoRA(NamedTuple):
     """One adapter for each visit and document: delta(x) = scale x A B. Leaves of autograd, never module parameters, so the model stays unaware.
@@ -1897,7 +1739,6 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
             b[kind] = [torch.zeros(documents, rank, width, device=device).requires_grad_() for _ in range(n)]
     return LoRA(a, b, widths, alpha / rank)
 
-
 # ======== Optimizers: Muon for matrices, Adam for the rest, the averaged weights ==============================================================================
 
 MUON_COEFFICIENTS = {                                                   # (a, b, c) of each iteration
@@ -1920,7 +1761,6 @@ def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
         x = torch.baddbmm(x, *((polynomial, x) if wide else (x, polynomial)), beta=a)
     return x
 
-
 class MuonGroup:
     """Matrices of one shape out of several parameters: blocks are (parameter, first row, end row), all layers each."""
     def __init__(self, blocks: list[tuple[nn.Parameter, int, int]], world: int, dtype: torch.dtype):
@@ -1938,14 +1778,11 @@ class MuonGroup:
         padding = [self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)] if self.padded > self.count else []
         return torch.cat([*pieces, *padding]) if len(pieces) + len(padding) > 1 else pieces[0]
 
-    def apply_(self, update: Tensor, lr: float, wd: float, average: dict[nn.Parameter, Tensor], share: float):
-        """Weights decay and take the update; the average of those that have one follows."""
+    def apply_(self, update: Tensor, lr: float, wd: float):
         at = 0
         for p, lo, hi in self.blocks:
-            followed = average[p][:, lo:hi] if p in average else None
-            descend_(p[:, lo:hi], followed, update[at:at + p.size(0)], 1 - lr * wd, lr * self.scale, share)
+            p[:, lo:hi].mul_(1 - lr * wd).add_(update[at:at + p.size(0)], alpha=-lr * self.scale)
             at += p.size(0)
-
 
 class Optimizer:
     """One step: reduce the summed gradients over the ranks, clip their global norm, update. Muon's matrices are sharded over the ranks.
@@ -1965,12 +1802,12 @@ class Optimizer:
                  ([model.caps] if cfg.asym_logit_rescale else [], cfg.scalar_lr, 0.0))
         self.adam = torch.optim.AdamW([{"params": params, "base_lr": lr, "lr": lr, "weight_decay": wd} for params, lr, wd in rules if params],
                                       betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-        self.average = {p: torch.zeros_like(p) for p in self.parameters} if cfg.ema_decay else {}
+        self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
         self.averaged_steps = 0
 
     def reset(self):
         """Forget everything: momentum, Adam's moments and the average."""
-        for t in (*(g.momentum for g in self.muon), *self.average.values()):
+        for t in (*(g.momentum for g in self.muon), *self.average):
             t.zero_()
         self.adam.state.clear()
         self.averaged_steps = 0
@@ -1988,7 +1825,7 @@ class Optimizer:
         torch._foreach_mul_([p.grad for p in self.small], clip)
         warm = min(step / self.cfg.muon_momentum_warmup_steps, 1.0) if self.cfg.muon_momentum_warmup_steps else 1.0
         momentum = (1 - warm) * self.cfg.muon_momentum_warmup_start + warm * self.cfg.muon_momentum
-        updates = [self.direction(g, shard, clip, momentum) for g, shard in zip(self.muon, shards)]
+        updates = [self.direction(g, shard * clip.to(shard.dtype), momentum) for g, shard in zip(self.muon, shards)]
         gathered = [self.gather(g, u) for g, u in zip(self.muon, updates)]
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
@@ -1996,11 +1833,11 @@ class Optimizer:
         for g, (update, wait) in zip(self.muon, gathered):
             if wait is not None:
                 wait.wait()
-            g.apply_(update, self.cfg.matrix_lr * lr_scale, self.cfg.muon_wd, self.average, 1 - self.cfg.ema_decay)
+            g.apply_(update, self.cfg.matrix_lr * lr_scale, self.cfg.muon_wd)
         for p in self.parameters:
             p.grad = None
         if self.average:
-            torch._foreach_lerp_([self.average[p] for p in self.small], self.small, 1 - self.cfg.ema_decay)
+            torch._foreach_lerp_(self.average, self.parameters, 1 - self.cfg.ema_decay)
             self.averaged_steps += 1
 
     def reduce_scatter(self) -> tuple[list[Tensor], list]:
@@ -2022,9 +1859,12 @@ class Optimizer:
         squares = squares + torch.stack(torch._foreach_norm([p.grad for p in self.small])).square().sum()
         return (self.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
 
-    def direction(self, group: MuonGroup, grad: Tensor, clip: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum, row normalisation, orthogonalisation of this rank's matrices (n, rows, cols)."""
-        u = nesterov(grad, group.momentum, clip, momentum, self.cfg.muon_row_normalize)
+    def direction(self, group: MuonGroup, grad: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum, row normalisation (MuonEq-R), orthogonalisation of this rank's matrices (n, rows, cols)."""
+        group.momentum.mul_(momentum).add_(grad)
+        u = grad.add_(group.momentum, alpha=momentum)
+        if self.cfg.muon_row_normalize:
+            u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(u.dtype)
         return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients][:self.cfg.muon_backend_steps])
 
     def gather(self, group: MuonGroup, update: Tensor):
@@ -2038,9 +1878,8 @@ class Optimizer:
         """Put the debiased average into the model: average / (1 - decay^steps), so that a short run is not averaged with zeros."""
         if self.averaged_steps:
             correction = 1 - self.cfg.ema_decay ** self.averaged_steps
-            for p, average in self.average.items():
+            for p, average in zip(self.parameters, self.average):
                 p.copy_(average / correction)
-
 
 # ======== Training ============================================================================================================================================
 
@@ -2073,7 +1912,6 @@ def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     """Sum of nats over this micro-batch's targets / ``total``, the tokens of the global batch."""
     hidden, weight = model.trunk(batch.tokens, batch.seq, looped=looped), (batch.targets >= 0).float() / total
     return model.loss(hidden, batch.targets.clamp(min=0), weight)
-
 
 class Trainer:
     """Everything a training run holds: data, optimizer, schedule, and the curve it leaves."""
@@ -2143,7 +1981,6 @@ class Trainer:
                  f"{' (averaged weights)' if cfg.ema_decay else ''}")
         return {"steps": step, "tokens": tokens, "seconds": seconds, "epochs": tokens / self.stream.tokens, "curve": self.curve}
 
-
 # ======== Quantizer ===========================================================================================================================================
 
 class MatrixKind(NamedTuple):
@@ -2152,7 +1989,6 @@ class MatrixKind(NamedTuple):
     bits: str             # settings that hold its symbol range, its step, and how far rows differ by their share in the loss
     sigmas: str
     rows: str
-
 
 MATRICES = {
     "qkv": MatrixKind("qkv", "matrix_bits", "attn_clip_sigmas", "rate_rows"),
@@ -2275,7 +2111,6 @@ def folded_state(model: GPT) -> dict[str, Tensor]:
         state[vector].fill_(1.0)
     return state
 
-
 class Steps(NamedTuple):
     """The quantiser's step of weight (layer, row, column) is row * column."""
     row: Tensor           # (layers, rows) fp32
@@ -2283,9 +2118,8 @@ class Steps(NamedTuple):
     limit: int            # largest symbol
 
 def clip_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
-    """The published recipe: *_CLIP_SIGMAS standard deviations of a row over the symbol range (#1394), times 2**saved.
-    AWQ-lite (#1908): in the AWQ_LITE_GROUP_TOP_K groups of columns with the largest sum of activation RMS times mean weight, of all matrices, steps are those
-    of AWQ_LITE_BITS."""
+    """The published recipe: *_CLIP_SIGMAS standard deviations of a row over the symbol range (#1394), times 2**saved. AWQ-lite (#1908): the groups of columns
+    with the largest sum of activation RMS times mean weight, AWQ_LITE_GROUP_TOP_K of all matrices, get the steps of AWQ_LITE_BITS."""
     steps, scores = {}, []
     visits = torch.bincount(torch.tensor([v.layer for v in model.schedules[cfg.looped]]), minlength=cfg.num_layers).to(model.tok_emb.device)
     for name, kind in MATRICES.items():
@@ -2303,10 +2137,9 @@ def clip_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tenso
 
 def rate_distortion_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
     """Steps at which one more bit anywhere lowers the loss by the same amount (reverse water-filling), for ARTIFACT_CAP bytes less ``saved`` bits a weight.
-    Rounding adds sum_r g_r dW_r H dW_r^T / 2 to the loss, g_r being the mean squared gradient of output r. GPTQ leaves dW_r H dW_r^T = sum_j d_j step_rj^2 /
-    12, d_j being the squared diagonal of H's Cholesky factor, and a bit halves a step: g_r d_j step_rj^2 must be the same everywhere. Matrices differ by the
-    mean of g_r; its spread over rows enters to the power RATE_ROWS, as rarely used rows are known badly. A Gaussian row takes log2(1 + 2 pi e (sigma / step)^2)
-    / 2 bits a weight."""
+    Rounding adds sum_r g_r dW_r H dW_r^T / 2 to the loss, g_r being the mean squared gradient of output r. GPTQ leaves dW_r H dW_r^T = sum_j d_j step_rj^2 / 12,
+    d_j being the squared diagonal of H's Cholesky factor, and a bit halves a step: g_r d_j step_rj^2 must be the same everywhere. Matrices differ by the mean of
+    g_r; its spread over rows, rarely used ones known badly, enters to the power RATE_ROWS. A Gaussian row takes log2(1 + 2 pi e (sigma / step)^2) / 2 bits a weight."""
     steps, rates = {}, []
     folded = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
     for name, kind in MATRICES.items():
@@ -2466,7 +2299,6 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
     model.calibration = None
     return ranks.broadcast_(values.detach().cpu()).numpy()
 
-
 # ======== Artifact: entropy coder for quantised weights, tensor container =====================================================================================
 #
 # Rows of a weight matrix (or columns, where those live in the residual stream) are draws from a correlated Gaussian. The coder learns its
@@ -2484,7 +2316,6 @@ LOG = 32                        # steps per octave in fixed-point log2 of a vari
 LOG_LOW, PER_OCTAVE, BUCKETS = -5, 8, 116      # variance buckets: 2**-5 upwards, 8 per octave
 MIXTURES = ((4, 4, 4, 4), (3, 4, 4, 5), (2, 4, 4, 7), (1, 3, 5, 12))     # tail shapes: four equal Gaussians of these sigmas, in quarters
 PRIORS = ((700, 0.6), (2500, 0.4), (0, 0.0))   # (rows the prior correlation counts for, its weight against identity); 0: variances alone
-
 
 class ArtifactError(UserError):
     """The model file is damaged or not ours; the message names it and the remedy."""
@@ -2512,7 +2343,6 @@ def frequency_tables() -> np.ndarray:
         freq[np.arange(len(freq)), freq.argmax(-1)] += (1 << PROB_BITS) - freq.sum(-1)
         tables.append(freq)
     return np.stack(tables)
-
 
 LOG_EDGES = np.array(binary_roots(2 * LOG)[1::2], np.float64) / (1 << 61)       # mantissas of frexp where the rounded logarithm changes
 FREQ = frequency_tables()
@@ -2542,7 +2372,6 @@ def correlation(moments: np.ndarray) -> np.ndarray:
     """(G, n, n) second moments to correlations."""
     scale = np.sqrt(np.maximum(np.diagonal(moments, axis1=1, axis2=2), 1e-9))
     return moments / scale[:, :, None] / scale[:, None, :]
-
 
 class Stack:
     """Integer matrices q (G, R, n) while they are coded: chunks of rows, in them columns, all G at once."""
@@ -2739,7 +2568,6 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
         raise ValueError("words are left over")
     return stacks, (state - (1 << 16)).astype("<u2").tobytes()
 
-
 # A file: magic, version, total length, lengths of header and stacks | header: zlib of JSON | entropy-coded stacks | LZMA of the other tensors | CRC-32
 MAGIC, VERSION, FIXED = b"GPTGOLF\n", 1, struct.Struct("<8sIQII")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
@@ -2826,7 +2654,6 @@ def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray
             tensors[name], values = values[:math.prod(shape)].reshape(shape), values[math.prod(shape):]
     return tensors
 
-
 # ======== Scoring =============================================================================================================================================
 
 def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
@@ -2879,20 +2706,10 @@ def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
                 result[f"bpb_by_{name}"].append({"upto": high, "bpb": ledger.partial_bpb(within), "targets": int(within.sum()), "documents": int(len(np.unique(document[within])))})
     return result
 
-
 class Scorer:
     """Document-bounded scoring: windows never cross a document's start, each validation target is scored once, whatever the number of ranks."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, ngram=None):
         self.model, self.cfg, self.ranks, self.log, self.ngram = model, cfg, ranks, log, ngram
-
-    @torch.no_grad()
-    def warm_up(self):
-        """Compile on random tokens: no validation token is read before the clock runs (B29)."""
-        tokens = torch.randint(self.cfg.vocab_size, (self.cfg.val_batch_tokens + 1,), generator=torch.Generator().manual_seed(0)).numpy()
-        starts = np.arange(0, self.cfg.val_batch_tokens, self.cfg.eval_seq_len)
-        batch = to_device(pack(tokens, starts, self.cfg.eval_seq_len, self.cfg.eval_seq_len, "val", self.cfg.val_batch_tokens), self.ranks.device)
-        hint = torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=self.ranks.device)
-        batch_nats(self.model, batch, self.cfg.looped, *(() if self.ngram is None or self.ngram.hints(np.empty(0, np.int64)) is None else (hint,)))
 
     def score(self, val: ValidationStream, ledger: Ledger, stride: int) -> float:
         """Fill the ledger and return its BPB."""
@@ -2912,7 +2729,6 @@ class Scorer:
             hint = () if hint is None else (torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=at.device).index_copy(0, at, hint),)
             book(ledger, targets, batch_nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint), at, self.ngram)
         ledger.merge(self.ranks)
-
 
 # ======== N-gram: exact causal token statistics, and the tilt or mixture that they give the scored probabilities ==============================================
 
@@ -2979,7 +2795,6 @@ def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int
         goes_on[goes_on.clone()] = document[at[goes_on] + 1] == document[at[goes_on]]
         at, context = at[goes_on] + 1, context[goes_on]
 
-
 class NGram:
     """Improves the scored probabilities by what earlier segments and the document so far have shown to follow the last tokens.
     An order clears when its context was seen NGRAM_MIN_COUNT times and its commonest continuation has a share of NGRAM_THRESHOLD.
@@ -3044,7 +2859,6 @@ class NGram:
             self.boost = np.clip(self.boost + (slope - self.precision * (self.boost - centre)) / (curvature + self.precision), 0, 12)
         self.precision = self.precision + curvature
 
-
 # ======== Test-time training: score a chunk, then learn from it; state crosses documents only between segments ================================================
 
 class Segment(NamedTuple):
@@ -3074,7 +2888,6 @@ def chunk_ends(longest: int, cfg: Config) -> list[int]:
         ends.append(ends[-1] + sizes[min(len(ends), len(sizes)) - 1])
     return ends[1:]
 
-
 class Shape(NamedTuple):
     """All that a step of test-time training depends on besides the contents of its memory: one CUDA graph each."""
     rows: int             # documents run together
@@ -3093,7 +2906,6 @@ def lockstep(lengths: np.ndarray, cfg: Config, exact: bool):
         older = ceil(max(begin - back, 0), 256, context - count - back)
         yield begin, end, Shape(ceil(int((lengths > begin).sum()), 8, cfg.ttt_batch_size), older, back, count)
         begin = end
-
 
 class DocumentTTT:
     """Score-first adapters for batches of documents of one segment, in lockstep: every row is at the same position of its own document.
@@ -3236,20 +3048,12 @@ def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> li
         dealt[rank].append(batch)
     return dealt
 
-
 class BaseLearner:
     """Gradients of the base weights from validation targets, for whoever may learn from them."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, val: ValidationStream):
         self.model, self.cfg, self.ranks, self.val = model, cfg, ranks, val
         self.width = cfg.ttt_eval_seq_len
         self.tokens = -(-cfg.global_ttt_chunk_tokens // (self.width * ranks.world)) * self.width    # of one micro-batch on one rank
-
-    def warm_up(self):
-        """Compile on random tokens."""
-        self.model.requires_grad_(True)
-        self.backward(np.random.default_rng(0).integers(0, self.cfg.vocab_size, self.tokens + 1), 1)
-        self.model.zero_grad()
-        self.model.requires_grad_(False)
 
     def clipped_gradients(self, at: int, count: int):
         """Gradients (.grad) of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
@@ -3290,7 +3094,6 @@ class BaseLearner:
                 adam.zero_grad()
             log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
 
-
 class TestTimeTraining:
     """Scores the validation stream segment by segment, adapting within documents and, at phase boundaries, the base weights."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
@@ -3309,19 +3112,13 @@ class TestTimeTraining:
         else:
             self.scorer = Scorer(model, cfg, ranks, log, self.ngram)
 
-    def warm_up(self):
-        """Compile and capture on random tokens whatever the timed part will run: no validation token is read before (B29)."""
+    def prepare(self):
+        """On a GPU, capture on random tokens whatever the timed part will replay: no validation token is read before (B29)."""
         begun = time.perf_counter()
         self.model.requires_grad_(False)
-        on_gpu = self.ranks.device.type == "cuda"
-        if self.method != "lora":
-            self.scorer.warm_up()
-        elif on_gpu:
+        if self.method == "lora" and self.ranks.device.type == "cuda":
             self.adapters.prepare([batch for mine in self.batches for batch in mine])
-        if on_gpu and self.method != "none" and any(s.phase_ends for s in self.segments):
-            self.learner.warm_up()
-        self.ranks.synchronize()
-        self.log(f"  captured {len(self.adapters.graphs) if self.method == 'lora' else 0} graphs in {time.perf_counter() - begun:.1f} s")
+            self.log(f"  captured {len(self.adapters.graphs)} graphs in {time.perf_counter() - begun:.1f} s")
 
     def score(self) -> float:
         begun = time.perf_counter()
@@ -3365,7 +3162,6 @@ class TestTimeTraining:
         self.ranks.synchronize()
         if progress is None:
             self.log(f"  base weights learnt from {end - begin:,} scored targets in {len(chunks)} steps, {time.perf_counter() - begun:.1f} s")
-
 
 # ======== Packer ==============================================================================================================================================
 
@@ -3427,7 +3223,6 @@ def unpack_script(path: Path) -> str:
     found = re.fullmatch(f"{head}(.*){tail}", path.read_bytes().decode("latin-1"))
     with explained(f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one", TypeError, ValueError, SyntaxError, lzma.LZMAError):
         return lzma.decompress(ast.literal_eval(f'"{found[1]}"').encode("latin-1")).decode()
-
 
 # ======== Main ================================================================================================================================================
 
@@ -3594,16 +3389,13 @@ def score_artifact(run: Run, model: GPT):
         ledger = run.ledger("adapted")
         with run.phases("prepare"):
             adaptation = TestTimeTraining(model, cfg, run.ranks, run.log, run.val, ledger)
-            adaptation.warm_up()
+            adaptation.prepare()
         with run.phases("adapt"):
             run.result["bpb"]["adapted"] = adaptation.score()
         run.result["segments"] = [s.last - s.first for s in adaptation.segments]     # what the audit may hold us to: documents of a segment are independent
     else:
-        scorer = Scorer(model, cfg, run.ranks, run.log)
-        with run.phases("prepare"):
-            scorer.warm_up()
         with run.phases("score"):
-            run.result["bpb"]["quantized"] = scorer.score(run.val, ledger, cfg.eval_stride)
+            run.result["bpb"]["quantized"] = Scorer(model, cfg, run.ranks, run.log).score(run.val, ledger, cfg.eval_stride)
     run.log(f"{ledger.name}: {run.result['bpb'][ledger.name]:.5f} BPB")
     run.headline = ledger.name
     run.result.update(anatomy(ledger, run.val))
@@ -3697,7 +3489,6 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 import helpers  # noqa: E402
+
 import train_gpt as K  # noqa: E402
 
 INTERPRETING = bool(K.INTERPRET)
@@ -135,8 +136,6 @@ def test_every_kernel_compiles_for_a_hopper_gpu(monkeypatch):
     seq = helpers.packed_seq([T // 2, T // 2])
     for looped in (False, True):                                        # every form of mix() that the network has
         model.trunk(torch.zeros(T, dtype=torch.int64), seq, looped=looped).sum().backward()
-    K.nesterov(x.detach()[None], x.detach()[None], torch.ones(()), 0.9, True)
-    K.descend_(torch.ones(1, T, d), torch.ones(1, T, d), x.detach()[None], 0.9, 0.1, 0.1)
     assert compiled == {name for name in vars(K) if name.endswith("_kernel")}
 
 
@@ -283,31 +282,6 @@ def test_embed(device, T, channels):
     inputs = table, gate, torch.tensor(0.7, device=device)
     weight = randn(T, d, device=device, seed=1, dtype=torch.float32) + F.embedding(previous, table)     # so that the strength has a gradient beyond rounding
     compare(how(K.embed, torch.bfloat16), how(K.embed_reference, torch.float32), inputs, (weight,), 0.015)
-
-
-# --- Muon ---
-
-@pytest.mark.parametrize("normalize", [True, False])
-@cases(3, 22)
-def test_nesterov(device, T, normalize):
-    shape = (T, 24, 40) if device == "cpu" else (T, 512, 2048)
-    grad, momentum, clip = randn(*shape, device=device), randn(*shape, device=device, seed=1), torch.tensor(0.3, device=device)
-    wanted_momentum = momentum.float()
-    wanted = K.nesterov_reference(grad.float(), wanted_momentum, clip, 0.95, normalize)
-    assert error(K.nesterov(grad, momentum, clip, 0.95, normalize), wanted) < 0.005 and error(momentum, wanted_momentum) < 0.005
-
-
-@pytest.mark.parametrize("averaged", [True, False])
-@cases(3, 11)
-def test_descend(device, T, averaged):
-    """Some rows of each matrix change, and the others do not."""
-    weights = randn(T, 50, 33, device=device, dtype=torch.float32)
-    average, update = randn(T, 50, 33, device=device, dtype=torch.float32, seed=1), randn(T, 20, 33, device=device, seed=2)
-    wanted, wanted_average = weights.clone(), average.clone()
-    wanted[:, 10:30] = 0.9 * wanted[:, 10:30] - 0.1 * update.float()
-    wanted_average[:, 10:30] += 0.2 * (wanted - wanted_average)[:, 10:30] if averaged else 0
-    K.descend_(weights[:, 10:30], average[:, 10:30] if averaged else None, update, 0.9, 0.1, 0.2)
-    assert torch.allclose(weights, wanted, atol=1e-6) and torch.allclose(average, wanted_average, atol=1e-6)
 
 
 # --- mixed streams ---

@@ -8,7 +8,7 @@ import torch
 from helpers import BOS, VOCAB, config, gpt, packed_seq, random_documents
 
 import train_gpt
-from train_gpt import GPT, Batch, Cache, Config, Seq
+from train_gpt import GPT, Cache, Config, Seq
 
 # ---- a plain forward: one document, float64, one head at a time ----
 

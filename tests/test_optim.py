@@ -268,7 +268,7 @@ def test_warm_up_restores_everything():
     warm.warm_up()
     assert all(torch.equal(a, b) for a, b in zip(fresh.model.parameters(), warm.model.parameters()))
     assert not any(group.momentum.any() for group in warm.optimizer.muon)
-    assert not any(a.any() for a in warm.optimizer.average.values()) and warm.optimizer.averaged_steps == 0
+    assert not any(a.any() for a in warm.optimizer.average) and warm.optimizer.averaged_steps == 0
     assert not any(value.any() for state in warm.optimizer.adam.state.values() for value in state.values())
     assert all(p.grad is None or not p.grad.any() for p in warm.model.parameters())
     fresh.run(), warm.run()

@@ -143,16 +143,6 @@ def test_the_last_target_of_each_document_is_the_next_bos():
     assert stream.tokens[1:][3] == BOS and stream.target_bytes[3] == 0
 
 
-def test_warm_up_reads_no_validation_token(tmp_path, monkeypatch):
-    """It runs on random tokens, whatever the stream holds (it is not even given)."""
-    cfg = config(eval_seq_len=16, val_batch_tokens=64)
-    model, seen = gpt(cfg), []
-    scorer = Scorer(model, cfg, ranks(cfg), Silent())
-    monkeypatch.setattr(train_gpt, "batch_nats", lambda model, batch, looped: seen.append((len(batch.tokens), looped, batch.seq.max_q)))
-    scorer.warm_up()
-    assert seen == [(64, True, 16)]
-
-
 # ---- the ledger ----
 
 def ledger(n: int = 6) -> Ledger:

@@ -149,22 +149,22 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
         shards, _ = o.reduce_scatter()
         clip = o.clip_factor(shards)
         torch._foreach_mul_([p.grad for p in o.small], clip)
-        return [*shards, clip]
+        return [shard * clip.to(shard.dtype) for shard in shards]
 
-    *shards, clip = with_gradients(reduce)()
+    shards = with_gradients(reduce)()
     coefficients = ours.MUON_COEFFICIENTS[cfg.muon_coefficients][:cfg.muon_backend_steps]
     updates = [ours.orthogonalize(shard, coefficients) for shard in shards]
     muon, small, wide = sum(s.numel() for s in shards), sum(p.numel() for p in o.small), shards[0].element_size()
     everything, flops = 4 * (muon + small), orthogonalize_flops(o.muon, len(coefficients))
     parts = [
         Part("gradients: cast, norm, clip", everything + wide * muon + 4 * small, 0, with_gradients(reduce)),
-        Part("Muon: momentum, rows, orthogonalise", 4 * wide * muon, flops, lambda: [o.direction(g, shard, clip, 0.0) for g, shard in zip(o.muon, shards)]),
+        # momentum 0 leaves the shard, which `direction` writes into, as it is
+        Part("Muon: momentum, rows, orthogonalise", 4 * wide * muon, flops, lambda: [o.direction(g, shard, 0.0) for g, shard in zip(o.muon, shards)]),
         Part("Adam: embedding, vectors, scalars", 7 * 4 * small, 0, with_gradients(o.adam.step)),
-        Part("Muon: weights and their average", (wide + (16 if o.average else 8)) * muon, 0,
-             lambda: [g.apply_(u, cfg.matrix_lr, cfg.muon_wd, o.average, 1 - cfg.ema_decay) for g, u in zip(o.muon, updates)]),
+        Part("Muon: weights", (wide + 8) * muon, 0, lambda: [g.apply_(u, cfg.matrix_lr, cfg.muon_wd) for g, u in zip(o.muon, updates)]),
     ]
     if o.average:
-        parts.append(Part("average of the rest", 3 * 4 * small, 0, lambda: torch._foreach_lerp_([o.average[p] for p in o.small], o.small, 1 - cfg.ema_decay)))
+        parts.append(Part("average of the weights", 3 * everything, 0, lambda: torch._foreach_lerp_(o.average, o.parameters, 1 - cfg.ema_decay)))
     whole = Part("Optimizer.step", sum(p.moved for p in parts), flops, with_gradients(lambda: o.step(0, 1.0)))
     alone = Part("of Muon: orthogonalise", 2 * wide * muon, flops, lambda: [ours.orthogonalize(shard, coefficients) for shard in shards])
     return [whole, *parts, alone]

@@ -39,7 +39,7 @@ def ttt(folder: Path, environment: dict[str, str], lines: list[str], budget: flo
         ledger = run.ledger("ttt")
         marks = [time.perf_counter()]
         adaptation = ours.TestTimeTraining(model, cfg, run.ranks, Silent(), run.val, ledger)
-        adaptation.warm_up()
+        adaptation.prepare()
         marks.append(time.perf_counter())
         bpb = adaptation.score()
         run.ranks.synchronize()
