@@ -116,6 +116,7 @@ class PublicSide:
         self.base.looping_active = looped
         total = torch.zeros((), device="cuda")
         for batch in batches:
+            torch._dynamo.mark_dynamic(batch.seq.cu_q, 0)               # else its graph is compiled anew for every number of documents
             with torch.autocast(device_type="cuda", dtype=torch.bfloat16):
                 loss = self.model(batch.tokens[None], batch.targets[None], cu_seqlens=batch.seq.cu_q, max_seqlen=h.train_seq_len)
             total += loss.detach() / len(batches)
