@@ -733,16 +733,16 @@ STREAM_ROWS, STREAM_PROGRAMS = 4, 4                                     # rows o
 MLP_TILES = {"forward": (128, 128, 64, 8, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}     # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a Hopper GPU or a newer one (TMA, wgmma); 2 where Triton interprets; 0 where the kernels cannot run."""
+def processors(device: torch.device, least: int = 8) -> int:
+    """Multiprocessors of a GPU of compute capability ``least`` (8: Ampere, 9: Hopper) or more; 2 where Triton interprets; 0 where kernels cannot run."""
     if INTERPRET:
         return 2
     properties = torch.cuda.get_device_properties(device) if INTERPRET is not None and device.type == "cuda" else None
-    return properties.multi_processor_count if properties and properties.major >= 9 else 0
+    return properties.multi_processor_count if properties and properties.major >= least else 0
 
-def use_kernels(x: Tensor, width: int = 16) -> bool:
+def use_kernels(x: Tensor, width: int = 16, least: int = 8) -> bool:
     """Whether bf16 x can go through the Triton kernels; ``width``, of a head or of the stream, must be a power of two."""
-    return x.dtype == torch.bfloat16 and width & (width - 1) == 0 and processors(x.device) > 0
+    return x.dtype == torch.bfloat16 and width & (width - 1) == 0 and processors(x.device, least) > 0
 
 def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Contiguous tensors of the same shapes, unset."""
@@ -831,7 +831,7 @@ def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, 
     """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d), hidden (T, h); hidden is for observers and has no gradient.
     The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens."""
     fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0            # a tile's least sides
-    return (MLP.apply if fits and use_kernels(x) else mlp_reference)(x, w_up, w_down, slope)
+    return (MLP.apply if fits and use_kernels(x, least=9) else mlp_reference)(x, w_up, w_down, slope)      # TMA, wgmma
 
 # --- Cross-entropy of softcapped logits ---
 def softcap(z: Tensor, caps: Tensor) -> Tensor:
@@ -3249,7 +3249,8 @@ class Run:
             "source_sha256": hashlib.sha256((SOURCE if "PACKED_PATH" in globals() else strip_source(SOURCE)).encode()).hexdigest(),
             "settings_sha256": cfg.sha256(), "attention": self.attention}
         changed = [f"{k.upper()}={v}" for k, v in cfg.settings().items() if v != getattr(Config(), k)]
-        log(f"hardware {self.environment['hardware']}, attention {self.attention}, " + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items()))
+        kernels = "Triton" if use_kernels(torch.empty(0, dtype=torch.bfloat16, device=self.ranks.device), cfg.model_dim) else "plain PyTorch"
+        log(f"hardware {self.environment['hardware']}, attention {self.attention}, kernels {kernels}, " + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items()))
         log(f"source sha256 {self.environment['source_sha256']}")
         log(f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: {' '.join(changed) or 'none'}")
         log("all settings: " + json.dumps(cfg.settings()), console=False)

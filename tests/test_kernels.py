@@ -96,8 +96,10 @@ def test_kernels_through_the_interpreter():
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
-def test_every_kernel_compiles_for_a_hopper_gpu(monkeypatch):
-    """To machine code for sm_90, without Triton's specialisation on divisibility: the interpreter accepts programs that the compiler refuses."""
+@pytest.mark.parametrize("capability,shared", [(80, 163), (90, 227)])
+def test_every_kernel_compiles(monkeypatch, capability, shared):
+    """To machine code for Ampere, but for those that need TMA, and for Hopper, without Triton's specialisation on divisibility: the interpreter accepts programs
+    that the compiler refuses."""
     if sys.platform != "linux":
         pytest.importorskip("triton")
     import triton.compiler
@@ -116,13 +118,13 @@ def test_every_kernel_compiles_for_a_hopper_gpu(monkeypatch):
             return tuple(kind(v, (*path, i)) for i, v in enumerate(value)) if isinstance(value, tuple) else mangle_type(value)
 
         signature = {p.name: kind(values[p.name], (i,), p.is_constexpr) for i, p in enumerate(kernel.params)}
-        binary = triton.compile(triton.compiler.ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32),
+        binary = triton.compile(triton.compiler.ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32),
                                 options={"num_warps": num_warps, "num_stages": num_stages})
-        assert binary.metadata.shared <= 227 * 1024
+        assert binary.metadata.shared <= shared * 1024
         compiled.add(kernel.fn.__name__)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(K, "processors", lambda device: 132)
+    monkeypatch.setattr(K, "processors", lambda device, least=8: 132 if least <= capability // 10 else 0)
     leaf = lambda *shape, dtype=torch.bfloat16: randn(*shape, device="cpu", dtype=dtype).requires_grad_()
     T, d = 256, 512
     targets, caps, x = torch.zeros(T, dtype=torch.int64), torch.full((2,), 30.0, requires_grad=True), leaf(T, d)
@@ -136,7 +138,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu(monkeypatch):
     seq = helpers.packed_seq([T // 2, T // 2])
     for looped in (False, True):                                        # every form of mix() that the network has
         model.trunk(torch.zeros(T, dtype=torch.int64), seq, looped=looped).sum().backward()
-    assert compiled == {name for name in vars(K) if name.endswith("_kernel")}
+    assert compiled == {name for name in vars(K) if name.endswith("_kernel")} - ({"mlp_gemm_kernel"} if capability == 80 else set())
 
 
 def test_references_serve_a_machine_without_triton():
