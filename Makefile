@@ -37,7 +37,7 @@ bench: $(READY)
 	for name in caseops ngram; do $(PY) tools/bench.py $$name || exit 1; done
 	if test -f runs/demo/model.bin; then $(PY) tools/bench.py codec --artifact runs/demo/model.bin; fi
 	if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then names="attention optimizer train startup scaling"; \
-		if $(PY) -c 'import sys, torch, train_gpt; sys.exit(not train_gpt.has_kernels(torch.device("cuda")))'; then names="kernels $$names"; fi; \
+		if $(PY) -c 'import sys, torch, train_gpt; sys.exit(not train_gpt.processors(torch.device("cuda"), 9))'; then names="kernels $$names"; fi; \
 	else names="attention optimizer startup scaling"; test -f data/demo/manifest.json || $(DEMO_DATA) || exit 1; set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; fi; \
 	for name in $$names; do $(PY) tools/bench.py $$name || exit 1; done
 

@@ -24,7 +24,7 @@ def variants(environment: dict[str, str], lines: list[str]) -> Iterator[tuple[st
 
 
 def ttt(folder: Path, environment: dict[str, str], lines: list[str], budget: float) -> Iterator[tuple[str, float, float, float, int]]:
-    """Yields (settings, BPB, seconds to compile and capture, seconds of adaptation, targets). Passes that would begin after ``budget`` seconds are left out."""
+    """Yields (settings, BPB, seconds to capture, seconds of adaptation, targets). Passes that would begin after ``budget`` seconds are left out."""
     began, environment = time.perf_counter(), environment | {"ARTIFACT_DIR": str(folder), "TTT_EVAL_ONLY": "1"}
     first = ours.configure(environment)
     run = ours.Run(first)

@@ -197,7 +197,7 @@ def expected_seconds(run: Planned, journal: Journal, args: argparse.Namespace) -
         return statistics.fmean(earlier), f"mean of {len(earlier)} earlier run(s)"
     from train_gpt import Config
     budget = float(run.settings.get("MAX_WALLCLOCK_SECONDS", Config().max_wallclock_seconds))
-    return START_SECONDS + budget * (1 if args.eval_only else 2), f"the budgets used up, {START_SECONDS} s to start and compile"
+    return START_SECONDS + budget * (1 if args.eval_only else 2), f"the budgets used up, {START_SECONDS} s to start"
 
 
 def estimate(runs: list[Planned], journal: Journal, args: argparse.Namespace) -> str:
