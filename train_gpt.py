@@ -1227,14 +1227,14 @@ def mixture(xs, ws, FORM: tl.constexpr, m: tl.constexpr):
     return y
 
 @triton.jit(do_not_specialize=["T"])
-def mix_kernel(streams, w_ptr, ys, ns, scales, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """Each of ys and ns may be None."""
-    ws = ()
+def mix_kernel(streams, w_ptr, ys, ns, scales, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Each of ys and ns may be None. BLOCK is D or the next power of two."""
+    col, ws = tl.arange(0, BLOCK)[None, :], ()
     for r in tl.static_range(R):
-        ws = ws + (tl.load(w_ptr + r * D + tl.arange(0, D)[None, :]),)
+        ws = ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        at, ok = row * D + tl.arange(0, D)[None, :], row < T
+        at, ok = row * D + col, row < T if BLOCK == D else (row < T) & (col < D)
         xs = load_all(streams, at, ok)
         for m in tl.static_range(len(FORM)):
             if ys[m] is not None or ns[m] is not None:
@@ -1247,17 +1247,18 @@ def mix_kernel(streams, w_ptr, ys, ns, scales, T, eps, FORM: tl.constexpr, R: tl
                     tl.store(ns[m] + at, n.to(ns[m].dtype.element_ty), mask=ok)
 
 @triton.jit(do_not_specialize=["T"])
-def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+                        ROWS: tl.constexpr):
     """Gradients of the streams; those of the weights are added to dw_ptr if given. Each of dys, dns and grads may be None."""
-    ws, sums = (), ()
+    col, ws, sums = tl.arange(0, BLOCK)[None, :], (), ()
     for r in tl.static_range(R):
-        ws, sums = ws + (tl.load(w_ptr + r * D + tl.arange(0, D)[None, :]),), sums + (tl.zeros((ROWS, D), tl.float32),)
+        ws, sums = ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),), sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        at, ok = row * D + tl.arange(0, D)[None, :], row < T
+        at, ok = row * D + col, row < T if BLOCK == D else (row < T) & (col < D)
         xs, gs, added = load_all(streams, at, ok), (), ()
         for m in tl.static_range(len(FORM)):
-            g = tl.zeros((ROWS, D), tl.float32)
+            g = tl.zeros((ROWS, BLOCK), tl.float32)
             if dns[m] is not None:
                 y = mixture(xs, ws, FORM, m).to(streams[0].dtype.element_ty).to(tl.float32)
                 dn = tl.load(dns[m] + at, mask=ok, other=0.0).to(tl.float32)
@@ -1268,7 +1269,7 @@ def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps,
             gs = gs + (g,)
         for k in tl.static_range(len(streams)):
             if grads[k] is not None:
-                d = tl.zeros((ROWS, D), tl.float32)
+                d = tl.zeros((ROWS, BLOCK), tl.float32)
                 for m in tl.static_range(len(FORM)):
                     if FORM[m][k] == -1:
                         d += gs[m]
@@ -1285,7 +1286,7 @@ def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps,
         sums = added
     if dw_ptr is not None:
         for r in tl.static_range(R):
-            tl.atomic_add(dw_ptr + r * D + tl.arange(0, D), tl.sum(sums[r], 0), sem="relaxed")
+            tl.atomic_add(dw_ptr + r * D + tl.arange(0, BLOCK), tl.sum(sums[r], 0), mask=tl.arange(0, BLOCK) < D, sem="relaxed")
 
 class Mix(torch.autograd.Function):
     """mix() through the kernels. A row that is one stream as it is costs nothing forward: its gradient joins where the stream's others arise."""
@@ -1297,7 +1298,7 @@ class Mix(torch.autograd.Function):
         ys = tuple(torch.empty_like(streams[0]) if kept and a is None else None for a, kept in zip(alias, keep))
         ns = tuple(None if scale is None else torch.empty_like(streams[0]) for scale in scales)
         if any(t is not None for t in ys + ns):
-            mix_kernel[(STREAM_PROGRAMS * processors(streams[0].device),)](streams, weights, ys, ns, scales, T, eps, form, R, d, STREAM_ROWS)
+            mix_kernel[(STREAM_PROGRAMS * processors(streams[0].device),)](streams, weights, ys, ns, scales, T, eps, form, R, d, triton.next_power_of_2(d), STREAM_ROWS)
         ctx.save_for_backward(weights, *streams)
         ctx.constants = form, scales, keep, eps
         ctx.set_materialize_grads(False)
@@ -1315,13 +1316,14 @@ class Mix(torch.autograd.Function):
         grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(streams))
         d_weights, (T, d), rows = torch.zeros_like(weights) if need_w else None, streams[0].shape, 0 if weights is None else len(weights)
         programs, tile = (6, STREAM_ROWS) if len(streams) < 4 else (8, 1)       # four rows of four streams do not fit into the registers
-        mix_gradient_kernel[(programs * processors(streams[0].device),)](tuple(streams), weights, dys, dns, scales, grads, d_weights, T, eps, form, rows, d, tile)
+        mix_gradient_kernel[(programs * processors(streams[0].device),)](tuple(streams), weights, dys, dns, scales, grads, d_weights, T, eps, form, rows, d,
+                                                                         triton.next_power_of_2(d), tile)
         return d_weights, None, None, None, None, *(grads[k] if need else None for k, need in zip(firsts, ctx.needs_input_grad[5:]))
 
 def mix(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor) -> tuple[Tensor, ...]:
     """Weighted sums of streams (T, d). For each row of ``form``: its sum (T, d) if kept, then the sum's RMSNorm times its scale (T, d) unless that is None.
     A row names for each stream the row of weights (R, d) fp32 that multiplies it, ONE or NO. One with a single ONE hands a stream on, whose gradients then meet here."""
-    return (Mix.apply if use_kernels(streams[0], streams[0].size(1)) else mix_reference)(weights, form, scales, keep, eps, *streams)
+    return (Mix.apply if use_kernels(streams[0]) else mix_reference)(weights, form, scales, keep, eps, *streams)
 
 # --- A product and the attention gate's, from one input ---
 class GatedLinear(torch.autograd.Function):
@@ -3249,7 +3251,7 @@ class Run:
             "source_sha256": hashlib.sha256((SOURCE if "PACKED_PATH" in globals() else strip_source(SOURCE)).encode()).hexdigest(),
             "settings_sha256": cfg.sha256(), "attention": self.attention}
         changed = [f"{k.upper()}={v}" for k, v in cfg.settings().items() if v != getattr(Config(), k)]
-        kernels = "Triton" if use_kernels(torch.empty(0, dtype=torch.bfloat16, device=self.ranks.device), cfg.model_dim) else "plain PyTorch"
+        kernels = "Triton" if use_kernels(torch.empty(0, dtype=torch.bfloat16, device=self.ranks.device), cfg.model_dim // cfg.num_heads) else "plain PyTorch"
         log(f"hardware {self.environment['hardware']}, attention {self.attention}, kernels {kernels}, " + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items()))
         log(f"source sha256 {self.environment['source_sha256']}")
         log(f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: {' '.join(changed) or 'none'}")

@@ -304,10 +304,10 @@ FORMS = {  # rows of weights, form, scales, kept sums
 }
 
 
-def mixing(name, device, T):
+def mixing(name, device, T, d=None):
     """Inputs of mix(), a loss weight for each output, and mix and its reference as functions of the inputs."""
     rows, *how = FORMS[name]
-    d = 64 if device == "cpu" else 512
+    d = d or (64 if device == "cpu" else 512)
     streams = [randn(T, d, device=device, seed=i, scale=1 + i) for i in range(len(how[0][0]))]
     w = [randn(rows, d, device=device, dtype=torch.float32)] if rows else []
     weights = [randn(T, d, device=device, seed=7 + i, dtype=torch.float32) for i in range(sum(how[2]) + sum(scale is not None for scale in how[1]))]
@@ -319,6 +319,13 @@ def mixing(name, device, T):
 @cases(21)
 def test_mix(device, T, name):
     inputs, weights, ours, reference = mixing(name, device, T)
+    compare(ours, reference, inputs, weights, 0.01)
+
+
+@pytest.mark.parametrize("d", [1, 40, 384])
+@cases(6)
+def test_mix_of_any_width(device, T, d):
+    inputs, weights, ours, reference = mixing("lane 0", device, T, d)
     compare(ours, reference, inputs, weights, 0.01)
 
 
@@ -363,11 +370,12 @@ def test_gated_linear(device, T, frozen):
 # --- the whole network ---
 
 @cases(64, 4096)
-@pytest.mark.parametrize("variant", [{}, {"parallel_start_layer": 0}, {"parallel_mode": "gptj", "parallel_start_layer": 1}, {"num_layers": 5, "parallel_final_lane": "mlp"}])
+@pytest.mark.parametrize("variant", [{}, {"model_dim": 48}, {"parallel_start_layer": 0}, {"parallel_mode": "gptj", "parallel_start_layer": 1},
+                                     {"num_layers": 5, "parallel_final_lane": "mlp"}])
 @pytest.mark.parametrize("train", (True, False))
 def test_the_network_on_kernels_equals_the_plain_one(device, T, train, variant, monkeypatch):
     """In bf16 against the references in fp32: the loss and the gradient of every parameter."""
-    cfg = helpers.config(model_dim=64, rope_dims=8, **variant)
+    cfg = helpers.config(**{"model_dim": 64, "rope_dims": 8} | variant)
     tokens = torch.randint(4, cfg.vocab_size, (T // 2 * 2,), generator=torch.Generator().manual_seed(0)).to(device)
     seq = K.Seq(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in helpers.packed_seq([T // 2, T // 2])))
 
@@ -380,7 +388,7 @@ def test_the_network_on_kernels_equals_the_plain_one(device, T, train, variant, 
         return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
     loss, grads = result(torch.bfloat16)
-    monkeypatch.setattr(K, "use_kernels", lambda *_: False)
+    monkeypatch.setattr(K, "use_kernels", lambda *_, **__: False)
     wanted, wanted_grads = result(torch.float32)
     assert error(loss, wanted) < 0.01
     for name in grads if train else ():
