@@ -142,7 +142,7 @@ class Config:
     train_seq_len: int = setting(2048, "longest attention span: documents are cut there", POSITIVE)
     train_seq_schedule: str = setting("", "progressive context, LEN@END_PROGRESS,...; empty: TRAIN_SEQ_LEN throughout")
     seq_change_warmup_steps: int = setting(32, "learning-rate ramp after a change of context")
-    warmup_steps: int = setting(3, "steps of each graph run and undone before the clock starts")
+    warmup_steps: int = setting(3, "plain and looped steps each, run and undone before the clock starts")
     warmdown_frac: float = setting(0.85, "share of the budget in the linear decay of the learning rate")
     min_lr: float = setting(0.1, "floor of the learning-rate multiplier")
     train_log_every: int = setting(100, "steps between log lines", POSITIVE)
@@ -740,9 +740,9 @@ def processors(device: torch.device, least: int = 8) -> int:
     properties = torch.cuda.get_device_properties(device) if INTERPRET is not None and device.type == "cuda" else None
     return properties.multi_processor_count if properties and properties.major >= least else 0
 
-def use_kernels(x: Tensor, width: int = 16, least: int = 8) -> bool:
-    """Whether bf16 x can go through the Triton kernels; ``width``, of a head or of the stream, must be a power of two."""
-    return x.dtype == torch.bfloat16 and width & (width - 1) == 0 and processors(x.device, least) > 0
+def use_kernels(dtype: torch.dtype, device: torch.device, width: int = 16, least: int = 8) -> bool:
+    """Whether activations of that dtype can go through the Triton kernels; ``width``, of a head or of the stream, must be a power of two."""
+    return dtype == torch.bfloat16 and width & (width - 1) == 0 and processors(device, least) > 0
 
 def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Contiguous tensors of the same shapes, unset."""
@@ -831,7 +831,7 @@ def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, 
     """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d), hidden (T, h); hidden is for observers and has no gradient.
     The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens."""
     fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0            # a tile's least sides
-    return (MLP.apply if fits and use_kernels(x, least=9) else mlp_reference)(x, w_up, w_down, slope)      # TMA, wgmma
+    return (MLP.apply if fits and use_kernels(x.dtype, x.device, least=9) else mlp_reference)(x, w_up, w_down, slope)      # TMA, wgmma
 
 # --- Cross-entropy of softcapped logits ---
 def softcap(z: Tensor, caps: Tensor) -> Tensor:
@@ -910,7 +910,7 @@ class SoftcapNLL(torch.autograd.Function):
 def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """z (T, V) before the softcap, targets (T,) int64, caps (2,) fp32 (positive, negative) -> nats (T,), log-sum-exp (T,), both fp32.
     Gradients reach z and caps through the nats; the log-sum-exp has none."""
-    return (SoftcapNLL.apply if use_kernels(z) else softcap_nll_reference)(z, targets, caps)
+    return (SoftcapNLL.apply if use_kernels(z.dtype, z.device) else softcap_nll_reference)(z, targets, caps)
 
 class HeadLoss(torch.autograd.Function):
     """head_loss() whose logits are overwritten by the loss's gradient in the forward pass."""
@@ -931,7 +931,7 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, weight: Tenso
     """Sum over the rows of weight (T,) fp32 times softcap_nll of x (T, d) @ w (V, d).T; a scalar, for training. The logits cross memory twice (1 read,
     1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304)."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or caps.requires_grad)
-    if use_kernels(x) and differentiable:
+    if use_kernels(x.dtype, x.device) and differentiable:
         return HeadLoss.apply(x, w, targets, caps, weight)
     return torch.dot(softcap_nll(F.linear(x, w), targets, caps)[0], weight)
 
@@ -1044,7 +1044,7 @@ def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
     q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain. k and v come ``copies`` times in a row: FlashAttention 3
     takes 1.22 ms forward and backward for 4 heads of 128 with their own keys, 1.41 ms where two share them (98,304 tokens, H200)."""
     rotates = cos.size(1) > 0 and cos.size(1) & (cos.size(1) - 1) == 0
-    kernel = rotates and use_kernels(qkv, qkv.size(1) // (gain.numel() + 2 * kv_heads))
+    kernel = rotates and use_kernels(qkv.dtype, qkv.device, qkv.size(1) // (gain.numel() + 2 * kv_heads))
     return (QKVHeads.apply if kernel else qkv_heads_reference)(qkv, gain, cos, sin, kv_heads, copies, eps)
 
 # --- XSA and the gate of each head's output ---
@@ -1106,7 +1106,7 @@ class XSAGate(torch.autograd.Function):
 
 def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
     """y (T, H, D), v (T, KV, D), z (T, H) -> top sigmoid(slope z) (y - (y . v) / (v . v) v) in y's dtype, v that of the head's group (#265, #1787)."""
-    return (XSAGate.apply if use_kernels(y, y.size(2)) else xsa_gate_reference)(y, v, z, slope, top)
+    return (XSAGate.apply if use_kernels(y.dtype, y.device, y.size(2)) else xsa_gate_reference)(y, v, z, slope, top)
 
 # --- Embeddings, smeared and normed ---
 def embed_reference(tokens: Tensor, previous: Tensor, positions: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float,
@@ -1138,6 +1138,7 @@ def smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, s
 @triton.jit(do_not_specialize=["T"])
 def embed_kernel(tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, out_ptr, T, eps, C: tl.constexpr, D: tl.constexpr,
                  GATE: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS smeared embeddings, normed."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     _, _, _, _, _, x = smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C, D, GATE)
     n = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
@@ -1191,7 +1192,7 @@ class Embed(torch.autograd.Function):
 def embed(tokens: Tensor, previous: Tensor, positions: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """tokens, previous (T,) int64, positions (T,) int32, table (V, d), gate (c,) and strength () fp32 -> RMSNorm of e_t + strength sigmoid(gate . e_t) e_{t-1}
     (T, d) in ``dtype``, without the second term at position 0 (SmearGate, #1667)."""
-    if dtype == torch.bfloat16 and table.size(1) & (table.size(1) - 1) == 0 and processors(table.device):
+    if use_kernels(dtype, table.device, table.size(1)):
         return Embed.apply(tokens, previous, positions, table, gate, strength, eps)
     return embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype)
 
@@ -1323,7 +1324,7 @@ class Mix(torch.autograd.Function):
 def mix(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor) -> tuple[Tensor, ...]:
     """Weighted sums of streams (T, d). For each row of ``form``: its sum (T, d) if kept, then the sum's RMSNorm times its scale (T, d) unless that is None.
     A row names for each stream the row of weights (R, d) fp32 that multiplies it, ONE or NO. One with a single ONE hands a stream on, whose gradients then meet here."""
-    return (Mix.apply if use_kernels(streams[0]) else mix_reference)(weights, form, scales, keep, eps, *streams)
+    return (Mix.apply if use_kernels(streams[0].dtype, streams[0].device) else mix_reference)(weights, form, scales, keep, eps, *streams)
 
 # --- A product and the attention gate's, from one input ---
 class GatedLinear(torch.autograd.Function):
@@ -1502,13 +1503,6 @@ class Cache(NamedTuple):
     values: Tensor        # (visits, rows, length, KV, D)
     last: Tensor          # (rows,) int64
 
-def project(x: Tensor, w: Tensor, delta: Callable | None = None, tap: Callable | None = None) -> Tensor:
-    """x (tokens, in) @ w (out, in).T, plus an adapter's low-rank delta, while an optional tap watches the input."""
-    if tap is not None:
-        tap(x)
-    y = F.linear(x, w)
-    return y if delta is None else y + delta(x)
-
 class Site(NamedTuple):
     """What a visit computes with."""
     layer: int
@@ -1517,7 +1511,7 @@ class Site(NamedTuple):
     rope: tuple[Tensor, Tensor]
     seq: Seq
     delta: Callable                     # kind -> low-rank delta or None
-    watch: Callable                     # kind -> tap or None
+    watch: Callable                     # (kind, x): shows the input of a product to whoever taps it
     past: tuple[Tensor, Tensor] | None  # cached keys and values
 
 class GPT(nn.Module):
@@ -1607,7 +1601,7 @@ class GPT(nn.Module):
         terms, lanes, outputs, fresh = (), None, {}, []                 # the residual stream is the sum of its terms: additions wait for the norm that reads them
         for i, visit in enumerate(schedule):
             delta = (lambda kind, i=i: lora.at(kind, i)) if lora is not None else lambda kind: None
-            watch = (lambda kind, layer=visit.layer: lambda x: tap(kind, layer, x)) if tap is not None else lambda kind: None
+            watch = (lambda kind, x, layer=visit.layer: tap(kind, layer, x)) if tap is not None else lambda kind, x: None
             site = Site(visit.layer, weights[visit.layer], mixing[i], rope, seq, delta, watch, None if cache is None else (cache.keys[i], cache.values[i]))
             joining = (outputs[visit.source],) if visit.source in outputs else ()
             if visit.lanes and lanes is None:
@@ -1633,9 +1627,11 @@ class GPT(nn.Module):
         x, n, x0, *before = mix(site.rows, form[:2 + keep], scales[:2 + keep], (True,) * (2 + keep), NORM_EPS, *streams)
         a, kv = self.attn(n, site)
         if self.cfg.parallel_mode == "gptj" and 0 < self.cfg.parallel_start_layer <= site.layer:
-            return (x, a, self.mlp(n, site)), x0, *(before or [None]), kv       # #1493
-        x, n = mix(None, ((ONE, ONE),), (scale,), (True,), NORM_EPS, x, a)
-        return (x, self.mlp(n, site)), x0, *(before or [None]), kv
+            terms = x, a                                                # #1493: the MLP reads what the attention read
+        else:
+            x, n = mix(None, ((ONE, ONE),), (scale,), (True,), NORM_EPS, x, a)
+            terms = (x,)
+        return (*terms, self.mlp(n, site)), x0, before[0] if keep else None, kv
 
     def two_lanes(self, site: Site, x0: Tensor, lanes: tuple, joining: tuple, skips: bool, following: int | None):
         """Attention reads lane 0, which alone receives the skip, the MLP reads lane 1, and both write both (#1529). lanes: both, and the norm of the second.
@@ -1655,9 +1651,8 @@ class GPT(nn.Module):
 
     def attn(self, n: Tensor, site: Site) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """n (T, d) -> (T, d), and this visit's new keys and values (T, KV, D), or (T, H, D) where no cache is kept."""
-        cfg, layer, delta, tap = self.cfg, site.layer, site.delta("qkv"), site.watch("qkv")
-        if tap is not None:
-            tap(n)
+        cfg, layer, delta = self.cfg, site.layer, site.delta("qkv")
+        site.watch("qkv", n)
         qkv, z = (F.linear(n, site.weights[0]), n.new_zeros(len(n), cfg.num_heads)) if self.attn_gate is None else gated_linear(n, site.weights[0], site.weights[4])
         qkv = qkv if delta is None else qkv + delta(n)
         copies = cfg.num_heads // cfg.num_kv_heads if site.past is None else 1
@@ -1669,22 +1664,22 @@ class GPT(nn.Module):
             y = xsa_gate(y, own, z, self.gate_slope, self.gate_top)
         else:
             y = (y * (self.gate_top * torch.sigmoid(self.gate_slope * z.float()))[:, :, None]).to(self.dtype)
-        y = project(y.flatten(1), site.weights[1], None, site.watch("o"))
-        parallel = site.delta("o")                                      # reads the sublayer's input, as #1855's does
+        site.watch("o", y := y.flatten(1))
+        y, parallel = F.linear(y, site.weights[1]), site.delta("o")     # the adapter reads the sublayer's input, as #1855's does
         return (y if parallel is None else y + parallel(n)), (k, v)
 
     def mlp(self, n: Tensor, site: Site) -> Tensor:
         """n (T, d) -> (T, d)."""
         out, hidden = mlp(n, *site.weights[2:4], self.cfg.leaky_relu_sq_slope)
-        for kind, x in (("up", n), ("down", hidden)):
-            if site.watch(kind) is not None:
-                site.watch(kind)(x)
+        site.watch("up", n)
+        site.watch("down", hidden)
         parallel = site.delta("mlp")
         return out if parallel is None else out + parallel(n)
 
     def nll(self, hidden: Tensor, targets: Tensor, *, lora=None, hint: Tensor | None = None):
         """hidden (T, d), targets (T,) int64 -> nats per token (T,) fp32; with hint (T,) int64 also the log-probability of the hinted token."""
-        z = project(hidden, self.tok_emb.to(self.dtype), lora.at("head", 0) if lora is not None else None)
+        z, delta = F.linear(hidden, self.tok_emb.to(self.dtype)), lora.at("head", 0) if lora is not None else None
+        z = z if delta is None else z + delta(hidden)
         if self.calibration is not None:
             logits = self.calibration[0] * softcap(z, self.caps) + self.calibration[1]
             lse = logits.logsumexp(-1)
@@ -1777,8 +1772,8 @@ class MuonGroup:
     def gradient(self) -> Tensor:
         """(padded, rows, cols) in the momentum's dtype."""
         pieces = [p.grad[:, lo:hi].to(self.momentum.dtype) for p, lo, hi in self.blocks]
-        padding = [self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)] if self.padded > self.count else []
-        return torch.cat([*pieces, *padding]) if len(pieces) + len(padding) > 1 else pieces[0]
+        padding = self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)
+        return torch.cat([*pieces, padding])
 
     def apply_(self, update: Tensor, lr: float, wd: float):
         at = 0
@@ -3076,8 +3071,7 @@ class BaseLearner:
     def backward(self, tokens: np.ndarray, count: int):
         """Add the gradient of the summed nats of tokens[1:] over ``count``."""
         starts = np.union1d(np.flatnonzero(tokens[:-1] == self.cfg.bos_id), np.arange(0, len(tokens) - 1, self.width))
-        capacity = self.tokens if self.ranks.device.type == "cuda" else len(tokens) - 1     # padding pays for one graph only
-        batch = to_device(pack(tokens, starts, self.width, self.width, "val", capacity), self.ranks.device)
+        batch = to_device(pack(tokens, starts, self.width, self.width, "val", len(tokens) - 1), self.ranks.device)
         batch_loss(self.model, batch, count, self.cfg.looped).backward()
 
     def prequant(self, log: Log):
@@ -3251,7 +3245,7 @@ class Run:
             "source_sha256": hashlib.sha256((SOURCE if "PACKED_PATH" in globals() else strip_source(SOURCE)).encode()).hexdigest(),
             "settings_sha256": cfg.sha256(), "attention": self.attention}
         changed = [f"{k.upper()}={v}" for k, v in cfg.settings().items() if v != getattr(Config(), k)]
-        kernels = "Triton" if use_kernels(torch.empty(0, dtype=torch.bfloat16, device=self.ranks.device), cfg.model_dim // cfg.num_heads) else "plain PyTorch"
+        kernels = "Triton" if use_kernels(torch.bfloat16, self.ranks.device, cfg.model_dim // cfg.num_heads) else "plain PyTorch"
         log(f"hardware {self.environment['hardware']}, attention {self.attention}, kernels {kernels}, " + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items()))
         log(f"source sha256 {self.environment['source_sha256']}")
         log(f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: {' '.join(changed) or 'none'}")

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
 import helpers  # noqa: E402
 
 import train_gpt as K  # noqa: E402

@@ -161,6 +161,8 @@ def print_losses(mode: str, losses: dict[str, list[float]]):
 
 def measure(public_path: Path | None, public_settings: Path | None, steps: int):
     """Yields (mode, variant, median seconds, ratio to the public script, tokens) for the plain and the looped graph."""
+    if steps < 2 * BLOCK:
+        raise SystemExit(f"--steps {steps}: at least {2 * BLOCK} are needed, since the first {BLOCK} are not timed")
     cfg = ours.Config.from_env(os.environ)
     ranks = ours.Ranks(cfg)
     torch.set_float32_matmul_precision("high")
