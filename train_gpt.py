@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -99,7 +100,7 @@ class Config:
     quantize_only: bool = setting(False, "start from ARTIFACT_DIR/trained.npz instead of training")
     check_only: bool = setting(False, "run every pre-flight check and stop")
     device: str = setting("auto", "where to run; auto: a GPU if there is one", "auto, cpu, cuda")
-    attention: str = setting("auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, torch, reference")
+    attention: str = setting("auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, fa4, torch, reference")
     fa3_library: str = setting("", "shared object that registers torch.ops.flash_attn_3 (for example of the xformers wheel)")
     # model
     vocab_size: int = setting(8192, "tokens in the vocabulary; tokens are stored in 16 bits", "[8, 65536]")
@@ -1347,7 +1348,7 @@ def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, d), w (n, d), gate (H, c) -> x @ w.T (T, n), and of its leading channels x[:, :c] @ gate.T (T, H)."""
     return GatedLinear.apply(x, w, gate)
 
-# ======== Attention backends: one function, found in the order FlashAttention 3, torch's FlashAttention 2, masked reference ===================================
+# ======== Attention backends: one function, found in the order FlashAttention 3, FlashAttention 4, torch's FlashAttention 2, masked reference ================
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor, window: int):
     """Runs of consecutive segments of equal lengths: (slices of queries and keys, segments, causal mask (n, m) aligned at its end, ``window`` keys back, -1: all)."""
@@ -1407,6 +1408,18 @@ def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, *grads, cu_q, cu_k, None, None, max_q, max_k, q.size(-1) ** -0.5, True, window, 0)
     return grads                                                        # written in place; builds differ in what the operator returns
 
+def fa4_arguments(cu_q, cu_k, max_q, max_k, window) -> dict:
+    """What both directions of FlashAttention 4 take; it has no -1 for a window that reaches back to the start."""
+    return dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, causal=True, window_size_left=None if window < 0 else window)
+
+def fa4_forward(q, k, v, *where):
+    """FlashAttention 4 (CuTe DSL, compiled at first use): out and log-sum-exp (H, Tq)."""
+    return sys.modules["flash_attn.cute.interface"]._flash_attn_fwd(q, k, v, return_lse=True, **fa4_arguments(*where))[:2]
+
+def fa4_backward(dout, q, k, v, out, lse, *where):
+    """FlashAttention 4: gradients of q, k, v."""
+    return sys.modules["flash_attn.cute.interface"]._flash_attn_bwd(q, k, v, out, dout, lse, **fa4_arguments(*where))
+
 def torch_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
     """torch's own FlashAttention 2: out and log-sum-exp."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, window_size_left=window, window_size_right=0)
@@ -1418,7 +1431,9 @@ def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, seed, seed[0], window_size_left=window,
                                                     window_size_right=0)
 
-BACKENDS = {"fa3": (fa3_forward, fa3_backward), "torch": (torch_forward, torch_backward), "reference": (reference_forward, reference_backward)}
+BACKENDS = {"fa3": (fa3_forward, fa3_backward), "fa4": (fa4_forward, fa4_backward), "torch": (torch_forward, torch_backward),
+            "reference": (reference_forward, reference_backward)}
+ATTENTION_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"}    # the first registers torch.ops.flash_attn_3
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
     """The first backend that loads and agrees with the reference on this device."""
@@ -1429,8 +1444,8 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
         try:
             if name == "fa3" and cfg.fa3_library:
                 torch.ops.load_library(cfg.fa3_library)
-            elif name == "fa3":
-                import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
+            elif name in ATTENTION_MODULES:
+                importlib.import_module(ATTENTION_MODULES[name])
             check_backend(name, cfg, device)
             return name
         except Exception as e:                                          # any fault of a third-party library only means: try the next
@@ -1740,13 +1755,10 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
 
 MUON_COEFFICIENTS = {                                                   # (a, b, c) of each iteration
     "polar_express": (                                                  # arXiv 2505.16932, #1344
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
-    "newton_schulz": ((3.4445, -4.7750, 2.0315),) * 5,
-}
+    "newton_schulz": ((3.4445, -4.7750, 2.0315),) * 5}
 
 def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
     """Nearest semi-orthogonal matrices of u (n, rows, cols), by one odd quintic iteration for each (a, b, c). Five of Polar Express leave singular values
@@ -1772,8 +1784,7 @@ class MuonGroup:
     def gradient(self) -> Tensor:
         """(padded, rows, cols) in the momentum's dtype."""
         pieces = [p.grad[:, lo:hi].to(self.momentum.dtype) for p, lo, hi in self.blocks]
-        padding = self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)
-        return torch.cat([*pieces, padding])
+        return torch.cat([*pieces, self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)])
 
     def apply_(self, update: Tensor, lr: float, wd: float):
         at = 0
@@ -2578,8 +2589,7 @@ def as_matrix(a: np.ndarray) -> np.ndarray:
 
 def planes(arrays: list[np.ndarray]) -> bytes:
     """Bytes of arrays of one dtype, most significant bytes of all values first."""
-    data = b"".join(a.tobytes() for a in arrays)
-    return np.frombuffer(data, np.uint8).reshape(-1, arrays[0].itemsize).T[::-1].tobytes()
+    return np.frombuffer(b"".join(a.tobytes() for a in arrays), np.uint8).reshape(-1, arrays[0].itemsize).T[::-1].tobytes()
 
 def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
     """Tensors (any numpy dtype) and ``meta`` (JSON) as the bytes of a model file. Integer tensors of 64 values or more are entropy-coded.
@@ -3259,8 +3269,7 @@ class Run:
 
 def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
-    default = RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)
-    return Path(cfg.artifact_dir or default)
+    return Path(cfg.artifact_dir or (RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)))
 
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""

@@ -1,6 +1,8 @@
 """The model against a plain reference written from the published formulas, and the properties that scores rest on: causality, isolation, caches, graphs."""
 import dataclasses
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -392,3 +394,28 @@ def test_probabilities_sum_to_one_and_the_hint_is_right():
     wanted = -torch.log_softmax(4 * torch.tanh(logits / 4), -1)
     assert torch.allclose(table.double(), wanted, atol=2e-5)
 
+
+# ---- attention backends ----
+
+
+@pytest.mark.parametrize("fault", [None, "no window", "keys aligned at the front", "zero gradient"])
+def test_a_backend_is_taken_only_if_it_agrees(monkeypatch, fault):
+    """FlashAttention 4's functions, played by the reference with one fault each, through the same check that every backend must pass on a GPU."""
+    def where(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size_left):
+        assert causal and (window_size_left is None or window_size_left >= 0)
+        keys = cu_seqlens_q if fault == "keys aligned at the front" else cu_seqlens_k
+        return cu_seqlens_q, keys, max_seqlen_q, max_seqlen_k, -1 if window_size_left is None or fault == "no window" else window_size_left
+
+    def forward(q, k, v, return_lse, **words):
+        assert return_lse
+        return *train_gpt.reference_forward(q, k, v, *where(**words)), None, None
+
+    def backward(q, k, v, out, dout, lse, **words):
+        dq, dk, dv = train_gpt.reference_backward(dout, q, k, v, out, lse, *where(**words))
+        return dq, dk, 0 * dv if fault == "zero gradient" else dv
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", types.SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
+    if fault is None:
+        train_gpt.check_backend("fa4", Config(), torch.device("cpu"))
+    else:
+        with pytest.raises(RuntimeError, match="differs from the reference"):
+            train_gpt.check_backend("fa4", Config(), torch.device("cpu"))

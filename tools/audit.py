@@ -173,6 +173,15 @@ def launch(folder: Path, env: dict[str, str], world: int, blocked: bool, timeout
             process.wait()
 
 
+def last_words(output: str) -> str:
+    """The last line that a rank wrote and, under torchrun, which rank failed first and how; torchrun's own report follows and hides both."""
+    lines = [line.strip() for line in output.splitlines() if line.strip(" =-*")]
+    report = next((i for i, line in enumerate(lines) if re.match(r"[EWI]\d{4} .*torch/distributed/", line)), len(lines))
+    said = (lines[:report] or lines or ["no output"])[-1][:200]
+    failed = re.search(r"\(exitcode: (-?\d+)\) local_rank: (\d+)", output)
+    return f"rank {failed[2]} ended with {failed[1]}: {said}" if failed else said
+
+
 def without_network(folder: Path, env: dict[str, str], command: list[str]) -> tuple[dict, list[str]]:
     """An empty network namespace where the machine allows one; else sockets that refuse to connect."""
     empty = folder.parent / (folder.name + "_path")
@@ -219,8 +228,7 @@ class Artifact:
     def run(self, folder: Path, env: dict[str, str], world: int = 1, blocked: bool = False):
         code, output = self.launcher(folder, env, world, blocked, self.timeout)
         if code != 0:
-            lines = [line for line in output.strip().splitlines() if line.strip()]
-            raise Broken(f"exit status {code}: {lines[-1][:200] if lines else 'no output'}")
+            raise Broken(f"exit status {code}: {last_words(output)}")
 
     def score(self, data: Dataset | Path, world: int = 1, env: dict | None = None, blocked: bool = False) -> Scored:
         """Score a validation stream; ``data`` is a folder that lies ready, or is written to one."""

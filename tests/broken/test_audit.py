@@ -120,3 +120,12 @@ def test_a_submission_of_several_seeds_needs_the_logs_of_all(tmp_path, capsys):
     (first / "submission.json").write_text(json.dumps(claim))
     assert run(first, "--only", "evidence") == 1 and "seed 2 val_bpb 1.234567" in capsys.readouterr().out
     assert run(first, "--only", "evidence", "--seeds", str(second)) == 0
+
+
+@pytest.mark.parametrize("output,words", [
+    ("", "no output"), ("step 1\nerror: no data\n\n", "error: no data"), ("=====\n", "no output"),
+    ("score 1\n[rank1]: ValueError: bad\nW1121 22:04:06.240000 15224 .venv/torch/distributed/elastic/api.py:1028] Sending\n"
+     "E1121 22:04:06.273000 15224 .venv/torch/distributed/elastic/api.py:1002] failed (exitcode: -6) local_rank: 1 (pid: 15230) of binary: python\n"
+     "Traceback (most recent call last):\n=====\ntrain_gpt.py FAILED\n=====", "rank 1 ended with -6: [rank1]: ValueError: bad")])
+def test_a_failed_run_is_told_in_the_words_of_its_rank(output, words):
+    assert audit.last_words(output) == words
