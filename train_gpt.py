@@ -2445,7 +2445,9 @@ class Stack:
             square += np.rint(white * white * (1 / 256)).sum(1)
         self.square += square.sum(1)
         self.count += 256.0 * self.width * (end - start)
-        self.moments += q @ q.transpose(0, 2, 1)
+        exact = q.astype(np.float32) if np.abs(q).max() <= 128 else q     # at most 1,024 rows: no sum of products passes 2**24
+        for moments, x in zip(self.moments, exact):
+            moments += x @ x.T                                          # of a matrix with itself: BLAS does half of it
         self.seen += end - start
 
 def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
@@ -2542,33 +2544,29 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
     side, raw, lanes, count = struct.unpack_from("<4I", code)
     at = np.cumsum([16, side, raw, 4 * lanes]).tolist()
     escaped = np.frombuffer(zlib.decompress(code[at[1]:at[2]]), "<i2")
-    state, words = np.frombuffer(code, "<u4", lanes, at[2]).astype(np.int64), np.frombuffer(code, "<u2", count, at[3]).astype(np.int64)
+    state, words = np.frombuffer(code, "<u4", lanes, at[2]).astype(np.uint32), np.frombuffer(code, "<u2", count, at[3]).astype(np.uint32)
     stacks, pools = [], {}
     for head in json.loads(zlib.decompress(code[at[0]:at[1]])):
-        starts, q = cell_starts(head["mixture"]), np.empty(head["shape"], np.int16)
+        starts, columns = cell_starts(head["mixture"]).astype(np.uint32), np.empty(head["shape"][2:] + head["shape"][:2], np.int16)
         symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS * PHASES), FREQ[head["mixture"]].ravel())
 
         def coder(table, floor, rows, j):
             nonlocal escaped, words
-            table = table.ravel()
-            x = state[:len(table)]
+            x = state[:table.size]
             slot = x & (1 << PROB_BITS) - 1
-            symbol = symbols.take((table << PROB_BITS) + slot).astype(np.int64)
-            start = starts.take((table << 8) + symbol)
-            x = (start >> PROB_BITS) * (x >> PROB_BITS) + slot - (start & (1 << PROB_BITS) - 1)
+            symbol = symbols.take((table.ravel() << PROB_BITS) + slot)
+            start = starts.take((table.ravel() << 8) + symbol)
+            x[:] = (start >> PROB_BITS) * (x >> PROB_BITS) + (slot - (start & (1 << PROB_BITS) - 1))      # stays below 2**32
             low = np.flatnonzero(x < 1 << 16)
-            x[low] = x[low] << 16 | words[:len(low)]                    # a stream that is too short raises here
-            state[:len(table)], words = x, words[len(low):]
-            symbol = symbol.reshape(floor.shape)
-            q[:, rows, j] = symbol + floor - SPAN
-            lost = symbol == ESCAPE
-            if lost.any():
-                n = int(lost.sum())
-                q[:, rows, j][lost], escaped = escaped[:n], escaped[n:]
-            return q[:, rows, j].astype(np.int64)
+            x[low], words = x[low] << 16 | words[:len(low)], words[len(low):]                             # a stream that is too short raises here
+            values, lost = symbol.reshape(floor.shape) + (floor - SPAN), symbol == ESCAPE
+            if n := np.count_nonzero(lost):
+                values.ravel()[lost], escaped = escaped[:n], escaped[n:]
+            columns[j, :, rows] = values
+            return values
         Stack(head, pools).code(coder)
         rows, sources = (np.array(rows, int) for rows in head["copies"])
-        q = q.transpose(0, 2, 1) if head["turned"] else q
+        q = columns.transpose(*((1, 0, 2) if head["turned"] else (1, 2, 0)))
         q = np.insert(q, rows - np.arange(len(rows)), 0, axis=1)
         q[:, rows] = q[:, sources]
         stacks.append(q)

@@ -471,3 +471,12 @@ def test_coding_tables_are_the_same_everywhere():
     assert (train_gpt.FREQ.sum(-1) == 1 << train_gpt.PROB_BITS).all() and (train_gpt.FREQ >= 0).all() and (train_gpt.FREQ[..., train_gpt.ESCAPE] > 0).all()
     assert hashlib.sha256(np.ascontiguousarray(train_gpt.FREQ, "<i8").tobytes()).hexdigest()[:16] == "8c4c5f6eb556e477"
     assert train_gpt.binary_roots(4)[2] == math.isqrt(2 << 120)
+
+
+@pytest.mark.parametrize("largest", (128, 129, 20000))
+def test_moments_of_symbols_are_exact(largest):
+    """The decoder's probabilities rest on them, so no machine may round them otherwise: whole numbers, also of the longest chunk of the largest symbols."""
+    q = np.random.default_rng(0).choice((-largest, largest, 1), (2, 1024, 24))
+    stack = train_gpt.Stack({"shape": list(q.shape), "log2_variance": [14, 14], "prior": 0, "trust": [8, 8]}, {})
+    stack.code_chunk(0, 1024, lambda table, floor, rows, j: q[:, rows, j])
+    assert (stack.moments == q.transpose(0, 2, 1) @ q).all()
