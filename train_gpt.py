@@ -346,6 +346,8 @@ class Ranks:
         if use_cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
+            # torch.optim imports this, whose defaults keep the group that exists by then: gloo's threads would outlive close() and abort some exits.
+            importlib.import_module("torch.distributed.nn.functional")
             # Tensors on the CPU travel over gloo, so the clock is shared without touching the GPU's queue.
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
 

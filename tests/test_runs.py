@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import RUN, base_run, forked, main, own_data, result, scratch, start
+from helpers import ROOT, RUN, base_run, forked, main, own_data, result, scratch, start
 
 import train_gpt
 
@@ -306,3 +306,25 @@ def test_a_killed_rank_ends_the_run(tmp_path):
     assert process.returncode != 0
     assert not any(Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text() for pid in workers)
     assert not (tmp_path / "model.bin").exists() and not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_no_thread_outlives_the_process_group(tmp_path):
+    """gloo's threads may still hold tensors while the interpreter goes down, which aborts a rank that has done all its work (pytorch #179291)."""
+    script = tmp_path / "close.py"
+    script.write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from train_gpt import Config, Ranks
+threads = lambda: sum("gloo" in open(f"/proc/self/task/{{t}}/comm").read() for t in os.listdir("/proc/self/task"))
+ranks = Ranks(Config.from_env(os.environ))
+torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+ranks.all_reduce_(torch.ones(2))
+before = threads()
+ranks.close()
+print("threads", before, threads())
+""")
+    out, err = start({"device": "cpu"}, world=2, script=script).communicate(timeout=120)
+    found = [line.split()[1:] for line in out.splitlines() if line.startswith("threads")]
+    assert len(found) == 2, out + err
+    assert all(int(before) > 0 and int(after) == 0 for before, after in found), found
