@@ -1416,11 +1416,11 @@ def fa4_arguments(cu_q, cu_k, max_q, max_k, window) -> dict:
 
 def fa4_forward(q, k, v, *where):
     """FlashAttention 4 (CuTe DSL, compiled at first use): out and log-sum-exp (H, Tq)."""
-    return sys.modules["flash_attn.cute.interface"]._flash_attn_fwd(q, k, v, return_lse=True, **fa4_arguments(*where))[:2]
+    return sys.modules[ATTENTION_MODULES["fa4"]]._flash_attn_fwd(q, k, v, return_lse=True, **fa4_arguments(*where))[:2]
 
 def fa4_backward(dout, q, k, v, out, lse, *where):
     """FlashAttention 4: gradients of q, k, v."""
-    return sys.modules["flash_attn.cute.interface"]._flash_attn_bwd(q, k, v, out, dout, lse, **fa4_arguments(*where))
+    return sys.modules[ATTENTION_MODULES["fa4"]]._flash_attn_bwd(q, k, v, out, dout, lse, **fa4_arguments(*where))
 
 def torch_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
     """torch's own FlashAttention 2: out and log-sum-exp."""
@@ -2554,17 +2554,17 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
 
         def coder(table, floor, rows, j):
             nonlocal escaped, words
-            x = state[:table.size]
+            x, table = state[:table.size], table.ravel()
             slot = x & (1 << PROB_BITS) - 1
-            symbol = symbols.take((table.ravel() << PROB_BITS) + slot)
-            start = starts.take((table.ravel() << 8) + symbol)
+            symbol = symbols.take((table << PROB_BITS) + slot)
+            start = starts.take((table << 8) + symbol)
             x[:] = (start >> PROB_BITS) * (x >> PROB_BITS) + (slot - (start & (1 << PROB_BITS) - 1))      # stays below 2**32
             low = np.flatnonzero(x < 1 << 16)
             x[low], words = x[low] << 16 | words[:len(low)], words[len(low):]                             # a stream that is too short raises here
-            values, lost = symbol.reshape(floor.shape) + (floor - SPAN), symbol == ESCAPE
+            values, lost = symbol + (floor.ravel() - SPAN), symbol == ESCAPE
             if n := np.count_nonzero(lost):
-                values.ravel()[lost], escaped = escaped[:n], escaped[n:]
-            columns[j, :, rows] = values
+                values[lost], escaped = escaped[:n], escaped[n:]
+            columns[j, :, rows] = values = values.reshape(floor.shape)
             return values
         Stack(head, pools).code(coder)
         rows, sources = (np.array(rows, int) for rows in head["copies"])
