@@ -116,7 +116,7 @@ class Config:
     asym_logit_rescale: bool = setting(False, "learn the cap of positive and that of negative logits, both from LOGIT_SOFTCAP on (#1923)")
     rope_base: float = setting(10000.0, "RoPE base", POSITIVE)
     rope_dims: int = setting(32, "rotated dimensions of each head")
-    attn_window: int = setting(256, "tokens that attention reaches back, but for ATTN_FULL_LAYERS; 0: the whole span in every layer")
+    attn_window: int = setting(128, "tokens that attention reaches back, but for ATTN_FULL_LAYERS; 0: the whole span in every layer")
     attn_full_layers: str = setting("2,5,10", "layers whose attention reaches back over the whole span; numbers beyond NUM_LAYERS mean nothing")
     qk_gain_init: float = setting(5.0, "initial gain of each normalised query head")
     xsa_last_n: int = setting(11, "layers, from the last, whose heads drop the component along their own value")
@@ -217,7 +217,7 @@ class Config:
     ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters")
     ttt_warm_start: float = setting(1.0, "after each segment the adapters' start moves this far to the mean of its documents' adapters; 0: never")
     ttt_grad_steps: int = setting(1, "steps on each chunk after it is scored; 0: carried context only")
-    phased_ttt_num_phases: int = setting(3, "times the base weights learn from the scored prefix; 0: never")
+    phased_ttt_num_phases: int = setting(8, "times the base weights learn from the scored prefix; 0: never")
     phased_ttt_prefix_docs: int = setting(2500, "documents of that prefix, in stream order")
     global_ttt_lr: float = setting(0.05, "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
     global_ttt_momentum: float = setting(0.9, "SGD momentum, fresh in each phase", SHARE)
@@ -851,8 +851,8 @@ def softcap_nll_reference(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Ten
 @triton.jit
 def tanh_of(doubled):
     """tanh(x) from 2 x log2(e), to 3e-7; rsqrt(y)^2 is 1/y without the range checks of a division."""
-    r = tl.rsqrt(tl.exp2(doubled) + 1.0)
-    return 1.0 - 2.0 * (r * r)
+    r = tl.rsqrt(tl.exp2(doubled - 1.0) + 0.5)
+    return 1.0 - r * r
 
 @triton.jit
 def softcap_nll_kernel(z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_ptr, dz_ptr, d_cap_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
@@ -890,7 +890,7 @@ def launch_softcap_nll(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tenso
     nll, lse = (torch.empty(T, dtype=torch.float32, device=z.device) for _ in range(2))
     d_caps = torch.empty(T if want_caps else 0, 2, dtype=torch.float32, device=z.device)
     block = triton.next_power_of_2(V)
-    softcap_nll_kernel[(T,)](z, targets, caps, row_grad, nll, lse, dz, d_caps if want_caps else None, V, block, num_warps=min(32, max(1, block // 512)))
+    softcap_nll_kernel[(T,)](z, targets, caps, row_grad, nll, lse, dz, d_caps if want_caps else None, V, block, num_warps=min(32, max(1, block // 1024)))
     return nll, lse, d_caps
 
 class SoftcapNLL(torch.autograd.Function):

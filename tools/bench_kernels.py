@@ -75,6 +75,21 @@ def head_tiles(machine, heads, gate):
     print()
 
 
+def fp8(machine):
+    """The forward products of a visit and of the head from copies in fp8 (e4m3) beside those in bf16, and the cast of the activations on its own: what fp8 could bring."""
+    one, cast = torch.ones((), device="cuda"), lambda t: t.to(torch.float8_e4m3fn)
+    for name, inner, outer in (("qkv", D, (H + 2 * KV) * HEAD), ("o", H * HEAD, D), ("mlp up, fused", D, HIDDEN), ("mlp down", HIDDEN, D), ("head", D, V)):
+        a, b, out = randn(T, inner), randn(outer, inner, scale=inner ** -0.5), torch.empty(T, outer, dtype=torch.bfloat16, device="cuda")
+        a8, b8 = cast(a), cast(b * 16)
+        if "fused" in name:
+            wide, narrow = (lambda x=x, w=w, tile=tile: K.mlp_gemm(x, w, out, None, 0.5, tile) for x, w, tile in ((a, b, None), (a8, b8, (128, 128, 128, 8, 3, 2))))
+        else:
+            wide, narrow = lambda: F.linear(a, b), lambda: torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one / 16, out_dtype=torch.bfloat16, use_fast_accum=True)
+        ms = [1e3 * machine.seconds(fn) for fn in (wide, narrow, lambda: cast(a))]
+        print(f"{name:14} bf16 {ms[0]:6.3f}  fp8 {ms[1]:6.3f}  cast {ms[2]:6.3f} ms", flush=True)
+    print()
+
+
 def main():
     machine = Machine(torch.device("cuda"))
     print(f"triton {K.triton.__version__}, {T:,} tokens\n")
@@ -113,6 +128,7 @@ def main():
          A * HEAD * (4 + 2 + 4 + 4 + 4 + 2 + 4 + 2) / copy),
     ]
     tiles(machine, x, up, down)
+    fp8(machine)
     runs = {name: step(kernel, inputs, learns, grads) for name, kernel, _, inputs, learns, grads, _ in cases}
     head_tiles(machine, runs["qkv_heads"], runs["xsa_gate"])
     print(f"{'forward and backward':28} {'kernel':>8} {'plain':>8} {'compiled':>9} {'floor':>7}   ms;  peak GB kernel, compiled")
