@@ -850,7 +850,7 @@ def softcap_nll_reference(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Ten
 
 @triton.jit
 def tanh_of(doubled):
-    """tanh(x) from 2 x log2(e), to 3e-7; rsqrt(y)^2 is 1/y without the range checks of a division."""
+    """tanh(x) = 1 - 1 / (2^(doubled - 1) + 1/2) from doubled = 2 x log2(e), to 3e-7; rsqrt(y)^2 is 1/y without the range checks of a division."""
     r = tl.rsqrt(tl.exp2(doubled - 1.0) + 0.5)
     return 1.0 - r * r
 
