@@ -322,7 +322,9 @@ torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
 ranks.all_reduce_(torch.ones(2))
 assert threads() > 0
 ranks.close()
-time.sleep(1)                                                           # /proc shows a joined thread for a moment
+deadline = time.monotonic() + 10                                       # /proc shows a joined thread for a moment
+while threads() and time.monotonic() < deadline:
+    time.sleep(0.1)
 assert threads() == 0
 """)
     spawn({"device": "cpu"}, world=2, script=script).ok()
