@@ -254,9 +254,11 @@ def test_kill_9_leaves_the_old_or_the_new_file_whole(slow, tmp_path):
     versions, path = [make(16), make(48)], tmp_path / "model.bin"
     began = time.perf_counter()
     train_gpt.save_artifact(path, *versions[0])
-    one_save, pause = time.perf_counter() - began + 0.02 * slow, random.Random(1)
+    one_save, pause, seen = time.perf_counter() - began + 0.02 * slow, random.Random(1), set()
     identity = lambda: (path.stat().st_ino, path.stat().st_mtime_ns)
-    for i in range(8):
+    for i in range(64):                                                 # 8, or more until both versions have been found
+        if i >= 8 and seen == {16, 48}:
+            break
         writer, before = get_context("fork").Process(target=write_for_ever, args=(path, versions[::-1 if i % 2 else 1], slow)), identity()
         writer.start()
         while identity() == before:                                     # it has written one, however busy the machine is
@@ -268,3 +270,5 @@ def test_kill_9_leaves_the_old_or_the_new_file_whole(slow, tmp_path):
         arrays, meta = train_gpt.load_artifact(path)
         wanted = {m["version"]: a for a, m in versions}[meta["version"]]
         assert all((arrays[name] == wanted[name]).all() for name in wanted)
+        seen.add(meta["version"])
+    assert seen == {16, 48}
