@@ -77,14 +77,14 @@ def head_tiles(machine, heads, gate):
 
 def fp8(machine):
     """The forward products of a visit and of the head from copies in fp8 (e4m3) beside those in bf16, and the cast of the activations on its own: what fp8 could bring."""
-    one, cast = torch.ones((), device="cuda"), lambda t: t.to(torch.float8_e4m3fn)
+    cast, hidden = lambda t: t.to(torch.float8_e4m3fn), torch.empty(T, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    scales = {"scale_a": torch.ones((), device="cuda"), "scale_b": torch.full((), 1 / 16, device="cuda")}
     for name, inner, outer in (("qkv", D, (H + 2 * KV) * HEAD), ("o", H * HEAD, D), ("mlp up, fused", D, HIDDEN), ("mlp down", HIDDEN, D), ("head", D, V)):
-        a, b, out = randn(T, inner), randn(outer, inner, scale=inner ** -0.5), torch.empty(T, outer, dtype=torch.bfloat16, device="cuda")
+        a, b = randn(T, inner), randn(outer, inner, scale=inner ** -0.5)
         a8, b8 = cast(a), cast(b * 16)
-        if "fused" in name:
-            wide, narrow = (lambda x=x, w=w, tile=tile: K.mlp_gemm(x, w, out, None, 0.5, tile) for x, w, tile in ((a, b, None), (a8, b8, (128, 128, 128, 8, 3, 2))))
-        else:
-            wide, narrow = lambda: F.linear(a, b), lambda: torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one / 16, out_dtype=torch.bfloat16, use_fast_accum=True)
+        wide, narrow = lambda: F.linear(a, b), lambda: torch._scaled_mm(a8, b8.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+        if name == "mlp up, fused":
+            wide, narrow = lambda: K.mlp_gemm(a, b, hidden, None, 0.5), lambda: K.mlp_gemm(a8, b8, hidden, None, 0.5, (128, 128, 128, 8, 3, 2))
         ms = [1e3 * machine.seconds(fn) for fn in (wide, narrow, lambda: cast(a))]
         print(f"{name:14} bf16 {ms[0]:6.3f}  fp8 {ms[1]:6.3f}  cast {ms[2]:6.3f} ms", flush=True)
     print()
