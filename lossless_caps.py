@@ -16,6 +16,7 @@ misplaced operator is a `CaseOpsError`.
 A lone surrogate, which a JSON document can hold, is a character like any other to `encode` and `decode`; it has no UTF-8 form, so `piece_bytes`
 refuses it.
 """
+
 import re
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -29,7 +30,9 @@ _ESCAPED = re.compile("\ue004[\ue001-\ue004]")
 _CAPITALS_INSIDE_WORD = re.compile("[A-Z](?<=[a-z][A-Z])[A-Z]*")
 _CAPITALISED = re.compile("([A-Z][A-Za-z]*)")
 _CASED = re.compile("(\ue001\ue003?[A-Za-z]|\ue002[A-Za-z\ue003]+|\ue003[A-Za-z]|\ue004[\ue001-\ue004])")
-_MALFORMED = re.compile("[\ue001-\ue004](?:(?<=\ue004)|(?<=\ue003)(?![A-Za-z])|(?<=[\ue001\ue002])(?:(?<=[A-Za-z].)|(?!\ue003?[A-Za-z])))")
+_MALFORMED = re.compile(
+    "[\ue001-\ue004](?:(?<=\ue004)|(?<=\ue003)(?![A-Za-z])|(?<=[\ue001\ue002])(?:(?<=[A-Za-z].)|(?!\ue003?[A-Za-z])))"
+)
 
 
 class CaseOpsError(ValueError):

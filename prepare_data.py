@@ -11,6 +11,7 @@ spaces) are skipped and counted. A training document whose tokens equal those of
 disjoint as the model sees them. For each validation document the bytes of its tokens must equal the UTF-8 length of the source text less what
 SentencePiece strips at its ends, or nothing is finished. Training text has no sidecar: its `bytes` in the manifest are its `utf8_bytes`.
 """
+
 import argparse
 import contextlib
 import gzip
@@ -56,8 +57,23 @@ VAL_DOCS = 50_000  # of the contest
 STDLIB_VAL_DOCS = 150
 STDLIB_DOCUMENT_CHARS = 3000
 # Not on every machine (distributions package them apart), bulky tables, or tests.
-STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "idlelib", "lib2to3", "tkinter",
-               "turtledemo", "distutils", "ensurepip", "venv", "pydoc_data"}
+STDLIB_SKIP = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "idlelib",
+    "lib2to3",
+    "tkinter",
+    "turtledemo",
+    "distutils",
+    "ensurepip",
+    "venv",
+    "pydoc_data",
+}
 
 
 class DataError(Exception):
@@ -65,6 +81,7 @@ class DataError(Exception):
 
 
 # ---------------------------------------------------------------- files
+
 
 def write_file(path: Path, *parts: bytes | memoryview) -> str:
     """Writes `path` whole, by rename, and returns its SHA-256."""
@@ -98,7 +115,9 @@ def read_shard(path: Path) -> np.ndarray:
     if header[0] != MAGIC or header[1] != VERSION:
         raise DataError(f"{path}: not a token shard (magic {MAGIC}, version {VERSION} expected); download it again")
     if path.stat().st_size != HEADER_BYTES + 2 * int(header[2]):
-        raise DataError(f"{path}: {path.stat().st_size} bytes, but its header promises {int(header[2])} tokens; download it again")
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes, but its header promises {int(header[2])} tokens; download it again"
+        )
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (int(header[2]),)) if header[2] else np.zeros(0, "<u2")
 
 
@@ -142,6 +161,7 @@ class ShardWriter:
 
 # ---------------------------------------------------------------- sources: every source is a stream of JSON lines
 
+
 class Line(NamedTuple):
     path: str
     number: int  # from 1
@@ -151,12 +171,13 @@ class Line(NamedTuple):
 @dataclass
 class Source:
     """Documents as JSON lines, in a fixed order."""
+
     kind: str
     paths: tuple[Path, ...] = ()
-    name: str = ""       # repository of a downloaded source
+    name: str = ""  # repository of a downloaded source
     documents: tuple[bytes, ...] = ()  # of the built-in source
     expected_sha256: str | None = None
-    position: int = 0    # compressed bytes read so far
+    position: int = 0  # compressed bytes read so far
 
     @property
     def size(self) -> int:
@@ -177,13 +198,21 @@ class Source:
     def describe(self) -> dict:
         """The manifest's account of the source; hashes it."""
         if self.documents:
-            return {"kind": self.kind, "python": ".".join(map(str, sys.version_info[:3])), "documents": len(self.documents),
-                    "sha256": hashlib.sha256(b"\n".join(self.documents)).hexdigest()}
+            return {
+                "kind": self.kind,
+                "python": ".".join(map(str, sys.version_info[:3])),
+                "documents": len(self.documents),
+                "sha256": hashlib.sha256(b"\n".join(self.documents)).hexdigest(),
+            }
         hashes = sha256_files(list(self.paths))
         if self.expected_sha256 not in (None, hashes[0]):
-            raise DataError(f"{self.paths[0]}: SHA-256 {hashes[0]} is not the published {self.expected_sha256}; delete it and download it again")
-        files = [{"path": str(path) if self.kind == "jsonl" else path.name, "bytes": path.stat().st_size, "sha256": sha}
-                 for path, sha in zip(self.paths, hashes, strict=True)]
+            raise DataError(
+                f"{self.paths[0]}: SHA-256 {hashes[0]} is not the published {self.expected_sha256}; delete it and download it again"
+            )
+        files = [
+            {"path": str(path) if self.kind == "jsonl" else path.name, "bytes": path.stat().st_size, "sha256": sha}
+            for path, sha in zip(self.paths, hashes, strict=True)
+        ]
         return {"kind": self.kind} | ({"repo": self.name} if self.name else {}) | {"files": files}
 
 
@@ -210,7 +239,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
                 if not line.isspace():
                     yield number, line, raw.tell()
         except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, *zstd_errors()) as error:
-            raise DataError(f"{path}: truncated or corrupt after line {number} ({error}); fetch the file again") from None
+            raise DataError(
+                f"{path}: truncated or corrupt after line {number} ({error}); fetch the file again"
+            ) from None
 
 
 def zstd_errors() -> tuple[type[Exception], ...]:
@@ -222,7 +253,9 @@ def parse_document(line: Line) -> str:
     try:
         value = json.loads(line.data.decode("utf-8-sig"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise DataError(f"{line.path} line {line.number}: not valid JSON ({error}); the file is damaged or truncated") from None
+        raise DataError(
+            f"{line.path} line {line.number}: not valid JSON ({error}); the file is damaged or truncated"
+        ) from None
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise DataError(f'{line.path} line {line.number}: no document: expected {{"text": "..."}} or a JSON string')
@@ -236,10 +269,15 @@ def stdlib_documents() -> tuple[bytes, ...]:
     texts = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if not STDLIB_SKIP & set(parts) and not parts[0].startswith("config-") and not parts[-1].startswith(("_sysconfigdata", "__phello__")):
+        if (
+            not STDLIB_SKIP & set(parts)
+            and not parts[0].startswith("config-")
+            and not parts[-1].startswith(("_sysconfigdata", "__phello__"))
+        ):
             texts.append(path.read_bytes().decode("utf-8", "replace"))
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics
+
         texts += [topics[name] for name in sorted(topics)]
     documents = {piece for text in texts for piece in cut_text(text, STDLIB_DOCUMENT_CHARS)}
     if not documents:
@@ -267,15 +305,23 @@ def open_source(args: argparse.Namespace) -> Source:
     if args.source == ["fineweb"]:
         repo = args.repo or FINEWEB_REPO
         sidecar = json.loads(hub_file(repo, "datasets/docs_selected.source_manifest.json").read_text())
-        return Source("fineweb", (hub_file(repo, "datasets/docs_selected.jsonl"),), repo, expected_sha256=sidecar.get("docs_sha256"))
+        return Source(
+            "fineweb",
+            (hub_file(repo, "datasets/docs_selected.jsonl"),),
+            repo,
+            expected_sha256=sidecar.get("docs_sha256"),
+        )
     paths = tuple(map(Path, args.source))
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path}: no such file; --source takes JSONL files (.xz, .gz, .zst too), fineweb, shards or stdlib")
+            raise DataError(
+                f"{path}: no such file; --source takes JSONL files (.xz, .gz, .zst too), fineweb, shards or stdlib"
+            )
     return Source("jsonl", paths)
 
 
 # ---------------------------------------------------------------- tokens and bytes
+
 
 def encode_pieces(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[str]]:
     """Token ids and, for each, the part of `text` it stands for. When bytes stand for one character, the last one has it all."""
@@ -311,7 +357,9 @@ class StrippedEnds:
             return len(text.encode())
         while self.kind(text[end - 1]) != "solid":
             end -= 1
-        while end < len(text) and self.kind(text[end]) != "space":  # what vanishes before the first space belongs to the last piece
+        while (
+            end < len(text) and self.kind(text[end]) != "space"
+        ):  # what vanishes before the first space belongs to the last piece
             end += 1
         if self.dummy_prefix:  # the added space takes what vanishes behind the leading spaces
             start = next(i for i, char in enumerate(text) if self.kind(char) != "space")
@@ -337,12 +385,19 @@ class Encoder:
         if self.caseops and lossless_caps.decode(encoded) != text:
             raise DataError("the case transform does not give the text back")
         ids, surfaces = encode_pieces(self.sp, encoded)
-        sizes = np.array(lossless_caps.piece_bytes(surfaces) if self.caseops else [len(surface.encode()) for surface in surfaces], np.int64)
+        sizes = np.array(
+            lossless_caps.piece_bytes(surfaces) if self.caseops else [len(surface.encode()) for surface in surfaces],
+            np.int64,
+        )
         expected = len(text.encode()) - self.ends.count(text)
         if sizes.sum() != expected:
-            raise DataError(f"its tokens account for {sizes.sum()} bytes, its text for {expected}: the tokenizer's normalisation is not understood")
+            raise DataError(
+                f"its tokens account for {sizes.sum()} bytes, its text for {expected}: the tokenizer's normalisation is not understood"
+            )
         if sizes.max(initial=0) > 65535:
-            raise DataError(f"one token stands for {sizes.max()} bytes, more than the sidecar's 65535; shorten its run of white space or drop it")
+            raise DataError(
+                f"one token stands for {sizes.max()} bytes, more than the sidecar's 65535; shorten its run of white space or drop it"
+            )
         return np.asarray(ids, np.uint16), sizes.astype(np.uint16)
 
 
@@ -351,13 +406,19 @@ def check_tokenizer(encoder: Encoder, name: str) -> None:
     if sp.vocab_size() > 65536:
         raise DataError(f"{name}: {sp.vocab_size()} pieces do not fit in uint16 shards; use at most 65536")
     if sp.bos_id() != BOS_ID:
-        raise DataError(f"{name}: BOS id is {sp.bos_id()}, shards need {BOS_ID}; train it with pad_id=0, bos_id=1, eos_id=2, unk_id=3")
+        raise DataError(
+            f"{name}: BOS id is {sp.bos_id()}, shards need {BOS_ID}; train it with pad_id=0, bos_id=1, eos_id=2, unk_id=3"
+        )
     if encoder.caseops and any(sp.is_unknown(sp.piece_to_id(operator)) for operator in lossless_caps.OPERATORS):
         raise DataError(f"{name}: holds no CaseOps operators U+E001..U+E004; pass --no-caseops or another tokenizer")
     if not any(map(sp.is_byte, range(sp.vocab_size()))):
-        raise DataError(f"{name}: has no byte fallback, so some text would be lost as unknown; train it with byte_fallback=True")
+        raise DataError(
+            f"{name}: has no byte fallback, so some text would be lost as unknown; train it with byte_fallback=True"
+        )
     if sp.is_unknown(sp.piece_to_id("\u2581")):
-        raise DataError(f"{name}: has no piece '\u2581', so it would spell some spaces in three bytes; train it on text with spaces")
+        raise DataError(
+            f"{name}: has no piece '\u2581', so it would spell some spaces in three bytes; train it on text with spaces"
+        )
 
 
 @cache
@@ -367,18 +428,20 @@ def load_encoder(model: str, caseops: bool) -> Encoder:
 
 class Chunk(NamedTuple):
     """Documents of one split on their way to a worker."""
+
     lines: list[Line]
     is_val: bool
 
 
 class Encoded(NamedTuple):
     """Documents of one chunk on their way back: BOS + tokens of each, joined."""
+
     is_val: bool
-    tokens: np.ndarray        # uint16
+    tokens: np.ndarray  # uint16
     sizes: np.ndarray | None  # uint16, validation only: bytes of each token
-    lengths: list[int]        # tokens of each document, BOS included
+    lengths: list[int]  # tokens of each document, BOS included
     hashes: list[bytes]
-    utf8: list[int]           # bytes of each document less its stripped ends
+    utf8: list[int]  # bytes of each document less its stripped ends
     empty: int
     source_bytes: int
 
@@ -393,7 +456,9 @@ def encode_chunk(model: str, caseops: bool, chunk: Chunk) -> Encoded:
             size = len(text.encode())
             ids, piece_sizes = encoder.tokens_and_bytes(text) if chunk.is_val else (encoder.tokens(text), None)
         except UnicodeEncodeError:
-            raise DataError(f"{line.path} line {line.number}: holds a lone surrogate, which UTF-8 cannot store; repair or drop it") from None
+            raise DataError(
+                f"{line.path} line {line.number}: holds a lone surrogate, which UTF-8 cannot store; repair or drop it"
+            ) from None
         except (DataError, lossless_caps.CaseOpsError) as error:
             raise DataError(f"{line.path} line {line.number}: {error}") from None
         source_bytes += size
@@ -407,11 +472,20 @@ def encode_chunk(model: str, caseops: bool, chunk: Chunk) -> Encoded:
         if chunk.is_val:
             sizes += [np.zeros(1, np.uint16), piece_sizes]
     nothing = np.zeros(0, np.uint16)
-    return Encoded(chunk.is_val, np.concatenate(tokens or [nothing]), np.concatenate(sizes or [nothing]) if chunk.is_val else None,
-                   lengths, hashes, utf8, empty, source_bytes)
+    return Encoded(
+        chunk.is_val,
+        np.concatenate(tokens or [nothing]),
+        np.concatenate(sizes or [nothing]) if chunk.is_val else None,
+        lengths,
+        hashes,
+        utf8,
+        empty,
+        source_bytes,
+    )
 
 
 # ---------------------------------------------------------------- tokenizer training
+
 
 def content_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -437,21 +511,40 @@ def train_tokenizer(source: Source, args: argparse.Namespace) -> bytes:
     """A byte-fallback BPE model: pad 0, BOS 1, EOS 2, unknown 3, then the four operators (with CaseOps), 256 bytes, and learned pieces."""
     text = tokenizer_text(source, args)
     if (first := next(text, None)) is None:
-        raise DataError(f"no training document is left behind the first {args.val_docs:,} of --val-docs; pass a smaller --val-docs or more text")
+        raise DataError(
+            f"no training document is left behind the first {args.val_docs:,} of --val-docs; pass a smaller --val-docs or more text"
+        )
     log(f"training a tokenizer of {args.vocab_size} pieces on the first {args.tokenizer_mb} MB of training text")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chain([first], text), model_writer=model, model_type="bpe", vocab_size=args.vocab_size, character_coverage=0.999,
-            byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, hard_vocab_limit=False,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-            user_defined_symbols=list(lossless_caps.OPERATORS) if args.caseops else [], max_sentence_length=1 << 24, minloglevel=2)
+            sentence_iterator=chain([first], text),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=args.vocab_size,
+            character_coverage=0.999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            hard_vocab_limit=False,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            user_defined_symbols=list(lossless_caps.OPERATORS) if args.caseops else [],
+            max_sentence_length=1 << 24,
+            minloglevel=2,
+        )
     except (RuntimeError, OSError) as error:
-        raise DataError(f"--vocab-size {args.vocab_size}: SentencePiece cannot train it: {' '.join(str(error).split())}") from None
+        raise DataError(
+            f"--vocab-size {args.vocab_size}: SentencePiece cannot train it: {' '.join(str(error).split())}"
+        ) from None
     return model.getvalue()
 
 
 # ---------------------------------------------------------------- the pipeline
+
 
 def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
@@ -476,7 +569,12 @@ class Progress:
         share = max(self.source.position / self.size, self.docs / self.doc_limit if self.doc_limit else 0, 1e-9)
         left = f"{seconds * (1 - share) / share:,.0f} s left" if share < 1 else f"{seconds:.1f} s"
         rate = self.bytes / 1e6 / max(seconds, 1e-9)
-        print(f"{self.docs:,} docs  {self.bytes / 1e6:,.1f} MB  {rate:.1f} MB/s  {left}   ", end=end, file=sys.stderr, flush=True)
+        print(
+            f"{self.docs:,} docs  {self.bytes / 1e6:,.1f} MB  {rate:.1f} MB/s  {left}   ",
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def chunks(source: Source, val_docs: int, max_train_docs: int | None) -> Iterator[Chunk]:
@@ -527,14 +625,26 @@ class Split:
 
     def __init__(self, out: Path, names: tuple[str, ...], first_document: int, shard_tokens: int):
         self.writer = ShardWriter(out, names, shard_tokens)
-        self.counts = {"first_document": first_document, "documents": 0, "tokens": 0, "bos": 0, "bytes": 0, "utf8_bytes": 0}
+        self.counts = {
+            "first_document": first_document,
+            "documents": 0,
+            "tokens": 0,
+            "bos": 0,
+            "bytes": 0,
+            "utf8_bytes": 0,
+        }
         self.empty = 0
 
     def add(self, chunk: Encoded) -> None:
         self.writer.add(*(stream for stream in (chunk.tokens, chunk.sizes) if stream is not None))
         documents, utf8 = len(chunk.lengths), sum(chunk.utf8)
-        for key, value in (("documents", documents), ("tokens", len(chunk.tokens)), ("bos", documents), ("utf8_bytes", utf8),
-                           ("bytes", utf8 if chunk.sizes is None else int(chunk.sizes.sum(dtype=np.int64)))):
+        for key, value in (
+            ("documents", documents),
+            ("tokens", len(chunk.tokens)),
+            ("bos", documents),
+            ("utf8_bytes", utf8),
+            ("bytes", utf8 if chunk.sizes is None else int(chunk.sizes.sum(dtype=np.int64))),
+        ):
             self.counts[key] += value
         self.empty += chunk.empty
 
@@ -544,13 +654,17 @@ def without_documents(chunk: Encoded, hashes: set[bytes]) -> Encoded:
     keep = [digest not in hashes for digest in chunk.hashes]
     if all(keep):
         return chunk
-    return chunk._replace(tokens=chunk.tokens[np.repeat(keep, chunk.lengths)],
-                          **{field: list(compress(getattr(chunk, field), keep)) for field in ("lengths", "hashes", "utf8")})
+    return chunk._replace(
+        tokens=chunk.tokens[np.repeat(keep, chunk.lengths)],
+        **{field: list(compress(getattr(chunk, field), keep)) for field in ("lengths", "hashes", "utf8")},
+    )
 
 
 def too_few_documents(found: int, val_docs: int) -> DataError:
-    return DataError(f"the source has {found:,} documents, no more than the {val_docs:,} of --val-docs, so none would be left to train on; "
-                     f"pass a smaller --val-docs (for example {max(1, found // 20)}) or more text")
+    return DataError(
+        f"the source has {found:,} documents, no more than the {val_docs:,} of --val-docs, so none would be left to train on; "
+        f"pass a smaller --val-docs (for example {max(1, found // 20)}) or more text"
+    )
 
 
 def write_splits(source: Source, args: argparse.Namespace, out: Path) -> dict:
@@ -575,13 +689,21 @@ def write_splits(source: Source, args: argparse.Namespace, out: Path) -> dict:
         raise too_few_documents(progress.docs, args.val_docs)
     for name, split in (("validation", val), ("training", train)):
         if not split.counts["documents"]:
-            raise DataError(f"no {name} document is left (empty: {val.empty + train.empty}, duplicates of validation: {duplicates}); give more text")
+            raise DataError(
+                f"no {name} document is left (empty: {val.empty + train.empty}, duplicates of validation: {duplicates}); give more text"
+            )
         split.writer.close()
-    return {"train": train.counts, "val": val.counts, "duplicates_dropped": duplicates, "empty_skipped": val.empty + train.empty,
-            "files": train.writer.files | val.writer.files}
+    return {
+        "train": train.counts,
+        "val": val.counts,
+        "duplicates_dropped": duplicates,
+        "empty_skipped": val.empty + train.empty,
+        "files": train.writer.files | val.writer.files,
+    }
 
 
 # ---------------------------------------------------------------- the output folder
+
 
 @contextlib.contextmanager
 def unfinished(out: Path, overwrite: bool) -> Iterator[None]:
@@ -590,10 +712,13 @@ def unfinished(out: Path, overwrite: bool) -> Iterator[None]:
     marker = out / UNFINISHED
     ours = marker.exists()
     if any(out.glob("fineweb_*.bin")) and not ours and not overwrite:
-        raise DataError(f"{out}: holds shards but neither {MANIFEST} nor the mark of an interrupted run; choose another --out or pass --overwrite")
+        raise DataError(
+            f"{out}: holds shards but neither {MANIFEST} nor the mark of an interrupted run; choose another --out or pass --overwrite"
+        )
     with open(marker, "w") as file:
         try:
             import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass  # no such locks on Windows
@@ -619,19 +744,31 @@ def is_finished(out: Path, wanted: dict) -> bool:
         return False
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = {TOKENIZER: manifest["tokenizer"]["sha256"]} | {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        files = {TOKENIZER: manifest["tokenizer"]["sha256"]} | {
+            name: entry["sha256"] for name, entry in manifest["files"].items()
+        }
         found = identity(manifest["source"]) | manifest["options"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: not a manifest of this program; choose another --out or pass --overwrite") from None
     wanted = identity(wanted["source"]) | wanted["options"]
-    if changed := [f"{key}: {found.get(key)} there, {wanted.get(key)} now" for key in wanted | found if found.get(key) != wanted.get(key)]:
-        raise DataError(f"{out}: finished with other options ({'; '.join(changed)}); choose another --out or pass --overwrite")
+    if changed := [
+        f"{key}: {found.get(key)} there, {wanted.get(key)} now"
+        for key in wanted | found
+        if found.get(key) != wanted.get(key)
+    ]:
+        raise DataError(
+            f"{out}: finished with other options ({'; '.join(changed)}); choose another --out or pass --overwrite"
+        )
     for name in files:
         if not (out / name).exists():
-            raise DataError(f"{out / name}: named in the manifest but missing; pass --overwrite to make the folder again")
+            raise DataError(
+                f"{out / name}: named in the manifest but missing; pass --overwrite to make the folder again"
+            )
     for name, sha in zip(files, sha256_files([out / name for name in files]), strict=True):
         if sha != files[name]:
-            raise DataError(f"{out / name}: differs from its hash in the manifest; pass --overwrite to make the folder again")
+            raise DataError(
+                f"{out / name}: differs from its hash in the manifest; pass --overwrite to make the folder again"
+            )
     return True
 
 
@@ -650,7 +787,11 @@ def prepare(args: argparse.Namespace) -> None:
         options |= {"vocab_size": args.vocab_size, "tokenizer_mb": args.tokenizer_mb}
     with ThreadPoolExecutor(1) as background:
         description = background.submit(source.describe)  # hashing the source costs no time beside tokenising it
-        if not args.overwrite and (args.out / MANIFEST).exists() and is_finished(args.out, {"source": description.result(), "options": options}):
+        if (
+            not args.overwrite
+            and (args.out / MANIFEST).exists()
+            and is_finished(args.out, {"source": description.result(), "options": options})
+        ):
             log(f"{args.out}: already finished with these options, hashes verified")
             return
         with unfinished(args.out, args.overwrite):
@@ -659,16 +800,30 @@ def prepare(args: argparse.Namespace) -> None:
             encoder = Encoder(args.out / TOKENIZER, args.caseops)
             check_tokenizer(encoder, "the trained tokenizer")
             result = write_splits(source, args, args.out)
-            write_manifest(args.out, {
-                "format": FORMAT, "source": description.result(), "transform": lossless_caps.NAME if args.caseops else "none",
-                "vocab_size": encoder.sp.vocab_size(), "bos_id": BOS_ID, "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256},
-                **result, "options": options, "sentencepiece": sentencepiece.__version__})
+            write_manifest(
+                args.out,
+                {
+                    "format": FORMAT,
+                    "source": description.result(),
+                    "transform": lossless_caps.NAME if args.caseops else "none",
+                    "vocab_size": encoder.sp.vocab_size(),
+                    "bos_id": BOS_ID,
+                    "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256},
+                    **result,
+                    "options": options,
+                    "sentencepiece": sentencepiece.__version__,
+                },
+            )
     for name in ("val", "train"):
         counts = result[name]
-        log(f"{name:5} {counts['documents']:,} documents  {counts['tokens']:,} tokens  {counts['utf8_bytes']:,} bytes  "
-            f"{counts['utf8_bytes'] / max(counts['tokens'] - counts['bos'], 1):.3f} bytes/token")
-    log(f"dropped {result['duplicates_dropped']} duplicates of validation documents, skipped {result['empty_skipped']} empty ones; "
-        f"wrote {args.out / MANIFEST}")
+        log(
+            f"{name:5} {counts['documents']:,} documents  {counts['tokens']:,} tokens  {counts['utf8_bytes']:,} bytes  "
+            f"{counts['utf8_bytes'] / max(counts['tokens'] - counts['bos'], 1):.3f} bytes/token"
+        )
+    log(
+        f"dropped {result['duplicates_dropped']} duplicates of validation documents, skipped {result['empty_skipped']} empty ones; "
+        f"wrote {args.out / MANIFEST}"
+    )
 
 
 def read_tokenizer(path: str, caseops: bool) -> bytes:
@@ -684,6 +839,7 @@ def read_tokenizer(path: str, caseops: bool) -> bytes:
 
 
 # ---------------------------------------------------------------- published shards
+
 
 def hub_file(repo: str, path: str) -> Path:
     """A file of a Hugging Face dataset repository, downloaded (or resumed) into the hub's own cache."""
@@ -728,7 +884,9 @@ def download_shards(repo: str, variant: str, train_shards: int, out: Path) -> tu
     entries = {entry["name"]: entry for entry in remote["datasets"]}
     name = f"fineweb10B_{variant}"
     if name not in entries:
-        raise DataError(f"{repo}: has no {name}; pass --variant with one of: {', '.join(key.removeprefix('fineweb10B_') for key in entries)}")
+        raise DataError(
+            f"{repo}: has no {name}; pass --variant with one of: {', '.join(key.removeprefix('fineweb10B_') for key in entries)}"
+        )
     entry = entries[name]
     tokenizer = next((item for item in remote["tokenizers"] if item.get("name") == entry.get("tokenizer_name")), {})
     if "model_path" not in tokenizer:
@@ -750,14 +908,32 @@ def check_shards(repo: str, variant: str, vocab_size: int, shards: dict[str, lis
     """Counts both splits and proves them disjoint; a DataError names what is wrong with the export."""
     counts = {}
     for split in ("val", "train"):
-        tokens, bos = sum(map(len, shards[split])), sum(int(np.count_nonzero(shard == BOS_ID)) for shard in shards[split])
+        tokens, bos = (
+            sum(map(len, shards[split])),
+            sum(int(np.count_nonzero(shard == BOS_ID)) for shard in shards[split]),
+        )
         if not bos or shards[split][0][0] != BOS_ID:
-            raise DataError(f"{repo}: the {split} shards do not start with BOS ({BOS_ID}); this export marks no documents")
+            raise DataError(
+                f"{repo}: the {split} shards do not start with BOS ({BOS_ID}); this export marks no documents"
+            )
         if max(int(shard.max()) for shard in shards[split]) >= vocab_size:
-            raise DataError(f"{repo}: the {split} shards hold tokens beyond the tokenizer's {vocab_size} pieces; they do not belong together")
-        counts[split] = {"first_document": 0, "documents": bos, "tokens": tokens, "bos": bos, "bytes": None, "utf8_bytes": None}
+            raise DataError(
+                f"{repo}: the {split} shards hold tokens beyond the tokenizer's {vocab_size} pieces; they do not belong together"
+            )
+        counts[split] = {
+            "first_document": 0,
+            "documents": bos,
+            "tokens": tokens,
+            "bos": bos,
+            "bytes": None,
+            "utf8_bytes": None,
+        }
     counts["train"]["first_document"] = counts["val"]["documents"]
-    if (expected := CONTEST_VAL_TOKENS.get(repo)) and variant == DEFAULT_VARIANT[repo] and counts["val"]["tokens"] != expected:
+    if (
+        (expected := CONTEST_VAL_TOKENS.get(repo))
+        and variant == DEFAULT_VARIANT[repo]
+        and counts["val"]["tokens"] != expected
+    ):
         raise DataError(f"{repo}: {counts['val']['tokens']:,} validation tokens instead of the contest's {expected:,}")
     if "val_bytes" in shards:
         if [*map(len, shards["val"])] != [*map(len, shards["val_bytes"])]:
@@ -768,8 +944,10 @@ def check_shards(repo: str, variant: str, vocab_size: int, shards: dict[str, lis
     val_hashes = set(document_hashes(shards["val"]))
     shared = sum(digest in val_hashes for digest in document_hashes(shards["train"]))
     if shared > max(1, len(val_hashes) // 100):
-        raise DataError(f"{repo}: {shared:,} training documents are validation documents; this export leaks as in parameter-golf issue #2127, "
-                        "use another")
+        raise DataError(
+            f"{repo}: {shared:,} training documents are validation documents; this export leaks as in parameter-golf issue #2127, "
+            "use another"
+        )
     return counts | {"duplicates_kept": shared}
 
 
@@ -790,17 +968,35 @@ def prepare_shards(args: argparse.Namespace) -> None:
         files = [name for split in names.values() for name in split]
         tokenizer_sha256, *hashes = sha256_files([args.out / name for name in (TOKENIZER, *files)])
         lengths = [len(shard) for split in shards.values() for shard in split]
-        write_manifest(args.out, {
-            "format": FORMAT, "source": source, "transform": lossless_caps.NAME if lossless_caps.NAME in variant else "none",
-            "vocab_size": sp.vocab_size(), "bos_id": BOS_ID, "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256},
-            "train": counts["train"], "val": counts["val"],
-            "duplicates_dropped": 0, "duplicates_kept": counts["duplicates_kept"], "published": entry["stats"],
-            "files": {name: {"sha256": sha, "tokens": length} for name, sha, length in zip(files, hashes, lengths, strict=True)},
-            "options": options, "sentencepiece": sentencepiece.__version__})
-    log(f"val {counts['val']['tokens']:,} tokens, train {counts['train']['tokens']:,} tokens; wrote {args.out / MANIFEST}")
+        write_manifest(
+            args.out,
+            {
+                "format": FORMAT,
+                "source": source,
+                "transform": lossless_caps.NAME if lossless_caps.NAME in variant else "none",
+                "vocab_size": sp.vocab_size(),
+                "bos_id": BOS_ID,
+                "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256},
+                "train": counts["train"],
+                "val": counts["val"],
+                "duplicates_dropped": 0,
+                "duplicates_kept": counts["duplicates_kept"],
+                "published": entry["stats"],
+                "files": {
+                    name: {"sha256": sha, "tokens": length}
+                    for name, sha, length in zip(files, hashes, lengths, strict=True)
+                },
+                "options": options,
+                "sentencepiece": sentencepiece.__version__,
+            },
+        )
+    log(
+        f"val {counts['val']['tokens']:,} tokens, train {counts['train']['tokens']:,} tokens; wrote {args.out / MANIFEST}"
+    )
 
 
 # ---------------------------------------------------------------- command line
+
 
 def positive(text: str) -> int:
     value = int(text.replace("_", ""))
@@ -816,33 +1012,85 @@ DEFAULTS = {"shard_tokens": 100_000_000, "vocab_size": 8192, "tokenizer_mb": 64,
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
   python prepare_data.py --source docs-0.jsonl.xz docs-1.jsonl.xz --val-docs 2000 --tokenizer caseops.model --out data/mine
   python prepare_data.py --source stdlib --vocab-size 1024 --out data/demo          a small corpus that is on every machine
   python prepare_data.py --source fineweb --tokenizer caseops.model --out data/fw   the contest's documents (48 GB download)
-  python prepare_data.py --source shards --train-shards 80 --out data/caseops       the contest's published CaseOps shards (16 GB download)""")
-    parser.add_argument("--source", nargs="+", required=True, metavar="FILE",
-                        help='JSONL files ({"text": ...} or a JSON string per line; .xz, .gz, .zst too), read in this order; '
-                             "or one of: fineweb, shards, stdlib")
+  python prepare_data.py --source shards --train-shards 80 --out data/caseops       the contest's published CaseOps shards (16 GB download)""",
+    )
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help='JSONL files ({"text": ...} or a JSON string per line; .xz, .gz, .zst too), read in this order; '
+        "or one of: fineweb, shards, stdlib",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the dataset")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run with other options left in DIR")
-    parser.add_argument("--workers", type=positive, default=available_cpus(), metavar="N",
-                        help="processes; the output does not depend on it (default: %(default)s)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run with other options left in DIR"
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=available_cpus(),
+        metavar="N",
+        help="processes; the output does not depend on it (default: %(default)s)",
+    )
     documents = parser.add_argument_group("documents")
-    documents.add_argument("--val-docs", type=positive, metavar="N",
-                           help=f"the first N documents are validation (default: {VAL_DOCS}; stdlib: {STDLIB_VAL_DOCS})")
-    documents.add_argument("--max-train-docs", type=positive, metavar="N", help="use only the first N documents behind them (default: all)")
-    documents.add_argument("--shard-tokens", type=positive, metavar="N", help=f"tokens in a shard (default: {DEFAULTS['shard_tokens']})")
+    documents.add_argument(
+        "--val-docs",
+        type=positive,
+        metavar="N",
+        help=f"the first N documents are validation (default: {VAL_DOCS}; stdlib: {STDLIB_VAL_DOCS})",
+    )
+    documents.add_argument(
+        "--max-train-docs", type=positive, metavar="N", help="use only the first N documents behind them (default: all)"
+    )
+    documents.add_argument(
+        "--shard-tokens", type=positive, metavar="N", help=f"tokens in a shard (default: {DEFAULTS['shard_tokens']})"
+    )
     tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--tokenizer", metavar="MODEL", help="a SentencePiece model; without it one is trained on the first training documents")
-    tokenizer.add_argument("--vocab-size", type=positive, metavar="N", help=f"pieces of the trained model (default: {DEFAULTS['vocab_size']})")
-    tokenizer.add_argument("--tokenizer-mb", type=positive, metavar="MB", help=f"training text for it (default: {DEFAULTS['tokenizer_mb']})")
-    tokenizer.add_argument("--no-caseops", dest="caseops", action="store_const", const=False, help="tokenise the text as it is")
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="a SentencePiece model; without it one is trained on the first training documents",
+    )
+    tokenizer.add_argument(
+        "--vocab-size",
+        type=positive,
+        metavar="N",
+        help=f"pieces of the trained model (default: {DEFAULTS['vocab_size']})",
+    )
+    tokenizer.add_argument(
+        "--tokenizer-mb",
+        type=positive,
+        metavar="MB",
+        help=f"training text for it (default: {DEFAULTS['tokenizer_mb']})",
+    )
+    tokenizer.add_argument(
+        "--no-caseops", dest="caseops", action="store_const", const=False, help="tokenise the text as it is"
+    )
     downloads = parser.add_argument_group("downloads")
-    downloads.add_argument("--repo", metavar="OWNER/NAME",
-                           help=f"Hugging Face dataset repository (default: {FINEWEB_REPO} for fineweb, {CASEOPS_REPO} for shards)")
-    downloads.add_argument("--variant", metavar="NAME", help="export to take from it (default: the CaseOps export of its repository, else sp1024)")
-    downloads.add_argument("--train-shards", type=positive, metavar="N", help=f"training shards to fetch (default: {DEFAULTS['train_shards']})")
+    downloads.add_argument(
+        "--repo",
+        metavar="OWNER/NAME",
+        help=f"Hugging Face dataset repository (default: {FINEWEB_REPO} for fineweb, {CASEOPS_REPO} for shards)",
+    )
+    downloads.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="export to take from it (default: the CaseOps export of its repository, else sp1024)",
+    )
+    downloads.add_argument(
+        "--train-shards",
+        type=positive,
+        metavar="N",
+        help=f"training shards to fetch (default: {DEFAULTS['train_shards']})",
+    )
     args = parser.parse_args(argv)
     kind = args.source[0] if args.source[0] in KEYWORDS else "files"
     if len(args.source) > 1 and KEYWORDS & set(args.source):
@@ -851,7 +1099,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for option in without_meaning + (("vocab_size", "tokenizer_mb") if args.tokenizer else ()):
         if getattr(args, option) is not None:
             flag = "no-caseops" if option == "caseops" else option.replace("_", "-")
-            parser.error(f"--{flag} has no meaning with --{'source ' + kind if option in without_meaning else 'tokenizer'}")
+            parser.error(
+                f"--{flag} has no meaning with --{'source ' + kind if option in without_meaning else 'tokenizer'}"
+            )
     for option, default in (DEFAULTS | {"val_docs": STDLIB_VAL_DOCS if kind == "stdlib" else VAL_DOCS}).items():
         if getattr(args, option) is None:
             setattr(args, option, default)

@@ -52,16 +52,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SOURCE = Path(__file__).read_text(encoding="utf-8")                     # captured once: editing the file during a run changes nothing
-RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()         # the packed script names itself
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # captured once: editing the file during a run changes nothing
+RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()  # the packed script names itself
+
 
 class UserError(Exception):
     """Bad input: printed as one line that names the file or setting and the remedy; the process exits with status 2."""
+
 
 def require(holds, message: str):
     """Raise UserError unless ``holds``."""
     if not holds:
         raise UserError(message)
+
 
 @contextlib.contextmanager
 def explained(message: str, *errors: type[Exception]):
@@ -71,14 +74,20 @@ def explained(message: str, *errors: type[Exception]):
     except errors as e:
         raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
 
+
 # ======== Hyperparameters =====================================================================================================================================
 
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 POSITIVE, SHARE = "(0, inf)", "[0, 1)"
 
+
 def setting(default, meaning: str, within: str = ""):
     """A field of Config: its default, its line in --help, and the interval of a number ([0, inf) if none is given) or the choices of a string."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "within": within or ("" if isinstance(default, str) else "[0, inf)")})
+    return dataclasses.field(
+        default=default,
+        metadata={"meaning": meaning, "within": within or ("" if isinstance(default, str) else "[0, inf)")},
+    )
+
 
 def lies_within(value, within: str) -> bool:
     """Whether a number lies in an interval like [0, 1), without its end at a round bracket; whether a string is among "a, b, c"."""
@@ -87,21 +96,32 @@ def lies_within(value, within: str) -> bool:
     low, high = map(float, within[1:-1].split(", "))
     return (low < value or low == value and within[0] == "[") and (value < high or value == high and within[-1] == "]")
 
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every setting once: the environment variable is the field's name in capitals. Defaults are our best configuration."""
+
     # run
     seed: int = setting(1337, "seed of the initial weights; the order of the data is fixed", "[0, 9e18]")
     data_path: str = setting("data", "folder of shards fineweb_{train,val,val_bytes}_*.bin and manifest.json")
     tokenizer_path: str = setting("", "SentencePiece model; empty: tokenizer.model in DATA_PATH")
-    artifact_dir: str = setting("", "where train_gpt.py, model.bin, result.json and the log go; empty: runs/SEED (packed script: its own folder)")
-    ledger_path: str = setting("", "write the nats of every validation target (float64 .npy, stream order) of the headline pass here")
+    artifact_dir: str = setting(
+        "",
+        "where train_gpt.py, model.bin, result.json and the log go; empty: runs/SEED (packed script: its own folder)",
+    )
+    ledger_path: str = setting(
+        "", "write the nats of every validation target (float64 .npy, stream order) of the headline pass here"
+    )
     ttt_eval_only: bool = setting(False, "score the artifact in ARTIFACT_DIR and stop")
     quantize_only: bool = setting(False, "start from ARTIFACT_DIR/trained.npz instead of training")
     check_only: bool = setting(False, "run every pre-flight check and stop")
     device: str = setting("auto", "where to run; auto: a GPU if there is one", "auto, cpu, cuda")
-    attention: str = setting("auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, fa4, torch, reference")
-    fa3_library: str = setting("", "shared object that registers torch.ops.flash_attn_3 (for example of the xformers wheel)")
+    attention: str = setting(
+        "auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, fa4, torch, reference"
+    )
+    fa3_library: str = setting(
+        "", "shared object that registers torch.ops.flash_attn_3 (for example of the xformers wheel)"
+    )
     # model
     vocab_size: int = setting(8192, "tokens in the vocabulary; tokens are stored in 16 bits", "[8, 65536]")
     bos_id: int = setting(1, "token that begins every document")
@@ -113,11 +133,17 @@ class Config:
     leaky_relu_sq_slope: float = setting(0.5, "negative slope of the squared leaky ReLU")
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding")
     logit_softcap: float = setting(30.0, "logits are capped to +-this by a tanh", POSITIVE)
-    asym_logit_rescale: bool = setting(False, "learn the cap of positive and that of negative logits, both from LOGIT_SOFTCAP on (#1923)")
+    asym_logit_rescale: bool = setting(
+        False, "learn the cap of positive and that of negative logits, both from LOGIT_SOFTCAP on (#1923)"
+    )
     rope_base: float = setting(10000.0, "RoPE base", POSITIVE)
     rope_dims: int = setting(32, "rotated dimensions of each head")
-    attn_window: int = setting(128, "tokens that attention reaches back, but for ATTN_FULL_LAYERS; 0: the whole span in every layer")
-    attn_full_layers: str = setting("2,5,10", "layers whose attention reaches back over the whole span; numbers beyond NUM_LAYERS mean nothing")
+    attn_window: int = setting(
+        128, "tokens that attention reaches back, but for ATTN_FULL_LAYERS; 0: the whole span in every layer"
+    )
+    attn_full_layers: str = setting(
+        "2,5,10", "layers whose attention reaches back over the whole span; numbers beyond NUM_LAYERS mean nothing"
+    )
     qk_gain_init: float = setting(5.0, "initial gain of each normalised query head")
     xsa_last_n: int = setting(11, "layers, from the last, whose heads drop the component along their own value")
     ln_scale: bool = setting(True, "scale sublayer inputs by 1/sqrt(layer + 1)")
@@ -125,21 +151,31 @@ class Config:
     gate_window: int = setting(12, "leading channels that SmearGate and the attention gates read", POSITIVE)
     sparse_attn_gate_enabled: bool = setting(True, "gate each head's output by a sigmoid of the leading channels")
     sparse_attn_gate_scale: float = setting(0.5, "factor inside that sigmoid")
-    attn_out_gate_enabled: bool = setting(False, "the gate of #1667 instead: twice that sigmoid, so that heads begin unchanged")
+    attn_out_gate_enabled: bool = setting(
+        False, "the gate of #1667 instead: twice that sigmoid, so that heads begin unchanged"
+    )
     skip_gates_enabled: bool = setting(True, "U-Net skips are merged by a learned gate (off: added)")
     num_loops: int = setting(2, "extra passes over the looped layers")
     loop_start: int = setting(3, "first looped layer")
     loop_end: int = setting(5, "last looped layer")
     enable_looping_at: float = setting(0.35, "progress at which the loops switch on")
     parallel_start_layer: int = setting(8, "first layer whose attention and MLP run side by side; 0: none")
-    parallel_mode: str = setting("lanes", "how: in two lanes of the decoder (#1529), or from one input, outputs added (#1493)", "lanes, gptj")
+    parallel_mode: str = setting(
+        "lanes", "how: in two lanes of the decoder (#1529), or from one input, outputs added (#1493)", "lanes, gptj"
+    )
     parallel_final_lane: str = setting("mean", "what the two lanes end in", "mean, attn, mlp")
     # training
-    max_wallclock_seconds: float = setting(600.0, "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read")
+    max_wallclock_seconds: float = setting(
+        600.0, "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read"
+    )
     gptq_reserve_seconds: float = setting(12.0, "part of the budget kept for calibration and quantisation")
     iterations: int = setting(20000, "most steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many", POSITIVE)
     train_batch_tokens: int = setting(786432, "tokens of one step over all ranks", POSITIVE)
-    micro_batch_tokens: int = setting(98304, "tokens of one forward; a step's micro-batches are dealt to the ranks, so results do not depend on their number", POSITIVE)
+    micro_batch_tokens: int = setting(
+        98304,
+        "tokens of one forward; a step's micro-batches are dealt to the ranks, so results do not depend on their number",
+        POSITIVE,
+    )
     train_seq_len: int = setting(2048, "longest attention span: documents are cut there", POSITIVE)
     train_seq_schedule: str = setting("", "progressive context, LEN@END_PROGRESS,...; empty: TRAIN_SEQ_LEN throughout")
     seq_change_warmup_steps: int = setting(32, "learning-rate ramp after a change of context")
@@ -155,7 +191,11 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, "Muon momentum at step 0")
     muon_momentum_warmup_steps: int = setting(1500, "steps of its linear warm-up")
     muon_backend_steps: int = setting(5, "iterations that orthogonalise an update", "[1, 5]")
-    muon_coefficients: str = setting("polar_express", "of those iterations; newton_schulz: the constant ones of Muon's beginnings", "polar_express, newton_schulz")
+    muon_coefficients: str = setting(
+        "polar_express",
+        "of those iterations; newton_schulz: the constant ones of Muon's beginnings",
+        "polar_express, newton_schulz",
+    )
     muon_row_normalize: bool = setting(True, "normalise the rows of the update before orthogonalisation")
     muon_wd: float = setting(0.095, "decoupled weight decay of matrices")
     adam_wd: float = setting(0.02, "decoupled weight decay of vectors, gates and scalars")
@@ -164,25 +204,43 @@ class Config:
     beta2: float = setting(0.99, "Adam beta2", SHARE)
     adam_eps: float = setting(1e-8, "Adam epsilon", POSITIVE)
     grad_clip_norm: float = setting(0.3, "norm to which the reduced gradient is clipped; 0: not clipped")
-    ema_decay: float = setting(0.9965, "decay of the debiased average of the weights that is kept; 0: the last weights", SHARE)
+    ema_decay: float = setting(
+        0.9965, "decay of the debiased average of the weights that is kept; 0: the last weights", SHARE
+    )
     # training on the validation set, which FAILS condition C3
-    prequant_ttt_enabled: bool = setting(False, "before quantisation AdamW on the whole validation set (#1735), in steps of GLOBAL_TTT_CHUNK_TOKENS; no val_bpb")
+    prequant_ttt_enabled: bool = setting(
+        False,
+        "before quantisation AdamW on the whole validation set (#1735), in steps of GLOBAL_TTT_CHUNK_TOKENS; no val_bpb",
+    )
     prequant_ttt_epochs: int = setting(21, "passes over it")
     prequant_ttt_lr: float = setting(5e-4, "learning rate of the first pass, by a cosine to a tenth of it in the last")
     prequant_ttt_freeze_blocks: int = setting(2, "first layers that stay as they are, like the embedding")
     # quantizer and artifact
-    rate_distortion: bool = setting(True, "choose every quantiser step by what it costs in loss, so that the artifact just fits ARTIFACT_CAP (off: the *_CLIP_SIGMAS)")
-    rate_rows: float = setting(0.75, "power to which the rows of a matrix follow their gradients; 0: all alike", "[0, 4]")
-    rate_embed_rows: float = setting(0.5, "the same for embedding rows, most of which calibration sees seldom", "[0, 4]")
-    rate_columns: float = setting(1.0, "power to which columns follow the Hessian's Cholesky diagonal; 0: all alike", "[0, 4]")
+    rate_distortion: bool = setting(
+        True,
+        "choose every quantiser step by what it costs in loss, so that the artifact just fits ARTIFACT_CAP (off: the *_CLIP_SIGMAS)",
+    )
+    rate_rows: float = setting(
+        0.75, "power to which the rows of a matrix follow their gradients; 0: all alike", "[0, 4]"
+    )
+    rate_embed_rows: float = setting(
+        0.5, "the same for embedding rows, most of which calibration sees seldom", "[0, 4]"
+    )
+    rate_columns: float = setting(
+        1.0, "power to which columns follow the Hessian's Cholesky diagonal; 0: all alike", "[0, 4]"
+    )
     matrix_bits: int = setting(6, "without RATE_DISTORTION: symbol range of matrices, +-(2^(bits-1) - 1)", "[2, 8]")
     embed_bits: int = setting(7, "symbol range of the embedding", "[2, 8]")
     mlp_clip_sigmas: float = setting(11.5, "MLP rows: step = this many row standard deviations over the range")
     attn_clip_sigmas: float = setting(13.0, "the same for attention rows")
     embed_clip_sigmas: float = setting(14.0, "the same for embedding rows")
-    gptq_calibration_batches: int = setting(16, "micro-batches of training data whose activations and gradients weigh the rounding error", POSITIVE)
+    gptq_calibration_batches: int = setting(
+        16, "micro-batches of training data whose activations and gradients weigh the rounding error", POSITIVE
+    )
     gptq_damping: float = setting(0.01, "added to the Hessian's diagonal, as a share of its mean")
-    awq_lite_enabled: bool = setting(False, "without RATE_DISTORTION: finer steps for the most salient groups of columns")
+    awq_lite_enabled: bool = setting(
+        False, "without RATE_DISTORTION: finer steps for the most salient groups of columns"
+    )
     awq_lite_bits: int = setting(8, "symbol range of such a group", "[2, 8]")
     awq_lite_group_size: int = setting(64, "columns of a group", POSITIVE)
     awq_lite_group_top_k: int = setting(1, "groups, of all matrices")
@@ -190,24 +248,47 @@ class Config:
     lqer_rank: int = setting(4, "its rank", POSITIVE)
     lqer_top_k: int = setting(3, "corrected matrices: those of largest error")
     lqer_asym_group: int = setting(64, "values of the int4 factor that share a scale", POSITIVE)
-    lqer_gain_select: bool = setting(False, "of four times as many matrices, correct those where a byte removes most error")
-    lqer_weight: str = setting("none", "inputs' moments that weigh that error: none, their diagonal, or all of the hessian", "none, diagonal, hessian")
+    lqer_gain_select: bool = setting(
+        False, "of four times as many matrices, correct those where a byte removes most error"
+    )
+    lqer_weight: str = setting(
+        "none",
+        "inputs' moments that weigh that error: none, their diagonal, or all of the hessian",
+        "none, diagonal, hessian",
+    )
     gated_attn_quant_gate: bool = setting(False, "store the attention gate in int8 rows instead of fp16")
-    logit_calibration_enabled: bool = setting(False, "fit a logit scale and biases of 14 token categories on training tokens after quantisation")
+    logit_calibration_enabled: bool = setting(
+        False, "fit a logit scale and biases of 14 token categories on training tokens after quantisation"
+    )
     artifact_cap: int = setting(16_000_000, "most bytes of train_gpt.py and model.bin together", POSITIVE)
     artifact_margin: int = setting(2_000, "bytes below ARTIFACT_CAP that the artifact may not enter")
     # scoring
-    eval_seq_len: int = setting(2048, "longest context of a scored token; windows never cross a document's start", POSITIVE)
-    eval_stride: int = setting(0, "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
+    eval_seq_len: int = setting(
+        2048, "longest context of a scored token; windows never cross a document's start", POSITIVE
+    )
+    eval_stride: int = setting(
+        0, "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap"
+    )
     val_batch_tokens: int = setting(131072, "tokens of one scoring forward on one rank")
     # test-time training
     ttt_enabled: bool = setting(True, "adapt to each document while scoring it: score a chunk, then learn from it")
-    ttt_method: str = setting("lora", "lora: adapters of each document; sgd: the base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)", "lora, sgd")
-    segment_docs: int = setting(50000, "most documents of a segment; state crosses documents only between segments, and a segment waits for its longest document", POSITIVE)
+    ttt_method: str = setting(
+        "lora",
+        "lora: adapters of each document; sgd: the base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)",
+        "lora, sgd",
+    )
+    segment_docs: int = setting(
+        50000,
+        "most documents of a segment; state crosses documents only between segments, and a segment waits for its longest document",
+        POSITIVE,
+    )
     ttt_batch_size: int = setting(64, "documents adapted together, of similar length; no score depends on it", POSITIVE)
     ttt_chunks: str = setting("8,8,16,32", "sizes of the chunks from a document's start; the last repeats")
     ttt_eval_seq_len: int = setting(3072, "longest context of a scored token", POSITIVE)
-    ttt_backprop_tokens: int = setting(64, "tokens before a chunk that are run again with it, so that gradients reach back; TTT_EVAL_SEQ_LEN: the exact recompute of #1855")
+    ttt_backprop_tokens: int = setting(
+        64,
+        "tokens before a chunk that are run again with it, so that gradients reach back; TTT_EVAL_SEQ_LEN: the exact recompute of #1855",
+    )
     ttt_mask: str = setting("", "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
     ttt_lora_rank: int = setting(32, "rank of the adapters", POSITIVE)
     ttt_lora_alpha: float = setting(144.0, "adapters are scaled by this over their rank")
@@ -215,24 +296,40 @@ class Config:
     ttt_local_lr_mult: float = setting(1.5, "factor of TTT_LORA_LR")
     ttt_beta2: float = setting(0.99, "Adam beta2 of the adapters; there is no first moment", SHARE)
     ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters")
-    ttt_warm_start: float = setting(1.0, "after each segment the adapters' start moves this far to the mean of its documents' adapters; 0: never")
+    ttt_warm_start: float = setting(
+        1.0, "after each segment the adapters' start moves this far to the mean of its documents' adapters; 0: never"
+    )
     ttt_grad_steps: int = setting(1, "steps on each chunk after it is scored; 0: carried context only")
     phased_ttt_num_phases: int = setting(8, "times the base weights learn from the scored prefix; 0: never")
     phased_ttt_prefix_docs: int = setting(2500, "documents of that prefix, in stream order")
-    global_ttt_lr: float = setting(0.05, "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
+    global_ttt_lr: float = setting(
+        0.05, "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)"
+    )
     global_ttt_momentum: float = setting(0.9, "SGD momentum, fresh in each phase", SHARE)
     global_ttt_epochs: int = setting(1, "passes over the prefix in each phase (TTT_METHOD=sgd: over each chunk)")
-    global_ttt_chunk_tokens: int = setting(32768, "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", POSITIVE)
+    global_ttt_chunk_tokens: int = setting(
+        32768, "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", POSITIVE
+    )
     global_ttt_grad_clip: float = setting(1.0, "norm to which the reduced SGD gradient is clipped")
     # n-grams
-    ngram_enabled: bool = setting(False, "let exact counts of earlier segments and of the document so far improve the scored probabilities")
-    ngram_mode: str = setting("tilt", "tilt: raise the hinted token's probability; mix: mix in the counts, the network as the lowest order", "tilt, mix")
+    ngram_enabled: bool = setting(
+        False, "let exact counts of earlier segments and of the document so far improve the scored probabilities"
+    )
+    ngram_mode: str = setting(
+        "tilt",
+        "tilt: raise the hinted token's probability; mix: mix in the counts, the network as the lowest order",
+        "tilt, mix",
+    )
     ngram_order: int = setting(16, "longest n-gram, its last token included (TOKEN_ORDER of #2140)", "[2, 64]")
     ngram_min_order: int = setting(3, "shortest n-gram (#2140: 16)", "[2, 64]")
-    ngram_threshold: float = setting(0.5, "least share of the commonest continuation (TOKEN_THRESHOLD of #2140: 0.8)", "[0, 1]")
+    ngram_threshold: float = setting(
+        0.5, "least share of the commonest continuation (TOKEN_THRESHOLD of #2140: 0.8)", "[0, 1]"
+    )
     ngram_min_count: int = setting(2, "least number of times a context was seen (#2140: 1)", "[1, inf)")
     ngram_boost: float = setting(1.0, "log-odds added to the hinted token (TOKEN_BOOST of #2140: 2.625)", "[0, 12]")
-    ngram_calibrate: bool = setting(True, "learn the boost of each order, count and share from scored segments (#2140: 0)")
+    ngram_calibrate: bool = setting(
+        True, "learn the boost of each order, count and share from scored segments (#2140: 0)"
+    )
     ngram_weight: float = setting(0.2, "weight of each order in the mixture", "[0, 1)")
     # set by torchrun
     rank: int = setting(0, "rank of this process")
@@ -254,26 +351,57 @@ class Config:
         """Refuse settings that could not work, before anything is read or trained."""
         for f in dataclasses.fields(self):
             value, within = getattr(self, f.name), f.metadata["within"]
-            require(lies_within(value, within), f"{f.name.upper()}={value} must be {'one of' if isinstance(value, str) else 'in'} {within}")
-        chunks = [int(c) for c in self.ttt_chunks.split(",")] if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", self.ttt_chunks) else []
+            require(
+                lies_within(value, within),
+                f"{f.name.upper()}={value} must be {'one of' if isinstance(value, str) else 'in'} {within}",
+            )
+        chunks = (
+            [int(c) for c in self.ttt_chunks.split(",")]
+            if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", self.ttt_chunks)
+            else []
+        )
         masked = set(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
         for name, holds, rule in (
             ("num_heads", self.model_dim % self.num_heads == 0, "must divide MODEL_DIM"),
             ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "must divide NUM_HEADS"),
-            ("rope_dims", self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads, "must be even and at most the head width"),
-            ("loop_end", self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers, "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS"),
+            (
+                "rope_dims",
+                self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads,
+                "must be even and at most the head width",
+            ),
+            (
+                "loop_end",
+                self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
+                "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS",
+            ),
             ("gate_window", self.gate_window <= self.model_dim, "must be at most MODEL_DIM"),
-            ("attn_out_gate_enabled", not (self.attn_out_gate_enabled and self.sparse_attn_gate_enabled), "needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate"),
+            (
+                "attn_out_gate_enabled",
+                not (self.attn_out_gate_enabled and self.sparse_attn_gate_enabled),
+                "needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate",
+            ),
             ("mlp_mult", int(self.mlp_mult * self.model_dim) >= 8, "gives an MLP of fewer than 8 units"),
             ("artifact_margin", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
-            ("gptq_reserve_seconds", self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds, "must be below MAX_WALLCLOCK_SECONDS"),
+            (
+                "gptq_reserve_seconds",
+                self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
+                "must be below MAX_WALLCLOCK_SECONDS",
+            ),
             ("eval_stride", self.eval_stride <= self.eval_seq_len, "must be at most EVAL_SEQ_LEN"),
             ("val_batch_tokens", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
-            ("ttt_chunks", chunks and max(chunks) <= self.ttt_eval_seq_len, f"must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"),
+            (
+                "ttt_chunks",
+                chunks and max(chunks) <= self.ttt_eval_seq_len,
+                f"must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}",
+            ),
             ("attn_full_layers", re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers), "must be layers like 2,5,10"),
             ("ngram_min_order", self.ngram_min_order <= self.ngram_order, "must be at most NGRAM_ORDER"),
             ("ttt_mask", masked <= set(ADAPTER_KINDS), f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
-            ("ttt_mask", self.ttt_grad_steps == 0 or masked != set(ADAPTER_KINDS), "leaves no adapter to learn; set TTT_GRAD_STEPS=0"),
+            (
+                "ttt_mask",
+                self.ttt_grad_steps == 0 or masked != set(ADAPTER_KINDS),
+                "leaves no adapter to learn; set TTT_GRAD_STEPS=0",
+            ),
         ):
             require(holds, f"{name.upper()}={getattr(self, name)} {rule}")
         context_schedule(self)
@@ -290,29 +418,90 @@ class Config:
     def sha256(self) -> str:
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
-NOT_SETTINGS = frozenset(("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device",
-                          "attention", "fa3_library", "rank", "local_rank", "world_size", "train_log_every"))
-OUR_PREFIXES = ("TRAIN_", "VAL_", "EVAL_", "TTT_", "MUON_", "GPTQ_", "LQER_", "AWQ_", "LOOP_", "ROPE_", "EMBED_", "MLP_", "ATTN_", "MATRIX_", "XSA_", "EMA_",
-                "NGRAM_", "PHASED_", "PREQUANT_", "GLOBAL_TTT_", "PARALLEL_", "SMEAR_", "SPARSE_", "SKIP_", "RATE_", "GATED_", "LOGIT_",
-                "ARTIFACT_", "LEDGER_", "WARMDOWN_", "MICRO_", "GATE_")
+
+NOT_SETTINGS = frozenset(
+    (
+        "data_path",
+        "tokenizer_path",
+        "artifact_dir",
+        "ledger_path",
+        "ttt_eval_only",
+        "quantize_only",
+        "check_only",
+        "device",
+        "attention",
+        "fa3_library",
+        "rank",
+        "local_rank",
+        "world_size",
+        "train_log_every",
+    )
+)
+OUR_PREFIXES = (
+    "TRAIN_",
+    "VAL_",
+    "EVAL_",
+    "TTT_",
+    "MUON_",
+    "GPTQ_",
+    "LQER_",
+    "AWQ_",
+    "LOOP_",
+    "ROPE_",
+    "EMBED_",
+    "MLP_",
+    "ATTN_",
+    "MATRIX_",
+    "XSA_",
+    "EMA_",
+    "NGRAM_",
+    "PHASED_",
+    "PREQUANT_",
+    "GLOBAL_TTT_",
+    "PARALLEL_",
+    "SMEAR_",
+    "SPARSE_",
+    "SKIP_",
+    "RATE_",
+    "GATED_",
+    "LOGIT_",
+    "ARTIFACT_",
+    "LEDGER_",
+    "WARMDOWN_",
+    "MICRO_",
+    "GATE_",
+)
+
 
 def check_names(env, fields):
     """A name with one of our prefixes that is no setting is an error; a near miss without one is a warning."""
     for name in sorted(set(env) - set(fields)):
         ours = name.startswith(OUR_PREFIXES)
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
-        require(not ours, f"{name} is not a setting{f'; did you mean {nearest[0]}?' if nearest else ''} (--help lists them all)")
+        require(
+            not ours,
+            f"{name} is not a setting{f'; did you mean {nearest[0]}?' if nearest else ''} (--help lists them all)",
+        )
         if nearest and nearest[0] not in env and len(name) > 4 and name.isupper():
-            print(f"warning: the environment has {name}, which is not a setting; did you mean {nearest[0]}?", file=sys.stderr)
+            print(
+                f"warning: the environment has {name}, which is not a setting; did you mean {nearest[0]}?",
+                file=sys.stderr,
+            )
+
 
 def parse_setting(name: str, text: str, kind: type):
     """Text of an environment variable -> bool, int, float or str."""
-    with explained(f"{name}={text!r} is not {'0 or 1' if kind is bool else 'of type ' + kind.__name__}", ValueError, KeyError):
+    with explained(
+        f"{name}={text!r} is not {'0 or 1' if kind is bool else 'of type ' + kind.__name__}", ValueError, KeyError
+    ):
         if kind is bool:
-            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}[text.strip().lower()]
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}[
+                text.strip().lower()
+            ]
         value = kind(text)
     require(kind is not float or math.isfinite(value), f"{name}={text!r} is not finite")
     return value
+
 
 def context_schedule(cfg: Config) -> list[tuple[float, int]]:
     """TRAIN_SEQ_SCHEDULE as (progress at which the stage ends, attention span), in order; the last stage ends at infinity (#2014)."""
@@ -320,28 +509,42 @@ def context_schedule(cfg: Config) -> list[tuple[float, int]]:
         return [(math.inf, cfg.train_seq_len)]
     name = f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r}"
     with explained(f"{name} is not of the form 1024@0.1,2048@0.7,3072@1.0", ValueError):
-        stages = sorted((float(end), int(length)) for length, end in (part.split("@") for part in cfg.train_seq_schedule.split(",")))
+        stages = sorted(
+            (float(end), int(length)) for length, end in (part.split("@") for part in cfg.train_seq_schedule.split(","))
+        )
     require(all(length > 0 and end > 0 for end, length in stages), f"{name}: lengths and ends must be positive")
-    require(max(length for _, length in stages) == cfg.train_seq_len, f"{name}: the longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}")
+    require(
+        max(length for _, length in stages) == cfg.train_seq_len,
+        f"{name}: the longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}",
+    )
     return [*stages[:-1], (math.inf, stages[-1][1])]
+
 
 def help_text() -> str:
     """The table of --help."""
-    lines = ["Settings (environment variables), their defaults, meaning and limits; a number without them is in [0, inf):"]
+    lines = [
+        "Settings (environment variables), their defaults, meaning and limits; a number without them is in [0, inf):"
+    ]
     for f in dataclasses.fields(Config):
         shown = int(f.default) if isinstance(f.default, bool) else f.default
         limits = f"; {f.metadata['within']}" if f.metadata["within"] not in ("", "[0, inf)") else ""
         lines.append(f"  {f.name.upper():28s} {str(shown) or '(empty)':>12s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
 
+
 # ======== Runtime: ranks, log, clock, budgets, verdicts, ledger ===============================================================================================
+
 
 class Ranks:
     """The process group. On one rank every collective is a no-op, so nothing else asks how many there are."""
+
     def __init__(self, cfg: Config):
         self.rank, self.world, self.main = cfg.rank, cfg.world_size, cfg.rank == 0
         use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-        require(torch.cuda.is_available() or not use_cuda, "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
+        require(
+            torch.cuda.is_available() or not use_cuda,
+            "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch",
+        )
         self.device = torch.device("cuda", cfg.local_rank) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(self.device)
@@ -380,8 +583,10 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+
 class Log:
     """Lines to the console and, once ``open`` has been called, to a file; from rank 0 only. Flushed at once, so that a killed run keeps its log."""
+
     def __init__(self, ranks: Ranks):
         self.main, self.file = ranks.main, io.StringIO()
 
@@ -393,15 +598,17 @@ class Log:
 
     def __call__(self, line: str = "", console: bool = True):
         if self.main:
-            line = line.replace(str(Path.home()) + os.sep, "~/")        # logs are published: no private paths
+            line = line.replace(str(Path.home()) + os.sep, "~/")  # logs are published: no private paths
             self.file.write(line + "\n")
             self.file.flush()
             if console:
                 print(line, flush=True)
 
+
 class Clock:
     """Seconds of training, the same on every rank: rank 0's reading, sent over the CPU group, with no drain of the GPU's queue.
     At most ``LEAD`` steps are queued on the GPU; the reading counts them at the mean time of a step, so it is when the next step will begin."""
+
     LEAD = 2
 
     def __init__(self, ranks: Ranks):
@@ -431,10 +638,25 @@ class Clock:
         self.ranks.synchronize()
         return self.ranks.agree(time.perf_counter() - self.start)
 
+
 class Phases:
     """Wall seconds by phase, and the two budgets they add up to: training data changes the model, or validation data is touched."""
-    BUDGET = {"steps": "train", "calibrate": "train", "quantize": "train", "load": "eval", "prepare": "eval", "score": "eval", "adapt": "eval",
-              "read": "eval", "prequant": "eval", "setup": None, "warmup": None, "diagnostic": None, "write": None}
+
+    BUDGET = {
+        "steps": "train",
+        "calibrate": "train",
+        "quantize": "train",
+        "load": "eval",
+        "prepare": "eval",
+        "score": "eval",
+        "adapt": "eval",
+        "read": "eval",
+        "prequant": "eval",
+        "setup": None,
+        "warmup": None,
+        "diagnostic": None,
+        "write": None,
+    }
 
     def __init__(self, ranks: Ranks, log: Log):
         self.ranks, self.log, self.seconds = ranks, log, {}
@@ -450,10 +672,15 @@ class Phases:
     def budget(self, which: str) -> float:
         return sum(s for name, s in self.seconds.items() if self.BUDGET[name] == which)
 
+
 class Verdicts:
     """PASS, FAIL, DISPUTED or NOT RUN for each condition, with the reason; what only an audit can show starts as NOT RUN."""
+
     def __init__(self):
-        self.table = dict.fromkeys(("C1", "C2", "C3", "C4", "bytes", "train_budget", "eval_budget", "packaging", "data"), ("NOT RUN", "shown by tools/audit.py"))
+        self.table = dict.fromkeys(
+            ("C1", "C2", "C3", "C4", "bytes", "train_budget", "eval_budget", "packaging", "data"),
+            ("NOT RUN", "shown by tools/audit.py"),
+        )
 
     def set(self, condition: str, verdict: str, reason: str):
         if self.table[condition][0] != "FAIL":
@@ -462,10 +689,12 @@ class Verdicts:
     def failed(self) -> list[str]:
         return [c for c, (verdict, _) in self.table.items() if verdict == "FAIL"]
 
+
 class Ledger:
     """Write-once record of one scoring pass: ``nats`` of every validation target in stream order, float64 (targets,), NaN until scored.
     Writing a target twice, training on one that is not written, or closing with a hole raises: a run whose ledger does not hold is not a result."""
-    ROUNDING = 1e-4       # a certain token may come out this far below zero nats: fp32 logits of up to 30
+
+    ROUNDING = 1e-4  # a certain token may come out this far below zero nats: fp32 logits of up to 30
 
     def __init__(self, name: str, target_bytes: np.ndarray, verdicts: Verdicts):
         self.name, self.bytes, self.verdicts = name, target_bytes, verdicts
@@ -482,8 +711,13 @@ class Ledger:
 
     def write(self, targets: np.ndarray, nats: np.ndarray):
         """targets: int64 indices; nats: float, the same length."""
-        self.check(np.isnan(self.nats[targets]).all() and len(np.unique(targets)) == len(targets), "a target was scored twice")
-        self.check(np.isfinite(nats).all() and (nats >= -self.ROUNDING).all(), "a score is not finite or implies a probability above 1")
+        self.check(
+            np.isnan(self.nats[targets]).all() and len(np.unique(targets)) == len(targets), "a target was scored twice"
+        )
+        self.check(
+            np.isfinite(nats).all() and (nats >= -self.ROUNDING).all(),
+            "a score is not finite or implies a probability above 1",
+        )
         self.nats[targets] = np.maximum(nats, 0.0)
 
     def may_train(self, targets: np.ndarray):
@@ -512,7 +746,9 @@ class Ledger:
         if now - self.shown > 5:
             self.shown, done = now, int(self.merged.sum()) + ranks.world * int((self.scored & ~self.merged).sum())
             rate, left = max(done, 1) / (now - self.begun), max(len(self.nats) - done, 0)
-            log(f"  {100 * (1 - left / len(self.nats)):5.1f} %  BPB so far {self.partial_bpb(self.scored):.4f}  {rate:,.0f} targets/s  {left / rate:.0f} s left")
+            log(
+                f"  {100 * (1 - left / len(self.nats)):5.1f} %  BPB so far {self.partial_bpb(self.scored):.4f}  {rate:,.0f} targets/s  {left / rate:.0f} s left"
+            )
 
     def partial_bpb(self, which: np.ndarray) -> float:
         """Bits per byte over the targets that the mask ``which`` (targets,) selects."""
@@ -522,6 +758,7 @@ class Ledger:
         """Bits per byte over all targets; raises if one is missing."""
         self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
         return self.partial_bpb(self.scored)
+
 
 @contextlib.contextmanager
 def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
@@ -538,41 +775,68 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
             with contextlib.suppress(OSError):
                 part.unlink()
 
+
 # ======== Data: shards, packed training batches, the validation stream ========================================================================================
 
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024
-CONTEST_SETS = {47_853_344: (151_080_645, 151_074_309), 40_540_160: (151_078_222,)}     # tokens -> bytes of the exports with CaseOps and without
+CONTEST_SETS = {
+    47_853_344: (151_080_645, 151_074_309),
+    40_540_160: (151_078_222,),
+}  # tokens -> bytes of the exports with CaseOps and without
+
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-map the uint16 values of a shard: 256 little-endian int32 of header ([magic, 1, count, 0, ...]), then the values."""
     header = np.fromfile(path, dtype="<i4", count=256)
-    require(len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, 1), f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py")
+    require(
+        len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, 1),
+        f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py",
+    )
     size, expected = path.stat().st_size, SHARD_HEADER_BYTES + 2 * int(header[2])
-    require(size == expected, f"{path}: {size} bytes, its header promises {expected}; the file is truncated or damaged: fetch or make it again")
+    require(
+        size == expected,
+        f"{path}: {size} bytes, its header promises {expected}; the file is truncated or damaged: fetch or make it again",
+    )
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+
 
 def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]:
     """Files of ``pattern`` (its * is digits) in name order; UserError where there are none and one is required."""
-    paths = sorted(p for p in folder.glob(pattern) if re.fullmatch(pattern.replace("*", r"\d+"), p.name) and p.is_file())    # val_* must not match val_bytes_*
+    paths = sorted(
+        p for p in folder.glob(pattern) if re.fullmatch(pattern.replace("*", r"\d+"), p.name) and p.is_file()
+    )  # val_* must not match val_bytes_*
     require(paths or not required, f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
     return paths
 
+
 class Seq(NamedTuple):
     """Where the documents of a packed buffer lie. Attention is causal, aligned at the end, inside each (query, key) segment."""
-    cu_q: Tensor          # int32 (segments + 1,): query offsets
-    cu_k: Tensor          # int32 (segments + 1,): key offsets; the same tensor unless a cache is read
-    max_q: int            # upper bounds of the segment lengths
+
+    cu_q: Tensor  # int32 (segments + 1,): query offsets
+    cu_k: Tensor  # int32 (segments + 1,): key offsets; the same tensor unless a cache is read
+    max_q: int  # upper bounds of the segment lengths
     max_k: int
-    positions: Tensor     # int32 (tokens,): offset in the document; 0 means that no previous token may be seen
+    positions: Tensor  # int32 (tokens,): offset in the document; 0 means that no previous token may be seen
+
 
 class Batch(NamedTuple):
     """One packed buffer and where it comes from."""
-    tokens: Tensor        # int64 (tokens,)
-    targets: Tensor       # int64 (tokens,): -1 where padded
-    seq: Seq
-    split: str            # "train" or "val"
 
-def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split: str, capacity: int, targets: np.ndarray | None = None) -> Batch:
+    tokens: Tensor  # int64 (tokens,)
+    targets: Tensor  # int64 (tokens,): -1 where padded
+    seq: Seq
+    split: str  # "train" or "val"
+
+
+def pack(
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    span: int,
+    max_len: int,
+    split: str,
+    capacity: int,
+    targets: np.ndarray | None = None,
+) -> Batch:
     """Documents that begin at ``starts`` (starts[0] == 0) and are cut every ``span`` tokens -> a CPU batch padded to ``capacity``.
     ``tokens`` holds one more token than there are inputs, unless ``targets`` are given. Padding is a document of its own, so it is never NaN and never seen."""
     inputs = tokens if targets is not None else tokens[:-1]
@@ -587,33 +851,55 @@ def pack(tokens: np.ndarray, starts: np.ndarray, span: int, max_len: int, split:
     positions = (np.arange(capacity) - np.repeat(starts, lengths)).astype(np.int32)
     padded_inputs, padded_targets = np.zeros(capacity, np.int64), np.full(capacity, -1, np.int64)
     padded_inputs[:n], padded_targets[:n] = inputs, targets
-    return Batch(torch.from_numpy(padded_inputs), torch.from_numpy(padded_targets), Seq(cu, cu, max_len, max_len, torch.from_numpy(positions)), split)
+    return Batch(
+        torch.from_numpy(padded_inputs),
+        torch.from_numpy(padded_targets),
+        Seq(cu, cu, max_len, max_len, torch.from_numpy(positions)),
+        split,
+    )
+
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy without waiting."""
     move = lambda t: t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
     cu = move(batch.seq.cu_q)
-    return batch._replace(tokens=move(batch.tokens), targets=move(batch.targets), seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions)))
+    return batch._replace(
+        tokens=move(batch.tokens),
+        targets=move(batch.targets),
+        seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions)),
+    )
+
 
 def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool = False):
     """Every token is in the vocabulary; the first is BOS where the tokens are a stream ``from_start``."""
     if from_start:
-        require(list(tokens[:1]) == [cfg.bos_id], f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again")
+        require(
+            list(tokens[:1]) == [cfg.bos_id],
+            f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again",
+        )
     highest = tokens.max(initial=0)
-    require(highest < cfg.vocab_size, f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer")
+    require(
+        highest < cfg.vocab_size,
+        f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer",
+    )
+
 
 class TrainStream:
     """The training tokens as one endless stream over all shards in name order. Step s reads the same tokens at any world size."""
+
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.paths = find_shards(Path(cfg.data_path), "fineweb_train_*.bin")
         self.shards = [open_shard(p) for p in self.paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
         self.tokens = int(self.ends[-1])
-        require(self.tokens > cfg.micro_batch_tokens, f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
-                                                      "lower MICRO_BATCH_TOKENS or prepare more documents")
-        for i, (path, shard) in enumerate(zip(self.paths, self.shards)):    # the whole shard is checked as it is read
-            check_tokens(path, shard[:1 << 20], cfg, from_start=i == 0)
+        require(
+            self.tokens > cfg.micro_batch_tokens,
+            f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
+            "lower MICRO_BATCH_TOKENS or prepare more documents",
+        )
+        for i, (path, shard) in enumerate(zip(self.paths, self.shards)):  # the whole shard is checked as it is read
+            check_tokens(path, shard[: 1 << 20], cfg, from_start=i == 0)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """``count`` tokens from position ``start`` of the endless stream, int64."""
@@ -622,7 +908,7 @@ class TrainStream:
             start %= self.tokens
             i = int(np.searchsorted(self.ends, start, side="right"))
             offset = start - (int(self.ends[i]) - len(self.shards[i]))
-            pieces.append(self.shards[i][offset:offset + count].astype(np.int64))
+            pieces.append(self.shards[i][offset : offset + count].astype(np.int64))
             check_tokens(self.paths[i], pieces[-1], self.cfg)
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
@@ -638,10 +924,15 @@ class TrainStream:
     def step(self, step: int, span: int, rank: int, world: int) -> list[Batch]:
         """This rank's micro-batches of a step: the global batch cut every MICRO_BATCH_TOKENS, dealt to the ranks in turn."""
         total, micro = self.cfg.train_batch_tokens, self.cfg.micro_batch_tokens
-        return [self.micro_batch(step * total + at, min(micro, total - at), span) for at in range(rank * micro, total, world * micro)]
+        return [
+            self.micro_batch(step * total + at, min(micro, total - at), span)
+            for at in range(rank * micro, total, world * micro)
+        ]
+
 
 class Prefetch:
     """Builds the next step's batches in a thread; a change of span only costs the one batch that was built for the old one."""
+
     def __init__(self, stream: TrainStream, ranks: Ranks):
         pool, self.device, self.waiting = ThreadPoolExecutor(1), ranks.device, {}
         self.submit = lambda step, span: pool.submit(stream.step, step, span, ranks.rank, ranks.world)
@@ -651,26 +942,42 @@ class Prefetch:
         self.waiting = {(step + 1, span): self.submit(step + 1, span)}
         return [to_device(b, self.device) for b in future.result()]
 
+
 class ValidationStream:
     """The validation tokens, the original bytes of each, and the documents they form."""
+
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
         self.tokens = np.concatenate([open_shard(p) for p in find_shards(folder, "fineweb_val_*.bin")])
         check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg, from_start=True)
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         self.targets = len(self.tokens) - 1
-        self.lengths = np.diff(np.append(self.starts, self.targets))    # inputs of each document; its last target is the next one's BOS
+        self.lengths = np.diff(
+            np.append(self.starts, self.targets)
+        )  # inputs of each document; its last target is the next one's BOS
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
         self.byte_source = "sidecar" if sidecars else "tokenizer"
-        self.bytes = np.concatenate([open_shard(p) for p in sidecars]) if sidecars else tokenizer_bytes(cfg, self.tokens)
-        require(len(self.bytes) == len(self.tokens), f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go")
-        require(not sidecars or self.bytes.any(), f"{folder}/fineweb_val_bytes_*.bin: the byte sidecar holds only zeros; prepare the data again")
-        require(not self.bytes[self.starts].any(), f"{folder}: the byte sidecar counts bytes for BOS; prepare the data again")
+        self.bytes = (
+            np.concatenate([open_shard(p) for p in sidecars]) if sidecars else tokenizer_bytes(cfg, self.tokens)
+        )
+        require(
+            len(self.bytes) == len(self.tokens),
+            f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go",
+        )
+        require(
+            not sidecars or self.bytes.any(),
+            f"{folder}/fineweb_val_bytes_*.bin: the byte sidecar holds only zeros; prepare the data again",
+        )
+        require(
+            not self.bytes[self.starts].any(),
+            f"{folder}: the byte sidecar counts bytes for BOS; prepare the data again",
+        )
 
     @property
     def target_bytes(self) -> np.ndarray:
         """Bytes of target i, the token at i + 1."""
         return self.bytes[1:]
+
 
 def tokenizer_path(cfg: Config) -> Path:
     """TOKENIZER_PATH, or tokenizer.model beside the shards; UserError where there is no such file."""
@@ -678,16 +985,23 @@ def tokenizer_path(cfg: Config) -> Path:
     require(path.is_file(), f"TOKENIZER_PATH={path}: no such file")
     return path
 
+
 def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     """Bytes per token from the piece table, for plain tokenizers without a sidecar: control 0, byte fallback 1, a space for each \u2581.
     A tokenizer that puts a space before every document (add_dummy_prefix) is not paid for it."""
     import sentencepiece
+
     path = tokenizer_path(cfg)
     with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one", RuntimeError, OSError):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    require(sp.vocab_size() == cfg.vocab_size, f"TOKENIZER_PATH={path}: {sp.vocab_size()} pieces, VOCAB_SIZE={cfg.vocab_size}")
-    require(not any(sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(8)),
-            f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; prepare the data again")
+    require(
+        sp.vocab_size() == cfg.vocab_size,
+        f"TOKENIZER_PATH={path}: {sp.vocab_size()} pieces, VOCAB_SIZE={cfg.vocab_size}",
+    )
+    require(
+        not any(sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(8)),
+        f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; prepare the data again",
+    )
     special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(cfg.vocab_size)])
     texts = ["" if special[i] else sp.id_to_piece(i).replace("\u2581", " ") for i in range(cfg.vocab_size)]
     table = np.array([1 if sp.is_byte(i) else len(text.encode()) for i, text in enumerate(texts)], np.uint16)
@@ -697,29 +1011,57 @@ def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
         counts -= np.concatenate([[True], special[tokens[:-1]]]) & spaced[tokens]
     return counts
 
+
 def describe_data(cfg: Config, val: ValidationStream) -> dict:
     """Fingerprint of the validation set. All must be as manifest.json says, where there is one: counts, vocabulary, BOS; tokenizer and validation files by hash."""
     have = {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": int(val.bytes.sum(dtype=np.int64))}
     contest = have["bytes"] in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
     manifest, sha256 = Path(cfg.data_path) / "manifest.json", lambda data: hashlib.sha256(data).hexdigest()
-    found = {"val_tokens": len(val.tokens), "val_targets": val.targets, "val_documents": len(val.starts), "val_bytes": have["bytes"], "byte_source": val.byte_source,
-             "val_sha256": sha256(np.ascontiguousarray(val.tokens)), "dataset": "contest" if contest else "other", "manifest": manifest.is_file()}
+    found = {
+        "val_tokens": len(val.tokens),
+        "val_targets": val.targets,
+        "val_documents": len(val.starts),
+        "val_bytes": have["bytes"],
+        "byte_source": val.byte_source,
+        "val_sha256": sha256(np.ascontiguousarray(val.tokens)),
+        "dataset": "contest" if contest else "other",
+        "manifest": manifest.is_file(),
+    }
     if not found["manifest"]:
         return found
-    with explained(f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again", ValueError, KeyError, TypeError):
+    with explained(
+        f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again",
+        ValueError,
+        KeyError,
+        TypeError,
+    ):
         promised = json.loads(manifest.read_text())
         for key, count in have.items():
-            require(promised["val"][key] in (None, count), f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again")
+            require(
+                promised["val"][key] in (None, count),
+                f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again",
+            )
         for name, file in promised["files"].items():
             path = manifest.parent / name
             require(path.is_file(), f"{path}: promised by {manifest.name}, not there; prepare the data again")
-            intact = len(open_shard(path)) == file["tokens"] if "train" in name else sha256(path.read_bytes()) == file["sha256"]
+            intact = (
+                len(open_shard(path)) == file["tokens"]
+                if "train" in name
+                else sha256(path.read_bytes()) == file["sha256"]
+            )
             require(intact, f"{path}: not the file that {manifest.name} describes; fetch or prepare it again")
         for key in ("vocab_size", "bos_id"):
-            require(promised[key] == getattr(cfg, key), f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}")
+            require(
+                promised[key] == getattr(cfg, key),
+                f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}",
+            )
         model, made_by = tokenizer_path(cfg), promised["tokenizer"]["sha256"]
-        require(sha256(model.read_bytes()) == made_by, f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})")
+        require(
+            sha256(model.read_bytes()) == made_by,
+            f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})",
+        )
         return found | {"transform": promised["transform"], "tokenizer_sha256": made_by}
+
 
 # ======== Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two ====================================
 # Training runs eagerly: these kernels and cuBLAS are all that a step launches on (tokens, channels), and nothing is compiled but they.
@@ -728,12 +1070,21 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-    INTERPRET = triton.knobs.runtime.interpret                          # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
-except ImportError:                                                     # without Triton only the references exist
-    triton, tl, INTERPRET = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f)), SimpleNamespace(constexpr=int), None
-HEAD_TILE = 1024                                                        # elements of heads per program of 4 warps
-STREAM_ROWS, STREAM_PROGRAMS = 4, 4                                     # rows of d elements per tile of 4 warps, programs per multiprocessor
-MLP_TILES = {"forward": (128, 128, 64, 8, 3, 2), "backward": (128, 128, 32, 4, 5, 2)}     # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
+
+    INTERPRET = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
+except ImportError:  # without Triton only the references exist
+    triton, tl, INTERPRET = (
+        SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f)),
+        SimpleNamespace(constexpr=int),
+        None,
+    )
+HEAD_TILE = 1024  # elements of heads per program of 4 warps
+STREAM_ROWS, STREAM_PROGRAMS = 4, 4  # rows of d elements per tile of 4 warps, programs per multiprocessor
+MLP_TILES = {
+    "forward": (128, 128, 64, 8, 3, 2),
+    "backward": (128, 128, 32, 4, 5, 2),
+}  # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
+
 
 @functools.cache
 def processors(device: torch.device, least: int = 8) -> int:
@@ -743,19 +1094,23 @@ def processors(device: torch.device, least: int = 8) -> int:
     properties = torch.cuda.get_device_properties(device) if INTERPRET is not None and device.type == "cuda" else None
     return properties.multi_processor_count if properties and properties.major >= least else 0
 
+
 def use_kernels(dtype: torch.dtype, device: torch.device, width: int = 16, least: int = 8) -> bool:
     """Whether activations of that dtype can go through the Triton kernels; ``width``, of a head or of the stream, must be a power of two."""
     return dtype == torch.bfloat16 and width & (width - 1) == 0 and processors(device, least) > 0
 
+
 def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Contiguous tensors of the same shapes, unset."""
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
 
 # --- MLP: down(leaky_relu(up(x))^2) ---
 def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """mlp() in plain PyTorch."""
     hidden = F.leaky_relu(F.linear(x, w_up), slope).square()
     return F.linear(hidden, w_down), hidden.detach()
+
 
 @triton.jit
 def hidden_words(p0, p1, slope):
@@ -764,13 +1119,26 @@ def hidden_words(p0, p1, slope):
     l0, l1 = tl.maximum(p0, slope * p0), tl.maximum(p1, slope * p1)
     h0, h1 = (l0 * l0).to(tl.int32, bitcast=True), (l1 * l1).to(tl.int32, bitcast=True)
     s0, s1 = p0.to(tl.int32, bitcast=True), p1.to(tl.int32, bitcast=True)
-    high = ((h0 >> 16) & 0xFFFF) | (h1 & -65536)                        # both upper halves: the squares cut to bf16
+    high = ((h0 >> 16) & 0xFFFF) | (h1 & -65536)  # both upper halves: the squares cut to bf16
     sign = ((((s0 >> 16) & 0xFFFF) | (s1 & -65536)) >> 15) & 0x00010001
-    return ((high + 0x00010001 - sign) & -65538) | sign                 # -65538 clears both last bits
+    return ((high + 0x00010001 - sign) & -65538) | sign  # -65538 clears both last bits
+
 
 @triton.jit(do_not_specialize=["T"])
-def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def mlp_gemm_kernel(
+    a_desc,
+    b_desc,
+    hidden_desc,
+    d_pre_desc,
+    slope,
+    T,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Forward: hidden = leaky_relu(a @ b.T)^2, b (N, K). Backward: d_pre = (a @ b) * d hidden / d pre, b (K, N). hidden as int32 pairs.
     Persistent: the next tile's loads are under way during an epilogue, which works on two halves to leave them shared memory. 0 <= slope <= 1."""
     tiles_n: tl.constexpr = N // BLOCK_N
@@ -786,30 +1154,53 @@ def mlp_gemm_kernel(a_desc, b_desc, hidden_desc, d_pre_desc, slope, T, N: tl.con
                 acc = tl.dot(a, b_desc.load([n, k]).T, acc)
         halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         for i in tl.static_range(2):
-            p0, p1 = halves[i].reshape(BLOCK_M, HALF // 2, 2).split()   # neighbours sit in one thread: no data moves
+            p0, p1 = halves[i].reshape(BLOCK_M, HALF // 2, 2).split()  # neighbours sit in one thread: no data moves
             at = n + i * HALF
             if BACKWARD:
                 word = hidden_desc.load([m, at // 2])
-                d0 = p0 * tl.sqrt((word << 16).to(tl.float32, bitcast=True)) * tl.where((word & 1) != 0, -2 * slope, 2.0)
-                d1 = p1 * tl.sqrt((word & -65536).to(tl.float32, bitcast=True)) * tl.where((word & 0x10000) != 0, -2 * slope, 2.0)
+                d0 = (
+                    p0 * tl.sqrt((word << 16).to(tl.float32, bitcast=True)) * tl.where((word & 1) != 0, -2 * slope, 2.0)
+                )
+                d1 = (
+                    p1
+                    * tl.sqrt((word & -65536).to(tl.float32, bitcast=True))
+                    * tl.where((word & 0x10000) != 0, -2 * slope, 2.0)
+                )
                 d_pre_desc.store([m, at], tl.join(d0, d1).reshape(BLOCK_M, HALF).to(tl.bfloat16))
             else:
                 hidden_desc.store([m, at // 2], hidden_words(p0, p1, slope))
+
 
 def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: float, tile: tuple | None = None):
     """Launch: fills hidden (d_pre None) or d_pre. a (T, K), hidden and d_pre (T, N), all bf16 and contiguous."""
     backward = d_pre is not None
     (T, K), N = a.shape, hidden.size(1)
     bm, bn, bk, warps, stages, per_sm = tile or MLP_TILES["backward" if backward else "forward"]
-    bn, bk = min(bn, N & -N), min(bk, K & -K)                           # every model width has a tile, if not a fast one
+    bn, bk = min(bn, N & -N), min(bk, K & -K)  # every model width has a tile, if not a fast one
     programs = min(processors(a.device) * per_sm, triton.cdiv(T, bm) * (N // bn))
     desc = TensorDescriptor.from_tensor
     words = desc(hidden.view(torch.int32), [bm, bn // 4])
-    mlp_gemm_kernel[(programs,)](desc(a, [bm, bk]), desc(b, [bk, bn] if backward else [bn, bk]), words, desc(d_pre, [bm, bn // 2]) if backward else words,
-                                 slope, T, N, K, backward, bm, bn, bk, num_warps=warps, num_stages=stages)
+    mlp_gemm_kernel[(programs,)](
+        desc(a, [bm, bk]),
+        desc(b, [bk, bn] if backward else [bn, bk]),
+        words,
+        desc(d_pre, [bm, bn // 2]) if backward else words,
+        slope,
+        T,
+        N,
+        K,
+        backward,
+        bm,
+        bn,
+        bk,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
 
 class MLP(torch.autograd.Function):
     """mlp() through the fused products and cuBLAS; bf16."""
+
     @staticmethod
     def forward(ctx, x, w_up, w_down, slope):
         x, w_up, w_down = x.contiguous(), w_up.contiguous(), w_down.contiguous()
@@ -817,24 +1208,33 @@ class MLP(torch.autograd.Function):
         mlp_gemm(x, w_up, hidden, None, slope)
         ctx.save_for_backward(x, w_up, w_down, hidden)
         ctx.mark_non_differentiable(hidden)
-        ctx.set_materialize_grads(False)                                # else hidden's would be 0.4 GB of zeros
+        ctx.set_materialize_grads(False)  # else hidden's would be 0.4 GB of zeros
         ctx.slope = slope
         return F.linear(hidden, w_down), hidden
 
     @staticmethod
     def backward(ctx, d_out, _):
         x, w_up, w_down, hidden = ctx.saved_tensors
-        need_x, need_up, need_down, _ = ctx.needs_input_grad            # test-time training freezes the weights
-        if need_x or need_up:                                           # d(pre-activation): d_out @ w_down times the slope that hidden remembers
+        need_x, need_up, need_down, _ = ctx.needs_input_grad  # test-time training freezes the weights
+        if need_x or need_up:  # d(pre-activation): d_out @ w_down times the slope that hidden remembers
             d_pre = torch.empty_like(hidden)
             mlp_gemm(d_out.contiguous(), w_down, hidden, d_pre, ctx.slope)
-        return d_pre @ w_up if need_x else None, d_pre.T @ x if need_up else None, d_out.T @ hidden if need_down else None, None
+        return (
+            d_pre @ w_up if need_x else None,
+            d_pre.T @ x if need_up else None,
+            d_out.T @ hidden if need_down else None,
+            None,
+        )
+
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d), hidden (T, h); hidden is for observers and has no gradient.
     The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens."""
-    fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0            # a tile's least sides
-    return (MLP.apply if fits and use_kernels(x.dtype, x.device, least=9) else mlp_reference)(x, w_up, w_down, slope)      # TMA, wgmma
+    fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0  # a tile's least sides
+    return (MLP.apply if fits and use_kernels(x.dtype, x.device, least=9) else mlp_reference)(
+        x, w_up, w_down, slope
+    )  # TMA, wgmma
+
 
 # --- Cross-entropy of softcapped logits ---
 def softcap(z: Tensor, caps: Tensor) -> Tensor:
@@ -842,11 +1242,13 @@ def softcap(z: Tensor, caps: Tensor) -> Tensor:
     z = z.float()
     return torch.where(z > 0, caps[0] * torch.tanh(z / caps[0]), caps[1] * torch.tanh(z / caps[1]))
 
+
 def softcap_nll_reference(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """softcap_nll() in plain PyTorch."""
     logits = softcap(z, caps)
     lse = logits.logsumexp(-1)
     return lse - logits.gather(1, targets[:, None])[:, 0], lse.detach()
+
 
 @triton.jit
 def tanh_of(doubled):
@@ -854,8 +1256,11 @@ def tanh_of(doubled):
     r = tl.rsqrt(tl.exp2(doubled - 1.0) + 0.5)
     return 1.0 - r * r
 
+
 @triton.jit
-def softcap_nll_kernel(z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_ptr, dz_ptr, d_cap_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
+def softcap_nll_kernel(
+    z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_ptr, dz_ptr, d_cap_ptr, V: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row of logits per program, held in registers: z is read once and dz (if dz_ptr; may be z itself) written once.
     No running maximum: a logit is at most its cap, and exp(cap) fits fp32 up to caps of 80."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -863,7 +1268,9 @@ def softcap_nll_kernel(z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_pt
     cap_p, cap_n, target = tl.load(cap_ptr), tl.load(cap_ptr + 1), tl.load(target_ptr + row).to(tl.int32)
     doubled_p, doubled_n, log2_p, log2_n = 2 * LOG2E / cap_p, 2 * LOG2E / cap_n, cap_p * LOG2E, cap_n * LOG2E
     z_target = tl.load(z_ptr + row * V + target).to(tl.float32)
-    logit_target = tl.where(z_target > 0, cap_p, cap_n) * tanh_of(z_target * tl.where(z_target > 0, doubled_p, doubled_n))
+    logit_target = tl.where(z_target > 0, cap_p, cap_n) * tanh_of(
+        z_target * tl.where(z_target > 0, doubled_p, doubled_n)
+    )
     cols = tl.arange(0, BLOCK)
     z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
     t = tanh_of(z * tl.where(z > 0, doubled_p, doubled_n))
@@ -884,17 +1291,39 @@ def softcap_nll_kernel(z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_pt
             tl.store(d_cap_ptr + 2 * row, tl.sum(tl.where(z > 0, d_cap, 0.0), 0))
             tl.store(d_cap_ptr + 2 * row + 1, tl.sum(tl.where(z > 0, 0.0, d_cap), 0))
 
-def launch_softcap_nll(z: Tensor, targets: Tensor, caps: Tensor, row_grad: Tensor | None = None, dz: Tensor | None = None, want_caps: bool = False):
+
+def launch_softcap_nll(
+    z: Tensor,
+    targets: Tensor,
+    caps: Tensor,
+    row_grad: Tensor | None = None,
+    dz: Tensor | None = None,
+    want_caps: bool = False,
+):
     """-> nll (T,), lse (T,), gradient of each row by the caps (T, 2) or (0, 2); fills dz if given. z (T, V) contiguous."""
     T, V = z.shape
     nll, lse = (torch.empty(T, dtype=torch.float32, device=z.device) for _ in range(2))
     d_caps = torch.empty(T if want_caps else 0, 2, dtype=torch.float32, device=z.device)
     block = triton.next_power_of_2(V)
-    softcap_nll_kernel[(T,)](z, targets, caps, row_grad, nll, lse, dz, d_caps if want_caps else None, V, block, num_warps=min(32, max(1, block // 1024)))
+    softcap_nll_kernel[(T,)](
+        z,
+        targets,
+        caps,
+        row_grad,
+        nll,
+        lse,
+        dz,
+        d_caps if want_caps else None,
+        V,
+        block,
+        num_warps=min(32, max(1, block // 1024)),
+    )
     return nll, lse, d_caps
+
 
 class SoftcapNLL(torch.autograd.Function):
     """softcap_nll() through the kernel."""
+
     @staticmethod
     def forward(ctx, z, targets, caps):
         z = z.contiguous()
@@ -910,13 +1339,16 @@ class SoftcapNLL(torch.autograd.Function):
         d_caps = launch_softcap_nll(z, targets, caps, d_nll.float().contiguous(), dz, ctx.needs_input_grad[2])[2]
         return dz, None, d_caps.sum(0) if ctx.needs_input_grad[2] else None
 
+
 def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """z (T, V) before the softcap, targets (T,) int64, caps (2,) fp32 (positive, negative) -> nats (T,), log-sum-exp (T,), both fp32.
     Gradients reach z and caps through the nats; the log-sum-exp has none."""
     return (SoftcapNLL.apply if use_kernels(z.dtype, z.device) else softcap_nll_reference)(z, targets, caps)
 
+
 class HeadLoss(torch.autograd.Function):
     """head_loss() whose logits are overwritten by the loss's gradient in the forward pass."""
+
     @staticmethod
     def forward(ctx, x, w, targets, caps, weight):
         z = F.linear(x, w)
@@ -927,8 +1359,17 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         x, w, dz, d_caps = ctx.saved_tensors
-        need_x, need_w, _, need_caps, _ = ctx.needs_input_grad          # a scalar commutes with the products: it multiplies what is small
-        return dz @ (w * d_loss) if need_x else None, (dz.T @ x) * d_loss if need_w else None, None, d_caps.sum(0) * d_loss if need_caps else None, None
+        need_x, need_w, _, need_caps, _ = (
+            ctx.needs_input_grad
+        )  # a scalar commutes with the products: it multiplies what is small
+        return (
+            dz @ (w * d_loss) if need_x else None,
+            (dz.T @ x) * d_loss if need_w else None,
+            None,
+            d_caps.sum(0) * d_loss if need_caps else None,
+            None,
+        )
+
 
 def head_loss(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, weight: Tensor) -> Tensor:
     """Sum over the rows of weight (T,) fp32 times softcap_nll of x (T, d) @ w (V, d).T; a scalar, for training. The logits cross memory twice (1 read,
@@ -938,16 +1379,25 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, weight: Tenso
         return HeadLoss.apply(x, w, targets, caps, weight)
     return torch.dot(softcap_nll(F.linear(x, w), targets, caps)[0], weight)
 
+
 # --- Heads of a packed QKV product: RMSNorm of q and k, partial RoPE, gain of q ---
-def qkv_heads_reference(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float) -> tuple[Tensor, ...]:
+def qkv_heads_reference(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float
+) -> tuple[Tensor, ...]:
     """qkv_heads() in plain PyTorch."""
     H, n, cos, sin = gain.numel(), cos.size(1), cos[:, None], sin[:, None]
     heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
-    x = F.rms_norm(heads[:, :H + kv_heads].float(), heads.shape[2:], eps=eps)
-    a, b, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
+    x = F.rms_norm(heads[:, : H + kv_heads].float(), heads.shape[2:], eps=eps)
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     q, k = torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1).split((H, kv_heads), dim=1)
     v = heads[:, -kv_heads:]
-    return (q * gain[:, None]).to(qkv.dtype), k.to(qkv.dtype).repeat_interleave(copies, 1), v.repeat_interleave(copies, 1), v
+    return (
+        (q * gain[:, None]).to(qkv.dtype),
+        k.to(qkv.dtype).repeat_interleave(copies, 1),
+        v.repeat_interleave(copies, 1),
+        v,
+    )
+
 
 @triton.jit
 def store_turned(out_ptr, x, a, b, cos, sin, ok, D: tl.constexpr, N: tl.constexpr):
@@ -957,11 +1407,31 @@ def store_turned(out_ptr, x, a, b, cos, sin, ok, D: tl.constexpr, N: tl.constexp
     tl.store(out_ptr + i, (a * cos + b * sin).to(out_ptr.dtype.element_ty), mask=ok)
     tl.store(out_ptr + N + i, (b * cos - a * sin).to(out_ptr.dtype.element_ty), mask=ok)
 
+
 @triton.jit(do_not_specialize=["T"])
-def qkv_heads_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, rstd_ptr, T, eps, H: tl.constexpr, KV: tl.constexpr, COPIES: tl.constexpr,
-                     D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+def qkv_heads_kernel(
+    qkv_ptr,
+    gain_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    rstd_ptr,
+    T,
+    eps,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    COPIES: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One head, of q, k or v, of BLOCK tokens: normed, rotated and scaled rows, the 1 / rms of each kept for backward; v as it is."""
-    head, row = tl.program_id(0) % (H + 2 * KV), (tl.program_id(0) // (H + 2 * KV) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    head, row = (
+        tl.program_id(0) % (H + 2 * KV),
+        (tl.program_id(0) // (H + 2 * KV) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64),
+    )
     token, at, i = row[:, None], tl.arange(0, D)[None, :], tl.arange(0, N)[None, :]
     ok = token < T
     x_ptr = qkv_ptr + (token * (H + 2 * KV) + head) * D
@@ -974,13 +1444,20 @@ def qkv_heads_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, r
         rstd = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)
         tl.store(rstd_ptr + row * (H + KV) + head, rstd, mask=row < T)
         scale = rstd[:, None] * (tl.load(gain_ptr + head) if head < H else 1.0)
-        a, b = tl.load(x_ptr + i, mask=ok, other=0.0) * scale, tl.load(x_ptr + N + i, mask=ok, other=0.0) * scale   # L1 hits
-        cos, sin = tl.load(cos_ptr + token * N + i, mask=ok, other=0.0), tl.load(sin_ptr + token * N + i, mask=ok, other=0.0)
+        a, b = (
+            tl.load(x_ptr + i, mask=ok, other=0.0) * scale,
+            tl.load(x_ptr + N + i, mask=ok, other=0.0) * scale,
+        )  # L1 hits
+        cos, sin = (
+            tl.load(cos_ptr + token * N + i, mask=ok, other=0.0),
+            tl.load(sin_ptr + token * N + i, mask=ok, other=0.0),
+        )
         if head < H:
             store_turned(q_ptr + (token * H + head) * D, wide * scale, a, b, cos, sin, ok, D, N)
         else:
             for c in tl.static_range(COPIES):
                 store_turned(k_ptr + ((token * KV + head - H) * COPIES + c) * D, wide * scale, a, b, cos, sin, ok, D, N)
+
 
 @triton.jit
 def load_sum(ptr, at, mask, COPIES: tl.constexpr, STRIDE: tl.constexpr):
@@ -990,11 +1467,34 @@ def load_sum(ptr, at, mask, COPIES: tl.constexpr, STRIDE: tl.constexpr):
         total += tl.load(ptr + i * STRIDE + at, mask=mask, other=0.0).to(tl.float32)
     return total
 
+
 @triton.jit(do_not_specialize=["T"])
-def qkv_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, d_own_ptr, q_ptr, k_ptr, gain_ptr, cos_ptr, sin_ptr, rstd_ptr, d_qkv_ptr, d_gain_ptr, T, H: tl.constexpr,
-                              KV: tl.constexpr, COPIES: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+def qkv_heads_gradient_kernel(
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    d_own_ptr,
+    q_ptr,
+    k_ptr,
+    gain_ptr,
+    cos_ptr,
+    sin_ptr,
+    rstd_ptr,
+    d_qkv_ptr,
+    d_gain_ptr,
+    T,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    COPIES: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One head of d(qkv), of q, k or v, of BLOCK tokens. The normed vectors come from q and k as attention saved them: q / gain, unrotated."""
-    head, row = tl.program_id(0) % (H + 2 * KV), (tl.program_id(0) // (H + 2 * KV) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    head, row = (
+        tl.program_id(0) % (H + 2 * KV),
+        (tl.program_id(0) // (H + 2 * KV) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64),
+    )
     token, at, i = row[:, None], tl.arange(0, D)[None, :], tl.arange(0, N)[None, :]
     ok = token < T
     dx_ptr = d_qkv_ptr + (token * (H + 2 * KV) + head) * D
@@ -1004,32 +1504,55 @@ def qkv_heads_gradient_kernel(dq_ptr, dk_ptr, dv_ptr, d_own_ptr, q_ptr, k_ptr, g
         tl.store(dx_ptr + at, dv.to(dx_ptr.dtype.element_ty), mask=ok)
     else:
         rstd = tl.load(rstd_ptr + row * (H + KV) + head, mask=row < T, other=0.0)
-        cos, sin = tl.load(cos_ptr + token * N + i, mask=ok, other=0.0), tl.load(sin_ptr + token * N + i, mask=ok, other=0.0)
+        cos, sin = (
+            tl.load(cos_ptr + token * N + i, mask=ok, other=0.0),
+            tl.load(sin_ptr + token * N + i, mask=ok, other=0.0),
+        )
         if head < H:
-            gain, y_ptr, dy_ptr = tl.load(gain_ptr + head), q_ptr + (token * H + head) * D, dq_ptr + (token * H + head) * D
-            dy, da, db = load_sum(dy_ptr, at, ok, 1, D), load_sum(dy_ptr, i, ok, 1, D), load_sum(dy_ptr, N + i, ok, 1, D)
+            gain, y_ptr, dy_ptr = (
+                tl.load(gain_ptr + head),
+                q_ptr + (token * H + head) * D,
+                dq_ptr + (token * H + head) * D,
+            )
+            dy, da, db = (
+                load_sum(dy_ptr, at, ok, 1, D),
+                load_sum(dy_ptr, i, ok, 1, D),
+                load_sum(dy_ptr, N + i, ok, 1, D),
+            )
         else:
-            gain, y_ptr, dy_ptr = 1.0, k_ptr + (token * KV + head - H) * COPIES * D, dk_ptr + (token * KV + head - H) * COPIES * D
-            dy, da, db = load_sum(dy_ptr, at, ok, COPIES, D), load_sum(dy_ptr, i, ok, COPIES, D), load_sum(dy_ptr, N + i, ok, COPIES, D)
+            gain, y_ptr, dy_ptr = (
+                1.0,
+                k_ptr + (token * KV + head - H) * COPIES * D,
+                dk_ptr + (token * KV + head - H) * COPIES * D,
+            )
+            dy, da, db = (
+                load_sum(dy_ptr, at, ok, COPIES, D),
+                load_sum(dy_ptr, i, ok, COPIES, D),
+                load_sum(dy_ptr, N + i, ok, COPIES, D),
+            )
         y = tl.load(y_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        dot = tl.sum(y * dy, 1)                                         # no rotation or gain changes it
+        dot = tl.sum(y * dy, 1)  # no rotation or gain changes it
         keep, drop = (rstd * gain)[:, None], (rstd * dot / (D * gain))[:, None]
-        a = keep * da - drop * tl.load(y_ptr + i, mask=ok, other=0.0)   # L1 hits
+        a = keep * da - drop * tl.load(y_ptr + i, mask=ok, other=0.0)  # L1 hits
         b = keep * db - drop * tl.load(y_ptr + N + i, mask=ok, other=0.0)
         store_turned(dx_ptr, keep * dy - drop * y, a, b, cos, -sin, ok, D, N)
         if head < H and d_gain_ptr is not None:
             tl.atomic_add(d_gain_ptr + head, tl.sum(dot, 0) / gain, sem="relaxed")
 
+
 class QKVHeads(torch.autograd.Function):
     """qkv_heads() through the kernels."""
+
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, kv_heads, copies, eps):
         qkv, gain, cos, sin = (t.contiguous() for t in (qkv, gain, cos, sin))
         T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
         q, k, v = (qkv.new_empty(T, heads, D) for heads in (H, copies * kv_heads, copies * kv_heads))
-        rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)      # 1 / rms of the heads of q and k
+        rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)  # 1 / rms of the heads of q and k
         rows = max(HEAD_TILE // D, 1)
-        qkv_heads_kernel[(triton.cdiv(T, rows) * (H + 2 * kv_heads),)](qkv, gain, cos, sin, q, k, v, rstd, T, eps, H, kv_heads, copies, D, cos.size(1), rows)
+        qkv_heads_kernel[(triton.cdiv(T, rows) * (H + 2 * kv_heads),)](
+            qkv, gain, cos, sin, q, k, v, rstd, T, eps, H, kv_heads, copies, D, cos.size(1), rows
+        )
         ctx.save_for_backward(q, k, gain, cos, sin, rstd)
         return q, k, v, qkv.unflatten(1, (-1, D))[:, -kv_heads:]
 
@@ -1037,18 +1560,27 @@ class QKVHeads(torch.autograd.Function):
     def backward(ctx, *grads):
         q, k, gain, cos, sin, rstd = ctx.saved_tensors
         (T, H, D), KV, grads = q.shape, grads[3].size(1), [t.contiguous() for t in grads]
-        d_qkv, d_gain, rows = q.new_empty(T, (H + 2 * KV) * D), torch.zeros_like(gain) if ctx.needs_input_grad[1] else None, max(HEAD_TILE // D, 1)
-        qkv_heads_gradient_kernel[(triton.cdiv(T, rows) * (H + 2 * KV),)](*grads, q, k, gain, cos, sin, rstd, d_qkv, d_gain, T, H, KV, k.size(1) // KV, D,
-                                                                        cos.size(1), rows)
+        d_qkv, d_gain, rows = (
+            q.new_empty(T, (H + 2 * KV) * D),
+            torch.zeros_like(gain) if ctx.needs_input_grad[1] else None,
+            max(HEAD_TILE // D, 1),
+        )
+        qkv_heads_gradient_kernel[(triton.cdiv(T, rows) * (H + 2 * KV),)](
+            *grads, q, k, gain, cos, sin, rstd, d_qkv, d_gain, T, H, KV, k.size(1) // KV, D, cos.size(1), rows
+        )
         return d_qkv, d_gain, None, None, None, None, None
 
-def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def qkv_heads(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """qkv (T, (H + 2 KV) D), gain (H,) fp32 and nonzero, cos and sin (T, n) fp32 -> q (T, H, D), k and v (T, copies KV, D), and v again as a view of qkv (T, KV, D).
     q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain. k and v come ``copies`` times in a row: FlashAttention 3
     takes 1.22 ms forward and backward for 4 heads of 128 with their own keys, 1.41 ms where two share them (98,304 tokens, H200)."""
     rotates = cos.size(1) > 0 and cos.size(1) & (cos.size(1) - 1) == 0
     kernel = rotates and use_kernels(qkv.dtype, qkv.device, qkv.size(1) // (gain.numel() + 2 * kv_heads))
     return (QKVHeads.apply if kernel else qkv_heads_reference)(qkv, gain, cos, sin, kv_heads, copies, eps)
+
 
 # --- XSA and the gate of each head's output ---
 def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
@@ -1057,9 +1589,25 @@ def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float
     along = (grouped * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp_min(1e-12)
     return ((grouped - along * v).flatten(1, 2) * (top * torch.sigmoid(slope * z.float()))[:, :, None]).to(y.dtype)
 
+
 @triton.jit(do_not_specialize=["T"])
-def xsa_gate_kernel(y_ptr, v_ptr, z_ptr, d_out_ptr, out_ptr, dv_ptr, dz_ptr, T, v_stride, slope, top, KV: tl.constexpr, GROUP: tl.constexpr,
-                    D: tl.constexpr, BLOCK: tl.constexpr):
+def xsa_gate_kernel(
+    y_ptr,
+    v_ptr,
+    z_ptr,
+    d_out_ptr,
+    out_ptr,
+    dv_ptr,
+    dz_ptr,
+    T,
+    v_stride,
+    slope,
+    top,
+    KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Rows are (token, KV head); the GROUP query heads that share a value pass one after another. With d_out_ptr backward: out is d(y)."""
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     d, ok = tl.arange(0, D)[None, :], (row < T * KV)[:, None]
@@ -1086,16 +1634,24 @@ def xsa_gate_kernel(y_ptr, v_ptr, z_ptr, d_out_ptr, out_ptr, dv_ptr, dz_ptr, T, 
     if d_out_ptr is not None:
         tl.store(dv_ptr + row[:, None] * D + d, dv.to(dv_ptr.dtype.element_ty), mask=ok)
 
+
 def launch_xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float, *results: Tensor | None):
     """results: None, out, None, None; or the gradient of out, and room for those of y, v and z."""
     (T, KV, D), rows = v.shape, max(HEAD_TILE // v.size(2), 1)
-    xsa_gate_kernel[(triton.cdiv(T * KV, rows),)](y, v, z, *results, T, v.stride(0), slope, top, KV, y.size(1) // KV, D, rows)
+    xsa_gate_kernel[(triton.cdiv(T * KV, rows),)](
+        y, v, z, *results, T, v.stride(0), slope, top, KV, y.size(1) // KV, D, rows
+    )
+
 
 class XSAGate(torch.autograd.Function):
     """xsa_gate() through the kernel. v's heads lie side by side, its tokens at any stride."""
+
     @staticmethod
     def forward(ctx, y, v, z, slope, top):
-        inputs, out = (y.contiguous(), v if v.stride()[1:] == (v.size(2), 1) else v.contiguous(), z.contiguous()), y.new_empty(y.shape)
+        inputs, out = (
+            (y.contiguous(), v if v.stride()[1:] == (v.size(2), 1) else v.contiguous(), z.contiguous()),
+            y.new_empty(y.shape),
+        )
         launch_xsa_gate(*inputs, slope, top, None, out, None, None)
         ctx.save_for_backward(*inputs)
         ctx.constants = slope, top
@@ -1107,23 +1663,46 @@ class XSAGate(torch.autograd.Function):
         launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, d_out.contiguous(), *grads)
         return *grads, None, None
 
+
 def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
     """y (T, H, D), v (T, KV, D), z (T, H) -> top sigmoid(slope z) (y - (y . v) / (v . v) v) in y's dtype, v that of the head's group (#265, #1787)."""
     return (XSAGate.apply if use_kernels(y.dtype, y.device, y.size(2)) else xsa_gate_reference)(y, v, z, slope, top)
 
+
 # --- Embeddings, smeared and normed ---
-def embed_reference(tokens: Tensor, previous: Tensor, positions: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float,
-                    dtype: torch.dtype) -> Tensor:
+def embed_reference(
+    tokens: Tensor,
+    previous: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    gate: Tensor | None,
+    strength: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
     """embed() in plain PyTorch."""
     x = F.embedding(tokens, table).to(dtype)
     if gate is not None:
-        z = F.linear(x[:, :len(gate)], gate[None].to(dtype)).float()
+        z = F.linear(x[:, : len(gate)], gate[None].to(dtype)).float()
         smear = strength * torch.sigmoid(z) * (positions > 0)[:, None]
         x = (x + smear * F.embedding(previous, table).to(dtype)).to(dtype)
     return F.rms_norm(x, x.shape[1:], eps=eps)
 
+
 @triton.jit
-def smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
+def smeared(
+    row,
+    tokens_ptr,
+    previous_ptr,
+    positions_ptr,
+    table_ptr,
+    gate_ptr,
+    strength_ptr,
+    T,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GATE: tl.constexpr,
+):
     """Of some rows: token and the one before it; its first GATE channels (of the gate's C); how far the gate is open, 0 at a start; the embedding before, the smeared one."""
     ok, i, col = row < T, tl.arange(0, GATE)[None, :], tl.arange(0, D)[None, :]
     token, before = tl.load(tokens_ptr + row, mask=ok, other=0), tl.load(previous_ptr + row, mask=ok, other=0)
@@ -1138,32 +1717,74 @@ def smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, s
         x += (tl.load(strength_ptr) * opened)[:, None] * p
     return token, before, first, opened, p, x.to(tl.bfloat16).to(tl.float32)
 
-@triton.jit(do_not_specialize=["T"])
-def embed_kernel(tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, out_ptr, T, eps, C: tl.constexpr, D: tl.constexpr,
-                 GATE: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS smeared embeddings, normed."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    _, _, _, _, _, x = smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C, D, GATE)
-    n = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    tl.store(out_ptr + row[:, None] * D + tl.arange(0, D)[None, :], n.to(out_ptr.dtype.element_ty), mask=(row < T)[:, None])
 
 @triton.jit(do_not_specialize=["T"])
-def embed_gradient_kernel(dn_ptr, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, d_table_ptr, d_gate_ptr, d_strength_ptr, T, eps,
-                          C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr):
+def embed_kernel(
+    tokens_ptr,
+    previous_ptr,
+    positions_ptr,
+    table_ptr,
+    gate_ptr,
+    strength_ptr,
+    out_ptr,
+    T,
+    eps,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GATE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """ROWS smeared embeddings, normed."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    _, _, _, _, _, x = smeared(
+        row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C, D, GATE
+    )
+    n = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    tl.store(
+        out_ptr + row[:, None] * D + tl.arange(0, D)[None, :], n.to(out_ptr.dtype.element_ty), mask=(row < T)[:, None]
+    )
+
+
+@triton.jit(do_not_specialize=["T"])
+def embed_gradient_kernel(
+    dn_ptr,
+    tokens_ptr,
+    previous_ptr,
+    positions_ptr,
+    table_ptr,
+    gate_ptr,
+    strength_ptr,
+    d_table_ptr,
+    d_gate_ptr,
+    d_strength_ptr,
+    T,
+    eps,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GATE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Adds to the gradients of the table, the gate and the strength."""
     i, col = tl.arange(0, GATE)[None, :], tl.arange(0, D)[None, :]
     d_gate, d_strength = tl.zeros((ROWS, GATE), tl.float32), tl.zeros((ROWS,), tl.float32)
     for begin in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         row = (begin + tl.arange(0, ROWS)).to(tl.int64)
         ok = (row < T)[:, None]
-        token, before, first, opened, p, x = smeared(row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C, D, GATE)
+        token, before, first, opened, p, x = smeared(
+            row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C, D, GATE
+        )
         dn = tl.load(dn_ptr + row[:, None] * D + col, mask=ok, other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         dx = rstd * (dn - x * (rstd * rstd * tl.sum(x * dn, 1)[:, None] / D))
         tl.atomic_add(d_table_ptr + token[:, None] * D + col, dx, mask=ok, sem="relaxed")
         if gate_ptr is not None:
             strength, along = tl.load(strength_ptr), tl.sum(p * dx, 1)
-            tl.atomic_add(d_table_ptr + before[:, None] * D + col, (strength * opened)[:, None] * dx, mask=ok & (opened > 0)[:, None], sem="relaxed")
+            tl.atomic_add(
+                d_table_ptr + before[:, None] * D + col,
+                (strength * opened)[:, None] * dx,
+                mask=ok & (opened > 0)[:, None],
+                sem="relaxed",
+            )
             dz = strength * along * opened * (1.0 - opened)
             gate = tl.load(gate_ptr + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32)
             tl.atomic_add(d_table_ptr + token[:, None] * D + i, dz[:, None] * gate, mask=ok & (i < C), sem="relaxed")
@@ -1173,14 +1794,18 @@ def embed_gradient_kernel(dn_ptr, tokens_ptr, previous_ptr, positions_ptr, table
         tl.atomic_add(d_gate_ptr + tl.arange(0, GATE), tl.sum(d_gate, 0), mask=tl.arange(0, GATE) < C, sem="relaxed")
         tl.atomic_add(d_strength_ptr, tl.sum(d_strength, 0), sem="relaxed")
 
+
 class Embed(torch.autograd.Function):
     """embed() through the kernels."""
+
     @staticmethod
     def forward(ctx, tokens, previous, positions, table, gate, strength, eps):
         T, d = len(tokens), table.size(1)
         ctx.width = (0, d, 16) if gate is None else (len(gate), d, triton.next_power_of_2(len(gate)))
         out = torch.empty(T, d, dtype=torch.bfloat16, device=table.device)
-        embed_kernel[(triton.cdiv(T, STREAM_ROWS),)](tokens, previous, positions, table, gate, strength, out, T, eps, *ctx.width, STREAM_ROWS)
+        embed_kernel[(triton.cdiv(T, STREAM_ROWS),)](
+            tokens, previous, positions, table, gate, strength, out, T, eps, *ctx.width, STREAM_ROWS
+        )
         ctx.save_for_backward(tokens, previous, positions, table, gate, strength)
         ctx.eps = eps
         return out
@@ -1188,21 +1813,37 @@ class Embed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dn):
         grads = [None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors[3:]]
-        programs = 3 * processors(dn.device)                            # more contend for the table
-        embed_gradient_kernel[(programs,)](dn.contiguous(), *ctx.saved_tensors, *grads, len(dn), ctx.eps, *ctx.width, STREAM_ROWS)
+        programs = 3 * processors(dn.device)  # more contend for the table
+        embed_gradient_kernel[(programs,)](
+            dn.contiguous(), *ctx.saved_tensors, *grads, len(dn), ctx.eps, *ctx.width, STREAM_ROWS
+        )
         return None, None, None, *grads, None
 
-def embed(tokens: Tensor, previous: Tensor, positions: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+
+def embed(
+    tokens: Tensor,
+    previous: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    gate: Tensor | None,
+    strength: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
     """tokens, previous (T,) int64, positions (T,) int32, table (V, d), gate (c,) and strength () fp32 -> RMSNorm of e_t + strength sigmoid(gate . e_t) e_{t-1}
     (T, d) in ``dtype``, without the second term at position 0 (SmearGate, #1667)."""
     if use_kernels(dtype, table.device, table.size(1)):
         return Embed.apply(tokens, previous, positions, table, gate, strength, eps)
     return embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype)
 
-# --- Sums of streams weighted channel by channel, and their RMSNorm ---
-ONE, NO = -1, -2                                                        # in a form of mix(): the stream as it is; not at all
 
-def mix_reference(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor) -> tuple[Tensor, ...]:
+# --- Sums of streams weighted channel by channel, and their RMSNorm ---
+ONE, NO = -1, -2  # in a form of mix(): the stream as it is; not at all
+
+
+def mix_reference(
+    weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor
+) -> tuple[Tensor, ...]:
     """mix() in plain PyTorch."""
     outputs = []
     for row, scale, kept in zip(form, scales, keep):
@@ -1211,6 +1852,7 @@ def mix_reference(weights: Tensor | None, form: tuple, scales: tuple, keep: tupl
         outputs += [y] * kept + ([] if scale is None else [F.rms_norm(y, y.shape[1:], eps=eps) * scale])
     return tuple(outputs)
 
+
 @triton.jit
 def load_all(ptrs, at, ok):
     """The tiles of all pointers, fp32."""
@@ -1218,6 +1860,7 @@ def load_all(ptrs, at, ok):
     for i in tl.static_range(len(ptrs)):
         tiles = tiles + (tl.load(ptrs[i] + at, mask=ok, other=0.0).to(tl.float32),)
     return tiles
+
 
 @triton.jit
 def mixture(xs, ws, FORM: tl.constexpr, m: tl.constexpr):
@@ -1230,8 +1873,22 @@ def mixture(xs, ws, FORM: tl.constexpr, m: tl.constexpr):
             y += ws[FORM[m][k]] * xs[k]
     return y
 
+
 @triton.jit(do_not_specialize=["T"])
-def mix_kernel(streams, w_ptr, ys, ns, scales, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def mix_kernel(
+    streams,
+    w_ptr,
+    ys,
+    ns,
+    scales,
+    T,
+    eps,
+    FORM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Each of ys and ns may be None. BLOCK is D or the next power of two."""
     col, ws = tl.arange(0, BLOCK)[None, :], ()
     for r in tl.static_range(R):
@@ -1250,13 +1907,31 @@ def mix_kernel(streams, w_ptr, ys, ns, scales, T, eps, FORM: tl.constexpr, R: tl
                     n = wide * (scales[m] * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps))[:, None]
                     tl.store(ns[m] + at, n.to(ns[m].dtype.element_ty), mask=ok)
 
+
 @triton.jit(do_not_specialize=["T"])
-def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps, FORM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-                        ROWS: tl.constexpr):
+def mix_gradient_kernel(
+    streams,
+    w_ptr,
+    dys,
+    dns,
+    scales,
+    grads,
+    dw_ptr,
+    T,
+    eps,
+    FORM: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Gradients of the streams; those of the weights are added to dw_ptr if given. Each of dys, dns and grads may be None."""
     col, ws, sums = tl.arange(0, BLOCK)[None, :], (), ()
     for r in tl.static_range(R):
-        ws, sums = ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),), sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
+        ws, sums = (
+            ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),),
+            sums + (tl.zeros((ROWS, BLOCK), tl.float32),),
+        )
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at, ok = row * D + col, row < T if BLOCK == D else (row < T) & (col < D)
@@ -1290,52 +1965,102 @@ def mix_gradient_kernel(streams, w_ptr, dys, dns, scales, grads, dw_ptr, T, eps,
         sums = added
     if dw_ptr is not None:
         for r in tl.static_range(R):
-            tl.atomic_add(dw_ptr + r * D + tl.arange(0, BLOCK), tl.sum(sums[r], 0), mask=tl.arange(0, BLOCK) < D, sem="relaxed")
+            tl.atomic_add(
+                dw_ptr + r * D + tl.arange(0, BLOCK), tl.sum(sums[r], 0), mask=tl.arange(0, BLOCK) < D, sem="relaxed"
+            )
+
 
 class Mix(torch.autograd.Function):
     """mix() through the kernels. A row that is one stream as it is costs nothing forward: its gradient joins where the stream's others arise."""
+
     @staticmethod
     def forward(ctx, weights, form, scales, keep, eps, *streams):
-        weights, (T, d), R = (None, streams[0].shape, 0) if weights is None else (weights.contiguous(), streams[0].shape, len(weights))
+        weights, (T, d), R = (
+            (None, streams[0].shape, 0) if weights is None else (weights.contiguous(), streams[0].shape, len(weights))
+        )
         streams = tuple(x.contiguous() for x in streams)
         alias = [row.index(ONE) if sorted(row)[-2:] in ([ONE], [NO, ONE]) else None for row in form]
         ys = tuple(torch.empty_like(streams[0]) if kept and a is None else None for a, kept in zip(alias, keep))
         ns = tuple(None if scale is None else torch.empty_like(streams[0]) for scale in scales)
         if any(t is not None for t in ys + ns):
-            mix_kernel[(STREAM_PROGRAMS * processors(streams[0].device),)](streams, weights, ys, ns, scales, T, eps, form, R, d, triton.next_power_of_2(d), STREAM_ROWS)
+            mix_kernel[(STREAM_PROGRAMS * processors(streams[0].device),)](
+                streams, weights, ys, ns, scales, T, eps, form, R, d, triton.next_power_of_2(d), STREAM_ROWS
+            )
         ctx.save_for_backward(weights, *streams)
         ctx.constants = form, scales, keep, eps
         ctx.set_materialize_grads(False)
-        outputs = ((streams[a].view_as(streams[a]) if a is not None and kept else y, n) for a, kept, y, n in zip(alias, keep, ys, ns))
+        outputs = (
+            (streams[a].view_as(streams[a]) if a is not None and kept else y, n)
+            for a, kept, y, n in zip(alias, keep, ys, ns)
+        )
         return tuple(t for pair in outputs for t in pair if t is not None)
 
     @staticmethod
     def backward(ctx, *d_outputs):
         (weights, *streams), (form, scales, keep, eps) = ctx.saved_tensors, ctx.constants
         arriving = iter(None if t is None else t.contiguous() for t in d_outputs)
-        dys, dns = zip(*((next(arriving) if kept else None, next(arriving) if scale is not None else None) for kept, scale in zip(keep, scales)))
-        columns, need_w = list(zip(*form)), ctx.needs_input_grad[0]     # streams of equal columns have one gradient
+        dys, dns = zip(
+            *(
+                (next(arriving) if kept else None, next(arriving) if scale is not None else None)
+                for kept, scale in zip(keep, scales)
+            )
+        )
+        columns, need_w = list(zip(*form)), ctx.needs_input_grad[0]  # streams of equal columns have one gradient
         firsts = [columns.index(column) for column in columns]
         needed = {first for first, need in zip(firsts, ctx.needs_input_grad[5:]) if need}
         grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(streams))
-        d_weights, (T, d), rows = torch.zeros_like(weights) if need_w else None, streams[0].shape, 0 if weights is None else len(weights)
-        programs, tile = (6, STREAM_ROWS) if len(streams) < 4 else (8, 1)       # four rows of four streams do not fit into the registers
-        mix_gradient_kernel[(programs * processors(streams[0].device),)](tuple(streams), weights, dys, dns, scales, grads, d_weights, T, eps, form, rows, d,
-                                                                         triton.next_power_of_2(d), tile)
-        return d_weights, None, None, None, None, *(grads[k] if need else None for k, need in zip(firsts, ctx.needs_input_grad[5:]))
+        d_weights, (T, d), rows = (
+            torch.zeros_like(weights) if need_w else None,
+            streams[0].shape,
+            0 if weights is None else len(weights),
+        )
+        programs, tile = (
+            (6, STREAM_ROWS) if len(streams) < 4 else (8, 1)
+        )  # four rows of four streams do not fit into the registers
+        mix_gradient_kernel[(programs * processors(streams[0].device),)](
+            tuple(streams),
+            weights,
+            dys,
+            dns,
+            scales,
+            grads,
+            d_weights,
+            T,
+            eps,
+            form,
+            rows,
+            d,
+            triton.next_power_of_2(d),
+            tile,
+        )
+        return (
+            d_weights,
+            None,
+            None,
+            None,
+            None,
+            *(grads[k] if need else None for k, need in zip(firsts, ctx.needs_input_grad[5:])),
+        )
 
-def mix(weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor) -> tuple[Tensor, ...]:
+
+def mix(
+    weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor
+) -> tuple[Tensor, ...]:
     """Weighted sums of streams (T, d). For each row of ``form``: its sum (T, d) if kept, then the sum's RMSNorm times its scale (T, d) unless that is None.
     A row names for each stream the row of weights (R, d) fp32 that multiplies it, ONE or NO. One with a single ONE hands a stream on, whose gradients then meet here."""
-    return (Mix.apply if use_kernels(streams[0].dtype, streams[0].device) else mix_reference)(weights, form, scales, keep, eps, *streams)
+    return (Mix.apply if use_kernels(streams[0].dtype, streams[0].device) else mix_reference)(
+        weights, form, scales, keep, eps, *streams
+    )
+
 
 # --- A product and the attention gate's, from one input ---
 class GatedLinear(torch.autograd.Function):
     """gated_linear(): a Function, so that the gradient of the leading channels is added in place and not as a padded (T, d)."""
+
     @staticmethod
     def forward(ctx, x, w, gate):
         ctx.save_for_backward(x, w, gate)
-        return F.linear(x, w), F.linear(x[:, :gate.size(1)], gate)
+        return F.linear(x, w), F.linear(x[:, : gate.size(1)], gate)
 
     @staticmethod
     def backward(ctx, dy, dz):
@@ -1343,14 +2068,17 @@ class GatedLinear(torch.autograd.Function):
         need_x, need_w, need_gate = ctx.needs_input_grad
         dx = dy @ w if need_x else None
         if need_x:
-            dx[:, :gate.size(1)].addmm_(dz, gate)
-        return dx, dy.T @ x if need_w else None, dz.T @ x[:, :gate.size(1)] if need_gate else None
+            dx[:, : gate.size(1)].addmm_(dz, gate)
+        return dx, dy.T @ x if need_w else None, dz.T @ x[:, : gate.size(1)] if need_gate else None
+
 
 def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, d), w (n, d), gate (H, c) -> x @ w.T (T, n), and of its leading channels x[:, :c] @ gate.T (T, H)."""
     return GatedLinear.apply(x, w, gate)
 
+
 # ======== Attention backends: one function, found in the order FlashAttention 3, FlashAttention 4, torch's FlashAttention 2, masked reference ================
+
 
 def segment_groups(cu_q: Tensor, cu_k: Tensor, window: int):
     """Runs of consecutive segments of equal lengths: (slices of queries and keys, segments, causal mask (n, m) aligned at its end, ``window`` keys back, -1: all)."""
@@ -1363,25 +2091,34 @@ def segment_groups(cu_q: Tensor, cu_k: Tensor, window: int):
             mask = torch.ones(n, m, dtype=torch.bool, device=cu_q.device).tril(m - n)
             yield slice(at_q, end_q), slice(at_k, end_k), segments, mask if window < 0 else mask.triu(m - n - window)
 
+
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """q (B, KV, G, n, D), k (B, KV, 1, m, D) -> (B, KV, G, n, m), softmax over the keys that the mask allows."""
     return (q @ k.mT * q.size(-1) ** -0.5).masked_fill_(~mask, -torch.inf).softmax(-1)
+
 
 def heads_first(t: Tensor, segments: int, kv_heads: int) -> Tensor:
     """(segments n, H, D) -> (segments, KV, H / KV, n, D)."""
     return t.unflatten(0, (segments, -1)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
+
 def tokens_first(t: Tensor) -> Tensor:
     """(segments, KV, H / KV, n, D) -> (segments n, H, D)."""
     return t.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
 
 def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1) -> tuple[Tensor, Tensor]:
     """Causal attention of packed segments in plain torch. The log-sum-exp is empty, since the backward pass recomputes."""
     out, kv = torch.empty_like(q), k.size(1)
     for at_q, at_k, segments, mask in segment_groups(cu_q, cu_k, window):
-        qs, ks, vs = heads_first(q[at_q], segments, kv), heads_first(k[at_k], segments, kv), heads_first(v[at_k], segments, kv)
+        qs, ks, vs = (
+            heads_first(q[at_q], segments, kv),
+            heads_first(k[at_k], segments, kv),
+            heads_first(v[at_k], segments, kv),
+        )
         out[at_q] = tokens_first(attention_weights(qs, ks, mask) @ vs)
     return out, q.new_empty(0, dtype=torch.float32)
+
 
 def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1):
     """Gradients of reference_forward by q, k, v, written out."""
@@ -1397,45 +2134,110 @@ def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, wi
         dv[at_k] = tokens_first((p.mT @ ds).sum(2, keepdim=True))
     return dq, dk, dv
 
+
 def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: out (Tq, H, D) and log-sum-exp (H, Tq) fp32."""
     nothing = [None] * 4
-    out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, *nothing, cu_q, cu_k, None, None, None, max_q, max_k, *nothing, None, None, None, None, None,
-                                              q.size(-1) ** -0.5, True, window, 0, num_splits=1)    # its own choice splits, and a combining kernel eats the gain
+    out, lse, *_ = torch.ops.flash_attn_3.fwd(
+        q,
+        k,
+        v,
+        *nothing,
+        cu_q,
+        cu_k,
+        None,
+        None,
+        None,
+        max_q,
+        max_k,
+        *nothing,
+        None,
+        None,
+        None,
+        None,
+        None,
+        q.size(-1) ** -0.5,
+        True,
+        window,
+        0,
+        num_splits=1,
+    )  # its own choice splits, and a combining kernel eats the gain
     return out, lse
+
 
 def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: gradients of q, k, v."""
     grads = empty_like(q, k, v)
-    torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, *grads, cu_q, cu_k, None, None, max_q, max_k, q.size(-1) ** -0.5, True, window, 0)
-    return grads                                                        # written in place; builds differ in what the operator returns
+    torch.ops.flash_attn_3.bwd(
+        dout, q, k, v, out, lse, *grads, cu_q, cu_k, None, None, max_q, max_k, q.size(-1) ** -0.5, True, window, 0
+    )
+    return grads  # written in place; builds differ in what the operator returns
+
 
 def fa4_arguments(cu_q, cu_k, max_q, max_k, window) -> dict:
     """What both directions of FlashAttention 4 take; it has no -1 for a window that reaches back to the start."""
-    return dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, causal=True, window_size_left=None if window < 0 else window)
+    return dict(
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        causal=True,
+        window_size_left=None if window < 0 else window,
+    )
+
 
 def fa4_forward(q, k, v, *where):
     """FlashAttention 4 (CuTe DSL, compiled at first use): out and log-sum-exp (H, Tq)."""
     return sys.modules[ATTENTION_MODULES["fa4"]]._flash_attn_fwd(q, k, v, return_lse=True, **fa4_arguments(*where))[:2]
 
+
 def fa4_backward(dout, q, k, v, out, lse, *where):
     """FlashAttention 4: gradients of q, k, v."""
     return sys.modules[ATTENTION_MODULES["fa4"]]._flash_attn_bwd(q, k, v, out, dout, lse, **fa4_arguments(*where))
 
+
 def torch_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
     """torch's own FlashAttention 2: out and log-sum-exp."""
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, window_size_left=window, window_size_right=0)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, window_size_left=window, window_size_right=0
+    )
     return out, lse
+
 
 def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     """torch's own FlashAttention 2: gradients of q, k, v."""
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)          # dropout state, unused at rate 0
-    return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, seed, seed[0], window_size_left=window,
-                                                    window_size_right=0)
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout state, unused at rate 0
+    return torch.ops.aten._flash_attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        0.0,
+        True,
+        seed,
+        seed[0],
+        window_size_left=window,
+        window_size_right=0,
+    )
 
-BACKENDS = {"fa3": (fa3_forward, fa3_backward), "fa4": (fa4_forward, fa4_backward), "torch": (torch_forward, torch_backward),
-            "reference": (reference_forward, reference_backward)}
-ATTENTION_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"}    # the first registers torch.ops.flash_attn_3
+
+BACKENDS = {
+    "fa3": (fa3_forward, fa3_backward),
+    "fa4": (fa4_forward, fa4_backward),
+    "torch": (torch_forward, torch_backward),
+    "reference": (reference_forward, reference_backward),
+}
+ATTENTION_MODULES = {
+    "fa3": "flash_attn_interface",
+    "fa4": "flash_attn.cute.interface",
+}  # the first registers torch.ops.flash_attn_3
+
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
     """The first backend that loads and agrees with the reference on this device."""
@@ -1450,15 +2252,18 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
                 importlib.import_module(ATTENTION_MODULES[name])
             check_backend(name, cfg, device)
             return name
-        except Exception as e:                                          # any fault of a third-party library only means: try the next
+        except Exception as e:  # any fault of a third-party library only means: try the next
             reasons.append(f"{name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     raise UserError(f"ATTENTION={cfg.attention}: no backend works here ({'; '.join(reasons)})")
+
 
 def check_backend(name: str, cfg: Config, device: torch.device):
     """Forward and backward on two documents against the reference, whole and behind cached keys, with a window and without, relative error below 2 % (bf16)."""
     generator, head_dim = torch.Generator(device).manual_seed(0), cfg.model_dim // cfg.num_heads
-    q, k, v, dout = (torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
-                     for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads))
+    q, k, v, dout = (
+        torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
+        for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads)
+    )
     forward, backward = BACKENDS[name]
     cu_k, cached = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ([0, 100, 384], [0, 30, 130]))
     for window, (cu_q, n) in itertools.product((-1, 64), ((cu_k, 384), (cached, 130))):
@@ -1472,8 +2277,10 @@ def check_backend(name: str, cfg: Config, device: torch.device):
             if not error < 0.02:
                 raise RuntimeError(f"differs from the reference by {error:.1%}")
 
+
 class Attention(torch.autograd.Function):
     """The chosen backend: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
+
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, window, backend):
         out, lse = BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k, window)
@@ -1485,70 +2292,93 @@ class Attention(torch.autograd.Function):
     def backward(ctx, dout):
         return *BACKENDS[ctx.backend][1](dout.contiguous(), *ctx.saved_tensors, *ctx.constants)[:3], *[None] * 6
 
+
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, backend: str) -> Tensor:
     """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype; window: tokens reached back, -1: all. Flash kernels get bf16 whatever arrives (B68)."""
     inputs = [t if backend == "reference" else t.to(torch.bfloat16) for t in (q, k, v)]
     return Attention.apply(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window, backend).to(q.dtype)
 
+
 # ======== Model: one trunk, one head ==========================================================================================================================
 
-NORM_EPS = 2.0 ** -23                                                   # the embedding's mean square begins at 2.5e-5: bf16's epsilon would crush it
+NORM_EPS = 2.0**-23  # the embedding's mean square begins at 2.5e-5: bf16's epsilon would crush it
+
 
 class Visit(NamedTuple):
     """One stop of the trunk: which layer, which earlier visit is merged in by which skip, and whether two lanes run."""
+
     layer: int
-    skip: int | None      # row of skip_weights and skip_gates
-    source: int | None    # index of the visit whose output is merged
+    skip: int | None  # row of skip_weights and skip_gates
+    source: int | None  # index of the visit whose output is merged
     lanes: bool
+
 
 def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second half merges their outputs, last first."""
     loop = list(range(cfg.loop_start, cfg.loop_end + 1)) * (cfg.num_loops + 1)
-    layers = [*range(cfg.loop_start), *loop, *range(cfg.loop_end + 1, cfg.num_layers)] if looped and cfg.num_loops else list(range(cfg.num_layers))
+    layers = (
+        [*range(cfg.loop_start), *loop, *range(cfg.loop_end + 1, cfg.num_layers)]
+        if looped and cfg.num_loops
+        else list(range(cfg.num_layers))
+    )
     encoder = len(layers) // 2
     visits = []
     for i, layer in enumerate(layers):
-        j = i - encoder                                                 # decoder visit
+        j = i - encoder  # decoder visit
         merges = 0 <= j < encoder
         lanes = cfg.parallel_mode == "lanes" and j >= 0 and 0 < cfg.parallel_start_layer <= layer
         visits.append(Visit(layer, j if merges else None, encoder - 1 - j if merges else None, lanes))
     return tuple(visits)
 
+
 class Cache(NamedTuple):
     """What earlier tokens left behind, for rows of equal length: keys and values of each visit, and the last token for SmearGate."""
-    keys: Tensor          # (visits, rows, length, KV, D)
-    values: Tensor        # (visits, rows, length, KV, D)
-    last: Tensor          # (rows,) int64
+
+    keys: Tensor  # (visits, rows, length, KV, D)
+    values: Tensor  # (visits, rows, length, KV, D)
+    last: Tensor  # (rows,) int64
+
 
 class Site(NamedTuple):
     """What a visit computes with."""
+
     layer: int
-    weights: tuple[Tensor, ...]         # qkv, o, up, down
-    rows: Tensor                        # of GPT.mixing
+    weights: tuple[Tensor, ...]  # qkv, o, up, down
+    rows: Tensor  # of GPT.mixing
     rope: tuple[Tensor, Tensor]
     seq: Seq
-    delta: Callable                     # kind -> low-rank delta or None
-    watch: Callable                     # (kind, x): shows the input of a product to whoever taps it
+    delta: Callable  # kind -> low-rank delta or None
+    watch: Callable  # (kind, x): shows the input of a product to whoever taps it
     past: tuple[Tensor, Tensor] | None  # cached keys and values
+
 
 class GPT(nn.Module):
     """The network of #1855. Matrices of all layers are stacked, so that optimizer and quantizer see one tensor of a kind.
     tok_emb (V, d) | qkv (L, (H + 2 KV) D, d) | o (L, d, H D) | up (L, hidden, d) | down (L, d, hidden)
     attn_scale, mlp_scale (L, d) | resid_mix (L, 2, d) | q_gain (L, H) | attn_gate (L, H, window) | skip_weights, skip_gates (skips, d)
     parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda () | caps (2,), positive and negative logits"""
+
     def __init__(self, cfg: Config, attention: str, dtype: torch.dtype):
         """attention: a name in BACKENDS; dtype: of activations and matrix products (parameters are fp32)."""
         super().__init__()
         self.cfg, self.attention, self.dtype = cfg, attention, dtype
         layers, d, self.head_dim = cfg.num_layers, cfg.model_dim, cfg.model_dim // cfg.num_heads
-        self.q_dim, self.kv_dim, hidden = cfg.num_heads * self.head_dim, cfg.num_kv_heads * self.head_dim, int(cfg.mlp_mult * d)
+        self.q_dim, self.kv_dim, hidden = (
+            cfg.num_heads * self.head_dim,
+            cfg.num_kv_heads * self.head_dim,
+            int(cfg.mlp_mult * d),
+        )
         self.schedules = {looped: visit_schedule(cfg, looped) for looped in (False, True)}
         full = {int(n) for n in cfg.attn_full_layers.split(",") if n} if cfg.attn_window else range(layers)
         self.norm_scales = [1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0 for layer in range(layers)]
-        self.gate_slope, self.gate_top = (cfg.sparse_attn_gate_scale, 1.0) if cfg.sparse_attn_gate_enabled else (1.0, 2.0)     # 2 sigmoid(0) = 1 without a gate
+        self.gate_slope, self.gate_top = (
+            (cfg.sparse_attn_gate_scale, 1.0) if cfg.sparse_attn_gate_enabled else (1.0, 2.0)
+        )  # 2 sigmoid(0) = 1 without a gate
         self.windows = [-1 if layer in full else cfg.attn_window for layer in range(layers)]
         skips = max(sum(v.skip is not None for v in s) for s in self.schedules.values())
-        parameter = lambda *shape, value=None: nn.Parameter(torch.empty(shape) if value is None else torch.full(shape, float(value)))
+        parameter = lambda *shape, value=None: nn.Parameter(
+            torch.empty(shape) if value is None else torch.full(shape, float(value))
+        )
         self.tok_emb = parameter(cfg.vocab_size, d)
         self.qkv = parameter(layers, self.q_dim + 2 * self.kv_dim, d)
         self.o = parameter(layers, d, self.q_dim, value=0)
@@ -1568,8 +2398,12 @@ class GPT(nn.Module):
         self.smear_lambda = parameter(value=0) if cfg.smear_gate_enabled else None
         inverse = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32) / max(cfg.rope_dims, 1))
         self.register_buffer("rope_frequency", inverse, persistent=False)
-        self.caps = parameter(2, value=cfg.logit_softcap) if cfg.asym_logit_rescale else nn.Buffer(torch.full((2,), cfg.logit_softcap), persistent=False)
-        self.calibration = None                                         # factor () and bias (V,) of the softcapped logits, where the artifact has them
+        self.caps = (
+            parameter(2, value=cfg.logit_softcap)
+            if cfg.asym_logit_rescale
+            else nn.Buffer(torch.full((2,), cfg.logit_softcap), persistent=False)
+        )
+        self.calibration = None  # factor () and bias (V,) of the softcapped logits, where the artifact has them
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -1583,26 +2417,36 @@ class GPT(nn.Module):
 
     def layer_weights(self) -> list[tuple[Tensor, ...]]:
         """(qkv, o, up, down[, attn_gate]) of each layer in the compute dtype. The sublayer scales multiply rows of o and down: weights are smaller than data."""
-        stacks = self.qkv, self.o * self.attn_scale[:, :, None], self.up, self.down * self.mlp_scale[:, :, None], *([] if self.attn_gate is None else [self.attn_gate])
+        stacks = (
+            self.qkv,
+            self.o * self.attn_scale[:, :, None],
+            self.up,
+            self.down * self.mlp_scale[:, :, None],
+            *([] if self.attn_gate is None else [self.attn_gate]),
+        )
         return list(zip(*(s.to(self.dtype).unbind(0) for s in stacks)))
 
     def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         """tokens (T,) -> x0 (T, d), normed."""
         rows = tokens[None] if cache is None else tokens.unflatten(0, (len(cache.last), -1))
         previous = torch.cat((rows[:, :1] if cache is None else cache.last[:, None], rows[:, :-1]), 1).flatten()
-        return embed(tokens, previous, positions, self.tok_emb, self.smear_gate, self.smear_lambda, NORM_EPS, self.dtype)
+        return embed(
+            tokens, previous, positions, self.tok_emb, self.smear_gate, self.smear_lambda, NORM_EPS, self.dtype
+        )
 
     def mixing(self, looped: bool) -> tuple[Tensor, ...]:
         """For each visit rows (5, d): attention reads row 0 of x0, row 1 of the stream and row 2 of an earlier visit's output that joins it; of the last two,
         lane 0 becomes rows 3 and 4. A skip merges g stream + (1 - g) w joining with g = sigmoid(gate), or stream + w joining without gates (U-Net)."""
         schedule, mixes = self.schedules[looped], self.resid_mix.unbind(0)
         stay, begin = torch.stack([mixes[visit.layer] for visit in schedule]).unbind(1)
-        skips = [i for i, visit in enumerate(schedule) if visit.skip is not None]       # consecutive, the first of them first
-        w = self.skip_weights[:len(skips)]
-        g = torch.ones_like(w) if self.skip_gates is None else torch.sigmoid(self.skip_gates[:len(skips)])
+        skips = [
+            i for i, visit in enumerate(schedule) if visit.skip is not None
+        ]  # consecutive, the first of them first
+        w = self.skip_weights[: len(skips)]
+        g = torch.ones_like(w) if self.skip_gates is None else torch.sigmoid(self.skip_gates[: len(skips)])
         joining = w if self.skip_gates is None else (1 - g) * w
-        g = torch.cat((g[:1] + joining[:1], g[1:]))                     # the first skip would join the visit before to itself
-        begin = torch.cat((begin[:1] + stay[:1], begin[1:]))            # the first visit finds x0 in the stream, too
+        g = torch.cat((g[:1] + joining[:1], g[1:]))  # the first skip would join the visit before to itself
+        begin = torch.cat((begin[:1] + stay[:1], begin[1:]))  # the first visit finds x0 in the stream, too
         before = skips[0] if skips else 0
         around = 0, 0, before, len(schedule) - before - len(skips)
         g, joining = F.pad(g - 1, around) + 1, F.pad(joining, around)
@@ -1613,22 +2457,52 @@ class GPT(nn.Module):
         lora.at(kind, visit) gives a delta or None; tap(kind, layer, x) sees the input of every product. With lora or cache, tokens are rows of equal length, flattened."""
         x0 = self.embed(tokens, seq.positions, cache)
         angle = seq.positions[:, None].float() * self.rope_frequency
-        schedule, weights, mixing, rope = self.schedules[looped], self.layer_weights(), self.mixing(looped), (angle.cos(), angle.sin())
+        schedule, weights, mixing, rope = (
+            self.schedules[looped],
+            self.layer_weights(),
+            self.mixing(looped),
+            (angle.cos(), angle.sin()),
+        )
         sources = {visit.source for i, visit in enumerate(schedule) if visit.source != i - 1}
-        terms, lanes, outputs, fresh = (), None, {}, []                 # the residual stream is the sum of its terms: additions wait for the norm that reads them
+        terms, lanes, outputs, fresh = (
+            (),
+            None,
+            {},
+            [],
+        )  # the residual stream is the sum of its terms: additions wait for the norm that reads them
         for i, visit in enumerate(schedule):
             delta = (lambda kind, i=i: lora.at(kind, i)) if lora is not None else lambda kind: None
-            watch = (lambda kind, x, layer=visit.layer: tap(kind, layer, x)) if tap is not None else lambda kind, x: None
-            site = Site(visit.layer, weights[visit.layer], mixing[i], rope, seq, delta, watch, None if cache is None else (cache.keys[i], cache.values[i]))
+            watch = (
+                (lambda kind, x, layer=visit.layer: tap(kind, layer, x)) if tap is not None else lambda kind, x: None
+            )
+            site = Site(
+                visit.layer,
+                weights[visit.layer],
+                mixing[i],
+                rope,
+                seq,
+                delta,
+                watch,
+                None if cache is None else (cache.keys[i], cache.values[i]),
+            )
             joining = (outputs[visit.source],) if visit.source in outputs else ()
             if visit.lanes and lanes is None:
-                lane, normed = mix(None, ((ONE,) * len(terms),), (self.norm_scales[visit.layer],), (True,), NORM_EPS, *terms)
+                lane, normed = mix(
+                    None, ((ONE,) * len(terms),), (self.norm_scales[visit.layer],), (True,), NORM_EPS, *terms
+                )
                 lanes = lane, lane, normed
             if lanes is None:
                 terms, x0, outputs[i - 1], kv = self.one_lane(site, x0, terms, joining, i - 1 in sources)
             else:
-                lanes, x0, kv = self.two_lanes(site, x0, lanes, joining, visit.skip is not None, schedule[i + 1].layer if i + 1 < len(schedule) else None)
-            if cache is not None:                                       # nobody else asks, and they are 0.2 GB a visit in training
+                lanes, x0, kv = self.two_lanes(
+                    site,
+                    x0,
+                    lanes,
+                    joining,
+                    visit.skip is not None,
+                    schedule[i + 1].layer if i + 1 < len(schedule) else None,
+                )
+            if cache is not None:  # nobody else asks, and they are 0.2 GB a visit in training
                 fresh.append(kv)
         hidden = mix(None, ((ONE,) * len(terms),), (1.0,), (False,), NORM_EPS, *terms)[0] if lanes is None else lanes[0]
         if cache is None:
@@ -1641,10 +2515,12 @@ class GPT(nn.Module):
         row = lambda *r: (r[0], *[r[1]] * len(terms), *[r[2]] * len(joining))
         scale, streams = self.norm_scales[site.layer], (x0, *terms, *joining)
         form, scales = (row(0, 1, 2), row(ONE, NO, NO), row(NO, ONE, NO)), (scale, None, None)
-        x, n, x0, *before = mix(site.rows, form[:2 + keep], scales[:2 + keep], (True,) * (2 + keep), NORM_EPS, *streams)
+        x, n, x0, *before = mix(
+            site.rows, form[: 2 + keep], scales[: 2 + keep], (True,) * (2 + keep), NORM_EPS, *streams
+        )
         a, kv = self.attn(n, site)
         if self.cfg.parallel_mode == "gptj" and 0 < self.cfg.parallel_start_layer <= site.layer:
-            terms = x, a                                                # #1493: the MLP reads what the attention read
+            terms = x, a  # #1493: the MLP reads what the attention read
         else:
             x, n = mix(None, ((ONE, ONE),), (scale,), (True,), NORM_EPS, x, a)
             terms = (x,)
@@ -1654,23 +2530,52 @@ class GPT(nn.Module):
         """Attention reads lane 0, which alone receives the skip, the MLP reads lane 1, and both write both (#1529). lanes: both, and the norm of the second.
         -> lanes for layer ``following``, or if that is None the final hidden states alone; x0 as handed on; new keys and values."""
         row = lambda *r: (r[0], r[1], NO, *[r[2]] * len(joining))
-        form = row(0, 1, 2), row(ONE, NO, NO), row(NO, 3, 4) if skips else row(NO, ONE, NO), (NO, NO, ONE, *[NO] * len(joining))
-        n, x0, first, second = mix(site.rows, form, (self.norm_scales[site.layer], None, None, None), (False, True, True, True), NORM_EPS, x0, *lanes[:2], *joining)
+        form = (
+            row(0, 1, 2),
+            row(ONE, NO, NO),
+            row(NO, 3, 4) if skips else row(NO, ONE, NO),
+            (NO, NO, ONE, *[NO] * len(joining)),
+        )
+        n, x0, first, second = mix(
+            site.rows,
+            form,
+            (self.norm_scales[site.layer], None, None, None),
+            (False, True, True, True),
+            NORM_EPS,
+            x0,
+            *lanes[:2],
+            *joining,
+        )
         (a, kv), m = self.attn(n, site), self.mlp(lanes[2], site)
-        stay, attn, mlp = torch.cat((self.parallel_resid[site.layer][None], self.parallel_post[site.layer])).unbind(0)     # each by the lane written
+        stay, attn, mlp = torch.cat((self.parallel_resid[site.layer][None], self.parallel_post[site.layer])).unbind(
+            0
+        )  # each by the lane written
         if following is None:
             share = {"mean": (0.5, 0.5), "attn": (1.0, 0.0), "mlp": (0.0, 1.0)}[self.cfg.parallel_final_lane]
             stay, attn, mlp = ((share[0] * t[:1], share[1] * t[1:]) for t in (stay, attn, mlp))
             weights, form, scales, keep = (*stay, sum(attn), sum(mlp)), ((0, 1, 2, 3),), (1.0,), (False,)
         else:
-            weights, form, scales, keep = (stay, attn, mlp), ((0, NO, 2, 4), (NO, 1, 3, 5)), (None, self.norm_scales[following]), (True, True)
-        return mix(torch.cat(weights)[:, None].expand(-1, n.size(1)), form, scales, keep, NORM_EPS, first, second, a, m), x0, kv
+            weights, form, scales, keep = (
+                (stay, attn, mlp),
+                ((0, NO, 2, 4), (NO, 1, 3, 5)),
+                (None, self.norm_scales[following]),
+                (True, True),
+            )
+        return (
+            mix(torch.cat(weights)[:, None].expand(-1, n.size(1)), form, scales, keep, NORM_EPS, first, second, a, m),
+            x0,
+            kv,
+        )
 
     def attn(self, n: Tensor, site: Site) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """n (T, d) -> (T, d), and this visit's new keys and values (T, KV, D), or (T, H, D) where no cache is kept."""
         cfg, layer, delta = self.cfg, site.layer, site.delta("qkv")
         site.watch("qkv", n)
-        qkv, z = (F.linear(n, site.weights[0]), n.new_zeros(len(n), cfg.num_heads)) if self.attn_gate is None else gated_linear(n, site.weights[0], site.weights[4])
+        qkv, z = (
+            (F.linear(n, site.weights[0]), n.new_zeros(len(n), cfg.num_heads))
+            if self.attn_gate is None
+            else gated_linear(n, site.weights[0], site.weights[4])
+        )
         qkv = qkv if delta is None else qkv + delta(n)
         copies = cfg.num_heads // cfg.num_kv_heads if site.past is None else 1
         q, k, v, own = qkv_heads(qkv, self.q_gain[layer], *site.rope, cfg.num_kv_heads, copies, NORM_EPS)
@@ -1682,7 +2587,10 @@ class GPT(nn.Module):
         else:
             y = (y * (self.gate_top * torch.sigmoid(self.gate_slope * z.float()))[:, :, None]).to(self.dtype)
         site.watch("o", y := y.flatten(1))
-        y, parallel = F.linear(y, site.weights[1]), site.delta("o")     # the adapter reads the sublayer's input, as #1855's does
+        y, parallel = (
+            F.linear(y, site.weights[1]),
+            site.delta("o"),
+        )  # the adapter reads the sublayer's input, as #1855's does
         return (y if parallel is None else y + parallel(n)), (k, v)
 
     def mlp(self, n: Tensor, site: Site) -> Tensor:
@@ -1711,22 +2619,27 @@ class GPT(nn.Module):
             return torch.dot(self.nll(hidden, targets), weight)
         return head_loss(hidden, self.tok_emb.to(self.dtype), targets, self.caps, weight)
 
+
 # ======== Adapters: LoRA stacked over visits and documents ====================================================================================================
+
 
 class LoRA(NamedTuple):
     """One adapter for each visit and document: delta(x) = scale x A B. Leaves of autograd, never module parameters, so the model stays unaware.
     In this order of dimensions their gradients come out of the products contiguous, as the fused optimizer needs them."""
+
     a: dict[str, list[Tensor]]  # kind -> for each visit (documents, in, rank) fp32
     b: dict[str, list[Tensor]]  # kind -> for each visit (documents, rank, out) fp32
-    widths: dict[str, int]      # kind -> out, of every kind, adapted or not
-    scale: float                # alpha / rank
+    widths: dict[str, int]  # kind -> out, of every kind, adapted or not
+    scale: float  # alpha / rank
 
     def at(self, kind: str, visit: int) -> Callable | None:
         """The delta of one site as a function of its input (documents * n, in); None where nothing is adapted. "qkv" joins three kinds."""
         kinds = ("q", "k", "v") if kind == "qkv" else (kind,)
         if not any(k in self.a for k in kinds):
             return None
-        return lambda x: torch.cat([self.delta(k, visit, x) if k in self.a else x.new_zeros(x.size(0), self.widths[k]) for k in kinds], dim=-1)
+        return lambda x: torch.cat(
+            [self.delta(k, visit, x) if k in self.a else x.new_zeros(x.size(0), self.widths[k]) for k in kinds], dim=-1
+        )
 
     def delta(self, kind: str, visit: int, x: Tensor) -> Tensor:
         a, b = self.a[kind][visit].to(x.dtype), (self.scale * self.b[kind][visit]).to(x.dtype)
@@ -1737,8 +2650,11 @@ class LoRA(NamedTuple):
 
     def first(self, documents: int) -> "LoRA":
         """The adapters of the first documents: leaves of their own in the same memory."""
-        cut = lambda part: {kind: [t.detach()[:documents].requires_grad_() for t in visits] for kind, visits in part.items()}
+        cut = lambda part: {
+            kind: [t.detach()[:documents].requires_grad_() for t in visits] for kind, visits in part.items()
+        }
         return self._replace(a=cut(self.a), b=cut(self.b))
+
 
 def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
     """A uniform in +-1/sqrt(in) and the same for every document, so that no score depends on the batch a document is in; B zero."""
@@ -1753,32 +2669,40 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
             b[kind] = [torch.zeros(documents, rank, width, device=device).requires_grad_() for _ in range(n)]
     return LoRA(a, b, widths, alpha / rank)
 
+
 # ======== Optimizers: Muon for matrices, Adam for the rest, the averaged weights ==============================================================================
 
-MUON_COEFFICIENTS = {                                                   # (a, b, c) of each iteration
-    "polar_express": (                                                  # arXiv 2505.16932, #1344
-        (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
-    "newton_schulz": ((3.4445, -4.7750, 2.0315),) * 5}
+MUON_COEFFICIENTS = {  # (a, b, c) of each iteration
+    "polar_express": (  # arXiv 2505.16932, #1344
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+    "newton_schulz": ((3.4445, -4.7750, 2.0315),) * 5,
+}
+
 
 def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
     """Nearest semi-orthogonal matrices of u (n, rows, cols), by one odd quintic iteration for each (a, b, c). Five of Polar Express leave singular values
     within about 0.1 of 1, five of the constant ones within about 0.3."""
     x, wide = u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7), u.size(1) <= u.size(2)
-    for a, b, c in coefficients:                                        # the Gram matrix of the shorter side
+    for a, b, c in coefficients:  # the Gram matrix of the shorter side
         gram = x @ x.mT if wide else x.mT @ x
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, *((polynomial, x) if wide else (x, polynomial)), beta=a)
     return x
 
+
 class MuonGroup:
     """Matrices of one shape out of several parameters: blocks are (parameter, first row, end row), all layers each."""
+
     def __init__(self, blocks: list[tuple[nn.Parameter, int, int]], world: int, dtype: torch.dtype):
         self.blocks = blocks
         self.rows, self.cols = blocks[0][2] - blocks[0][1], blocks[0][0].size(2)
         self.count = sum(p.size(0) for p, _, _ in blocks)
-        self.shard = -(-self.count // world)                            # matrices of one rank; the last rank's may be padding
+        self.shard = -(-self.count // world)  # matrices of one rank; the last rank's may be padding
         self.padded = self.shard * world
         self.momentum = torch.zeros(self.shard, self.rows, self.cols, dtype=dtype, device=blocks[0][0].device)
         self.scale = math.sqrt(max(1.0, self.rows / self.cols))
@@ -1791,27 +2715,50 @@ class MuonGroup:
     def apply_(self, update: Tensor, lr: float, wd: float):
         at = 0
         for p, lo, hi in self.blocks:
-            p[:, lo:hi].mul_(1 - lr * wd).add_(update[at:at + p.size(0)], alpha=-lr * self.scale)
+            p[:, lo:hi].mul_(1 - lr * wd).add_(update[at : at + p.size(0)], alpha=-lr * self.scale)
             at += p.size(0)
+
 
 class Optimizer:
     """One step: reduce the summed gradients over the ranks, clip their global norm, update. Muon's matrices are sharded over the ranks.
     Gradients must hold the sum over this rank's tokens of the loss divided by the global number of tokens."""
+
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks, self.model, self.parameters = cfg, ranks, model, list(model.parameters())
-        q, kv, shapes, dtype = model.q_dim, model.kv_dim, {}, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        blocks = [(model.qkv, 0, q), (model.qkv, q, q + kv), (model.qkv, q + kv, q + 2 * kv), *((p, 0, p.size(1)) for p in (model.o, model.up, model.down))]
-        for p, lo, hi in blocks:                                        # one group for each shape: q and o, k and v, up, down where the widths differ
+        q, kv, shapes, dtype = (
+            model.q_dim,
+            model.kv_dim,
+            {},
+            torch.bfloat16 if ranks.device.type == "cuda" else torch.float32,
+        )
+        blocks = [
+            (model.qkv, 0, q),
+            (model.qkv, q, q + kv),
+            (model.qkv, q + kv, q + 2 * kv),
+            *((p, 0, p.size(1)) for p in (model.o, model.up, model.down)),
+        ]
+        for p, lo, hi in blocks:  # one group for each shape: q and o, k and v, up, down where the widths differ
             shapes.setdefault((hi - lo, p.size(2)), []).append((p, lo, hi))
-        self.muon = sorted((MuonGroup(blocks, ranks.world, dtype) for blocks in shapes.values()), key=lambda g: -g.momentum.numel())    # communication hides best
+        self.muon = sorted(
+            (MuonGroup(blocks, ranks.world, dtype) for blocks in shapes.values()), key=lambda g: -g.momentum.numel()
+        )  # communication hides best
         in_muon = {id(p) for g in self.muon for p, _, _ in g.blocks}
         self.small = [p for p in self.parameters if id(p) not in in_muon]
         covered = sum(p.numel() for p in self.small) + sum(g.count * g.rows * g.cols for g in self.muon)
-        assert covered == sum(p.numel() for p in self.parameters), "every element of every parameter needs exactly one rule"
-        rules = (([model.tok_emb], cfg.tied_embed_lr, cfg.embed_wd), ([p for p in self.small if p is not model.tok_emb and p is not model.caps], cfg.scalar_lr, cfg.adam_wd),
-                 ([model.caps] if cfg.asym_logit_rescale else [], cfg.scalar_lr, 0.0))
-        self.adam = torch.optim.AdamW([{"params": params, "base_lr": lr, "lr": lr, "weight_decay": wd} for params, lr, wd in rules if params],
-                                      betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+        assert covered == sum(p.numel() for p in self.parameters), (
+            "every element of every parameter needs exactly one rule"
+        )
+        rules = (
+            ([model.tok_emb], cfg.tied_embed_lr, cfg.embed_wd),
+            ([p for p in self.small if p is not model.tok_emb and p is not model.caps], cfg.scalar_lr, cfg.adam_wd),
+            ([model.caps] if cfg.asym_logit_rescale else [], cfg.scalar_lr, 0.0),
+        )
+        self.adam = torch.optim.AdamW(
+            [{"params": params, "base_lr": lr, "lr": lr, "weight_decay": wd} for params, lr, wd in rules if params],
+            betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.adam_eps,
+            fused=True,
+        )
         self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
         self.averaged_steps = 0
 
@@ -1824,7 +2771,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float):
-        for p in self.parameters:                                       # a rank without a micro-batch still joins the sums
+        for p in self.parameters:  # a rank without a micro-batch still joins the sums
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         shards, waits = self.reduce_scatter()
         for p, grad in zip(self.small, self.ranks.all_reduce_flat([p.grad for p in self.small])):
@@ -1855,8 +2802,11 @@ class Optimizer:
         full = [g.gradient() for g in self.muon]
         if self.ranks.world == 1:
             return full, []
-        if self.ranks.device.type == "cpu":                             # gloo has no reduce_scatter
-            return [self.ranks.all_reduce_(t)[self.ranks.rank * g.shard:(self.ranks.rank + 1) * g.shard] for t, g in zip(full, self.muon)], []
+        if self.ranks.device.type == "cpu":  # gloo has no reduce_scatter
+            return [
+                self.ranks.all_reduce_(t)[self.ranks.rank * g.shard : (self.ranks.rank + 1) * g.shard]
+                for t, g in zip(full, self.muon)
+            ], []
         shards = [torch.empty_like(g.momentum) for g in self.muon]
         return shards, [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, full)]
 
@@ -1875,7 +2825,7 @@ class Optimizer:
         u = grad.add_(group.momentum, alpha=momentum)
         if self.cfg.muon_row_normalize:
             u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(u.dtype)
-        return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients][:self.cfg.muon_backend_steps])
+        return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients][: self.cfg.muon_backend_steps])
 
     def gather(self, group: MuonGroup, update: Tensor):
         if self.ranks.world == 1:
@@ -1887,14 +2837,17 @@ class Optimizer:
     def use_average(self):
         """Put the debiased average into the model: average / (1 - decay^steps), so that a short run is not averaged with zeros."""
         if self.averaged_steps:
-            correction = 1 - self.cfg.ema_decay ** self.averaged_steps
+            correction = 1 - self.cfg.ema_decay**self.averaged_steps
             for p, average in zip(self.parameters, self.average):
                 p.copy_(average / correction)
 
+
 # ======== Training ============================================================================================================================================
+
 
 class Schedule:
     """Everything that depends on progress in [0, 1): learning rate, loops, attention span."""
+
     def __init__(self, cfg: Config):
         self.cfg, self.stages = cfg, context_schedule(cfg)
 
@@ -1914,23 +2867,27 @@ class Schedule:
         n = self.cfg.seq_change_warmup_steps
         return 1.0 if changed_at is None or n == 0 else min((step - changed_at + 1) / n, 1.0)
 
+
 def batch_nats(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None):
     """Nats of every target of the batch, fp32 (tokens,); with hints (tokens,) also their log-probabilities."""
     return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0), hint=hint)
+
 
 def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     """Sum of nats over this micro-batch's targets / ``total``, the tokens of the global batch."""
     hidden, weight = model.trunk(batch.tokens, batch.seq, looped=looped), (batch.targets >= 0).float() / total
     return model.loss(hidden, batch.targets.clamp(min=0), weight)
 
+
 class Trainer:
     """Everything a training run holds: data, optimizer, schedule, and the curve it leaves."""
+
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, phases: Phases):
         self.model, self.cfg, self.ranks, self.log, self.phases = model, cfg, ranks, log, phases
         self.stream = TrainStream(cfg)
         self.optimizer = Optimizer(model, cfg, ranks)
         self.schedule = Schedule(cfg)
-        self.curve = []                                                 # (step, seconds, loss, learning-rate factor) of every logged step
+        self.curve = []  # (step, seconds, loss, learning-rate factor) of every logged step
 
     def gradients(self, batches: list[Batch], looped: bool) -> Tensor:
         """Backward through this rank's micro-batches; returns their part of the loss, on the device."""
@@ -1966,7 +2923,9 @@ class Trainer:
             progress = now / budget if timed else step / cfg.iterations
             if self.schedule.looped(progress) != looped:
                 looped = True
-                self.log(f"step {step}: loops on at progress {progress:.3f}, visits {[v.layer for v in self.model.schedules[True]]}")
+                self.log(
+                    f"step {step}: loops on at progress {progress:.3f}, visits {[v.layer for v in self.model.schedules[True]]}"
+                )
             if span != self.schedule.span(progress):
                 changed_at = None if span is None else step
                 span = self.schedule.span(progress)
@@ -1982,23 +2941,37 @@ class Trainer:
                 rate = seconds / step
                 left = budget - seconds if timed else (cfg.iterations - step) * rate
                 self.curve.append((step, round(seconds, 3), loss, scale))
-                self.log(f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {scale:.3f}  {1e3 * rate:7.1f} ms/step  "
-                         f"{cfg.train_batch_tokens / rate:11,.0f} tokens/s  {seconds:6.1f} s, {max(left, 0):.0f} s left")
+                self.log(
+                    f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {scale:.3f}  {1e3 * rate:7.1f} ms/step  "
+                    f"{cfg.train_batch_tokens / rate:11,.0f} tokens/s  {seconds:6.1f} s, {max(left, 0):.0f} s left"
+                )
         seconds = clock.stop()
         self.optimizer.use_average()
         tokens = step * cfg.train_batch_tokens
-        self.log(f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: {1e3 * seconds / max(step, 1):.1f} ms/step, {tokens / seconds:,.0f} tokens/s"
-                 f"{' (averaged weights)' if cfg.ema_decay else ''}")
-        return {"steps": step, "tokens": tokens, "seconds": seconds, "epochs": tokens / self.stream.tokens, "curve": self.curve}
+        self.log(
+            f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: {1e3 * seconds / max(step, 1):.1f} ms/step, {tokens / seconds:,.0f} tokens/s"
+            f"{' (averaged weights)' if cfg.ema_decay else ''}"
+        )
+        return {
+            "steps": step,
+            "tokens": tokens,
+            "seconds": seconds,
+            "epochs": tokens / self.stream.tokens,
+            "curve": self.curve,
+        }
+
 
 # ======== Quantizer ===========================================================================================================================================
 
+
 class MatrixKind(NamedTuple):
     """How one kind of matrix is quantised."""
-    hessian: str          # which tap weighs its rounding error
-    bits: str             # settings that hold its symbol range, its step, and how far rows differ by their share in the loss
+
+    hessian: str  # which tap weighs its rounding error
+    bits: str  # settings that hold its symbol range, its step, and how far rows differ by their share in the loss
     sigmas: str
     rows: str
+
 
 MATRICES = {
     "qkv": MatrixKind("qkv", "matrix_bits", "attn_clip_sigmas", "rate_rows"),
@@ -2007,17 +2980,20 @@ MATRICES = {
     "down": MatrixKind("down", "matrix_bits", "mlp_clip_sigmas", "rate_rows"),
     "tok_emb": MatrixKind("head", "embed_bits", "embed_clip_sigmas", "rate_embed_rows"),
 }
-FOLDED = {"attn_scale": "o", "mlp_scale": "down"}                       # vectors that become part of the rows of a matrix
+FOLDED = {"attn_scale": "o", "mlp_scale": "down"}  # vectors that become part of the rows of a matrix
 SYMBOL_MAX = 127
-SCALE_STEPS, COLUMN_STEPS = 16, 4                                       # codes per octave of the scales of rows, 4.4 % apart, and of columns, 19 %
+SCALE_STEPS, COLUMN_STEPS = 16, 4  # codes per octave of the scales of rows, 4.4 % apart, and of columns, 19 %
+
 
 def binary_roots(n: int) -> list[int]:
     """2**(i/n) * 2**60 for i < n; decimal's exp and ln are correctly rounded, so every machine agrees."""
     return [int((Decimal(2).ln() * i / n).exp() * 2**60) for i in range(n)]
 
+
 def quantize_scales(scale: np.ndarray) -> np.ndarray:
     """Positive float scales to int16 codes; quantise the weights with dequantize_scales(codes), and the rounding costs nothing but 2 % of step."""
     return np.clip(np.rint(np.log2(np.maximum(scale, 1e-30)) * SCALE_STEPS), -1600, 1600).astype(np.int16)
+
 
 def dequantize_scales(codes: np.ndarray) -> np.ndarray:
     """2**(code / 16), float32, equal on every machine."""
@@ -2025,37 +3001,55 @@ def dequantize_scales(codes: np.ndarray) -> np.ndarray:
     codes = codes.astype(np.int64)
     return np.ldexp(roots[codes % SCALE_STEPS], codes // SCALE_STEPS).astype(np.float32)
 
+
 def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, Tensor]:
     """Sums of x x^T over the tokens at the input of every matrix, {kind: (layers, in, in) fp32}; visits of one layer add up.
     With ``rows`` also {"NAME.rows": the matrices' shape without columns}: squared gradients of matrix rows, summed over tokens as if each had a backward pass of its own. One pass
     estimates that sum, since the tokens' losses get random signs."""
     cols = {kind.hessian: getattr(model, name).size(-1) for name, kind in MATRICES.items()}
-    sums = {kind: torch.zeros(1 if kind == "head" else model.cfg.num_layers, n, n, device=model.tok_emb.device) for kind, n in cols.items()}
+    sums = {
+        kind: torch.zeros(1 if kind == "head" else model.cfg.num_layers, n, n, device=model.tok_emb.device)
+        for kind, n in cols.items()
+    }
+
     def tap(kind: str, layer: int, x: Tensor):
         x = x.detach().float()
         sums[kind][layer].addmm_(x.T, x)
+
     with torch.set_grad_enabled(rows):
         hidden = model.trunk(batch.tokens, batch.seq, looped=model.cfg.looped, tap=tap)
         tap("head", 0, hidden)
         if rows:
-            signs = torch.randint(0, 2, batch.targets.shape, generator=torch.Generator().manual_seed(seed)).to(batch.targets.device) * 2 - 1
+            signs = (
+                torch.randint(0, 2, batch.targets.shape, generator=torch.Generator().manual_seed(seed)).to(
+                    batch.targets.device
+                )
+                * 2
+                - 1
+            )
             nats = model.nll(hidden, batch.targets.clamp(min=0))
-            gradients = torch.autograd.grad((nats * signs * (batch.targets >= 0)).sum(), [getattr(model, name) for name in MATRICES])
+            gradients = torch.autograd.grad(
+                (nats * signs * (batch.targets >= 0)).sum(), [getattr(model, name) for name in MATRICES]
+            )
             sums |= {f"{name}.rows": gradient.square().sum(-1) for name, gradient in zip(MATRICES, gradients)}
     return sums
+
 
 def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> dict[str, Tensor]:
     """Mean of batch_moments over GPTQ_CALIBRATION_BATCHES, spread evenly over the training stream; RATE_DISTORTION alone needs the rows.
     Batches are dealt to the ranks and added in the same order everywhere, so the sums depend on the number of ranks no more than two runs on one rank differ."""
     total, batches, micro = {}, cfg.gptq_calibration_batches, cfg.micro_batch_tokens
     for first in range(0, batches, ranks.world):
-        i = min(first + ranks.rank, batches - 1)                        # a rank too many repeats the last one, which nobody asks it for
+        i = min(first + ranks.rank, batches - 1)  # a rank too many repeats the last one, which nobody asks it for
         batch = stream.micro_batch(i * max(stream.tokens - micro, 1) // batches, micro, cfg.train_seq_len)
         mine = batch_moments(model, to_device(batch, ranks.device), i, cfg.rate_distortion)
         for rank in range(min(ranks.world, batches - first)):
             for kind, sums in mine.items():
-                total[kind] = total.get(kind, 0) + ranks.broadcast_(sums if rank == ranks.rank else torch.empty_like(sums), rank)
+                total[kind] = total.get(kind, 0) + ranks.broadcast_(
+                    sums if rank == ranks.rank else torch.empty_like(sums), rank
+                )
     return {kind: sums / batches for kind, sums in total.items()}
+
 
 def error_feedback(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """hessian (n, cols, cols) -> the order of columns (n, cols), by falling diagonal, and upper Cholesky factors of the inverses in that order, fp32.
@@ -2075,31 +3069,41 @@ def error_feedback(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         damp = torch.where(info > 0, (10 * damp).clamp_min(1e-6), damp)
     raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
 
+
 def gptq_block(w: Tensor, upper: Tensor, step: Tensor, column: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """Symbols and errors, like w, of w (n, block, rows); upper (n, block, block), step (n, rows), column and top (n, block), all fp32, as in gptq.
     Six small kernels for each column, which neither wait for the GPU nor depend on a value: so it can replay them as a CUDA graph."""
     w, scale, top = w.clone(), step[:, None] * column[:, :, None], top[:, :, None]
     symbols, errors = torch.empty_like(w), torch.empty_like(w)
-    columns = zip(*(t.split(1, dim=1) for t in (w, scale, -top, top, symbols, errors, upper.diagonal(dim1=1, dim2=2)[:, :, None])))
+    columns = zip(
+        *(t.split(1, dim=1) for t in (w, scale, -top, top, symbols, errors, upper.diagonal(dim1=1, dim2=2)[:, :, None]))
+    )
     for j, (x, size, low, high, s, e, pivot) in enumerate(columns):
         torch.div(x, size, out=s).round_().clamp_(low, high)
         torch.addcmul(x, s, size, value=-1, out=e).div_(pivot)
-        w[:, j + 1:].addcmul_(e, upper[:, j, j + 1:, None], value=-1)
+        w[:, j + 1 :].addcmul_(e, upper[:, j, j + 1 :, None], value=-1)
     return symbols, errors
 
-def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, column: Tensor | None = None, block: int = 128) -> Tensor:
+
+def gptq(
+    w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, column: Tensor | None = None, block: int = 128
+) -> Tensor:
     """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet rounded (GPTQ, arXiv 2210.17323).
     hessian (n, cols, cols) fp32 is the second moment of the inputs. column (n, cols): factors of the step; where one is below 1, symbols may reach SYMBOL_MAX
     instead of limit. Returns symbols int16. Columns go in order of falling diagonal; one whose input never fires is zero."""
     order, upper = error_feedback(hessian, damping)
     w = w.float().mT.masked_fill((hessian.diagonal(dim1=1, dim2=2) == 0)[:, :, None], 0.0)
-    w = w.gather(1, order[:, :, None].expand_as(w))                     # (n, cols, rows): a column lies in one piece
+    w = w.gather(1, order[:, :, None].expand_as(w))  # (n, cols, rows): a column lies in one piece
     column = torch.ones_like(upper[:, 0]) if column is None else column.gather(1, order)
-    top, symbols, graph = torch.where(column < 1, SYMBOL_MAX, limit).float(), torch.empty_like(w, dtype=torch.int16), None
+    top, symbols, graph = (
+        torch.where(column < 1, SYMBOL_MAX, limit).float(),
+        torch.empty_like(w, dtype=torch.int16),
+        None,
+    )
     for lo in range(0, w.size(1), block):
         at, rest = slice(lo, lo + block), slice(lo + block, None)
         parts, whole = (w[:, at], upper[:, at, at], step, column[:, at], top[:, at]), lo + block <= w.size(1)
-        if w.is_cuda and whole and lo == block:                         # the first block has loaded the kernels
+        if w.is_cuda and whole and lo == block:  # the first block has loaded the kernels
             held, graph = [t.clone() for t in parts], torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 found = gptq_block(*held)
@@ -2112,6 +3116,7 @@ def gptq(w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, c
         w[:, rest].baddbmm_(upper[:, at, rest].mT, found[1], alpha=-1)
     return symbols.gather(1, order.argsort(dim=1)[:, :, None].expand_as(symbols)).mT.contiguous()
 
+
 @torch.no_grad()
 def folded_state(model: GPT) -> dict[str, Tensor]:
     """Parameters by name (fp32), the sublayer scales multiplied into the rows they scale and set to one."""
@@ -2121,31 +3126,48 @@ def folded_state(model: GPT) -> dict[str, Tensor]:
         state[vector].fill_(1.0)
     return state
 
+
 class Steps(NamedTuple):
     """The quantiser's step of weight (layer, row, column) is row * column."""
-    row: Tensor           # (layers, rows) fp32
-    column: Tensor        # (layers, cols) fp32
-    limit: int            # largest symbol
 
-def clip_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
+    row: Tensor  # (layers, rows) fp32
+    column: Tensor  # (layers, cols) fp32
+    limit: int  # largest symbol
+
+
+def clip_steps(
+    model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float
+) -> dict[str, Steps]:
     """The published recipe: *_CLIP_SIGMAS standard deviations of a row over the symbol range (#1394), times 2**saved. AWQ-lite (#1908): the groups of columns
     with the largest sum of activation RMS times mean weight, AWQ_LITE_GROUP_TOP_K of all matrices, get the steps of AWQ_LITE_BITS."""
     steps, scores = {}, []
-    visits = torch.bincount(torch.tensor([v.layer for v in model.schedules[cfg.looped]]), minlength=cfg.num_layers).to(model.tok_emb.device)
+    visits = torch.bincount(torch.tensor([v.layer for v in model.schedules[cfg.looped]]), minlength=cfg.num_layers).to(
+        model.tok_emb.device
+    )
     for name, kind in MATRICES.items():
         w, bits, size = weights[name], getattr(cfg, kind.bits), cfg.awq_lite_group_size
         limit = 2 ** (bits - 1) - 1
         diagonal = hessians[kind.hessian].diagonal(dim1=1, dim2=2)
-        steps[name] = Steps((2 ** saved * getattr(cfg, kind.sigmas) * w.std(2) / limit).clamp_min(1e-6), torch.ones_like(diagonal), limit)
+        steps[name] = Steps(
+            (2**saved * getattr(cfg, kind.sigmas) * w.std(2) / limit).clamp_min(1e-6), torch.ones_like(diagonal), limit
+        )
         if cfg.awq_lite_enabled and bits < cfg.awq_lite_bits and size <= w.size(2):
-            groups = ((diagonal / (visits[:, None] if len(w) > 1 else 1)).sqrt() * w.abs().mean(1)).unfold(1, size, size).sum(2).tolist()
+            groups = (
+                ((diagonal / (visits[:, None] if len(w) > 1 else 1)).sqrt() * w.abs().mean(1))
+                .unfold(1, size, size)
+                .sum(2)
+                .tolist()
+            )
             scores += [(score, name, layer, at) for layer, row in enumerate(groups) for at, score in enumerate(row)]
-    for _, name, layer, at in sorted(scores, reverse=True)[:cfg.awq_lite_group_top_k]:
+    for _, name, layer, at in sorted(scores, reverse=True)[: cfg.awq_lite_group_top_k]:
         fine = 2.0 ** (getattr(cfg, MATRICES[name].bits) - cfg.awq_lite_bits)
-        steps[name].column[layer, at * cfg.awq_lite_group_size:(at + 1) * cfg.awq_lite_group_size] = fine
+        steps[name].column[layer, at * cfg.awq_lite_group_size : (at + 1) * cfg.awq_lite_group_size] = fine
     return steps
 
-def rate_distortion_steps(model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, Steps]:
+
+def rate_distortion_steps(
+    model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float
+) -> dict[str, Steps]:
     """Steps at which one more bit anywhere lowers the loss by the same amount (reverse water-filling), for ARTIFACT_CAP bytes less ``saved`` bits a weight.
     Rounding adds sum_r g_r dW_r H dW_r^T / 2 to the loss, g_r being the mean squared gradient of output r. GPTQ leaves dW_r H dW_r^T = sum_j d_j step_rj^2 / 12,
     d_j being the squared diagonal of H's Cholesky factor, and a bit halves a step: g_r d_j step_rj^2 must be the same everywhere. Matrices differ by the mean of
@@ -2156,52 +3178,98 @@ def rate_distortion_steps(model: GPT, weights: dict[str, Tensor], hessians: dict
         w, h = weights[name], hessians[kind.hessian]
         order, upper = error_feedback(h, cfg.gptq_damping)
         log_d = -2 * upper.diagonal(dim1=1, dim2=2).gather(1, order.argsort(dim=1)).log2()
-        g = hessians[f"{name}.rows"].view(w.shape[:2]) / (folded[name].square().clamp_min(1e-6) if name in folded else 1)
+        g = hessians[f"{name}.rows"].view(w.shape[:2]) / (
+            folded[name].square().clamp_min(1e-6) if name in folded else 1
+        )
         mean = g.mean(1, keepdim=True).clamp_min(1e-20)
-        g = (g / mean + 0.1).pow(getattr(cfg, kind.rows)) * mean / h.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_min(1e-20)
+        g = (
+            (g / mean + 0.1).pow(getattr(cfg, kind.rows))
+            * mean
+            / h.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_min(1e-20)
+        )
         level = log_d.mean(1, keepdim=True)
-        column = ((level - log_d) * (COLUMN_STEPS * cfg.rate_columns / 2)).round().clamp(-SYMBOL_MAX, SYMBOL_MAX).div(COLUMN_STEPS).exp2()
+        column = (
+            ((level - log_d) * (COLUMN_STEPS * cfg.rate_columns / 2))
+            .round()
+            .clamp(-SYMBOL_MAX, SYMBOL_MAX)
+            .div(COLUMN_STEPS)
+            .exp2()
+        )
         finest = (w.abs() / column[:, None]).amax(2) / (0.97 * SYMBOL_MAX)
         steps[name] = Steps(((-level - g.log2()) / 2).exp2(), column, SYMBOL_MAX)
         rates.append((steps[name].row, finest.clamp_min(1e-12), w.std(2), w.size(2)))
     low, high, budget = -60.0, 60.0, 8 * cfg.artifact_cap - saved * sum(w.numel() for w in weights.values())
     for _ in range(40):
         middle = (low + high) / 2
-        spent = sum(float((0.5 * n * (1 + 2 * math.pi * math.e * (sigma / (row * 2 ** middle).maximum(finest)).square()).log2()).sum()) for row, finest, sigma, n in rates)
+        spent = sum(
+            float(
+                (
+                    0.5 * n * (1 + 2 * math.pi * math.e * (sigma / (row * 2**middle).maximum(finest)).square()).log2()
+                ).sum()
+            )
+            for row, finest, sigma, n in rates
+        )
         low, high = (middle, high) if spent > budget else (low, middle)
-    return {name: s._replace(row=(s.row * 2 ** high).maximum(finest)) for (name, s), (_, finest, _, _) in zip(steps.items(), rates)}
+    return {
+        name: s._replace(row=(s.row * 2**high).maximum(finest))
+        for (name, s), (_, finest, _, _) in zip(steps.items(), rates)
+    }
+
 
 def lqer(error: Tensor, hessian: Tensor, cfg: Config) -> tuple[dict[str, np.ndarray], float]:
     """A correction A B of rank LQER_RANK for ``error`` (rows, cols): A int2 of one scale, B int4 of one scale for LQER_ASYM_GROUP values (#1797).
     It is the best in the norm tr(E H E^T), H by LQER_WEIGHT. Returns its arrays by suffix and the squared norm it removes for each byte."""
-    h = {"none": torch.eye(len(hessian)).to(hessian), "diagonal": hessian.diagonal().diag(), "hessian": hessian}[cfg.lqer_weight].double()
-    lower = torch.linalg.cholesky(h + (cfg.gptq_damping + 1e-6) * h.diagonal().mean().clamp_min(1e-30) * torch.eye(len(h)).to(h))
+    h = {"none": torch.eye(len(hessian)).to(hessian), "diagonal": hessian.diagonal().diag(), "hessian": hessian}[
+        cfg.lqer_weight
+    ].double()
+    lower = torch.linalg.cholesky(
+        h + (cfg.gptq_damping + 1e-6) * h.diagonal().mean().clamp_min(1e-30) * torch.eye(len(h)).to(h)
+    )
     weighted = error.double() @ lower
-    v = torch.linalg.eigh(weighted.T @ weighted)[1].flip(1)[:, :cfg.lqer_rank]
+    v = torch.linalg.eigh(weighted.T @ weighted)[1].flip(1)[:, : cfg.lqer_rank]
     a, b = weighted @ v, torch.linalg.solve_triangular(lower, v.T, upper=False, left=False)
     groups = F.pad(b.flatten(), (0, -b.numel() % cfg.lqer_asym_group)).view(-1, cfg.lqer_asym_group)
     scales = torch.cat((a.abs().max()[None] / 1.5, groups.abs().amax(1) / 7.5)).clamp(1e-7, 6e4).half()
     a, b = (a / scales[0]).round().clamp(-2, 1), (groups / scales[1:, None]).round().clamp(-8, 7)
-    arrays = {"lqer_a": a.to(torch.int8).cpu().numpy(), "lqer_b": b.to(torch.int8).cpu().numpy(), "lqer_scales": scales.cpu().numpy()}
+    arrays = {
+        "lqer_a": a.to(torch.int8).cpu().numpy(),
+        "lqer_b": b.to(torch.int8).cpu().numpy(),
+        "lqer_scales": scales.cpu().numpy(),
+    }
     rest = (error - lqer_product(arrays, len(h)).to(error.device)).double() @ lower
-    return arrays, float(weighted.square().sum() - rest.square().sum()) / (a.numel() / 4 + b.numel() / 2 + 2 * len(scales))
+    return arrays, float(weighted.square().sum() - rest.square().sum()) / (
+        a.numel() / 4 + b.numel() / 2 + 2 * len(scales)
+    )
+
 
 def lqer_product(arrays: dict[str, np.ndarray], cols: int) -> Tensor:
     """A B (rows, cols) fp32 of lqer's arrays."""
     a, b, scales = (torch.from_numpy(arrays[name].astype(np.float32)) for name in ("lqer_a", "lqer_b", "lqer_scales"))
-    return scales[0] * a @ (b * scales[1:, None]).flatten()[:a.size(1) * cols].view(-1, cols)
+    return scales[0] * a @ (b * scales[1:, None]).flatten()[: a.size(1) * cols].view(-1, cols)
 
-def add_corrections(arrays: dict[str, np.ndarray], weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config):
+
+def add_corrections(
+    arrays: dict[str, np.ndarray], weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config
+):
     """LQER for the LQER_TOP_K matrices with the largest Frobenius error; by LQER_GAIN_SELECT those of four times as many that gain most for each byte."""
-    errors = {(name, layer): w[layer] - dequantize_matrix(arrays, name, layer).to(w.device) for name, w in weights.items() for layer in range(len(w))}
-    largest = sorted(errors, key=lambda at: -errors[at].norm().item())[:cfg.lqer_top_k * (4 if cfg.lqer_gain_select else 1)]
+    errors = {
+        (name, layer): w[layer] - dequantize_matrix(arrays, name, layer).to(w.device)
+        for name, w in weights.items()
+        for layer in range(len(w))
+    }
+    largest = sorted(errors, key=lambda at: -errors[at].norm().item())[
+        : cfg.lqer_top_k * (4 if cfg.lqer_gain_select else 1)
+    ]
     found = [(lqer(errors[at], hessians[MATRICES[at[0]].hessian][at[1]], cfg), at) for at in largest]
     if cfg.lqer_gain_select:
-        found = sorted([f for f in found if f[0][1] > 0], key=lambda f: -f[0][1])[:cfg.lqer_top_k]
+        found = sorted([f for f in found if f[0][1] > 0], key=lambda f: -f[0][1])[: cfg.lqer_top_k]
     for (parts, _), (name, layer) in found:
         arrays.update({f"{name}.{layer}.{suffix}": part for suffix, part in parts.items()})
 
-def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks, saved: float = 0.0) -> dict[str, np.ndarray]:
+
+def quantize(
+    model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks, saved: float = 0.0
+) -> dict[str, np.ndarray]:
     """The arrays of the artifact: KIND.LAYER.symbols int8 (rows, cols), KIND.LAYER.step int16 codes of rows and KIND.LAYER.column int8 codes of columns
     (where they are not all 1) and LQER's for matrices, int8 rows for gates where set, fp16 for the rest. A weight gets ``saved`` bits fewer than the settings
     say. Kinds are dealt to the ranks; each is solved whole by one of them, so the symbols do not depend on the number of ranks."""
@@ -2211,12 +3279,20 @@ def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks,
     plan = rate_distortion_steps if cfg.rate_distortion else clip_steps
     for i, (name, steps) in enumerate(plan(model, weights, hessians, cfg, saved).items()):
         w, codes, owner = weights[name], quantize_scales(steps.row.cpu().numpy()), i % ranks.world
-        step, symbols = torch.from_numpy(dequantize_scales(codes)).to(w.device), torch.empty(w.shape, dtype=torch.int8, device=w.device)
+        step, symbols = (
+            torch.from_numpy(dequantize_scales(codes)).to(w.device),
+            torch.empty(w.shape, dtype=torch.int8, device=w.device),
+        )
         if ranks.rank == owner:
-            symbols = gptq(w, hessians[MATRICES[name].hessian], step, steps.limit, cfg.gptq_damping, steps.column).to(torch.int8)
+            symbols = gptq(w, hessians[MATRICES[name].hessian], step, steps.limit, cfg.gptq_damping, steps.column).to(
+                torch.int8
+            )
         ranks.broadcast_(symbols, owner)
         for layer in range(len(w)):
-            arrays[f"{name}.{layer}.symbols"], arrays[f"{name}.{layer}.step"] = symbols[layer].cpu().numpy(), codes[layer]
+            arrays[f"{name}.{layer}.symbols"], arrays[f"{name}.{layer}.step"] = (
+                symbols[layer].cpu().numpy(),
+                codes[layer],
+            )
             column = (steps.column[layer].log2() * COLUMN_STEPS).round().to(torch.int8).cpu().numpy()
             if column.any():
                 arrays[f"{name}.{layer}.column"] = column
@@ -2225,20 +3301,27 @@ def quantize(model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks,
     for name, value in state.items():
         if name == "attn_gate" and cfg.gated_attn_quant_gate:
             scale = (value.abs().amax(-1) / SYMBOL_MAX).clamp_min(1e-7).half()
-            arrays["attn_gate.int8"] = (value / scale[..., None]).round().clamp(-SYMBOL_MAX, SYMBOL_MAX).to(torch.int8).cpu().numpy()
+            arrays["attn_gate.int8"] = (
+                (value / scale[..., None]).round().clamp(-SYMBOL_MAX, SYMBOL_MAX).to(torch.int8).cpu().numpy()
+            )
             arrays["attn_gate.scale"] = scale.cpu().numpy()
         elif name not in FOLDED:
             arrays[name] = value.half().cpu().numpy()
     return arrays
 
+
 def dequantize_matrix(arrays: dict[str, np.ndarray], name: str, layer: int) -> Tensor:
     """One matrix of quantize's arrays, (rows, cols) fp32."""
-    parts = {suffix: arrays.get(f"{name}.{layer}.{suffix}") for suffix in ("symbols", "step", "column", "lqer_a", "lqer_b", "lqer_scales")}
+    parts = {
+        suffix: arrays.get(f"{name}.{layer}.{suffix}")
+        for suffix in ("symbols", "step", "column", "lqer_a", "lqer_b", "lqer_scales")
+    }
     w = parts["symbols"].astype(np.float32) * dequantize_scales(parts["step"])[:, None]
     if parts["column"] is not None:
         w *= dequantize_scales(parts["column"].astype(np.int64) * (SCALE_STEPS // COLUMN_STEPS))
     w = torch.from_numpy(w)
     return w if parts["lqer_a"] is None else w + lqer_product(parts, w.size(1))
+
 
 def dequantize(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """Inverse of quantize up to the rounding: parameters by name, fp32. Sublayer scales come back as ones."""
@@ -2247,7 +3330,9 @@ def dequantize(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         if name.endswith(".symbols"):
             layers[name.split(".")[0]] = layers.get(name.split(".")[0], 0) + 1
         elif name == "attn_gate.int8":
-            state["attn_gate"] = torch.from_numpy(array.astype(np.float32) * arrays["attn_gate.scale"].astype(np.float32)[..., None])
+            state["attn_gate"] = torch.from_numpy(
+                array.astype(np.float32) * arrays["attn_gate.scale"].astype(np.float32)[..., None]
+            )
         elif "." not in name:
             state[name] = torch.from_numpy(array.astype(np.float32))
     for name, count in layers.items():
@@ -2257,38 +3342,64 @@ def dequantize(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         state[vector] = torch.ones(state[matrix].shape[:2])
     return state
 
+
 def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
     """Copy parameters by name into the model; a missing, unknown or misshapen one is an error that names the file they came from."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             shape = tuple(state[name].shape) if name in state else "no"
             if shape != tuple(p.shape):
-                raise UserError(f"{origin}: holds {shape} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with")
+                raise UserError(
+                    f"{origin}: holds {shape} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with"
+                )
             p.copy_(state[name])
     unknown = set(state) - {name for name, _ in model.named_parameters()} - {*FOLDED, "logit_calibration"}
     if unknown:
-        raise UserError(f"{origin}: holds {', '.join(sorted(unknown))}, which the settings do not use; use the settings it was made with")
+        raise UserError(
+            f"{origin}: holds {', '.join(sorted(unknown))}, which the settings do not use; use the settings it was made with"
+        )
     model.calibration = None
     if "logit_calibration" in state:
-        model.calibration = calibration(state["logit_calibration"].to(model.tok_emb.device), piece_features(model.cfg).to(model.tok_emb.device))
+        model.calibration = calibration(
+            state["logit_calibration"].to(model.tok_emb.device), piece_features(model.cfg).to(model.tok_emb.device)
+        )
+
 
 def piece_features(cfg: Config) -> Tensor:
     """What the tokenizer's pieces look like without their leading space: 14 overlapping categories (V, 14), 0 or 1 (#1924)."""
     import sentencepiece
+
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path(cfg)))
     features = torch.zeros(cfg.vocab_size, 14)
     for i in range(min(cfg.vocab_size, len(pieces))):
         piece = pieces.id_to_piece(i)
         text = piece.removeprefix("\u2581")
         size = len(text.encode())
-        features[i] = torch.tensor((size == 1, size == 2, size == 3, size == 4, 5 <= size <= 8, size >= 9, text != piece, "\n" in text, any(map(str.isdigit, text)),
-                                    text != "" and not any(c.isalnum() or c.isspace() for c in text), any(map(str.isalpha, text)),
-                                    text.islower(), text.isupper(), text.istitle()))
+        features[i] = torch.tensor(
+            (
+                size == 1,
+                size == 2,
+                size == 3,
+                size == 4,
+                5 <= size <= 8,
+                size >= 9,
+                text != piece,
+                "\n" in text,
+                any(map(str.isdigit, text)),
+                text != "" and not any(c.isalnum() or c.isspace() for c in text),
+                any(map(str.isalpha, text)),
+                text.islower(),
+                text.isupper(),
+                text.istitle(),
+            )
+        )
     return features
+
 
 def calibration(values: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """15 numbers -> the factor of the softcapped logits, 0.9..1.1, and what is added to them (V,), +-0.5 for each category."""
     return 0.9 + 0.2 * torch.sigmoid(values[0]), features @ values[1:].clamp(-0.5, 0.5)
+
 
 def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> np.ndarray:
     """The 15 numbers (fp32) of calibration() that suit the quantised model, from the first 131,072 training tokens; Adam, 256 steps (#1924)."""
@@ -2303,11 +3414,14 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
         x, targets = parts[step % len(parts)]
         model.calibration = scale, _ = calibration(values, features)
         nats = model.nll(x, targets.clamp(min=0))
-        loss = (nats * (targets >= 0)).sum() / (targets >= 0).sum().clamp_min(1) + 0.01 * (values[1:].square().mean() + (scale - 1).square())
-        values.grad, = torch.autograd.grad(loss, [values])
+        loss = (nats * (targets >= 0)).sum() / (targets >= 0).sum().clamp_min(1) + 0.01 * (
+            values[1:].square().mean() + (scale - 1).square()
+        )
+        (values.grad,) = torch.autograd.grad(loss, [values])
         optimizer.step()
     model.calibration = None
     return ranks.broadcast_(values.detach().cpu()).numpy()
+
 
 # ======== Artifact: entropy coder for quantised weights, tensor container =====================================================================================
 #
@@ -2317,18 +3431,29 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
 # held in float64 (exact in any order below 2**53), everything else element by element in IEEE arithmetic, logarithms and the Gaussian from integer
 # tables, no libm.
 
-LANES = 6144                    # interleaved rANS states; a step codes one column of up to this many rows
-REFRESH = 16                    # columns between refreshes of the rows' gains
-PROB_BITS = 14                  # frequencies of a table add up to 2**14
-SPAN, ESCAPE = 127, 255         # symbols are -127..127 around the predicted mean; code 255 escapes to a raw int16
-PHASES = 8                      # the predicted mean is kept to 1/8
-LOG = 32                        # steps per octave in fixed-point log2 of a variance
-LOG_LOW, PER_OCTAVE, BUCKETS = -5, 8, 116      # variance buckets: 2**-5 upwards, 8 per octave
-MIXTURES = ((4, 4, 4, 4), (3, 4, 4, 5), (2, 4, 4, 7), (1, 3, 5, 12))     # tail shapes: four equal Gaussians of these sigmas, in quarters
-PRIORS = ((700, 0.6), (2500, 0.4), (0, 0.0))   # (rows the prior correlation counts for, its weight against identity); 0: variances alone
+LANES = 6144  # interleaved rANS states; a step codes one column of up to this many rows
+REFRESH = 16  # columns between refreshes of the rows' gains
+PROB_BITS = 14  # frequencies of a table add up to 2**14
+SPAN, ESCAPE = 127, 255  # symbols are -127..127 around the predicted mean; code 255 escapes to a raw int16
+PHASES = 8  # the predicted mean is kept to 1/8
+LOG = 32  # steps per octave in fixed-point log2 of a variance
+LOG_LOW, PER_OCTAVE, BUCKETS = -5, 8, 116  # variance buckets: 2**-5 upwards, 8 per octave
+MIXTURES = (
+    (4, 4, 4, 4),
+    (3, 4, 4, 5),
+    (2, 4, 4, 7),
+    (1, 3, 5, 12),
+)  # tail shapes: four equal Gaussians of these sigmas, in quarters
+PRIORS = (
+    (700, 0.6),
+    (2500, 0.4),
+    (0, 0.0),
+)  # (rows the prior correlation counts for, its weight against identity); 0: variances alone
+
 
 class ArtifactError(UserError):
     """The model file is damaged or not ours; the message names it and the remedy."""
+
 
 def half_gaussian(steps: int = 1024, top: int = 9) -> np.ndarray:
     """Mass of N(0, 1) on [0, i/steps] times 2**30, int64 (steps * top + 1,), by the trapezoid rule; decimal's exp is correctly rounded everywhere."""
@@ -2336,17 +3461,22 @@ def half_gaussian(steps: int = 1024, top: int = 9) -> np.ndarray:
     area = list(itertools.accumulate((a + b for a, b in zip(density, density[1:])), initial=0))
     return np.array([(a << 29) // area[-1] for a in area], np.int64)
 
+
 def frequency_tables() -> np.ndarray:
     """Integer frequencies (mixtures, BUCKETS * PHASES, 256): a Gaussian mixture of the bucket's variance, integrated over unit bins."""
     root, half, tables = binary_roots(2 * PER_OCTAVE), half_gaussian(), []
-    variance = [root[2 * (b % PER_OCTAVE) + 1] << b // PER_OCTAVE >> 20 - LOG_LOW for b in range(BUCKETS)]               # of the middle, * 2**40
+    variance = [
+        root[2 * (b % PER_OCTAVE) + 1] << b // PER_OCTAVE >> 20 - LOG_LOW for b in range(BUCKETS)
+    ]  # of the middle, * 2**40
     # A bin adds 1/12 to the variance of what falls into it (Sheppard), so it is taken off here.
-    sigma = np.array([math.isqrt(max(v - (1 << 40) // 12, (1 << 40) // 48)) for v in variance])[:, None, None]           # * 2**20
-    edges = (2 * np.arange(-SPAN, SPAN + 2) - 1) * PHASES - 2 * np.arange(PHASES)[:, None]                               # * 2 * PHASES
+    sigma = np.array([math.isqrt(max(v - (1 << 40) // 12, (1 << 40) // 48)) for v in variance])[
+        :, None, None
+    ]  # * 2**20
+    edges = (2 * np.arange(-SPAN, SPAN + 2) - 1) * PHASES - 2 * np.arange(PHASES)[:, None]  # * 2 * PHASES
     inside = np.abs(np.arange(-SPAN, SPAN + 1)) <= (sigma * 6 >> 20) + 2
     room = (1 << PROB_BITS) - 1 - inside.sum(-1, keepdims=True)
     for mixture in MIXTURES:
-        at = [edges * (1 << 32) // (2 * PHASES * s * sigma) for s in mixture]                                            # 1/1024 sigma
+        at = [edges * (1 << 32) // (2 * PHASES * s * sigma) for s in mixture]  # 1/1024 sigma
         mass = sum(np.sign(x) * half[np.minimum(np.abs(x), len(half) - 1)] for x in at)
         freq = np.where(inside, 1 + (np.diff(mass) * room >> 32), 0)
         freq = np.concatenate([freq, np.ones_like(freq[..., :1])], -1).reshape(-1, 256)
@@ -2354,34 +3484,43 @@ def frequency_tables() -> np.ndarray:
         tables.append(freq)
     return np.stack(tables)
 
-LOG_EDGES = np.array(binary_roots(2 * LOG)[1::2], np.float64) / (1 << 61)       # mantissas of frexp where the rounded logarithm changes
+
+LOG_EDGES = np.array(binary_roots(2 * LOG)[1::2], np.float64) / (
+    1 << 61
+)  # mantissas of frexp where the rounded logarithm changes
 FREQ = frequency_tables()
-COST = np.where(FREQ > 0, PROB_BITS - np.log2(np.maximum(FREQ, 1)), 0).astype(np.float32)     # bits; estimates only, never coded with
+COST = np.where(FREQ > 0, PROB_BITS - np.log2(np.maximum(FREQ, 1)), 0).astype(
+    np.float32
+)  # bits; estimates only, never coded with
+
 
 def log2_fixed(x: np.ndarray) -> np.ndarray:
     """round(LOG * log2(x)), int64, equal on every machine."""
     mantissa, exponent = np.frexp(x)
     return (exponent.astype(np.int64) - 1) * LOG + np.searchsorted(LOG_EDGES, mantissa, side="right")
 
+
 def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Correlations (G, n, n), smallest eigenvalue above 1/64, to c = L diag(d) L^T: strictly lower L * 2**20 and d * 2**22, integers in float64.
     Left-looking in panels of 16. |sum_k L_ik d_k L_jk| <= 1 keeps every product below 2**53."""
-    a = np.rint(c * 2.0**22)                                      # becomes L * d column by column
+    a = np.rint(c * 2.0**22)  # becomes L * d column by column
     low, d = np.zeros_like(a), np.empty(a.shape[:2])
     for p in range(0, a.shape[1], 16):
         end = min(p + 16, a.shape[1])
         panel = a[:, p:, p:end] - np.rint(low[:, p:, :p] @ a[:, p:end, :p].transpose(0, 2, 1) * 2.0**-20)
         for j in range(end - p):
             d[:, p + j] = np.maximum(panel[:, j, j], 2.0**15)
-            low[:, p + j + 1:, p + j] = column = np.rint(panel[:, j + 1:, j] * (2.0**20 / d[:, p + j, None]))
-            panel[:, j + 1:, j + 1:] -= np.rint(column[:, :, None] * (panel[:, None, j + 1:end - p, j] * 2.0**-20))
+            low[:, p + j + 1 :, p + j] = column = np.rint(panel[:, j + 1 :, j] * (2.0**20 / d[:, p + j, None]))
+            panel[:, j + 1 :, j + 1 :] -= np.rint(column[:, :, None] * (panel[:, None, j + 1 : end - p, j] * 2.0**-20))
         a[:, p:, p:end] = panel
     return low, d
+
 
 def correlation(moments: np.ndarray) -> np.ndarray:
     """(G, n, n) second moments to correlations."""
     scale = np.sqrt(np.maximum(np.diagonal(moments, axis1=1, axis2=2), 1e-9))
     return moments / scale[:, :, None] / scale[:, None, :]
+
 
 class Stack:
     """Integer matrices q (G, R, n) while they are coded: chunks of rows, in them columns, all G at once."""
@@ -2389,7 +3528,7 @@ class Stack:
     def __init__(self, head: dict, pools: dict):
         """head: what the encoder chose. pools: correlations by width that earlier stacks left as prior; this one adds its own."""
         self.members, self.rows, self.width = head["shape"]
-        self.variance = np.exp2(np.array(head["log2_variance"], np.float64))      # of integers: exact
+        self.variance = np.exp2(np.array(head["log2_variance"], np.float64))  # of integers: exact
         (self.strength, self.weight), self.trust = PRIORS[head["prior"]], head["trust"]
         self.pools, self.moments, self.seen = pools, np.zeros((self.members, self.width, self.width)), 0
         self.square, self.count = np.full(self.members, 256000.0), 256000.0
@@ -2428,8 +3567,11 @@ class Stack:
         low, variance = self.predictor()
         sigma, log_variance = np.sqrt(variance), log2_fixed(variance)
         e, q = np.zeros((2, self.members, self.width, end - start))
-        mean, initial = np.zeros((self.members, end - start)), (self.square / self.count)[:, None] * (self.trust[0] * 256)
-        square = np.zeros_like(mean)                                    # of the rows' innovations so far, in sigma**2 / 256
+        mean, initial = (
+            np.zeros((self.members, end - start)),
+            (self.square / self.count)[:, None] * (self.trust[0] * 256),
+        )
+        square = np.zeros_like(mean)  # of the rows' innovations so far, in sigma**2 / 256
         for a in range(0, self.width, REFRESH):
             b = min(a + REFRESH, self.width)
             gain = log2_fixed((square + initial) * (1 / (256 * (a + self.trust[0]))))
@@ -2439,18 +3581,23 @@ class Stack:
             for j in range(a, b):
                 if low is not None:
                     mean = known[:, j - a] + (low[:, j, None, a:j] @ e[:, a:j])[:, 0]
-                    mean = np.clip(np.rint(mean * 2.0**-12), -2.0**15, 2.0**15)                 # in 1/256
+                    mean = np.clip(np.rint(mean * 2.0**-12), -(2.0**15), 2.0**15)  # in 1/256
                 total = (mean + 128 // PHASES).astype(np.int64)
-                q[:, j] = symbols = coder(table[:, j - a] + ((total & 255) * PHASES >> 8), total >> 8, slice(start, end), j)
-                e[:, j] = np.clip(symbols * 256 - mean, -2.0**17, 2.0**17)
+                q[:, j] = symbols = coder(
+                    table[:, j - a] + ((total & 255) * PHASES >> 8), total >> 8, slice(start, end), j
+                )
+                e[:, j] = np.clip(symbols * 256 - mean, -(2.0**17), 2.0**17)
             white = np.rint(e[:, a:b] / sigma[:, a:b, None])
             square += np.rint(white * white * (1 / 256)).sum(1)
         self.square += square.sum(1)
         self.count += 256.0 * self.width * (end - start)
-        exact = q.astype(np.float32) if np.abs(q).max() <= 128 else q     # at most 1,024 rows: no sum of products passes 2**24
+        exact = (
+            q.astype(np.float32) if np.abs(q).max() <= 128 else q
+        )  # at most 1,024 rows: no sum of products passes 2**24
         for moments, x in zip(self.moments, exact):
-            moments += x @ x.T                                          # of a matrix with itself: BLAS does half of it
+            moments += x @ x.T  # of a matrix with itself: BLAS does half of it
         self.seen += end - start
+
 
 def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
     """Index into PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most two members."""
@@ -2459,7 +3606,7 @@ def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
         return len(PRIORS) - 1
     best = np.zeros(len(PRIORS))
     for g in {0, members - 1}:
-        z = q[g] / np.sqrt(np.maximum((q[g].astype(np.float64)**2).mean(0), 2.0**-5))
+        z = q[g] / np.sqrt(np.maximum((q[g].astype(np.float64) ** 2).mean(0), 2.0**-5))
         even, odd = z[::2], z[1::2]
         known = correlation((even.T @ even)[None])[0]
         for i, (strength, weight) in enumerate(PRIORS[:-1]):
@@ -2470,10 +3617,12 @@ def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
             best[i] += np.log(np.diag(low)).mean() + 0.5 * ((e * e).mean() - (odd * odd).mean()) + 0.002
     return int(best.argmin())
 
+
 def cell_starts(mixture: int) -> np.ndarray:
     """For every cell (table * 256 + symbol): frequency << PROB_BITS | sum of the frequencies before it."""
     freq = FREQ[mixture]
     return (freq << PROB_BITS | np.minimum(np.cumsum(freq, 1) - freq, (1 << PROB_BITS) - 1)).ravel()
+
 
 def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tuple[np.ndarray, np.ndarray]:
     """steps: (cells, starts), in the order of decoding. Returns states uint32 (lanes,) and words uint16.
@@ -2481,24 +3630,31 @@ def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tup
     state = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
     words = []
     for cells, starts in reversed(steps):
-        x, start = state[:len(cells)], starts[cells]
+        x, start = state[: len(cells)], starts[cells]
         freq, start = start >> PROB_BITS, start & (1 << PROB_BITS) - 1
         full = x >= freq << (32 - PROB_BITS)
         words.append(x[full].astype("<u2"))
         x = np.where(full, x >> 16, x)
-        times = (x / freq).astype(np.int64)                        # exact: x < 2**32, freq <= 2**14
-        state[:len(cells)] = (times << PROB_BITS) + (x - times * freq) + start
+        times = (x / freq).astype(np.int64)  # exact: x < 2**32, freq <= 2**14
+        state[: len(cells)] = (times << PROB_BITS) + (x - times * freq) + start
     return state.astype("<u4"), np.concatenate(words[::-1] + [np.empty(0, "<u2")])
+
 
 def common_weight(q: np.ndarray, axis: int) -> int:
     """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how far theirs lie apart."""
-    spread = np.log((q.astype(np.float64)**2).mean(axis) + 1 / 12).var(1).mean() - 2 / q.shape[axis]
+    spread = np.log((q.astype(np.float64) ** 2).mean(axis) + 1 / 12).var(1).mean() - 2 / q.shape[axis]
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
+
 
 def repeated_rows(q: np.ndarray) -> dict[int, int]:
     """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: embeddings of tokens that training never saw."""
     seen = {}
-    return {i: first for i, row in enumerate(q[0]) if (first := seen.setdefault(row.tobytes(), i)) != i} if len(q) == 1 else {}
+    return (
+        {i: first for i, row in enumerate(q[0]) if (first := seen.setdefault(row.tobytes(), i)) != i}
+        if len(q) == 1
+        else {}
+    )
+
 
 def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
     """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of ``rider`` travel in it for nothing.
@@ -2514,9 +3670,15 @@ def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, 
         rows, width = q.shape[1:]
         turn = width != residual and (rows == residual or rows < width)
         q = q.transpose(0, 2, 1) if turn else q
-        variance = np.maximum((q.astype(np.float64)**2).mean((1, 2)), 2.0**-5)
-        head = {"shape": list(q.shape), "log2_variance": np.rint(np.log2(variance)).astype(int).tolist(), "turned": int(turn),
-                "prior": choose_prior(q, pools.get(q.shape[2])), "trust": [common_weight(q, 2), common_weight(q, 1)], "copies": [list(copies), list(copies.values())]}
+        variance = np.maximum((q.astype(np.float64) ** 2).mean((1, 2)), 2.0**-5)
+        head = {
+            "shape": list(q.shape),
+            "log2_variance": np.rint(np.log2(variance)).astype(int).tolist(),
+            "turned": int(turn),
+            "prior": choose_prior(q, pools.get(q.shape[2])),
+            "trust": [common_weight(q, 2), common_weight(q, 1)],
+            "copies": [list(copies), list(copies.values())],
+        }
         columns, cells = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64), []
 
         def coder(table, floor, rows, j):
@@ -2529,43 +3691,59 @@ def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, 
                 escaped.append(values.ravel()[lost])
             cells.append(cell.astype(np.int32))
             return values
+
         Stack(head, pools).code(coder)
-        head["mixture"] = int(np.argmin([sum(float(cost.ravel()[c].sum(dtype=np.float64)) for c in cells[::5]) for cost in COST]))
+        head["mixture"] = int(
+            np.argmin([sum(float(cost.ravel()[c].sum(dtype=np.float64)) for c in cells[::5]) for cost in COST])
+        )
         starts = cell_starts(head["mixture"])
         steps += [(c, starts) for c in cells]
         heads.append(head)
     lanes = max((len(c) for c, _ in steps), default=0)
-    states, words = rans_encode(steps, rider[:2 * lanes].ljust(2 * lanes, b"\0"))
+    states, words = rans_encode(steps, rider[: 2 * lanes].ljust(2 * lanes, b"\0"))
     side = zlib.compress(json.dumps(heads, separators=(",", ":")).encode(), 9)
     raw = zlib.compress(np.concatenate(escaped).astype("<i2").tobytes(), 9)
     sizes = struct.pack("<4I", len(side), len(raw), lanes, len(words))
     return b"".join((sizes, side, raw, states.tobytes(), words.tobytes())), min(len(rider), 2 * lanes)
 
+
 def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
     """Inverse of encode_stacks: the stacks, int16, and the rider (padded with zeros)."""
     side, raw, lanes, count = struct.unpack_from("<4I", code)
     at = np.cumsum([16, side, raw, 4 * lanes]).tolist()
-    escaped = np.frombuffer(zlib.decompress(code[at[1]:at[2]]), "<i2")
-    state, words = np.frombuffer(code, "<u4", lanes, at[2]).astype(np.uint32), np.frombuffer(code, "<u2", count, at[3]).astype(np.uint32)
+    escaped = np.frombuffer(zlib.decompress(code[at[1] : at[2]]), "<i2")
+    state, words = (
+        np.frombuffer(code, "<u4", lanes, at[2]).astype(np.uint32),
+        np.frombuffer(code, "<u2", count, at[3]).astype(np.uint32),
+    )
     stacks, pools = [], {}
-    for head in json.loads(zlib.decompress(code[at[0]:at[1]])):
-        starts, columns = cell_starts(head["mixture"]).astype(np.uint32), np.empty(head["shape"][2:] + head["shape"][:2], np.int16)
+    for head in json.loads(zlib.decompress(code[at[0] : at[1]])):
+        starts, columns = (
+            cell_starts(head["mixture"]).astype(np.uint32),
+            np.empty(head["shape"][2:] + head["shape"][:2], np.int16),
+        )
         symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS * PHASES), FREQ[head["mixture"]].ravel())
 
         def coder(table, floor, rows, j):
             nonlocal escaped, words
-            x, table = state[:table.size], table.ravel()
+            x, table = state[: table.size], table.ravel()
             slot = x & (1 << PROB_BITS) - 1
             symbol = symbols.take((table << PROB_BITS) + slot)
             start = starts.take((table << 8) + symbol)
-            x[:] = (start >> PROB_BITS) * (x >> PROB_BITS) + (slot - (start & (1 << PROB_BITS) - 1))      # stays below 2**32
+            x[:] = (start >> PROB_BITS) * (x >> PROB_BITS) + (
+                slot - (start & (1 << PROB_BITS) - 1)
+            )  # stays below 2**32
             low = np.flatnonzero(x < 1 << 16)
-            x[low], words = x[low] << 16 | words[:len(low)], words[len(low):]                             # a stream that is too short raises here
+            x[low], words = (
+                x[low] << 16 | words[: len(low)],
+                words[len(low) :],
+            )  # a stream that is too short raises here
             values, lost = symbol + (floor.ravel() - SPAN), symbol == ESCAPE
             if n := np.count_nonzero(lost):
                 values[lost], escaped = escaped[:n], escaped[n:]
             columns[j, :, rows] = values = values.reshape(floor.shape)
             return values
+
         Stack(head, pools).code(coder)
         rows, sources = (np.array(rows, int) for rows in head["copies"])
         q = columns.transpose(*((1, 0, 2) if head["turned"] else (1, 2, 0)))
@@ -2576,9 +3754,11 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
         raise ValueError("words are left over")
     return stacks, (state - (1 << 16)).astype("<u2").tobytes()
 
+
 # A file: magic, version, total length, lengths of header and stacks | header: zlib of JSON | entropy-coded stacks | LZMA of the other tensors | CRC-32
 MAGIC, VERSION, FIXED = b"GPTGOLF\n", 1, struct.Struct("<8sIQII")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
+
 
 def as_matrix(a: np.ndarray) -> np.ndarray:
     """An integer tensor as (R, C): vectors and matrices of two long sides are folded, the last row padded with zeros."""
@@ -2587,9 +3767,13 @@ def as_matrix(a: np.ndarray) -> np.ndarray:
     width = 64 if a.ndim == 1 else 512
     return np.pad(a.ravel(), (0, -a.size % width)).reshape(-1, width)
 
+
 def planes(arrays: list[np.ndarray]) -> bytes:
     """Bytes of arrays of one dtype, most significant bytes of all values first."""
-    return np.frombuffer(b"".join(a.tobytes() for a in arrays), np.uint8).reshape(-1, arrays[0].itemsize).T[::-1].tobytes()
+    return (
+        np.frombuffer(b"".join(a.tobytes() for a in arrays), np.uint8).reshape(-1, arrays[0].itemsize).T[::-1].tobytes()
+    )
+
 
 def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
     """Tensors (any numpy dtype) and ``meta`` (JSON) as the bytes of a model file. Integer tensors of 64 values or more are entropy-coded.
@@ -2606,7 +3790,9 @@ def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
         coded.append([dtype, shape, list(members), centres])
         stacks.append(np.stack([as_matrix(a.astype(np.int64) - c) for a, c in zip(members.values(), centres)]))
     plain = [[dtype, [[name, a.shape] for name, a in members.items()]] for dtype, members in rest.items()]
-    raw = lzma.compress(b"".join(planes(list(members.values())) for members in rest.values()), lzma.FORMAT_RAW, filters=LZMA)
+    raw = lzma.compress(
+        b"".join(planes(list(members.values())) for members in rest.values()), lzma.FORMAT_RAW, filters=LZMA
+    )
     code, ridden = encode_stacks(stacks, raw)
     head = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
     head = zlib.compress(json.dumps(head, separators=(",", ":"), sort_keys=True).encode(), 9)
@@ -2614,54 +3800,68 @@ def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
     data = FIXED.pack(MAGIC, VERSION, total, len(head), len(code)) + head + code + raw[ridden:]
     return data + struct.pack("<I", zlib.crc32(data))
 
+
 def save_artifact(path: Path, tensors: dict[str, np.ndarray], meta: dict):
     """Write encode_artifact's bytes whole, by rename."""
     with whole_file(path) as f:
         f.write(encode_artifact(tensors, meta))
+
 
 def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
     """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or of another kind raises ArtifactError."""
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise ArtifactError(f"{path}: cannot be read ({e.strerror}); train first, or set ARTIFACT_DIR to the folder that holds it") from None
+        raise ArtifactError(
+            f"{path}: cannot be read ({e.strerror}); train first, or set ARTIFACT_DIR to the folder that holds it"
+        ) from None
     if data[:8] != MAGIC:
-        raise ArtifactError(f"{path}: not a model file of this script (its first bytes are {data[:8]!r}); set ARTIFACT_DIR to the folder that holds one")
+        raise ArtifactError(
+            f"{path}: not a model file of this script (its first bytes are {data[:8]!r}); set ARTIFACT_DIR to the folder that holds one"
+        )
     if len(data) < FIXED.size or len(data) != FIXED.unpack_from(data)[2]:
-        raise ArtifactError(f"{path}: {len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew")
+        raise ArtifactError(
+            f"{path}: {len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew"
+        )
     if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise ArtifactError(f"{path}: checksum does not match; the file was altered: copy it again or write it anew")
     _, version, _, head, code = FIXED.unpack_from(data)
     if version != VERSION:
-        raise ArtifactError(f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it")
+        raise ArtifactError(
+            f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it"
+        )
     at = FIXED.size + head
-    return json.loads(zlib.decompress(data[FIXED.size:at])), data[at:at + code], data[at + code:-4]
+    return json.loads(zlib.decompress(data[FIXED.size : at])), data[at : at + code], data[at + code : -4]
+
 
 def load_artifact(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Inverse of encode_artifact: tensors and meta."""
     head, code, rest = read_artifact(path)
     try:
         return unpack_tensors(head, code, rest), head["meta"]
-    except Exception as e:                                              # the checksum holds, so this is a file that was made wrongly
+    except Exception as e:  # the checksum holds, so this is a file that was made wrongly
         raise ArtifactError(f"{path}: cannot be decoded ({type(e).__name__}: {e}); write it anew") from e
+
 
 def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray]:
     """The tensors that a model file's header describes."""
     stacks, rider = decode_stacks(code)
-    raw = lzma.decompress(rider[:head["ridden"]] + rest, lzma.FORMAT_RAW, filters=LZMA)
+    raw = lzma.decompress(rider[: head["ridden"]] + rest, lzma.FORMAT_RAW, filters=LZMA)
     tensors, at = {}, 0
     for (dtype, shape, names, centres), stack in zip(head["coded"], stacks, strict=True):
         for name, q, centre in zip(names, stack, centres, strict=True):
-            tensors[name] = (q.ravel()[:math.prod(shape)].astype(np.int64) + centre).astype(dtype).reshape(shape)
+            tensors[name] = (q.ravel()[: math.prod(shape)].astype(np.int64) + centre).astype(dtype).reshape(shape)
     for dtype, members in head["plain"]:
         size, count = np.dtype(dtype).itemsize, sum(math.prod(shape) for _, shape in members)
         values = np.frombuffer(raw, np.uint8, size * count, at).reshape(size, count)[::-1].T.copy().view(dtype).ravel()
         at += size * count
         for name, shape in members:
-            tensors[name], values = values[:math.prod(shape)].reshape(shape), values[math.prod(shape):]
+            tensors[name], values = values[: math.prod(shape)].reshape(shape), values[math.prod(shape) :]
     return tensors
 
+
 # ======== Scoring =============================================================================================================================================
+
 
 def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows (begin, first, end) int64: tokens begin..end are read, targets of positions first..end are scored.
@@ -2676,6 +3876,7 @@ def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> 
             first, reach = reach, min(reach + stride, end)
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
+
 def pack_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
     """Consecutive windows into buffers of at most ``capacity`` tokens."""
     tokens, cuts = np.append(0, np.cumsum(windows[:, 2] - windows[:, 0])), [0]
@@ -2683,19 +3884,30 @@ def pack_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
         cuts.append(int(np.searchsorted(tokens, tokens[cuts[-1]] + capacity, side="right")) - 1)
     return [windows[lo:hi] for lo, hi in zip(cuts, cuts[1:])]
 
+
 def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tuple[Batch, np.ndarray, np.ndarray]:
     """One buffer of windows -> (batch, places scored in the buffer, targets they score in the stream)."""
     lengths = windows[:, 2] - windows[:, 0]
     starts = np.cumsum(lengths) - lengths
     index = np.arange(lengths.sum()) + np.repeat(windows[:, 0] - starts, lengths)
-    batch = pack(val.tokens[index].astype(np.int64), starts, cfg.eval_seq_len, cfg.eval_seq_len, "val", cfg.val_batch_tokens, val.tokens[index + 1].astype(np.int64))
+    batch = pack(
+        val.tokens[index].astype(np.int64),
+        starts,
+        cfg.eval_seq_len,
+        cfg.eval_seq_len,
+        "val",
+        cfg.val_batch_tokens,
+        val.tokens[index + 1].astype(np.int64),
+    )
     places = np.flatnonzero(index >= np.repeat(windows[:, 1], lengths))
     return batch, places, index[places]
+
 
 def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
     """Write the nats (or pair with the hints' log-probabilities) that a forward found at places ``at`` as the scores of ``targets``, improved by an NGram."""
     parts = [t.detach()[at].double().cpu().numpy() for t in (found if isinstance(found, tuple) else (found,))]
     ledger.write(targets, parts[0] if ngram is None else ngram.scored(targets, *parts))
+
 
 def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
     """Where the bits of a finished pass are: BPB by document length and by position, both in tokens, and a 95 % interval over documents.
@@ -2703,18 +3915,42 @@ def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
     ends = np.append(val.starts[1:], val.targets)
     lengths = (ends - val.starts)[val.starts < val.targets]
     document = np.repeat(np.arange(len(lengths)), lengths)
-    nats, size = (np.bincount(document, values, len(lengths)) for values in (ledger.nats / math.log(2), val.target_bytes))
+    nats, size = (
+        np.bincount(document, values, len(lengths)) for values in (ledger.nats / math.log(2), val.target_bytes)
+    )
     draws = np.random.default_rng(0).integers(0, len(lengths), (1000, len(lengths)))
     interval = np.quantile(nats[draws].sum(1) / np.maximum(size[draws].sum(1), 1), (0.025, 0.975))
-    position, result = np.arange(val.targets) - val.starts[document], {"bpb_interval": interval.tolist(), "bpb_by_length": [], "bpb_by_position": []}
-    for low, high in ((0, 64), (64, 256), (256, 1024), (1024, 2048), (2048, 8192), (8192, max(8193, int(lengths.max())))):
-        for name, within in (("length", (lengths[document] > low) & (lengths[document] <= high)), ("position", (position >= low) & (position < high))):
+    position, result = (
+        np.arange(val.targets) - val.starts[document],
+        {"bpb_interval": interval.tolist(), "bpb_by_length": [], "bpb_by_position": []},
+    )
+    for low, high in (
+        (0, 64),
+        (64, 256),
+        (256, 1024),
+        (1024, 2048),
+        (2048, 8192),
+        (8192, max(8193, int(lengths.max()))),
+    ):
+        for name, within in (
+            ("length", (lengths[document] > low) & (lengths[document] <= high)),
+            ("position", (position >= low) & (position < high)),
+        ):
             if val.target_bytes[within].any():
-                result[f"bpb_by_{name}"].append({"upto": high, "bpb": ledger.partial_bpb(within), "targets": int(within.sum()), "documents": int(len(np.unique(document[within])))})
+                result[f"bpb_by_{name}"].append(
+                    {
+                        "upto": high,
+                        "bpb": ledger.partial_bpb(within),
+                        "targets": int(within.sum()),
+                        "documents": int(len(np.unique(document[within]))),
+                    }
+                )
     return result
+
 
 class Scorer:
     """Document-bounded scoring: windows never cross a document's start, each validation target is scored once, whatever the number of ranks."""
+
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, ngram=None):
         self.model, self.cfg, self.ranks, self.log, self.ngram = model, cfg, ranks, log, ngram
 
@@ -2727,27 +3963,48 @@ class Scorer:
     @torch.no_grad()
     def score_documents(self, val: ValidationStream, ledger: Ledger, stride: int, first: int, last: int):
         """Score documents first..last (exclusive) and share the scores with all ranks."""
-        windows = plan_windows(val.starts[first:last], int(np.append(val.starts, val.targets)[last]), self.cfg.eval_seq_len, stride or self.cfg.eval_seq_len)
+        windows = plan_windows(
+            val.starts[first:last],
+            int(np.append(val.starts, val.targets)[last]),
+            self.cfg.eval_seq_len,
+            stride or self.cfg.eval_seq_len,
+        )
         buffers = pack_windows(windows, self.cfg.val_batch_tokens)
-        for buffer in buffers[self.ranks.rank::self.ranks.world]:
+        for buffer in buffers[self.ranks.rank :: self.ranks.world]:
             ledger.progress(self.ranks, self.log)
             batch, places, targets = window_batch(val, buffer, self.cfg)
             at, hint = torch.from_numpy(places).to(self.ranks.device), self.ngram and self.ngram.hints(targets)
-            hint = () if hint is None else (torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=at.device).index_copy(0, at, hint),)
-            book(ledger, targets, batch_nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint), at, self.ngram)
+            hint = (
+                ()
+                if hint is None
+                else (
+                    torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=at.device).index_copy(0, at, hint),
+                )
+            )
+            book(
+                ledger,
+                targets,
+                batch_nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint),
+                at,
+                self.ngram,
+            )
         ledger.merge(self.ranks)
+
 
 # ======== N-gram: exact causal token statistics, and the tilt or mixture that they give the scored probabilities ==============================================
 
+
 class Continuations(NamedTuple):
     """What had followed the contexts of one order before each of ``targets``; all (n,) on the device. A context that occurs once in the stream is left out."""
-    order: int            # tokens of the context and the one it predicts
-    targets: Tensor       # int64
-    hint: Tensor          # int32: the token seen most often, of equals the one that got there first
-    top: Tensor           # int64: how often it was seen
-    total: Tensor         # int64: how often the context was seen; 0: hint is meaningless
-    seen: Tensor          # int64: how often the realised target was seen
-    distinct: Tensor      # int64: how many different tokens were seen
+
+    order: int  # tokens of the context and the one it predicts
+    targets: Tensor  # int64
+    hint: Tensor  # int32: the token seen most often, of equals the one that got there first
+    top: Tensor  # int64: how often it was seen
+    total: Tensor  # int64: how often the context was seen; 0: hint is meaningless
+    seen: Tensor  # int64: how often the realised target was seen
+    distinct: Tensor  # int64: how many different tokens were seen
+
 
 def run_starts(*keys: Tensor) -> Tensor:
     """Places (n,) bool where any of the sorted keys differs from the place before."""
@@ -2757,50 +4014,77 @@ def run_starts(*keys: Tensor) -> Tensor:
         first[1:] |= key[1:] != key[:-1]
     return first
 
+
 def latest(flags: Tensor) -> Tensor:
     """Index (n,) int64 of the last True at or before each place; flags[0] is True."""
     return flags.nonzero()[:, 0][flags.cumsum(0) - 1]
+
 
 def running_max(x: Tensor) -> Tensor:
     """Cumulative maximum of x (n,), not negative, by rows: a scan over one long row would occupy a single block of the GPU."""
     width = max(math.isqrt(len(x)), 1)
     rows = F.pad(x, (0, -len(x) % width)).view(-1, width).cummax(1).values
-    return torch.maximum(rows, F.pad(rows[:-1, -1].cummax(0).values, (1, 0))[:, None]).flatten()[:len(x)]
+    return torch.maximum(rows, F.pad(rows[:-1, -1].cummax(0).values, (1, 0))[:, None]).flatten()[: len(x)]
+
 
 def leader(start: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Inside groups that begin at ``start`` (n,): the highest of the counts (n,) so far, and where it was first reached."""
     highest = running_max((start << 32) + counts)
     return highest & 0xFFFFFFFF, latest(run_starts(highest))
 
+
 def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int, vocab: int):
     """Yield Continuations of order 2, 3, ..., ``orders``. tokens int32 (n + 1,); document and segment of each target int32 (n,), both rising.
     A target sees the targets of earlier segments and the earlier ones of its own document, whose contexts lie inside their documents. Counts
     are exact: a context is known by its rank among the sorted pairs (context one token shorter, its last token), never by a hash. One stable
     sort by (context, target) serves an order, and shifted by one place it lists the contexts of the next; places run through those lists."""
-    at = tokens[:-1].sort(stable=True).indices                          # targets in the order of their contexts, and of the stream where these agree
+    at = (
+        tokens[:-1].sort(stable=True).indices
+    )  # targets in the order of their contexts, and of the stream where these agree
     context = tokens[at].long()
     for order in range(2, orders + 1):
         alone = run_starts(context)
-        alone = alone & F.pad(alone[1:], (0, 1), value=True)            # met once: it, and all longer ones that end in it, know nothing
+        alone = alone & F.pad(
+            alone[1:], (0, 1), value=True
+        )  # met once: it, and all longer ones that end in it, know nothing
         at, context = at[~alone], context[~alone]
         if not len(at):
             return
         place, target, own, block = torch.arange(len(at), device=at.device), tokens[at + 1], document[at], segment[at]
         pair, by_pair = (context * vocab + target).sort(stable=True)
-        whole, old, mine = latest(run_starts(pair)), latest(run_starts(pair, block[by_pair])), latest(run_starts(pair, own[by_pair]))
+        whole, old, mine = (
+            latest(run_starts(pair)),
+            latest(run_starts(pair, block[by_pair])),
+            latest(run_starts(pair, own[by_pair])),
+        )
         seen, rank = torch.empty_like(at), torch.empty_like(at)
-        seen[by_pair], rank[by_pair] = old - whole + place - mine, place - whole      # of this pair, before: visible from here; in the whole stream
-        whole, old, mine = latest(run_starts(context)), latest(run_starts(context, block)), latest(run_starts(context, own))
+        seen[by_pair], rank[by_pair] = (
+            old - whole + place - mine,
+            place - whole,
+        )  # of this pair, before: visible from here; in the whole stream
+        whole, old, mine = (
+            latest(run_starts(context)),
+            latest(run_starts(context, block)),
+            latest(run_starts(context, own)),
+        )
         frozen, frozen_at = (t[(old - 1).clamp(min=0)] for t in leader(whole, rank + 1))
         top, top_at = (t[(place - 1).clamp(min=0)] for t in leader(mine, seen + 1))
         frozen, top = torch.where(old > whole, frozen, 0), torch.where(place > mine, top, 0)
         firsts, news = (F.pad((count == 0).cumsum(0), (1, 0)) for count in (rank, seen))
-        yield Continuations(order, at, target[torch.where(top > frozen, top_at, frozen_at)], torch.maximum(top, frozen), old - whole + place - mine, seen,
-                            firsts[old] - firsts[whole] + news[place] - news[mine])
+        yield Continuations(
+            order,
+            at,
+            target[torch.where(top > frozen, top_at, frozen_at)],
+            torch.maximum(top, frozen),
+            old - whole + place - mine,
+            seen,
+            firsts[old] - firsts[whole] + news[place] - news[mine],
+        )
         at, context = at[by_pair], run_starts(pair).cumsum(0)
         goes_on = at + 1 < len(document)
         goes_on[goes_on.clone()] = document[at[goes_on] + 1] == document[at[goes_on]]
         at, context = at[goes_on] + 1, context[goes_on]
+
 
 class NGram:
     """Improves the scored probabilities by what earlier segments and the document so far have shown to follow the last tokens.
@@ -2809,38 +4093,62 @@ class NGram:
     NGRAM_CALIBRATE it is, for each bucket of (order, count, share), moved to the most probable value given the hits on scored segments.
     mix: each order that clears takes NGRAM_WEIGHT from the distribution of the orders below, the lowest of which is the network:
     p_n(x) = (1 - w) p_(n-1)(x) + w ((c(x) - 1/2)+ / total + distinct / (2 total) p_(n-1)(x)), PPM-D with its exact escape, so p sums to one."""
-    COUNTS, SHARES, PRIOR = 6, 9, 20.0      # buckets: powers of two, eighths; NGRAM_BOOST weighs as much as 80 targets of which half hit
+
+    COUNTS, SHARES, PRIOR = (
+        6,
+        9,
+        20.0,
+    )  # buckets: powers of two, eighths; NGRAM_BOOST weighs as much as 80 targets of which half hit
 
     def __init__(self, cfg: Config, ranks: Ranks, val: ValidationStream, sizes: list[int], log: Log):
         """sizes: documents of each segment, in order. Every rank counts the whole stream: integers, so all agree."""
         self.cfg, self.ranks, self.val, self.fresh, begun = cfg, ranks, val, [], time.perf_counter()
-        n, device, segments = val.targets, ranks.device, torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(sizes))
+        n, device, segments = (
+            val.targets,
+            ranks.device,
+            torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(sizes)),
+        )
         tokens, document = torch.from_numpy(val.tokens.astype(np.int32)).to(device), torch.zeros(n, dtype=torch.int32)
         document[torch.from_numpy(val.starts[val.starts < n])] = 1
         document = document.to(device).cumsum(0, dtype=torch.int32) - 1
-        hint, bucket = torch.full((n,), -1, dtype=torch.int32, device=device), torch.zeros(n, dtype=torch.int16, device=device)
+        hint, bucket = (
+            torch.full((n,), -1, dtype=torch.int32, device=device),
+            torch.zeros(n, dtype=torch.int16, device=device),
+        )
         mass, rest = torch.zeros(n, device=device), torch.ones(n, device=device)
         for found in continuations(tokens, document, segments.to(device)[document], cfg.ngram_order, cfg.vocab_size):
             share = found.top.double() / found.total
             clears = ((found.total >= cfg.ngram_min_count) & (share >= cfg.ngram_threshold)).nonzero()[:, 0]
             if found.order < cfg.ngram_min_order or not len(clears):
                 continue
-            at, share, total, seen, distinct = found.targets[clears], share[clears], found.total[clears], found.seen[clears], found.distinct[clears]
+            at, share, total, seen, distinct = (
+                found.targets[clears],
+                share[clears],
+                found.total[clears],
+                found.seen[clears],
+                found.distinct[clears],
+            )
             level = total.double().log2().long().clamp(max=self.COUNTS - 1)
             hint[at] = found.hint[clears]
-            bucket[at] = ((found.order * self.COUNTS + level) * self.SHARES + (share * (self.SHARES - 1)).long()).short()
+            bucket[at] = (
+                (found.order * self.COUNTS + level) * self.SHARES + (share * (self.SHARES - 1)).long()
+            ).short()
             keep = 1 - cfg.ngram_weight + cfg.ngram_weight * distinct / (2 * total)
             mass[at] = keep * mass[at] + cfg.ngram_weight * (seen - 0.5).clamp(min=0) / total
             rest[at] *= keep
         self.hint, self.bucket, self.mass, self.rest = (t.cpu().numpy() for t in (hint, bucket, mass, rest))
         self.boost = np.full((cfg.ngram_order + 1) * self.COUNTS * self.SHARES, cfg.ngram_boost)
         self.precision = np.full_like(self.boost, self.PRIOR)
-        log(f"n-grams of order {cfg.ngram_min_order}..{cfg.ngram_order}: hints at {100 * (self.hint >= 0).mean():.2f} % of the targets, {time.perf_counter() - begun:.1f} s")
+        log(
+            f"n-grams of order {cfg.ngram_min_order}..{cfg.ngram_order}: hints at {100 * (self.hint >= 0).mean():.2f} % of the targets, {time.perf_counter() - begun:.1f} s"
+        )
 
     def hints(self, targets: np.ndarray) -> Tensor | None:
         """The tokens whose log-probability scored() will ask for, int64 in the shape of ``targets``, on the device; None where it asks for none."""
         tokens = np.maximum(self.hint[np.minimum(targets, self.val.targets - 1)], 0)
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.ranks.device) if self.cfg.ngram_mode == "tilt" else None
+        return (
+            torch.from_numpy(tokens.astype(np.int64)).to(self.ranks.device) if self.cfg.ngram_mode == "tilt" else None
+        )
 
     def scored(self, targets: np.ndarray, nats: np.ndarray, log_q: np.ndarray | None = None) -> np.ndarray:
         """Nats of the network for ``targets`` (n,), and its log-probabilities of their hints -> the nats to be booked, float64."""
@@ -2855,7 +4163,9 @@ class NGram:
         """At a segment's end: Newton steps towards the boosts under which its hits are likeliest, given what earlier segments said."""
         if not self.cfg.ngram_calibrate or self.cfg.ngram_mode != "tilt":
             return
-        targets, hit, q = (np.concatenate(parts) for parts in zip((np.empty(0, np.int64), np.empty(0), np.empty(0)), *self.fresh))
+        targets, hit, q = (
+            np.concatenate(parts) for parts in zip((np.empty(0, np.int64), np.empty(0), np.empty(0)), *self.fresh)
+        )
         ledger.may_train(targets)
         self.fresh, centre, bucket = [], self.boost, self.bucket[targets]
         for _ in range(6):
@@ -2863,16 +4173,22 @@ class NGram:
             p = odds / (1 - q + odds)
             sums = np.stack([np.bincount(bucket, weights, len(self.boost)) for weights in (hit - p, p * (1 - p))])
             slope, curvature = self.ranks.all_reduce_(torch.from_numpy(sums)).numpy()
-            self.boost = np.clip(self.boost + (slope - self.precision * (self.boost - centre)) / (curvature + self.precision), 0, 12)
+            self.boost = np.clip(
+                self.boost + (slope - self.precision * (self.boost - centre)) / (curvature + self.precision), 0, 12
+            )
         self.precision = self.precision + curvature
+
 
 # ======== Test-time training: score a chunk, then learn from it; state crosses documents only between segments ================================================
 
+
 class Segment(NamedTuple):
     """Consecutive documents of the stream that are independent of each other."""
-    first: int            # documents first..last (exclusive)
+
+    first: int  # documents first..last (exclusive)
     last: int
-    phase_ends: bool      # global SGD follows
+    phase_ends: bool  # global SGD follows
+
 
 def plan_segments(documents: int, cfg: Config) -> list[Segment]:
     """Segments end at the phase boundaries PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES and otherwise every SEGMENT_DOCS."""
@@ -2881,12 +4197,14 @@ def plan_segments(documents: int, cfg: Config) -> list[Segment]:
     ends = sorted({*boundaries, *range(cfg.segment_docs, documents, cfg.segment_docs), documents})
     return [Segment(lo, hi, hi in boundaries) for lo, hi in zip([0, *ends], ends)]
 
+
 def plan_chunks(lengths: np.ndarray, cfg: Config) -> list[Segment]:
     """The segments of TTT_METHOD=sgd: whole documents of at least GLOBAL_TTT_CHUNK_TOKENS targets; all but the last are learnt from."""
     targets, ends = np.append(0, np.cumsum(lengths)), [0]
     while ends[-1] < len(lengths):
         ends.append(min(int(np.searchsorted(targets, targets[ends[-1]] + cfg.global_ttt_chunk_tokens)), len(lengths)))
     return [Segment(lo, hi, hi < len(lengths)) for lo, hi in zip(ends, ends[1:])]
+
 
 def chunk_ends(longest: int, cfg: Config) -> list[int]:
     """Ends of the chunks that cover ``longest`` positions: TTT_CHUNKS in order, its last size repeated. A function of position, never of a document's length."""
@@ -2895,17 +4213,24 @@ def chunk_ends(longest: int, cfg: Config) -> list[int]:
         ends.append(ends[-1] + sizes[min(len(ends), len(sizes)) - 1])
     return ends[1:]
 
+
 class Shape(NamedTuple):
     """All that a step of test-time training depends on besides the contents of its memory: one CUDA graph each."""
-    rows: int             # documents run together
-    older: int            # cached tokens that may be attended to
-    back: int             # scored tokens run again, so that gradients reach back through them
-    count: int            # tokens of the chunk
+
+    rows: int  # documents run together
+    older: int  # cached tokens that may be attended to
+    back: int  # scored tokens run again, so that gradients reach back through them
+    count: int  # tokens of the chunk
+
 
 def lockstep(lengths: np.ndarray, cfg: Config, exact: bool):
     """Chunks of documents of these lengths, longest first: yields (begin, end, Shape). Finished rows leave the batch.
     Unless ``exact``, rows and context are rounded up to powers of two, so that few shapes serve every batch."""
-    ceil = (lambda n, least, most: min(n, most)) if exact else lambda n, least, most: min(max(least, 1 << (n - 1).bit_length()), most) if n else 0
+    ceil = (
+        (lambda n, least, most: min(n, most))
+        if exact
+        else lambda n, least, most: min(max(least, 1 << (n - 1).bit_length()), most) if n else 0
+    )
     begin, context = 0, cfg.ttt_eval_seq_len
     for end in chunk_ends(int(lengths.max(initial=0)), cfg):
         count = end - begin
@@ -2914,20 +4239,35 @@ def lockstep(lengths: np.ndarray, cfg: Config, exact: bool):
         yield begin, end, Shape(ceil(int((lengths > begin).sum()), 8, cfg.ttt_batch_size), older, back, count)
         begin = end
 
+
 class DocumentTTT:
     """Score-first adapters for batches of documents of one segment, in lockstep: every row is at the same position of its own document.
     All memory is static and a step depends on its Shape alone, so a GPU replays CUDA graphs: its many small kernels cost no launches. Keys and values stay as
     they were when their token was scored; a ring holds the last TTT_EVAL_SEQ_LEN of them."""
 
     def __init__(self, model: GPT, cfg: Config, val: ValidationStream, ledger: Ledger, ngram: NGram | None = None):
-        self.model, self.cfg, self.val, self.ledger, self.ngram, self.device = model, cfg, val, ledger, ngram, model.tok_emb.device
+        self.model, self.cfg, self.val, self.ledger, self.ngram, self.device = (
+            model,
+            cfg,
+            val,
+            ledger,
+            ngram,
+            model.tok_emb.device,
+        )
         rows, device, visits = cfg.ttt_batch_size, self.device, len(model.schedules[cfg.looped])
         self.stream = torch.from_numpy(val.tokens.astype(np.int32)).to(device)
         self.hints = None if ngram is None else ngram.hints(np.arange(val.targets))
         self.begin, self.updates = torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), device=device)
         self.row_starts, self.row_lengths = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-        self.lora = new_lora(model, rows, frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(",")), cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
-        self.start = [p[:1].detach().clone() for p in self.lora.leaves()]       # where every document's adapters begin
+        self.lora = new_lora(
+            model,
+            rows,
+            frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(",")),
+            cfg.ttt_lora_rank,
+            cfg.ttt_lora_alpha,
+            cfg.seed,
+        )
+        self.start = [p[:1].detach().clone() for p in self.lora.leaves()]  # where every document's adapters begin
         self.squares = [torch.zeros_like(p) for p in self.lora.leaves()]
         ring = visits, rows, cfg.ttt_eval_seq_len, cfg.num_kv_heads, model.head_dim
         self.keys, self.values = (torch.zeros(ring, dtype=model.dtype, device=device) for _ in range(2))
@@ -2938,14 +4278,21 @@ class DocumentTTT:
         """Capture every graph that these batches need, on random tokens (B29). Only lengths of documents are read."""
         self.stream.random_(self.cfg.vocab_size, generator=torch.Generator(self.device).manual_seed(0))
         self.pool = torch.cuda.graph_pool_handle()
-        for shape in sorted({shape for batch in batches for *_, shape in lockstep(np.sort(self.val.lengths[batch])[::-1], self.cfg, False)}, reverse=True):
+        for shape in sorted(
+            {
+                shape
+                for batch in batches
+                for *_, shape in lockstep(np.sort(self.val.lengths[batch])[::-1], self.cfg, False)
+            },
+            reverse=True,
+        ):
             self.graphs[shape] = self.capture(shape)
         self.stream.copy_(torch.from_numpy(self.val.tokens.astype(np.int32)))
 
     def capture(self, shape: Shape):
         """Graphs of score() and learn(), and where the first leaves its findings."""
         with torch.cuda.stream(torch.cuda.Stream()):
-            self.learn(shape, self.score(shape)[0])                     # libraries and Triton set themselves up outside of a capture
+            self.learn(shape, self.score(shape)[0])  # libraries and Triton set themselves up outside of a capture
         torch.cuda.synchronize()
         scoring, learning = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(scoring, pool=self.pool):
@@ -2961,9 +4308,12 @@ class DocumentTTT:
             p.copy_(start.expand_as(p))
             v.zero_()
         self.updates.zero_()
-        for memory, values in ((self.row_starts, self.val.starts[documents]), (self.row_lengths, self.val.lengths[documents])):
+        for memory, values in (
+            (self.row_starts, self.val.starts[documents]),
+            (self.row_lengths, self.val.lengths[documents]),
+        ):
             memory.zero_()
-            memory[:len(documents)] = torch.from_numpy(values)
+            memory[: len(documents)] = torch.from_numpy(values)
 
     def run(self, documents: np.ndarray):
         """documents: indices, at most TTT_BATCH_SIZE, in any order."""
@@ -2976,10 +4326,16 @@ class DocumentTTT:
             if self.graphs and found is None:
                 raise RuntimeError(f"no graph was captured for {shape}")
             scoring.replay() if scoring else (found := self.score(shape))
-            targets = starts[:shape.rows, None] + np.arange(begin, end)
-            valid = np.arange(begin, end) < lengths[:shape.rows, None]
-            book(self.ledger, targets[valid], tuple(t[:len(valid)].cpu() for t in found), torch.from_numpy(valid), self.ngram)
-            goes_on = lengths[:shape.rows] > end
+            targets = starts[: shape.rows, None] + np.arange(begin, end)
+            valid = np.arange(begin, end) < lengths[: shape.rows, None]
+            book(
+                self.ledger,
+                targets[valid],
+                tuple(t[: len(valid)].cpu() for t in found),
+                torch.from_numpy(valid),
+                self.ngram,
+            )
+            goes_on = lengths[: shape.rows] > end
             if goes_on.any() and self.cfg.ttt_grad_steps:
                 self.ledger.may_train(targets[goes_on].ravel())
                 learning.replay() if learning else self.learn(shape, found[0])
@@ -2995,15 +4351,23 @@ class DocumentTTT:
         tokens = torch.where(position >= 0, self.stream[index], self.cfg.bos_id).long()
         before = self.stream[(index[:, 0] - 1).clamp(min=0)].long()
         at = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
-        offsets = lambda length, outside: F.pad((at * length + torch.stack((torch.zeros_like(outside), outside))).flatten(), (0, 1), value=rows * length)
+        offsets = lambda length, outside: F.pad(
+            (at * length + torch.stack((torch.zeros_like(outside), outside))).flatten(), (0, 1), value=rows * length
+        )
         outside = [(n - self.begin).clamp(min=0).int() for n in (back, older + back)]
-        seq = Seq(offsets(width, outside[0]), offsets(older + width, outside[1]), width, older + width, position.int().repeat(rows))
+        seq = Seq(
+            offsets(width, outside[0]),
+            offsets(older + width, outside[1]),
+            width,
+            older + width,
+            position.int().repeat(rows),
+        )
         slots = (self.begin - back - older + torch.arange(older, device=device)) % context
         cache = Cache(*(t[:, :rows].index_select(2, slots) for t in (self.keys, self.values)), before)
         lora = self.parts[rows] = self.parts.get(rows) or self.lora.first(rows)
         with torch.set_grad_enabled(self.cfg.ttt_grad_steps > 0):
             hidden, fresh = self.model.trunk(tokens.flatten(), seq, looped=self.cfg.looped, lora=lora, cache=cache)
-            hidden = hidden.unflatten(0, (rows, width))[:, back:].flatten(0, 1)     # only the chunk pays for the head
+            hidden = hidden.unflatten(0, (rows, width))[:, back:].flatten(0, 1)  # only the chunk pays for the head
             hint = None if self.hints is None else self.hints[index[:, back:]].flatten()
             found = self.model.nll(hidden, self.stream[index[:, back:] + 1].flatten().long(), lora=lora, hint=hint)
         if keep:
@@ -3014,25 +4378,38 @@ class DocumentTTT:
     def learn(self, shape: Shape, nats: Tensor):
         """TTT_GRAD_STEPS of AdamW on the mean nats (rows, count) of the chunk, for rows with a later chunk. Rows do not mix: the loss is a sum and Adam is elementwise."""
         cfg, lora = self.cfg, self.parts[shape.rows]
-        lr, squares = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult, [v[:shape.rows] for v in self.squares]
-        goes_on = (self.row_lengths[:shape.rows] > self.begin + shape.count).float()
+        lr, squares = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult, [v[: shape.rows] for v in self.squares]
+        goes_on = (self.row_lengths[: shape.rows] > self.begin + shape.count).float()
         for step in range(cfg.ttt_grad_steps):
             nats = self.score(shape, keep=False)[0] if step else nats
             grads = [g.contiguous() for g in torch.autograd.grad((nats.mean(1) * goes_on).sum(), lora.leaves())]
             self.updates += 1
-            with torch.no_grad():                                       # a finished row stays as it is: its gradient is zero, and it does not decay
+            with torch.no_grad():  # a finished row stays as it is: its gradient is zero, and it does not decay
                 for p in lora.leaves():
                     p.mul_((1 - lr * cfg.ttt_weight_decay * goes_on)[:, None, None])
                 # With beta1 = 0 the first moment is the gradient, so the gradients' memory serves as its own.
-                torch._fused_adamw_(lora.leaves(), grads, grads, squares, [], [self.updates] * len(grads), lr=lr, beta1=0.0, beta2=cfg.ttt_beta2,
-                                    weight_decay=0.0, eps=1e-10, amsgrad=False, maximize=False)
+                torch._fused_adamw_(
+                    lora.leaves(),
+                    grads,
+                    grads,
+                    squares,
+                    [],
+                    [self.updates] * len(grads),
+                    lr=lr,
+                    beta1=0.0,
+                    beta2=cfg.ttt_beta2,
+                    weight_decay=0.0,
+                    eps=1e-10,
+                    amsgrad=False,
+                    maximize=False,
+                )
 
     @torch.no_grad()
     def remember(self, lengths: np.ndarray):
         """Add up how far the batch's adapters have moved, each document by its tokens, at most a context of them."""
         weight = torch.from_numpy(np.minimum(lengths, self.cfg.ttt_eval_seq_len).astype(np.float32)).to(self.device)
         for drift, p, start in zip(self.drift, self.lora.leaves(), self.start):
-            drift += torch.tensordot(weight, p[:len(weight)], 1) - weight.sum() * start
+            drift += torch.tensordot(weight, p[: len(weight)], 1) - weight.sum() * start
         self.documents += float(weight.sum())
 
     @torch.no_grad()
@@ -3044,10 +4421,11 @@ class DocumentTTT:
             drift.zero_()
         self.documents = 0.0
 
+
 def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> list[list[np.ndarray]]:
     """Documents of a segment by falling length in batches, dealt to the ranks by falling cost: a batch costs what its longest row takes."""
     order = first + np.argsort(-lengths, kind="stable")
-    batches = [order[i:i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
+    batches = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
     load, dealt = np.zeros(world), [[] for _ in range(world)]
     for batch in batches:
         rank = int(load.argmin())
@@ -3055,19 +4433,26 @@ def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> li
         dealt[rank].append(batch)
     return dealt
 
+
 class BaseLearner:
     """Gradients of the base weights from validation targets, for whoever may learn from them."""
+
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, val: ValidationStream):
         self.model, self.cfg, self.ranks, self.val = model, cfg, ranks, val
         self.width = cfg.ttt_eval_seq_len
-        self.tokens = -(-cfg.global_ttt_chunk_tokens // (self.width * ranks.world)) * self.width    # of one micro-batch on one rank
+        self.tokens = (
+            -(-cfg.global_ttt_chunk_tokens // (self.width * ranks.world)) * self.width
+        )  # of one micro-batch on one rank
 
     def clipped_gradients(self, at: int, count: int):
         """Gradients (.grad) of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
         self.gradients(at, count)
         parameters = list(self.model.parameters())
         grads = self.ranks.all_reduce_flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        torch._foreach_mul_(grads, (self.cfg.global_ttt_grad_clip / (torch.stack(torch._foreach_norm(grads)).norm() + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(
+            grads,
+            (self.cfg.global_ttt_grad_clip / (torch.stack(torch._foreach_norm(grads)).norm() + 1e-6)).clamp(max=1.0),
+        )
         for p, grad in zip(parameters, grads):
             p.grad = grad
 
@@ -3076,7 +4461,7 @@ class BaseLearner:
         share = -(-count // (self.width * self.ranks.world)) * self.width
         first, last = at + self.ranks.rank * share, min(at + (self.ranks.rank + 1) * share, at + count)
         for lo in range(first, last, self.tokens):
-            self.backward(self.val.tokens[lo:min(lo + self.tokens, last) + 1].astype(np.int64), count)
+            self.backward(self.val.tokens[lo : min(lo + self.tokens, last) + 1].astype(np.int64), count)
 
     def backward(self, tokens: np.ndarray, count: int):
         """Add the gradient of the summed nats of tokens[1:] over ``count``."""
@@ -3089,32 +4474,45 @@ class BaseLearner:
         cfg, chunk, epochs = self.cfg, self.cfg.global_ttt_chunk_tokens, self.cfg.prequant_ttt_epochs
         adam = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)
         for epoch in range(epochs):
-            adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * math.cos(math.pi * epoch / max(epochs - 1, 1)))
+            adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (
+                0.55 + 0.45 * math.cos(math.pi * epoch / max(epochs - 1, 1))
+            )
             for at in range(0, self.val.targets, chunk):
                 self.clipped_gradients(at, min(chunk, self.val.targets - at))
-                self.model.tok_emb.grad = None                          # Adam leaves alone what never had a gradient
+                self.model.tok_emb.grad = None  # Adam leaves alone what never had a gradient
                 for name, p in self.model.named_parameters():
-                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):        # stacked by layer
-                        p.grad[:cfg.prequant_ttt_freeze_blocks] = 0.0
+                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):  # stacked by layer
+                        p.grad[: cfg.prequant_ttt_freeze_blocks] = 0.0
                 adam.step()
                 adam.zero_grad()
             log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
 
+
 class TestTimeTraining:
     """Scores the validation stream segment by segment, adapting within documents and, at phase boundaries, the base weights."""
+
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
         self.model, self.cfg, self.ranks, self.log, self.val, self.ledger = model, cfg, ranks, log, val, ledger
         self.method = cfg.ttt_method if cfg.ttt_enabled else "none"
         self.segments = plan_chunks(val.lengths, cfg) if self.method == "sgd" else plan_segments(len(val.lengths), cfg)
         self.learner, self.sgd = BaseLearner(model, cfg, ranks, val), None
         sizes = [s.last - s.first for s in self.segments]
-        serial = sum(len(chunk_ends(int(val.lengths[s.first:s.last].max()), cfg)) for s in self.segments)
-        log(f"test-time training ({self.method}): {len(sizes)} segment(s) of {sizes if len(sizes) < 30 else f'{min(sizes)}..{max(sizes)}'} documents"
-            + (f"; critical path {serial:,} chunks in a row, the longest documents of the segments" if self.method == "lora" else ""))
+        serial = sum(len(chunk_ends(int(val.lengths[s.first : s.last].max()), cfg)) for s in self.segments)
+        log(
+            f"test-time training ({self.method}): {len(sizes)} segment(s) of {sizes if len(sizes) < 30 else f'{min(sizes)}..{max(sizes)}'} documents"
+            + (
+                f"; critical path {serial:,} chunks in a row, the longest documents of the segments"
+                if self.method == "lora"
+                else ""
+            )
+        )
         self.ngram = NGram(cfg, ranks, val, sizes, log) if cfg.ngram_enabled else None
         if self.method == "lora":
             self.adapters = DocumentTTT(model, cfg, val, ledger, self.ngram)
-            self.batches = [deal_batches(val.lengths[s.first:s.last], s.first, cfg, ranks.world)[ranks.rank] for s in self.segments]
+            self.batches = [
+                deal_batches(val.lengths[s.first : s.last], s.first, cfg, ranks.world)[ranks.rank]
+                for s in self.segments
+            ]
         else:
             self.scorer = Scorer(model, cfg, ranks, log, self.ngram)
 
@@ -3144,7 +4542,9 @@ class TestTimeTraining:
                 begin, end = (int(self.val.starts[j]) for j in (segment.first, segment.last))
                 self.global_sgd(end, *((begin, i / len(self.segments)) if self.method == "sgd" else ()))
         seconds = time.perf_counter() - begun
-        self.log(f"  {self.val.targets:,} targets in {seconds:.1f} s: {self.val.targets / seconds:,.0f} targets/s over {self.ranks.world} rank(s)")
+        self.log(
+            f"  {self.val.targets:,} targets in {seconds:.1f} s: {self.val.targets / seconds:,.0f} targets/s over {self.ranks.world} rank(s)"
+        )
         return self.ledger.bpb()
 
     def global_sgd(self, end: int, begin: int = 0, progress: float | None = None):
@@ -3167,7 +4567,10 @@ class TestTimeTraining:
         self.model.requires_grad_(False)
         self.ranks.synchronize()
         if progress is None:
-            self.log(f"  base weights learnt from {end - begin:,} scored targets in {len(chunks)} steps, {time.perf_counter() - begun:.1f} s")
+            self.log(
+                f"  base weights learnt from {end - begin:,} scored targets in {len(chunks)} steps, {time.perf_counter() - begun:.1f} s"
+            )
+
 
 # ======== Packer ==============================================================================================================================================
 
@@ -3184,25 +4587,38 @@ if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
 exec(compile(s,__file__,"exec"))
 """
 
+
 def documented(tree: ast.Module) -> list:
     """Nodes whose first statement is a docstring and not the only one."""
-    return [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1]
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and ast.get_docstring(node) is not None
+        and len(node.body) > 1
+    ]
+
 
 def strip_source(source: str) -> str:
     """The source without comments, docstrings and blank lines; names, annotations and layout stay, since Triton and torch read them."""
     lines, drop, inside = source.split("\n"), set(), set()
     for node in documented(ast.parse(source)):
         doc = node.body[0]
-        alone = not lines[doc.lineno - 1][:doc.col_offset].strip() and node.body[1].lineno > doc.end_lineno
+        alone = not lines[doc.lineno - 1][: doc.col_offset].strip() and node.body[1].lineno > doc.end_lineno
         drop.update(range(doc.lineno, doc.end_lineno + 1) if alone else ())
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         row, col = token.start
         if token.type == tokenize.COMMENT:
             lines[row - 1] = lines[row - 1][:col].rstrip()
         elif token.end[0] > row and token.type not in (tokenize.NEWLINE, tokenize.NL):
-            inside.update(range(row, token.end[0] + 1))                 # a string of several lines stays to the letter
-    kept = [line if number in inside else line.rstrip() for number, line in enumerate(lines, 1) if number not in drop and (number in inside or line.strip())]
+            inside.update(range(row, token.end[0] + 1))  # a string of several lines stays to the letter
+    kept = [
+        line if number in inside else line.rstrip()
+        for number, line in enumerate(lines, 1)
+        if number not in drop and (number in inside or line.strip())
+    ]
     return "\n".join(kept) + "\n"
+
 
 def without_docstrings(source: str) -> str:
     """The syntax tree as text, docstrings left out."""
@@ -3211,29 +4627,44 @@ def without_docstrings(source: str) -> str:
         del node.body[0]
     return ast.dump(tree)
 
+
 def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
     stripped = strip_source(source)
-    if without_docstrings(source) != without_docstrings(stripped):      # a string with a blank line or a trailing space in it
+    if without_docstrings(source) != without_docstrings(
+        stripped
+    ):  # a string with a blank line or a trailing space in it
         raise RuntimeError("stripping comments would change the program")
-    payload = lzma.compress(stripped.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters).decode("latin-1")
+    payload = lzma.compress(stripped.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters).decode(
+        "latin-1"
+    )
     for char, escape in (("\\", "\\\\"), ("\r", "\\r"), ("\n", "\\n"), ("\0", "\\x00"), ('"', '\\"')):
         payload = payload.replace(char, escape)
     return (BOOTSTRAP % payload).encode("latin-1")
+
 
 def unpack_script(path: Path) -> str:
     """The source inside a packed script, without running it."""
     require(path.is_file(), f"--unpack {path}: no such file")
     head, tail = (re.escape(part) for part in BOOTSTRAP.split("%s"))
     found = re.fullmatch(f"{head}(.*){tail}", path.read_bytes().decode("latin-1"))
-    with explained(f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one", TypeError, ValueError, SyntaxError, lzma.LZMAError):
+    with explained(
+        f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one",
+        TypeError,
+        ValueError,
+        SyntaxError,
+        lzma.LZMAError,
+    ):
         return lzma.decompress(ast.literal_eval(f'"{found[1]}"').encode("latin-1")).decode()
+
 
 # ======== Main ================================================================================================================================================
 
+
 class Run:
     """What the modes share: settings, ranks, log, timers, verdicts, validation data, attention backend."""
+
     def __init__(self, cfg: Config):
         self.cfg, self.folder, self.ranks = cfg, artifact_folder(cfg), Ranks(cfg)
         if self.ranks.main:
@@ -3249,16 +4680,37 @@ class Run:
         with self.phases("setup"):
             self.attention = choose_attention(cfg, self.ranks.device)
         self.environment = {
-            "hardware": (f"{self.ranks.world} x {torch.cuda.get_device_name()}" if self.ranks.device.type == "cuda"
-                         else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)"),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__},
-            "source_sha256": hashlib.sha256((SOURCE if "PACKED_PATH" in globals() else strip_source(SOURCE)).encode()).hexdigest(),
-            "settings_sha256": cfg.sha256(), "attention": self.attention}
+            "hardware": (
+                f"{self.ranks.world} x {torch.cuda.get_device_name()}"
+                if self.ranks.device.type == "cuda"
+                else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)"
+            ),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "numpy": np.__version__,
+            },
+            "source_sha256": hashlib.sha256(
+                (SOURCE if "PACKED_PATH" in globals() else strip_source(SOURCE)).encode()
+            ).hexdigest(),
+            "settings_sha256": cfg.sha256(),
+            "attention": self.attention,
+        }
         changed = [f"{k.upper()}={v}" for k, v in cfg.settings().items() if v != getattr(Config(), k)]
-        kernels = "Triton" if use_kernels(torch.bfloat16, self.ranks.device, cfg.model_dim // cfg.num_heads) else "plain PyTorch"
-        log(f"hardware {self.environment['hardware']}, attention {self.attention}, kernels {kernels}, " + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items()))
+        kernels = (
+            "Triton"
+            if use_kernels(torch.bfloat16, self.ranks.device, cfg.model_dim // cfg.num_heads)
+            else "plain PyTorch"
+        )
+        log(
+            f"hardware {self.environment['hardware']}, attention {self.attention}, kernels {kernels}, "
+            + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items())
+        )
         log(f"source sha256 {self.environment['source_sha256']}")
-        log(f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: {' '.join(changed) or 'none'}")
+        log(
+            f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: {' '.join(changed) or 'none'}"
+        )
         log("all settings: " + json.dumps(cfg.settings()), console=False)
         log("data: " + ", ".join(f"{k} {v}" for k, v in self.data.items()))
         if not self.data["manifest"]:
@@ -3267,15 +4719,21 @@ class Run:
     def ledger(self, name: str) -> Ledger:
         return Ledger(name, self.val.target_bytes, self.verdicts)
 
+
 def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
     return Path(cfg.artifact_dir or (RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)))
+
 
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
     cfg = run.cfg
     if run.ranks.main:
-        probe = {"q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8), "q.0.step": np.arange(64, dtype=np.int16), "r": np.ones(3, np.float16)}
+        probe = {
+            "q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8),
+            "q.0.step": np.arange(64, dtype=np.int16),
+            "r": np.ones(3, np.float16),
+        }
         path = run.folder / f"preflight{os.getpid()}.bin"
         save_artifact(path, probe, {"settings": cfg.settings()})
         loaded, _ = load_artifact(path)
@@ -3285,24 +4743,39 @@ def preflight(run: Run):
         if cfg.ledger_path:
             with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
                 f.write(b"")
-        if not cfg.ttt_eval_only:                                       # a packed script may run in its own folder: it is not changed
+        if not cfg.ttt_eval_only:  # a packed script may run in its own folder: it is not changed
             script, packed = run.folder / "train_gpt.py", pack_script(SOURCE)
             blocked = script.exists() and script.samefile(RUNNING) and script.read_bytes() != packed
-            require(not blocked, f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere")
-            need = 4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
+            require(
+                not blocked,
+                f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere",
+            )
+            need = (
+                4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
+            )
             free = shutil.disk_usage(run.folder).free
-            require(free >= need, f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere")
+            require(
+                free >= need,
+                f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere",
+            )
     if not cfg.ttt_eval_only and not cfg.quantize_only:
         stream = TrainStream(cfg)
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
-        run.log(f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), {micro_batches} micro-batch(es) a step")
+        run.log(
+            f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), {micro_batches} micro-batch(es) a step"
+        )
         if micro_batches < run.ranks.world:
-            run.log(f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
+            run.log(
+                f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS"
+            )
+
 
 def train(run: Run, model: GPT):
     """Train the model and keep its weights on disk (trained.npz)."""
     model.init_weights(run.cfg.seed)
-    run.log(f"{sum(p.numel() for p in model.parameters()):,} parameters, visits {[v.layer for v in model.schedules[False]]}")
+    run.log(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, visits {[v.layer for v in model.schedules[False]]}"
+    )
     trainer = Trainer(model, run.cfg, run.ranks, run.log, run.phases)
     with run.phases("warmup"):
         trainer.warm_up()
@@ -3311,15 +4784,32 @@ def train(run: Run, model: GPT):
         run.result["training"] = trainer.run()
     with run.phases("write"):
         if run.ranks.main:
-            meta = {"settings": run.cfg.settings(), "training": run.result["training"], "seconds": {k: run.phases.seconds[k] for k in ("warmup", "steps")}}
+            meta = {
+                "settings": run.cfg.settings(),
+                "training": run.result["training"],
+                "seconds": {k: run.phases.seconds[k] for k in ("warmup", "steps")},
+            }
             with whole_file(run.folder / "trained.npz") as f:
-                np.savez(f, meta=np.array(json.dumps(meta)), **{n: p.detach().cpu().numpy() for n, p in model.named_parameters()})
+                np.savez(
+                    f,
+                    meta=np.array(json.dumps(meta)),
+                    **{n: p.detach().cpu().numpy() for n, p in model.named_parameters()},
+                )
+
 
 def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
-    with explained(f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it", OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    with explained(
+        f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it",
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+    ):
         arrays = dict(np.load(path))
         return arrays, json.loads(str(arrays.pop("meta")))
+
 
 def load_trained(run: Run, model: GPT):
     """Put the weights of trained.npz into the model, and its counts and times into the result."""
@@ -3328,11 +4818,15 @@ def load_trained(run: Run, model: GPT):
     run.result["training"] = meta["training"]
     run.phases.seconds.update(meta["seconds"])
 
+
 def diagnose(run: Run, model: GPT, name: str):
     """BPB of the weights in memory, in a ledger and a time of its own."""
     with run.phases("diagnostic"):
-        run.result["bpb"][name] = Scorer(model, run.cfg, run.ranks, run.log).score(run.val, run.ledger(name), run.cfg.eval_stride)
+        run.result["bpb"][name] = Scorer(model, run.cfg, run.ranks, run.log).score(
+            run.val, run.ledger(name), run.cfg.eval_stride
+        )
     run.log(f"{name}: {run.result['bpb'][name]:.5f} BPB")
+
 
 def write_artifact(run: Run, model: GPT):
     """Calibrate, quantise, and write model.bin and the packed train_gpt.py.
@@ -3353,13 +4847,20 @@ def write_artifact(run: Run, model: GPT):
             size = int(run.ranks.agree(len(data)))
         run.log(f"model.bin of {size:,} bytes, {room - size:,} left")
         best = data if size <= room and len(data) >= len(best) else best
-        if size <= room and (not cfg.rate_distortion or room - size < room / 1000 or attempt > 2 or abs(size - last) < room / 10000):
+        if size <= room and (
+            not cfg.rate_distortion or room - size < room / 1000 or attempt > 2 or abs(size - last) < room / 10000
+        ):
             break
-        saved, last = saved + 8 * (size - room * 0.9997) / weights, size        # a step 2**x times as wide saves x bits a weight
-        spent = run.phases.seconds["write"] - before                    # coding that only steers the search is part of it: training time
+        saved, last = (
+            saved + 8 * (size - room * 0.9997) / weights,
+            size,
+        )  # a step 2**x times as wide saves x bits a weight
+        spent = run.phases.seconds["write"] - before  # coding that only steers the search is part of it: training time
         run.phases.seconds["quantize"], run.phases.seconds["write"] = run.phases.seconds["quantize"] + spent, before
     else:
-        raise UserError(f"ARTIFACT_CAP={cfg.artifact_cap}: the model does not fit with any step; shrink the model or raise the cap")
+        raise UserError(
+            f"ARTIFACT_CAP={cfg.artifact_cap}: the model does not fit with any step; shrink the model or raise the cap"
+        )
     with run.phases("write"):
         if run.ranks.main:
             with whole_file(run.folder / "model.bin") as f:
@@ -3370,13 +4871,17 @@ def write_artifact(run: Run, model: GPT):
                     f.write(packed)
     run.ranks.agree(0)
     run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
-    run.log("seconds: " + ", ".join(f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")))
+    run.log(
+        "seconds: " + ", ".join(f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write"))
+    )
+
 
 def quantized_calibration(run: Run, model: GPT, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """fit_logit_calibration for the weights as the artifact will give them back; the model stays as it is."""
     quantized = copy.deepcopy(model)
     load_state(quantized, dequantize(arrays), run.folder)
     return fit_logit_calibration(quantized, TrainStream(run.cfg), run.cfg, run.ranks)
+
 
 def score_artifact(run: Run, model: GPT):
     """Load model.bin from disk into the model and score it; the number comes from what ships."""
@@ -3389,7 +4894,9 @@ def score_artifact(run: Run, model: GPT):
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     ledger, run.result["segments"] = run.ledger("quantized"), [len(run.val.starts)]
     if meta["settings"].get("prequant_ttt_enabled"):
-        ledger.break_condition("C3", "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored")
+        ledger.break_condition(
+            "C3", "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
+        )
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
         ledger = run.ledger("adapted")
@@ -3398,10 +4905,14 @@ def score_artifact(run: Run, model: GPT):
             adaptation.prepare()
         with run.phases("adapt"):
             run.result["bpb"]["adapted"] = adaptation.score()
-        run.result["segments"] = [s.last - s.first for s in adaptation.segments]     # what the audit may hold us to: documents of a segment are independent
+        run.result["segments"] = [
+            s.last - s.first for s in adaptation.segments
+        ]  # what the audit may hold us to: documents of a segment are independent
     else:
         with run.phases("score"):
-            run.result["bpb"]["quantized"] = Scorer(model, cfg, run.ranks, run.log).score(run.val, ledger, cfg.eval_stride)
+            run.result["bpb"]["quantized"] = Scorer(model, cfg, run.ranks, run.log).score(
+                run.val, ledger, cfg.eval_stride
+            )
     run.log(f"{ledger.name}: {run.result['bpb'][ledger.name]:.5f} BPB")
     run.headline = ledger.name
     run.result.update(anatomy(ledger, run.val))
@@ -3410,23 +4921,41 @@ def score_artifact(run: Run, model: GPT):
             np.save(f, ledger.nats)
         run.log(f"ledger written to {cfg.ledger_path}")
 
+
 def finish(run: Run):
     """Verdicts, result.json and the final table."""
     cfg, result, phases = run.cfg, run.result, run.phases
     files = {"code": run.folder / "train_gpt.py", "model": run.folder / "model.bin"}
     result["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
     result["bytes"]["total"] = total = sum(result["bytes"].values())
-    run.verdicts.set("bytes", "PASS" if total <= cfg.artifact_cap else "FAIL", f"{total:,} of {cfg.artifact_cap:,} bytes")
+    run.verdicts.set(
+        "bytes", "PASS" if total <= cfg.artifact_cap else "FAIL", f"{total:,} of {cfg.artifact_cap:,} bytes"
+    )
     train_s, eval_s, limit = phases.budget("train"), phases.budget("eval"), cfg.max_wallclock_seconds
     if limit and not cfg.ttt_eval_only:
-        run.verdicts.set("train_budget", "PASS" if train_s < limit else "FAIL", f"{train_s:.1f} of {limit:.0f} s: steps, calibration, quantisation")
+        run.verdicts.set(
+            "train_budget",
+            "PASS" if train_s < limit else "FAIL",
+            f"{train_s:.1f} of {limit:.0f} s: steps, calibration, quantisation",
+        )
     if limit:
-        run.verdicts.set("eval_budget", "PASS" if eval_s < limit else "FAIL", f"{eval_s:.1f} of {limit:.0f} s: read, load, prepare, score")
+        run.verdicts.set(
+            "eval_budget",
+            "PASS" if eval_s < limit else "FAIL",
+            f"{eval_s:.1f} of {limit:.0f} s: read, load, prepare, score",
+        )
     failed = run.verdicts.failed()
     if not failed:
         result["val_bpb"] = result["bpb"][run.headline]
-    result.update(dataset=run.data["dataset"], seconds={"train": train_s, "eval": eval_s, **phases.seconds}, settings=cfg.settings(), data=run.data,
-                  seed=cfg.seed, verdicts={c: {"verdict": v, "reason": r} for c, (v, r) in run.verdicts.table.items()}, **run.environment)
+    result.update(
+        dataset=run.data["dataset"],
+        seconds={"train": train_s, "eval": eval_s, **phases.seconds},
+        settings=cfg.settings(),
+        data=run.data,
+        seed=cfg.seed,
+        verdicts={c: {"verdict": v, "reason": r} for c, (v, r) in run.verdicts.table.items()},
+        **run.environment,
+    )
     if run.ranks.main:
         with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
             f.write(json.dumps(result, indent=1).encode())
@@ -3436,8 +4965,12 @@ def finish(run: Run):
     table += [(condition, f"{verdict:9s} {reason}") for condition, (verdict, reason) in run.verdicts.table.items()]
     for name, value in table:
         run.log(f"  {name:24s} {value}".rstrip())
-    run.log(f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}" if not failed
-            else f"no val_bpb: {', '.join(failed)} failed")
+    run.log(
+        f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}"
+        if not failed
+        else f"no val_bpb: {', '.join(failed)} failed"
+    )
+
 
 def configure(env) -> Config:
     """Settings from the environment; where a run continues from a file, that file's settings stand where the environment says nothing."""
@@ -3449,8 +4982,12 @@ def configure(env) -> Config:
         path = artifact_folder(cfg) / "trained.npz"
         stored = read_trained(path)[1]["settings"]
     others = sorted(set(stored) ^ set(cfg.settings())) if path else []
-    require(not others, f"{path}: written by a script with other settings than this one's ({', '.join(others)}); use the train_gpt.py that was packed with it")
+    require(
+        not others,
+        f"{path}: written by a script with other settings than this one's ({', '.join(others)}); use the train_gpt.py that was packed with it",
+    )
     return Config.from_env(env, stored)
+
 
 def execute(cfg: Config):
     """One mode from beginning to end."""
@@ -3460,11 +4997,13 @@ def execute(cfg: Config):
         if cfg.check_only:
             return
         run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        model = GPT(cfg, run.attention, torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32).to(run.ranks.device)
+        model = GPT(cfg, run.attention, torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32).to(
+            run.ranks.device
+        )
         if not cfg.ttt_eval_only:
             (load_trained if cfg.quantize_only else train)(run, model)
             diagnose(run, model, "trained")
-            if cfg.prequant_ttt_enabled:                                # scoring the artifact opens the door that keeps its number out of val_bpb
+            if cfg.prequant_ttt_enabled:  # scoring the artifact opens the door that keeps its number out of val_bpb
                 with run.phases("prequant"):
                     BaseLearner(model, cfg, run.ranks, run.val).prequant(run.log)
                 diagnose(run, model, "prequant")
@@ -3474,12 +5013,13 @@ def execute(cfg: Config):
     finally:
         run.ranks.close()
 
+
 def main(argv: list[str]) -> int:
     """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C."""
     if argv in (["--help"], ["-h"]):
         print(__doc__ or "", help_text(), sep="\n")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))             # unwinds: half-written files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: half-written files are removed
     try:
         if len(argv) == 2 and argv[0] == "--unpack":
             sys.stdout.write(unpack_script(Path(argv[1])))
@@ -3491,10 +5031,14 @@ def main(argv: list[str]) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except OSError as e:
-        print(f"error: {e.filename or 'a file'}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
+        print(
+            f"error: {e.filename or 'a file'}: {e.strerror or e}; free space there or name another folder",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,5 @@
 """Tests marked `gpu` are skipped on a machine without one."""
+
 import signal
 
 import pytest

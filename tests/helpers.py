@@ -1,4 +1,5 @@
 """Tiny models, tiny data and runners shared by the tests. Importing this makes ``train_gpt`` importable from the repository's root."""
+
 import atexit
 import contextlib
 import dataclasses
@@ -32,11 +33,39 @@ torch.set_num_threads(1)
 BOS, VOCAB = 1, 320
 CPU = torch.device("cpu")
 # A model of about 50k parameters in which everything is on: loops, two lanes, skips, gates, grouped heads, XSA and windows on some layers only.
-TINY = dict(vocab_size=VOCAB, model_dim=32, num_layers=5, num_heads=4, num_kv_heads=2, mlp_mult=2.0, rope_dims=4, gate_window=6, loop_start=1, loop_end=2,
-            num_loops=1, parallel_start_layer=4, xsa_last_n=4, attn_window=7, attn_full_layers="1,4")
+TINY = dict(
+    vocab_size=VOCAB,
+    model_dim=32,
+    num_layers=5,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_mult=2.0,
+    rope_dims=4,
+    gate_window=6,
+    loop_start=1,
+    loop_end=2,
+    num_loops=1,
+    parallel_start_layer=4,
+    xsa_last_n=4,
+    attn_window=7,
+    attn_full_layers="1,4",
+)
 # Training that takes a second: the last micro-batch of a step is not full, documents are longer than the span, and the loops switch on halfway.
-RUN = dict(TINY, train_batch_tokens=500, micro_batch_tokens=128, train_seq_len=48, eval_seq_len=48, val_batch_tokens=256, iterations=10, max_wallclock_seconds=0,
-           warmup_steps=1, train_log_every=1, gptq_calibration_batches=5, muon_momentum_warmup_steps=6, ema_decay=0.8)
+RUN = dict(
+    TINY,
+    train_batch_tokens=500,
+    micro_batch_tokens=128,
+    train_seq_len=48,
+    eval_seq_len=48,
+    val_batch_tokens=256,
+    iterations=10,
+    max_wallclock_seconds=0,
+    warmup_steps=1,
+    train_log_every=1,
+    gptq_calibration_batches=5,
+    muon_momentum_warmup_steps=6,
+    ema_decay=0.8,
+)
 WORDS = "the of and river stone walked quietly home again said nothing blue fire 1984 École naïve 北京 don't stop, ok. (maybe) x=1; 🙂 zebra under over light".split()
 
 
@@ -48,8 +77,6 @@ def config(base: dict = TINY, **overrides) -> "train_gpt.Config":
 
 def ranks(cfg=None) -> "train_gpt.Ranks":
     return train_gpt.Ranks(cfg or config())
-
-
 
 
 class Silent(train_gpt.Log):
@@ -70,7 +97,15 @@ def randomize(model, seed: int = 0):
             noise = torch.randn(p.shape, generator=g)
             if p.ndim == 3 and name in ("qkv", "o", "up", "down"):
                 p.copy_(noise * 1.3 / p.size(-1) ** 0.5)
-            elif name in ("attn_scale", "mlp_scale", "resid_mix", "skip_weights", "parallel_post", "parallel_resid", "q_gain"):
+            elif name in (
+                "attn_scale",
+                "mlp_scale",
+                "resid_mix",
+                "skip_weights",
+                "parallel_post",
+                "parallel_resid",
+                "q_gain",
+            ):
                 p.copy_(1 + 0.4 * noise)
             else:
                 p.copy_(0.7 * noise)
@@ -123,6 +158,7 @@ def network(cfg):
 
 # ---- data on disk ----
 
+
 def write_shard(path: Path, values, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
     """256 little-endian int32 ([magic, version, count, 0, ...]) and uint16 values."""
     values = np.asarray(values, dtype="<u2")
@@ -148,10 +184,23 @@ def sentence(rng: random.Random, words: int) -> str:
 def tokenizer(lines: tuple[str, ...] = (), **options) -> Path:
     """A SentencePiece model of VOCAB pieces with byte fallback and no normalisation, so that bytes can be counted exactly."""
     import sentencepiece
+
     rng = random.Random(1)
     lines = lines or [sentence(rng, 20) for _ in range(300)]
-    settings = dict(model_type="bpe", vocab_size=VOCAB, byte_fallback=True, character_coverage=0.995, normalization_rule_name="identity", unk_id=3, bos_id=1, eos_id=2,
-                    pad_id=0, remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
+    settings = dict(
+        model_type="bpe",
+        vocab_size=VOCAB,
+        byte_fallback=True,
+        character_coverage=0.995,
+        normalization_rule_name="identity",
+        unk_id=3,
+        bos_id=1,
+        eos_id=2,
+        pad_id=0,
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, **{**settings, **options})
     path = scratch() / f"tokenizer_{hashlib.sha256(out.getvalue()).hexdigest()[:8]}.model"
@@ -162,13 +211,14 @@ def tokenizer(lines: tuple[str, ...] = (), **options) -> Path:
 @functools.cache
 def processor(model: Path):
     import sentencepiece
+
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
 def encode(text: str, model: Path | None = None) -> tuple[list[int], list[int]]:
     """Tokens of a document with BOS, and the bytes of the text that each stands for, from SentencePiece's own surfaces."""
     sp = processor(model or tokenizer())
-    if hasattr(sp, "encode_as_offset_mapping"):                         # sentencepiece 0.2.2 and later
+    if hasattr(sp, "encode_as_offset_mapping"):  # sentencepiece 0.2.2 and later
         pieces = sp.encode_as_offset_mapping(text)
         ids, surfaces = pieces["ids"], [text[start:end] for start, end in pieces["offsets"]]
     else:
@@ -177,7 +227,13 @@ def encode(text: str, model: Path | None = None) -> tuple[list[int], list[int]]:
     return [BOS, *ids], [0, *(len(s.encode()) for s in surfaces)]
 
 
-def write_data(folder: Path, train_documents: int = 150, val_words=(0, 1, 40, 3, 90, 12, 0, 25, 2, 60), seed: int = 0, sidecar: bool = True) -> Path:
+def write_data(
+    folder: Path,
+    train_documents: int = 150,
+    val_words=(0, 1, 40, 3, 90, 12, 0, 25, 2, 60),
+    seed: int = 0,
+    sidecar: bool = True,
+) -> Path:
     """A data folder as prepare_data.py leaves it: two train shards with a document across their joint, two validation shards, sidecar, manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -195,12 +251,27 @@ def write_data(folder: Path, train_documents: int = 150, val_words=(0, 1, 40, 3,
         for i, part in enumerate((values[:half], values[half:])):
             path = write_shard(folder / f"{name}_{i:06d}.bin", part)
             files[path.name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "tokens": len(part)}
-    counts = lambda tokens, size, first: {"first_document": first, "documents": len(tokens), "tokens": len(flat(tokens)), "bos": len(tokens),
-                                          "bytes": int(flat(size).sum()), "utf8_bytes": int(flat(size).sum())}
+    counts = lambda tokens, size, first: {
+        "first_document": first,
+        "documents": len(tokens),
+        "tokens": len(flat(tokens)),
+        "bos": len(tokens),
+        "bytes": int(flat(size).sum()),
+        "utf8_bytes": int(flat(size).sum()),
+    }
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
-    manifest = {"format": 1, "source": {"kind": "test"}, "transform": "none", "vocab_size": VOCAB, "bos_id": BOS, "tokenizer": {"file": model.name, "sha256": digest},
-                "train": counts(train_tokens, train_bytes, len(val_tokens)), "val": counts(val_tokens, val_bytes, 0), "files": files,
-                "options": {"val_docs": len(val_tokens)}}
+    manifest = {
+        "format": 1,
+        "source": {"kind": "test"},
+        "transform": "none",
+        "vocab_size": VOCAB,
+        "bos_id": BOS,
+        "tokenizer": {"file": model.name, "sha256": digest},
+        "train": counts(train_tokens, train_bytes, len(val_tokens)),
+        "val": counts(val_tokens, val_bytes, 0),
+        "files": files,
+        "options": {"val_docs": len(val_tokens)},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -217,6 +288,7 @@ def own_data(folder: Path) -> Path:
 
 
 # ---- runs ----
+
 
 def environment(settings: dict, artifact: Path | None = None, data_path: Path | None = None) -> dict[str, str]:
     """Settings in lower case -> environment variables, for a CPU run on one thread."""
@@ -256,7 +328,11 @@ class Outcome:
 def main(settings: dict, artifact: Path | None = None, data_path: Path | None = None, argv=()) -> Outcome:
     """train_gpt.main in this process: as the command line would run it, without the seconds to start an interpreter. A traceback is an exception here."""
     out, err = io.StringIO(), io.StringIO()
-    with replaced_environ(environment(settings, artifact, data_path)), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        replaced_environ(environment(settings, artifact, data_path)),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         code = train_gpt.main(list(argv))
     return Outcome(code, out.getvalue(), err.getvalue())
 
@@ -271,11 +347,24 @@ def command(world: int, script: Path, *args) -> list[str]:
     return [sys.executable, *launcher, str(script), *args]
 
 
-def start(settings: dict, artifact: Path | None = None, *args, world: int = 1, script: Path = ROOT / "train_gpt.py", cwd: Path | None = None,
-          data_path: Path | None = None) -> subprocess.Popen:
+def start(
+    settings: dict,
+    artifact: Path | None = None,
+    *args,
+    world: int = 1,
+    script: Path = ROOT / "train_gpt.py",
+    cwd: Path | None = None,
+    data_path: Path | None = None,
+) -> subprocess.Popen:
     """A run in processes of its own; more than one rank goes through torchrun."""
-    return subprocess.Popen(command(world, script, *args), env=clean_environ(environment(settings, artifact, data_path)), cwd=cwd or ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command(world, script, *args),
+        env=clean_environ(environment(settings, artifact, data_path)),
+        cwd=cwd or ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def spawn(settings: dict, artifact: Path | None = None, *args, timeout: float = 180, **options) -> Outcome:
@@ -293,7 +382,9 @@ def forked(function, world: int, *args):
     port, context = free_port(), multiprocessing.get_context("fork")
 
     def body(rank: int):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
         function(rank, world, *args)
 
     processes = [context.Process(target=body, args=(rank,)) for rank in range(world)]

@@ -1,4 +1,5 @@
 """The benchmarks' own arithmetic, and that whole runs are timed by their lines and leave no process behind."""
+
 import contextlib
 import io
 import json
@@ -23,16 +24,20 @@ import processes  # noqa: E402
 @pytest.fixture
 def table(tmp_path):
     """Rows of a subcommand, as the command line gives them under the settings of a tiny run."""
+
     def rows(*argv: str) -> list[bench.Row]:
         with replaced_environ(environment(RUN)):
             bench.main(["--json", str(tmp_path / "rows.json"), *argv])
         return [bench.Row(**row) for row in json.loads((tmp_path / "rows.json").read_text())]
+
     return rows
 
 
 def test_causal_pairs():
     lengths = [5, 1, 3]
-    assert bench_parts.causal_pairs(torch.tensor([0, 5, 6, 9], dtype=torch.int32)) == sum(1 for n in lengths for i in range(n) for j in range(n) if j <= i)
+    assert bench_parts.causal_pairs(torch.tensor([0, 5, 6, 9], dtype=torch.int32)) == sum(
+        1 for n in lengths for i in range(n) for j in range(n) if j <= i
+    )
     within = sum(1 for n in lengths for i in range(n) for j in range(n) if i - 2 <= j <= i)
     assert bench_parts.causal_pairs(torch.tensor([0, 5, 6, 9], dtype=torch.int32), 2) == within
 
@@ -41,14 +46,23 @@ def test_causal_pairs():
 def test_documents_fill_the_buffer(where, tmp_path):
     cfg = config(RUN, data_path=str(data() if where == "data" else tmp_path), micro_batch_tokens=600)
     seq, origin = bench_parts.documents(cfg)
-    assert seq.cu_q[0] == 0 and seq.cu_q[-1] == 600 and 1 <= seq.cu_q.diff().min() and seq.cu_q.diff().max() <= cfg.train_seq_len
+    assert (
+        seq.cu_q[0] == 0
+        and seq.cu_q[-1] == 600
+        and 1 <= seq.cu_q.diff().min()
+        and seq.cu_q.diff().max() <= cfg.train_seq_len
+    )
     assert ("first micro-batch" in origin) == (where == "data")
 
 
 def test_attention(table):
     rows = table("attention", "--tokens", "256")
-    assert [(r.what, r.variant) for r in rows] == [(d, f"reference, 4 heads, {kv} of K/V, {reach} back")
-                                                     for kv in (2, 4) for reach in ("all", "7 tokens") for d in ("forward", "backward")]
+    assert [(r.what, r.variant) for r in rows] == [
+        (d, f"reference, 4 heads, {kv} of K/V, {reach} back")
+        for kv in (2, 4)
+        for reach in ("all", "7 tokens")
+        for d in ("forward", "backward")
+    ]
     assert all(r.seconds > 0 and r.amount > 0 and r.ratio > 0 for r in rows)
     assert rows[1].amount == pytest.approx(2.5 * rows[0].amount) and rows[4].amount == rows[0].amount > rows[2].amount
 
@@ -65,7 +79,9 @@ def test_orthogonalize_flops(shapes):
     iterations = o.cfg.muon_backend_steps
     with FlopCounterMode(display=False) as counter:
         for g in o.muon:
-            train_gpt.orthogonalize(torch.randn(g.shard, g.rows, g.cols), train_gpt.MUON_COEFFICIENTS["polar_express"][:iterations])
+            train_gpt.orthogonalize(
+                torch.randn(g.shard, g.rows, g.cols), train_gpt.MUON_COEFFICIENTS["polar_express"][:iterations]
+            )
     assert bench_parts.orthogonalize_flops(o.muon, iterations) == counter.get_total_flops() > 0
 
 
@@ -83,7 +99,9 @@ def test_parts_of_a_step_repeat(overrides):
         again = part.call()
         if part.name.startswith(("gradients", "Muon: momentum")):
             assert all(torch.equal(a, b) for a, b in zip(first, again)), part.name
-            assert all(torch.equal(a, b) for a, b in zip(before, (*o.parameters, *(g.momentum for g in o.muon)))), part.name
+            assert all(torch.equal(a, b) for a, b in zip(before, (*o.parameters, *(g.momentum for g in o.muon)))), (
+                part.name
+            )
     for _ in range(3):
         whole.call()
     assert all(p.isfinite().all() for p in o.parameters)
@@ -91,7 +109,11 @@ def test_parts_of_a_step_repeat(overrides):
 
 def test_optimizer(table):
     rows = table("optimizer")
-    assert rows[0].variant == "Optimizer.step" and len(rows) == 7 and all(r.seconds > 0 and r.amount > 0 and r.ratio > 0 for r in rows)
+    assert (
+        rows[0].variant == "Optimizer.step"
+        and len(rows) == 7
+        and all(r.seconds > 0 and r.amount > 0 and r.ratio > 0 for r in rows)
+    )
 
 
 def test_machine_floor():
@@ -102,11 +124,14 @@ def test_machine_floor():
 
 # ---- runs in processes of their own ----
 
+
 def test_step_lines_of_a_real_log():
     seen = [(0.0, line) for line in (base_run() / "train.log").read_text().splitlines()]
     curve = bench_runs.step_lines(seen)
     assert [step for step, *_ in curve] == list(range(1, 11))
-    assert all(before < after for (_, before, _), (_, after, _) in zip(curve, curve[1:])) and all(3 < loss < 8 for *_, loss in curve)
+    assert all(before < after for (_, before, _), (_, after, _) in zip(curve, curve[1:])) and all(
+        3 < loss < 8 for *_, loss in curve
+    )
 
 
 def test_step_seconds():
@@ -123,8 +148,10 @@ def test_a_stopped_run_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_runs, "GRACE", 0.5)
     deaf = "import signal, os, sys, time, subprocess; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     script = tmp_path / "deaf.py"
-    script.write_text(f"{deaf}\nchild = subprocess.Popen([sys.executable, '-c', {deaf + 'time.sleep(60)'!r}], start_new_session=True)\ntime.sleep(0.5)\n"
-                      "print('pids', os.getpid(), child.pid, flush=True)\nprint('wanted', flush=True)\ntime.sleep(60)\nprint('never')\n")
+    script.write_text(
+        f"{deaf}\nchild = subprocess.Popen([sys.executable, '-c', {deaf + 'time.sleep(60)'!r}], start_new_session=True)\ntime.sleep(0.5)\n"
+        "print('pids', os.getpid(), child.pid, flush=True)\nprint('wanted', flush=True)\ntime.sleep(60)\nprint('never')\n"
+    )
     seen = bench_runs.read([sys.executable, str(script)], dict(os.environ), "^wanted")
     assert [line.split()[0] for _, line in seen] == ["pids", "wanted"] and 0.5 < seen[0][0] <= seen[1][0] < 30
     assert not any(processes.alive(int(pid)) for pid in seen[0][1].split()[1:])
@@ -138,7 +165,9 @@ def test_a_run_that_ends_early_says_why():
 def test_startup(table):
     rows = table("startup")
     names = [*(name for name, _ in bench_runs.PHASES), "process start to step 1"]
-    assert [(r.what, r.variant) for r in rows] == [(name, caches) for caches in ("cold caches", "warm caches") for name in names]
+    assert [(r.what, r.variant) for r in rows] == [
+        (name, caches) for caches in ("cold caches", "warm caches") for name in names
+    ]
     for part in (rows[:5], rows[5:]):
         assert all(r.seconds > 0 for r in part) and sum(r.seconds for r in part[:4]) == pytest.approx(part[4].seconds)
 
@@ -151,14 +180,29 @@ def test_what_scaling_runs(table, monkeypatch, more, batches):
     def read(command, env, last):
         runs.append((command, env))
         ms = 10.0 if len(runs) < 3 else 12.5
-        return [(0.0, f"step {step:6d}   10.0 %  loss 5.1234  lr x 1.000  {ms:7.1f} ms/step       12,800 tokens/s     0.1 s, 0 s left") for step in (1, 10, 60)]
+        return [
+            (
+                0.0,
+                f"step {step:6d}   10.0 %  loss 5.1234  lr x 1.000  {ms:7.1f} ms/step       12,800 tokens/s     0.1 s, 0 s left",
+            )
+            for step in (1, 10, 60)
+        ]
+
     monkeypatch.setattr(bench_runs, "read", read)
     rows = table("scaling", "--gpus", "1", "2", "4", *more)
     assert [command[-2] for command, _ in runs] == [f"--nproc_per_node={n}" for n in (1, 2, 4)]
     for (_, env), batch in zip(runs, batches):
         cfg = train_gpt.Config.from_env(env)
-        assert (cfg.train_batch_tokens, cfg.micro_batch_tokens, cfg.iterations, cfg.max_wallclock_seconds) == (batch, 128, 60, 0)
-        assert not any(train_gpt.Schedule(cfg).looped(progress) for progress in (0.0, 0.5, 1.0)) and env["NCCL_NVLS_ENABLE"] == "0"
+        assert (cfg.train_batch_tokens, cfg.micro_batch_tokens, cfg.iterations, cfg.max_wallclock_seconds) == (
+            batch,
+            128,
+            60,
+            0,
+        )
+        assert (
+            not any(train_gpt.Schedule(cfg).looped(progress) for progress in (0.0, 0.5, 1.0))
+            and env["NCCL_NVLS_ENABLE"] == "0"
+        )
     assert [row.seconds for row in rows] == pytest.approx([0.01, 0.01, 0.0125])
     assert [row.ratio for row in rows] == pytest.approx([1, 0.5, 0.2] if more else [1, 1, 0.8])
 
@@ -166,7 +210,11 @@ def test_what_scaling_runs(table, monkeypatch, more, batches):
 def test_scaling(table, capsys):
     """One batch on one and on two ranks: the same losses, half of the tokens on each."""
     one, two = table("scaling", "--gpus", "1", "2", "--steps", "12", "--same-batch")
-    assert (one.variant, two.variant, one.ratio) == ("1 rank(s)", "2 rank(s)", 1.0) and one.amount == 2 * two.amount == 0.256
+    assert (one.variant, two.variant, one.ratio) == (
+        "1 rank(s)",
+        "2 rank(s)",
+        1.0,
+    ) and one.amount == 2 * two.amount == 0.256
     assert two.ratio == pytest.approx(one.seconds / two.seconds / 2)
     said = capsys.readouterr().out
     assert "10: " in said and "differ by at most 0.0000" in said

@@ -1,11 +1,26 @@
 """Bad input of every kind: one line that names the file or setting and the remedy, status 2, no traceback, nothing lost. And bytes counted from a tokenizer's table."""
+
 import json
 import os
 import shutil
 
 import numpy as np
 import pytest
-from helpers import BOS, RUN, VOCAB, base_run, config, data, encode, main, own_data, processor, spawn, tokenizer, write_shard
+from helpers import (
+    BOS,
+    RUN,
+    VOCAB,
+    base_run,
+    config,
+    data,
+    encode,
+    main,
+    own_data,
+    processor,
+    spawn,
+    tokenizer,
+    write_shard,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,10 +45,12 @@ def read(path) -> np.ndarray:
 
 # ---- damaged folders: (what is done to a copy of a good folder, what the line must name) ----
 
+
 def edit(name: str, change):
     def damage(folder):
         path = folder / name
         write_shard(path, change(read(path)))
+
     return damage
 
 
@@ -41,6 +58,7 @@ def put(index: int, value: int):
     def change(values):
         values[index] = value
         return values
+
     return change
 
 
@@ -50,6 +68,7 @@ def manifest(change):
         promised = json.loads(path.read_text())
         change(promised)
         path.write_text(json.dumps(promised))
+
     return damage
 
 
@@ -79,17 +98,35 @@ DAMAGE = {
     "shard is a folder": (lambda f: ((f / TRAIN).unlink(), (f / TRAIN).mkdir()), (TRAIN,)),
     "no BOS at the start of training": (edit(TRAIN, put(0, 9)), (TRAIN, "BOS_ID=1", "prepare")),
     "no BOS at the start of validation": (edit(VAL, put(0, 9)), ("BOS_ID=1", "prepare")),
-    "no BOS anywhere in validation": (lambda f: [edit(f"fineweb_val_00000{i}.bin", lambda v: np.where(v == BOS, 9, v))(f) for i in (0, 1)], ("BOS_ID=1",)),
+    "no BOS anywhere in validation": (
+        lambda f: [edit(f"fineweb_val_00000{i}.bin", lambda v: np.where(v == BOS, 9, v))(f) for i in (0, 1)],
+        ("BOS_ID=1",),
+    ),
     "train token outside the vocabulary": (edit(TRAIN, put(50, VOCAB)), (TRAIN, str(VOCAB), "VOCAB_SIZE")),
-    "train token of the second shard outside the vocabulary": (edit("fineweb_train_000001.bin", put(-1, 65535)), ("fineweb_train_000001.bin", "65535", "VOCAB_SIZE")),
-    "validation token outside the vocabulary": (edit("fineweb_val_000001.bin", put(-1, VOCAB + 7)), (str(VOCAB + 7), "VOCAB_SIZE")),
+    "train token of the second shard outside the vocabulary": (
+        edit("fineweb_train_000001.bin", put(-1, 65535)),
+        ("fineweb_train_000001.bin", "65535", "VOCAB_SIZE"),
+    ),
+    "validation token outside the vocabulary": (
+        edit("fineweb_val_000001.bin", put(-1, VOCAB + 7)),
+        (str(VOCAB + 7), "VOCAB_SIZE"),
+    ),
     "sidecar too short": (edit(SIDECAR, lambda v: v[:-1]), ("sidecar",)),
     "sidecar too long": (edit("fineweb_val_bytes_000001.bin", lambda v: np.append(v, 0)), ("sidecar",)),
     "sidecar counts BOS": (edit(SIDECAR, put(0, 1)), ("sidecar", "BOS")),
     "sidecar of other bytes": (edit(SIDECAR, lambda v: np.where(v == v.max(), v + 1, v)), ("manifest.json", "bytes")),
-    "sidecar of no bytes": (lambda f: ([edit(f"fineweb_val_bytes_00000{i}.bin", lambda v: v * 0)(f) for i in (0, 1)], (f / "manifest.json").unlink()), ("bytes",)),
+    "sidecar of no bytes": (
+        lambda f: (
+            [edit(f"fineweb_val_bytes_00000{i}.bin", lambda v: v * 0)(f) for i in (0, 1)],
+            (f / "manifest.json").unlink(),
+        ),
+        ("bytes",),
+    ),
     "manifest promises other tokens": (manifest(lambda m: m["val"].update(tokens=7)), ("manifest.json", "tokens")),
-    "manifest promises other documents": (manifest(lambda m: m["val"].update(documents=7)), ("manifest.json", "documents")),
+    "manifest promises other documents": (
+        manifest(lambda m: m["val"].update(documents=7)),
+        ("manifest.json", "documents"),
+    ),
     "manifest of another vocabulary": (manifest(lambda m: m.update(vocab_size=8192)), ("manifest.json", "VOCAB_SIZE")),
     "manifest of another BOS": (manifest(lambda m: m.update(bos_id=2)), ("manifest.json", "BOS_ID")),
     "manifest is not JSON": (lambda f: (f / "manifest.json").write_text("{"), ("manifest.json",)),
@@ -99,6 +136,7 @@ DAMAGE = {
     "validation shard altered, counts kept": (edit(VAL, put(5, 77)), (VAL, "manifest.json")),
     "training shard of another length": (edit(TRAIN, lambda v: np.append(v, 5)), (TRAIN, "manifest.json")),
 }
+
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_data_is_refused(name, tmp_path):
@@ -158,7 +196,11 @@ def test_the_fingerprint(tmp_path):
     cfg = config(RUN, data_path=str(data()))
     found = train_gpt.describe_data(cfg, train_gpt.ValidationStream(cfg))
     promised = json.loads((data() / "manifest.json").read_text())
-    assert found["val_documents"] == promised["val"]["documents"] and found["val_bytes"] == promised["val"]["bytes"] and found["manifest"]
+    assert (
+        found["val_documents"] == promised["val"]["documents"]
+        and found["val_bytes"] == promised["val"]["bytes"]
+        and found["manifest"]
+    )
     assert found["dataset"] == "other" and found["val_targets"] == found["val_tokens"] - 1
     folder = own_data(tmp_path / "data")
     (folder / "manifest.json").unlink()
@@ -169,6 +211,7 @@ def test_the_fingerprint(tmp_path):
 
 
 # ---- bytes of a plain tokenizer, without a sidecar ----
+
 
 def byte_counts(texts, tmp_path, model=None, vocab: int = VOCAB) -> tuple[np.ndarray, np.ndarray]:
     """(bytes by the program, document starts) of the texts as a validation stream without a sidecar."""
@@ -182,9 +225,30 @@ def byte_counts(texts, tmp_path, model=None, vocab: int = VOCAB) -> tuple[np.nda
     return val.bytes, val.starts
 
 
-HOSTILE = ["plain words here", "", " ", "a", " leading", "trailing ", "  two  spaces   inside ", "tabs\tand\nlines\r\n\n", "北京 said 🙂🙂",
-           "\u00a0nbsp\u00a0", "e\u0301 combining", "\u200bzero\u200bwidth", "\x00nul\x01", "\ufb01 ligature", "👨\u200d👩\u200d👧", "x" * 300, "<s>",
-           "</s> <unk> <0x41>", "ÀÈÌ" * 40, "\ufeffbom", "\U0010ffff", "…—“”"]
+HOSTILE = [
+    "plain words here",
+    "",
+    " ",
+    "a",
+    " leading",
+    "trailing ",
+    "  two  spaces   inside ",
+    "tabs\tand\nlines\r\n\n",
+    "北京 said 🙂🙂",
+    "\u00a0nbsp\u00a0",
+    "e\u0301 combining",
+    "\u200bzero\u200bwidth",
+    "\x00nul\x01",
+    "\ufb01 ligature",
+    "👨\u200d👩\u200d👧",
+    "x" * 300,
+    "<s>",
+    "</s> <unk> <0x41>",
+    "ÀÈÌ" * 40,
+    "\ufeffbom",
+    "\U0010ffff",
+    "…—“”",
+]
 
 
 def test_plain_tokenizer_bytes_on_hostile_text(tmp_path):
@@ -196,7 +260,13 @@ def test_plain_tokenizer_bytes_on_hostile_text(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(texts=st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\u2581"), max_size=60), min_size=1, max_size=5))
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\u2581"), max_size=60),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_plain_tokenizer_bytes_on_any_text(texts, tmp_path_factory):
     counts, starts = byte_counts(texts, tmp_path_factory.mktemp("any"))
     for text, part in zip(texts, np.split(counts, starts[1:])):
@@ -214,8 +284,18 @@ def test_stripping_tokenizer_bytes(tmp_path):
 
 def test_pieces_with_spaces_inside(tmp_path):
     """Pieces that span words hold spaces that are not at their beginning: one byte each, not the three of SentencePiece's marker."""
-    model = tokenizer(lines=("the of and river stone", "quietly home again said nothing", "of the of the of the", "北京 the naive zebra under over light maybe") * 20,
-                      split_by_whitespace=False, vocab_size=VOCAB, hard_vocab_limit=False)
+    model = tokenizer(
+        lines=(
+            "the of and river stone",
+            "quietly home again said nothing",
+            "of the of the of the",
+            "北京 the naive zebra under over light maybe",
+        )
+        * 20,
+        split_by_whitespace=False,
+        vocab_size=VOCAB,
+        hard_vocab_limit=False,
+    )
     texts = ["the of and river stone", "of the of the of the", "stone of the river"]
     assert any("\u2581" in piece[1:] for piece in processor(model).encode(texts[1], out_type=str))
     counts, starts = byte_counts(texts, tmp_path, model)

@@ -3,6 +3,7 @@
 On a machine without a GPU the kernels run through Triton's interpreter, in a process of their own: the interpreter is chosen when Triton
 is imported. Tests marked gpu run the same comparisons on the device, at the shapes of a training step.
 """
+
 import os
 import subprocess
 import sys
@@ -26,13 +27,16 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETING or not torch.cuda.is_
 
 def cases(small: int, large: int = TOKENS):
     """(device, number of tokens), neither of them a multiple of a tile."""
-    return pytest.mark.parametrize("device,T", [pytest.param("cpu", small, marks=interpreted), pytest.param("cuda", large - 3, marks=on_gpu)])
+    return pytest.mark.parametrize(
+        "device,T", [pytest.param("cpu", small, marks=interpreted), pytest.param("cuda", large - 3, marks=on_gpu)]
+    )
 
 
 def repair_interpreter():
     """Triton 3.6's interpreter indexes with arrays of one element (an error since NumPy 2.4) and multiplies bf16 by its bit patterns."""
     import numpy as np
     from triton.runtime import interpreter
+
     patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
 
     def patched(tensor, scope):
@@ -62,7 +66,9 @@ def error(found, wanted) -> float:
 
 def run(fn, inputs, weights, frozen=()):
     """Outputs of fn and the gradients of (outputs . weights) with respect to the floating-point inputs that are not frozen."""
-    leaves = [t.detach().clone().requires_grad_(t.is_floating_point() and i not in frozen) for i, t in enumerate(inputs)]
+    leaves = [
+        t.detach().clone().requires_grad_(t.is_floating_point() and i not in frozen) for i, t in enumerate(inputs)
+    ]
     outputs = fn(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     sum((out.float() * w).sum() for out, w in zip(outputs, weights)).backward()
@@ -85,11 +91,14 @@ def compare(fn, reference, inputs, weights, tolerance, frozen=()):
 
 # --- the process that interprets ---
 
+
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
 def test_kernels_through_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, check=False, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, check=False, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 
@@ -104,6 +113,7 @@ def test_every_kernel_compiles(monkeypatch, capability, shared):
     import triton.compiler
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction, mangle_type
+
     compiled = set()
 
     def compile_only(kernel, *args, grid, warmup, num_warps=4, num_stages=3, **others):
@@ -114,11 +124,18 @@ def test_every_kernel_compiles(monkeypatch, capability, shared):
             if constant or value is None:
                 constants[path] = value
                 return "constexpr"
-            return tuple(kind(v, (*path, i)) for i, v in enumerate(value)) if isinstance(value, tuple) else mangle_type(value)
+            return (
+                tuple(kind(v, (*path, i)) for i, v in enumerate(value))
+                if isinstance(value, tuple)
+                else mangle_type(value)
+            )
 
         signature = {p.name: kind(values[p.name], (i,), p.is_constexpr) for i, p in enumerate(kernel.params)}
-        binary = triton.compile(triton.compiler.ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32),
-                                options={"num_warps": num_warps, "num_stages": num_stages})
+        binary = triton.compile(
+            triton.compiler.ASTSource(kernel, signature, constexprs=constants),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": num_warps, "num_stages": num_stages},
+        )
         assert binary.metadata.shared <= shared * 1024
         compiled.add(kernel.fn.__name__)
 
@@ -135,9 +152,11 @@ def test_every_kernel_compiles(monkeypatch, capability, shared):
         (K.xsa_gate(q, own, leaf(T, H), 0.5, 1.0).sum() + k.sum() + v.sum()).backward()
     model = K.GPT(helpers.config(model_dim=512, num_heads=4, num_kv_heads=2, mlp_mult=4.0), "reference", torch.bfloat16)
     seq = helpers.packed_seq([T // 2, T // 2])
-    for looped in (False, True):                                        # every form of mix() that the network has
+    for looped in (False, True):  # every form of mix() that the network has
         model.trunk(torch.zeros(T, dtype=torch.int64), seq, looped=looped).sum().backward()
-    assert compiled == {name for name in vars(K) if name.endswith("_kernel")} - ({"mlp_gemm_kernel"} if capability == 80 else set())
+    assert compiled == {name for name in vars(K) if name.endswith("_kernel")} - (
+        {"mlp_gemm_kernel"} if capability == 80 else set()
+    )
 
 
 def test_references_serve_a_machine_without_triton():
@@ -153,13 +172,23 @@ q, k, v, own = K.qkv_heads(torch.randn(5, 32, dtype=torch.bfloat16), torch.ones(
 assert K.xsa_gate(q, own, torch.ones(5, 2), 1.0, 1.0).shape == q.shape == (5, 2, 8) and x.grad.isfinite().all()
 assert K.mix(torch.ones(2, 8), ((0, 1),), (1.0,), (False,), 1e-6, x, x)[0].shape == x.shape
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )
 
 
 # --- MLP ---
 
+
 def mlp_inputs(device, T, d=512, hidden=2048):
-    return randn(T, d, device=device), randn(hidden, d, device=device, scale=d ** -0.5), randn(d, hidden, device=device, scale=hidden ** -0.5)
+    return (
+        randn(T, d, device=device),
+        randn(hidden, d, device=device, scale=d**-0.5),
+        randn(d, hidden, device=device, scale=hidden**-0.5),
+    )
 
 
 @cases(150)
@@ -167,29 +196,44 @@ def mlp_inputs(device, T, d=512, hidden=2048):
 def test_mlp(device, T, slope):
     x, up, down = mlp_inputs(device, T, *((64, 256) if device == "cpu" else ()))
     weight = randn(T, x.size(1), device=device, seed=1)
-    (_, hidden), (_, wanted) = compare(lambda *t: K.mlp(*t, slope), lambda *t: K.mlp_reference(*t, slope), (x, up, down), (weight, 0), 0.01)
+    (_, hidden), (_, wanted) = compare(
+        lambda *t: K.mlp(*t, slope), lambda *t: K.mlp_reference(*t, slope), (x, up, down), (weight, 0), 0.01
+    )
     pre = F.linear(x.float(), up.float())
     surely = pre.abs() > 1e-3
     assert torch.equal((hidden.view(torch.int16) & 1).bool()[surely], pre[surely] < 0)
     relative = (hidden.float() - wanted)[wanted > 1e-3] / wanted[wanted > 1e-3]
-    assert relative.abs().max() < 2 ** -7 + 1e-3 and abs(relative.mean()) < 1e-3
+    assert relative.abs().max() < 2**-7 + 1e-3 and abs(relative.mean()) < 1e-3
 
 
 @interpreted
 @pytest.mark.parametrize("T,d,hidden", [(1, 16, 64), (128, 32, 512), (129, 96, 192)])
 def test_mlp_at_odd_sizes(T, d, hidden):
     inputs = mlp_inputs("cpu", T, d, hidden)
-    compare(lambda *t: K.mlp(*t, 0.5), lambda *t: K.mlp_reference(*t, 0.5), inputs, (randn(T, d, device="cpu", seed=1), 0), 0.015)
+    compare(
+        lambda *t: K.mlp(*t, 0.5),
+        lambda *t: K.mlp_reference(*t, 0.5),
+        inputs,
+        (randn(T, d, device="cpu", seed=1), 0),
+        0.015,
+    )
 
 
 @cases(40)
 def test_mlp_of_frozen_weights_computes_no_weight_gradient(device, T, monkeypatch):
     x, up, down = mlp_inputs(device, T, 64, 256)
-    compare(lambda *t: K.mlp(*t, 0.5), lambda *t: K.mlp_reference(*t, 0.5), (x, up, down), (randn(T, 64, device=device, seed=1), 0), 0.015, frozen=(1, 2))
+    compare(
+        lambda *t: K.mlp(*t, 0.5),
+        lambda *t: K.mlp_reference(*t, 0.5),
+        (x, up, down),
+        (randn(T, 64, device=device, seed=1), 0),
+        0.015,
+        frozen=(1, 2),
+    )
     launches = []
     monkeypatch.setattr(K, "mlp_gemm", lambda *a, real=K.mlp_gemm: (launches.append(a[3] is not None), real(*a))[1])
     run(lambda *t: K.mlp(*t, 0.5), (x, up, down), (1, 0), frozen=(0, 1))
-    assert launches == [False]                                          # only w_down learns: no gradient of the pre-activation
+    assert launches == [False]  # only w_down learns: no gradient of the pre-activation
 
 
 @cases(20)
@@ -197,7 +241,13 @@ def test_hidden_has_no_gradient(device, T, monkeypatch):
     """Nor does autograd make one of zeros: 0.4 GB a visit, 2 % of a step."""
     x, up, down = (t.requires_grad_() for t in mlp_inputs(device, T, 64, 256))
     arrived = []
-    monkeypatch.setattr(K.MLP, "backward", staticmethod(lambda ctx, d_out, d_hidden, real=K.MLP.backward: (arrived.append(d_hidden), real(ctx, d_out, d_hidden))[1]))
+    monkeypatch.setattr(
+        K.MLP,
+        "backward",
+        staticmethod(
+            lambda ctx, d_out, d_hidden, real=K.MLP.backward: (arrived.append(d_hidden), real(ctx, d_out, d_hidden))[1]
+        ),
+    )
     out, hidden = K.mlp(x, up, down, 0.5)
     assert out.requires_grad and not hidden.requires_grad
     out.sum().backward()
@@ -206,20 +256,28 @@ def test_hidden_has_no_gradient(device, T, monkeypatch):
 
 # --- cross-entropy ---
 
+
 def plain_nll(z, targets, caps):
     logits = torch.where(z > 0, caps[0] * torch.tanh(z / caps[0]), caps[1] * torch.tanh(z / caps[1]))
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-@pytest.mark.parametrize("V,caps", [(64, (30.0, 30.0)), (1000, (20.0, 35.0)), (8192, (30.0, 15.0)), (9001, (30.0, 30.0))])
+@pytest.mark.parametrize(
+    "V,caps", [(64, (30.0, 30.0)), (1000, (20.0, 35.0)), (8192, (30.0, 15.0)), (9001, (30.0, 30.0))]
+)
 @cases(11, 20_000)
 def test_softcap_nll(device, T, V, caps):
     z = randn(T, V, device=device, scale=15.0)
-    z[0], z[1, 0] = 0.0, 400.0                                          # a tie of all, and a saturated tanh
+    z[0], z[1, 0] = 0.0, 400.0  # a tie of all, and a saturated tanh
     targets = torch.randint(V, (T,), device=device)
     caps = torch.tensor(caps, device=device)
-    (nats, lse), (wanted, _) = compare(K.softcap_nll, lambda *t: (plain_nll(*t), K.softcap_nll_reference(*t)[1]), (z, targets, caps),
-                                       (torch.rand(T, device=device) - 0.3, 0), 0.006)
+    (nats, lse), (wanted, _) = compare(
+        K.softcap_nll,
+        lambda *t: (plain_nll(*t), K.softcap_nll_reference(*t)[1]),
+        (z, targets, caps),
+        (torch.rand(T, device=device) - 0.3, 0),
+        0.006,
+    )
     assert (nats - wanted).abs().max() < 1e-4
     assert (lse - K.softcap(z, caps).logsumexp(-1)).abs().max() < 1e-4
     assert abs(nats[0].item() - torch.tensor(float(V)).log().item()) < 1e-5
@@ -228,10 +286,14 @@ def test_softcap_nll(device, T, V, caps):
 @cases(9)
 def test_head_loss(device, T):
     d, V = (32, 200) if device == "cpu" else (512, 8192)
-    x, w, caps = randn(T, d, device=device), randn(V, d, device=device, scale=3 * d ** -0.5), torch.tensor((30.0, 25.0), device=device)
+    x, w, caps = (
+        randn(T, d, device=device),
+        randn(V, d, device=device, scale=3 * d**-0.5),
+        torch.tensor((30.0, 25.0), device=device),
+    )
     targets = torch.randint(V, (T,), device=device)
     weight = torch.rand(T, device=device) / T
-    weight[-1] = 0                                                      # padding
+    weight[-1] = 0  # padding
     plain = lambda x, w, t, c: (plain_nll(F.linear(x, w), t, c) * weight).sum()
     for frozen in ((), (1, 2), (0, 2)):
         compare(lambda *t: K.head_loss(*t, weight), plain, (x, w, targets, caps), (-3.0,), 0.01, frozen=frozen)
@@ -241,25 +303,40 @@ def test_head_loss(device, T):
 
 # --- heads ---
 
+
 def rope(T, n, device):
     angle = torch.arange(T, device=device)[:, None] * 100.0 ** -(torch.arange(n, device=device) / n)
     return angle.cos(), angle.sin()
 
 
-@pytest.mark.parametrize("H,KV,D,n,copies", [(8, 4, 64, 8, 1), (8, 4, 64, 8, 2), (4, 2, 128, 16, 2), (4, 1, 32, 16, 4), (2, 2, 16, 4, 1)])
+@pytest.mark.parametrize(
+    "H,KV,D,n,copies", [(8, 4, 64, 8, 1), (8, 4, 64, 8, 2), (4, 2, 128, 16, 2), (4, 1, 32, 16, 4), (2, 2, 16, 4, 1)]
+)
 @cases(37)
 def test_qkv_heads(device, T, H, KV, D, n, copies):
     gain = randn(H, device=device, dtype=torch.float32) + 5
     inputs = randn(T, (H + 2 * KV) * D, device=device), gain, *rope(T, n, device)
-    weights = [randn(T, heads, D, device=device, seed=heads + i, dtype=torch.float32) for i, heads in enumerate((H, copies * KV, copies * KV, KV))]
-    compare(lambda *t: K.qkv_heads(*t, KV, copies, 1e-6), lambda *t: K.qkv_heads_reference(*t, KV, copies, 1e-6), inputs, weights, 0.015, frozen=(2, 3))
+    weights = [
+        randn(T, heads, D, device=device, seed=heads + i, dtype=torch.float32)
+        for i, heads in enumerate((H, copies * KV, copies * KV, KV))
+    ]
+    compare(
+        lambda *t: K.qkv_heads(*t, KV, copies, 1e-6),
+        lambda *t: K.qkv_heads_reference(*t, KV, copies, 1e-6),
+        inputs,
+        weights,
+        0.015,
+        frozen=(2, 3),
+    )
 
 
 @cases(10)
 def test_value_heads_are_a_view_of_the_product(device, T):
     qkv = randn(T, 16 * 64, device=device)
     _, _, v, own = K.qkv_heads(qkv, torch.full((8,), 5.0, device=device), *rope(T, 8, device), 4, 2, 1e-6)
-    assert own.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr() and torch.equal(own, qkv.view(T, 16, 64)[:, 12:])
+    assert own.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr() and torch.equal(
+        own, qkv.view(T, 16, 64)[:, 12:]
+    )
     assert torch.equal(v[:, 0::2], own) and torch.equal(v[:, 1::2], own)
 
 
@@ -269,13 +346,22 @@ def test_value_heads_are_a_view_of_the_product(device, T):
 def test_xsa_gate(device, T, H, KV, D, slope, top):
     y, packed, z = randn(T, H, D, device=device), randn(T, H + 2 * KV, D, device=device), randn(T, H, device=device)
     weight = randn(T, H, D, device=device, seed=3, dtype=torch.float32)
-    compare(lambda *t: K.xsa_gate(*t, slope, top), lambda *t: K.xsa_gate_reference(*t, slope, top), (y, packed[:, -KV:], z), (weight,), 0.006)
+    compare(
+        lambda *t: K.xsa_gate(*t, slope, top),
+        lambda *t: K.xsa_gate_reference(*t, slope, top),
+        (y, packed[:, -KV:], z),
+        (weight,),
+        0.006,
+    )
     strided = K.xsa_gate(y, packed[:, -KV:], z, slope, top)
     assert torch.equal(strided, K.xsa_gate(y, packed[:, -KV:].contiguous(), z, slope, top))
-    assert ((strided.unflatten(1, (KV, -1)).float() * packed[:, -KV:, None].float()).sum(-1).abs() < 0.3 * top).all()     # nothing left along v
+    assert (
+        (strided.unflatten(1, (KV, -1)).float() * packed[:, -KV:, None].float()).sum(-1).abs() < 0.3 * top
+    ).all()  # nothing left along v
 
 
 # --- embeddings ---
+
 
 @pytest.mark.parametrize("channels", [12, 16, 0])
 @cases(23)
@@ -284,9 +370,15 @@ def test_embed(device, T, channels):
     tokens = torch.randint(V, (T,), device=device)
     table, gate = randn(V, d, device=device, dtype=torch.float32), randn(channels, device=device, dtype=torch.float32)
     previous, positions = tokens.roll(1), torch.arange(T, device=device, dtype=torch.int32) % 7
-    how = lambda function, dtype: lambda table, gate, strength: function(tokens, previous, positions, table, *((gate, strength) if channels else (None, None)), 1e-6, dtype)
+    how = lambda function, dtype: (
+        lambda table, gate, strength: function(
+            tokens, previous, positions, table, *((gate, strength) if channels else (None, None)), 1e-6, dtype
+        )
+    )
     inputs = table, gate, torch.tensor(0.7, device=device)
-    weight = randn(T, d, device=device, seed=1, dtype=torch.float32) + F.embedding(previous, table)     # so that the strength has a gradient beyond rounding
+    weight = randn(T, d, device=device, seed=1, dtype=torch.float32) + F.embedding(
+        previous, table
+    )  # so that the strength has a gradient beyond rounding
     compare(how(K.embed, torch.bfloat16), how(K.embed_reference, torch.float32), inputs, (weight,), 0.015)
 
 
@@ -296,8 +388,18 @@ FORMS = {  # rows of weights, form, scales, kept sums
     "norm of one stream": (0, ((K.ONE,),), (1.0,), (False,)),
     "sum of two and its norm": (0, ((K.ONE, K.ONE),), (0.7,), (True,)),
     "attention's input": (3, ((0, 1, 1, 2), (K.ONE, K.NO, K.NO, K.NO)), (0.7, None), (True, True)),
-    "the same, and the stream": (2, ((0, 1, 1), (K.ONE, K.NO, K.NO), (K.NO, K.ONE, K.ONE)), (0.7, None, None), (True, True, True)),
-    "lane 0": (5, ((0, 1, K.NO, 2), (K.ONE, K.NO, K.NO, K.NO), (K.NO, 3, K.NO, 4), (K.NO, K.NO, K.ONE, K.NO)), (0.3, None, None, None), (False, True, True, True)),
+    "the same, and the stream": (
+        2,
+        ((0, 1, 1), (K.ONE, K.NO, K.NO), (K.NO, K.ONE, K.ONE)),
+        (0.7, None, None),
+        (True, True, True),
+    ),
+    "lane 0": (
+        5,
+        ((0, 1, K.NO, 2), (K.ONE, K.NO, K.NO, K.NO), (K.NO, 3, K.NO, 4), (K.NO, K.NO, K.ONE, K.NO)),
+        (0.3, None, None, None),
+        (False, True, True, True),
+    ),
     "both lanes": (6, ((0, K.NO, 2, 4), (K.NO, 1, 3, 5)), (None, 0.9), (True, True)),
     "a stream and its norm": (1, ((K.NO, K.ONE), (0, K.NO)), (1.0, None), (True, True)),
 }
@@ -309,8 +411,11 @@ def mixing(name, device, T, d=None):
     d = d or (64 if device == "cpu" else 512)
     streams = [randn(T, d, device=device, seed=i, scale=1 + i) for i in range(len(how[0][0]))]
     w = [randn(rows, d, device=device, dtype=torch.float32)] if rows else []
-    weights = [randn(T, d, device=device, seed=7 + i, dtype=torch.float32) for i in range(sum(how[2]) + sum(scale is not None for scale in how[1]))]
-    call = lambda function: lambda *t: function(t[0] if rows else None, *how, 1e-6, *t[bool(rows):])
+    weights = [
+        randn(T, d, device=device, seed=7 + i, dtype=torch.float32)
+        for i in range(sum(how[2]) + sum(scale is not None for scale in how[1]))
+    ]
+    call = lambda function: lambda *t: function(t[0] if rows else None, *how, 1e-6, *t[bool(rows) :])
     return w + streams, weights, call(K.mix), call(K.mix_reference)
 
 
@@ -340,7 +445,9 @@ def test_mix_where_an_output_is_not_used(device, T):
     inputs, weights, ours, reference = mixing("attention's input", device, T)
     for unused in ({0}, {1}, {2}, {1, 2}):
         some = lambda function: lambda *t: tuple(out for i, out in enumerate(function(*t)) if i not in unused)
-        compare(some(ours), some(reference), inputs, [w for i, w in enumerate(weights) if i not in unused], 0.01, frozen=())
+        compare(
+            some(ours), some(reference), inputs, [w for i, w in enumerate(weights) if i not in unused], 0.01, frozen=()
+        )
 
 
 @cases(9)
@@ -352,25 +459,48 @@ def test_a_stream_handed_on_is_no_copy(device, T):
 @cases(5)
 def test_mix_of_one_stream_twice(device, T):
     x, w = randn(T, 32, device=device), randn(2, 32, device=device, dtype=torch.float32)
-    how, weights = (((0, 1),), (0.5,), (True,), 1e-6), [randn(T, 32, device=device, seed=i, dtype=torch.float32) for i in range(2)]
+    how, weights = (
+        (((0, 1),), (0.5,), (True,), 1e-6),
+        [randn(T, 32, device=device, seed=i, dtype=torch.float32) for i in range(2)],
+    )
     compare(lambda w, x: K.mix(w, *how, x, x), lambda w, x: K.mix_reference(w, *how, x, x), (w, x), weights, 0.01)
 
 
 # --- a product and a gate ---
 
+
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
 @cases(50)
 def test_gated_linear(device, T, frozen):
     inputs = randn(T, 64, device=device), randn(96, 64, device=device), randn(4, 12, device=device)
-    weights = randn(T, 96, device=device, seed=1, dtype=torch.float32), randn(T, 4, device=device, seed=2, dtype=torch.float32)
-    compare(K.gated_linear, lambda x, w, gate: (F.linear(x, w), F.linear(x[:, :12], gate)), inputs, weights, 0.01, frozen=frozen)
+    weights = (
+        randn(T, 96, device=device, seed=1, dtype=torch.float32),
+        randn(T, 4, device=device, seed=2, dtype=torch.float32),
+    )
+    compare(
+        K.gated_linear,
+        lambda x, w, gate: (F.linear(x, w), F.linear(x[:, :12], gate)),
+        inputs,
+        weights,
+        0.01,
+        frozen=frozen,
+    )
 
 
 # --- the whole network ---
 
+
 @cases(64, 4096)
-@pytest.mark.parametrize("variant", [{}, {"model_dim": 48}, {"parallel_start_layer": 0}, {"parallel_mode": "gptj", "parallel_start_layer": 1},
-                                     {"num_layers": 5, "parallel_final_lane": "mlp"}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"model_dim": 48},
+        {"parallel_start_layer": 0},
+        {"parallel_mode": "gptj", "parallel_start_layer": 1},
+        {"num_layers": 5, "parallel_final_lane": "mlp"},
+    ],
+)
 @pytest.mark.parametrize("train", (True, False))
 def test_the_network_on_kernels_equals_the_plain_one(device, T, train, variant, monkeypatch):
     """In bf16 against the references in fp32: the loss and the gradient of every parameter."""

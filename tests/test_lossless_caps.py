@@ -1,4 +1,5 @@
 """CaseOps: golden vectors of the published transform, reversibility, and byte counts for any cut into pieces."""
+
 import json
 import pickle
 from itertools import pairwise
@@ -20,8 +21,11 @@ GOLDEN = Path(__file__).parent / "golden"
 TEXT = [json.loads(line) for line in (GOLDEN / "caseops_text.jsonl").open(encoding="utf-8")]
 TOKENS = [json.loads(line) for line in (GOLDEN / "caseops_tokens.jsonl").open(encoding="utf-8")]
 # Letters, operators and their neighbours are likely; so is everything that makes UTF-8 lengths differ.
-CHARACTERS = st.one_of(st.sampled_from("abzABZ" + OPERATORS), st.sampled_from(" .'1\n\0\ue000\ue005\u00e9\u00c9\u0130\u0131\u212a\U0001f600"),
-                       st.characters(exclude_categories=["Cs"]))
+CHARACTERS = st.one_of(
+    st.sampled_from("abzABZ" + OPERATORS),
+    st.sampled_from(" .'1\n\0\ue000\ue005\u00e9\u00c9\u0130\u0131\u212a\U0001f600"),
+    st.characters(exclude_categories=["Cs"]),
+)
 STRINGS = st.lists(CHARACTERS, max_size=40).map("".join)
 
 
@@ -35,15 +39,33 @@ def test_golden_tokens():
     sp = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "fineweb_8192_caseops.model"))
     for row in TOKENS:
         ids, surfaces = prepare_data.encode_pieces(sp, encode(row["text"]))
-        assert (ids, piece_bytes(surfaces), len(row["text"].encode())) == (row["ids"], row["bytes"], row["utf8"]), row["text"]
+        assert (ids, piece_bytes(surfaces), len(row["text"].encode())) == (row["ids"], row["bytes"], row["utf8"]), row[
+            "text"
+        ]
 
 
-@pytest.mark.parametrize(("text", "encoded"), [
-    ("the", "the"), ("The", T + "the"), ("THE", A + "the"), ("I", T + "i"), ("iPhone", f"i{N}phone"), ("McDONALD", f"{T}mc{N}d{N}o{N}n{N}a{N}l{N}d"),
-    ("aBCd", f"a{N}b{N}cd"), ("XYz", f"{T}x{N}yz"), ("DON'T", f"{A}don'{T}t"), ("A1B", f"{T}a1{T}b"), ("ÉCOLE", f"É{A}cole"),
-    (f"x{T}y", f"x{E}{T}y"), (E * 2, E * 4),
-    ("\ue000A", f"\ue000{T}a"), ("", ""), ("\u212aELVIN", f"\u212a{A}elvin"), ("\ud800A", f"\ud800{T}a"),
-])
+@pytest.mark.parametrize(
+    ("text", "encoded"),
+    [
+        ("the", "the"),
+        ("The", T + "the"),
+        ("THE", A + "the"),
+        ("I", T + "i"),
+        ("iPhone", f"i{N}phone"),
+        ("McDONALD", f"{T}mc{N}d{N}o{N}n{N}a{N}l{N}d"),
+        ("aBCd", f"a{N}b{N}cd"),
+        ("XYz", f"{T}x{N}yz"),
+        ("DON'T", f"{A}don'{T}t"),
+        ("A1B", f"{T}a1{T}b"),
+        ("ÉCOLE", f"É{A}cole"),
+        (f"x{T}y", f"x{E}{T}y"),
+        (E * 2, E * 4),
+        ("\ue000A", f"\ue000{T}a"),
+        ("", ""),
+        ("\u212aELVIN", f"\u212a{A}elvin"),
+        ("\ud800A", f"\ud800{T}a"),
+    ],
+)
 def test_rules(text, encoded):
     assert encode(text) == encoded
     assert decode(encoded) == text
@@ -87,12 +109,28 @@ def test_decode_and_piece_bytes_accept_the_same_strings(encoded):
         assert sum(piece_bytes(list(encoded))) == len(text.encode())
 
 
-@pytest.mark.parametrize(("encoded", "position"), [
-    (T, 0), ("a " + A, 2), ("ab" + N, 2), (f"{E}{E}{E}", 2),                          # dangling
-    (f"{T}{T}a", 0), (f"{A}{T}a", 0), (f"a{N}{N}b", 1), (f"{N}{T}a", 0),              # doubled
-    (f"ab{T}c", 2), (f"{A}ab{A}c", 3), (f"{T}1", 0), (f"a {A} b", 2), (f"{N}é", 0),   # misplaced
-    (f"{E}a", 0), (f"{T}{E}{T}", 0), (f"{N}{E}{T}a", 0), (f"{E}{T}{T}.", 2),          # around an escape
-])
+@pytest.mark.parametrize(
+    ("encoded", "position"),
+    [
+        (T, 0),
+        ("a " + A, 2),
+        ("ab" + N, 2),
+        (f"{E}{E}{E}", 2),  # dangling
+        (f"{T}{T}a", 0),
+        (f"{A}{T}a", 0),
+        (f"a{N}{N}b", 1),
+        (f"{N}{T}a", 0),  # doubled
+        (f"ab{T}c", 2),
+        (f"{A}ab{A}c", 3),
+        (f"{T}1", 0),
+        (f"a {A} b", 2),
+        (f"{N}é", 0),  # misplaced
+        (f"{E}a", 0),
+        (f"{T}{E}{T}", 0),
+        (f"{N}{E}{T}a", 0),
+        (f"{E}{T}{T}.", 2),  # around an escape
+    ],
+)
 def test_malformed(encoded, position):
     for function in (decode, lambda text: piece_bytes([text[:1], text[1:]])):
         with pytest.raises(CaseOpsError, match=str(position)) as caught:
@@ -101,9 +139,17 @@ def test_malformed(encoded, position):
         assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize(("encoded", "text"), [
-    (N + "a", "A"), (A + "a", "A"), (f"{T}{N}ab", "Ab"), (f"{A}a{N}b", "AB"), ("The", "The"), (f"{A}ab{E}{T}c", f"AB{T}c"),
-])
+@pytest.mark.parametrize(
+    ("encoded", "text"),
+    [
+        (N + "a", "A"),
+        (A + "a", "A"),
+        (f"{T}{N}ab", "Ab"),
+        (f"{A}a{N}b", "AB"),
+        ("The", "The"),
+        (f"{A}ab{E}{T}c", f"AB{T}c"),
+    ],
+)
 def test_unusual_spellings_are_read(encoded, text):
     assert decode(encoded) == text
     assert piece_bytes([encoded]) == [len(text.encode())]

@@ -1,4 +1,5 @@
 """The model against a plain reference written from the published formulas, and the properties that scores rest on: causality, isolation, caches, graphs."""
+
 import dataclasses
 import math
 import sys
@@ -16,7 +17,7 @@ from train_gpt import GPT, Cache, Config, Seq
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 2.0 ** -23).sqrt()
+    return x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
 
 
 def turn(x: torch.Tensor, dims: int, base: float) -> torch.Tensor:
@@ -43,8 +44,12 @@ class Reference:
         c = self.cfg
         order = list(range(c.num_layers))
         if self.looped:
-            order = order[:c.loop_start] + order[c.loop_start:c.loop_end + 1] * (1 + c.num_loops) + order[c.loop_end + 1:]
-        return order[:len(order) // 2], order[len(order) // 2:]
+            order = (
+                order[: c.loop_start]
+                + order[c.loop_start : c.loop_end + 1] * (1 + c.num_loops)
+                + order[c.loop_end + 1 :]
+            )
+        return order[: len(order) // 2], order[len(order) // 2 :]
 
     def attention(self, n: torch.Tensor, layer: int) -> torch.Tensor:
         c, p, t = self.cfg, self.p, len(n)
@@ -57,16 +62,21 @@ class Reference:
         heads = []
         for h in range(c.num_heads):
             own = slice(h // group * d, (h // group + 1) * d)
-            qh = turn(unit(q[:, h * d:(h + 1) * d]), c.rope_dims, c.rope_base) * p["q_gain"][layer, h]
+            qh = turn(unit(q[:, h * d : (h + 1) * d]), c.rope_dims, c.rope_base) * p["q_gain"][layer, h]
             kh, vh = turn(unit(k[:, own]), c.rope_dims, c.rope_base), v[:, own]
             y = (qh @ kh.T / math.sqrt(d)).masked_fill(~seen, -math.inf).softmax(-1) @ vh
             if layer >= c.num_layers - c.xsa_last_n:
                 direction = vh / vh.norm(dim=1, keepdim=True)
                 y = y - (y * direction).sum(1, keepdim=True) * direction
             if c.sparse_attn_gate_enabled:
-                y = y * torch.sigmoid(c.sparse_attn_gate_scale * (n[:, :c.gate_window] @ p["attn_gate"][layer, h]))[:, None]
+                y = (
+                    y
+                    * torch.sigmoid(c.sparse_attn_gate_scale * (n[:, : c.gate_window] @ p["attn_gate"][layer, h]))[
+                        :, None
+                    ]
+                )
             if c.attn_out_gate_enabled:
-                y = y * 2 * torch.sigmoid(n[:, :c.gate_window] @ p["attn_gate"][layer, h])[:, None]
+                y = y * 2 * torch.sigmoid(n[:, : c.gate_window] @ p["attn_gate"][layer, h])[:, None]
             heads.append(y)
         y = torch.cat(heads, 1)
         self.saw("o", layer, y)
@@ -85,7 +95,9 @@ class Reference:
             return e
         out = e.clone()
         for t in range(1, len(e)):
-            out[t] += self.p["smear_lambda"] * torch.sigmoid(e[t, :self.cfg.gate_window] @ self.p["smear_gate"]) * e[t - 1]
+            out[t] += (
+                self.p["smear_lambda"] * torch.sigmoid(e[t, : self.cfg.gate_window] @ self.p["smear_gate"]) * e[t - 1]
+            )
         return out
 
     def merge(self, x: torch.Tensor, skip: torch.Tensor, j: int) -> torch.Tensor:
@@ -138,7 +150,9 @@ class Reference:
 
 
 def trunk(model: GPT, documents, looped: bool, **options) -> torch.Tensor:
-    return model.trunk(torch.from_numpy(np.concatenate(documents)), packed_seq([len(d) for d in documents]), looped=looped, **options)
+    return model.trunk(
+        torch.from_numpy(np.concatenate(documents)), packed_seq([len(d) for d in documents]), looped=looped, **options
+    )
 
 
 VARIANTS = {
@@ -153,8 +167,21 @@ VARIANTS = {
     "windows everywhere": {"attn_window": 1, "attn_full_layers": ""},
     "added skips": {"skip_gates_enabled": False},
     "no gates": {"smear_gate_enabled": False, "sparse_attn_gate_enabled": False, "ln_scale": False, "xsa_last_n": 0},
-    "two extra loops": {"num_layers": 7, "num_loops": 2, "loop_start": 2, "loop_end": 4, "parallel_start_layer": 5, "num_kv_heads": 4},
-    "one kv head": {"num_kv_heads": 1, "rope_dims": 8, "leaky_relu_sq_slope": 0.3, "logit_softcap": 5.0, "rope_base": 100.0},
+    "two extra loops": {
+        "num_layers": 7,
+        "num_loops": 2,
+        "loop_start": 2,
+        "loop_end": 4,
+        "parallel_start_layer": 5,
+        "num_kv_heads": 4,
+    },
+    "one kv head": {
+        "num_kv_heads": 1,
+        "rope_dims": 8,
+        "leaky_relu_sq_slope": 0.3,
+        "logit_softcap": 5.0,
+        "rope_base": 100.0,
+    },
 }
 
 
@@ -168,9 +195,9 @@ def test_forward_equals_the_plain_reference(variant, looped):
         at = 0
         for document in documents:
             reference = Reference(model, looped)
-            assert torch.allclose(hidden[at:at + len(document)].double(), reference(document), atol=3e-4)
+            assert torch.allclose(hidden[at : at + len(document)].double(), reference(document), atol=3e-4)
             targets = torch.from_numpy(np.roll(document, -1))
-            nats = model.nll(hidden[at:at + len(document)], targets)
+            nats = model.nll(hidden[at : at + len(document)], targets)
             wanted = -reference.log_probs(document).gather(1, targets[:, None])[:, 0]
             assert torch.allclose(nats.double(), wanted, atol=2e-3, rtol=1e-4)
             at += len(document)
@@ -181,7 +208,7 @@ def test_small_embeddings_are_not_crushed_by_the_norm():
     model = gpt()
     with torch.no_grad():
         model.tok_emb.mul_(0.005 / model.tok_emb.std())
-        x, = train_gpt.mix(None, ((train_gpt.ONE,),), (1.0,), (False,), train_gpt.NORM_EPS, model.tok_emb)
+        (x,) = train_gpt.mix(None, ((train_gpt.ONE,),), (1.0,), (False,), train_gpt.NORM_EPS, model.tok_emb)
     assert abs(x.square().mean().item() - 1) < 0.02
 
 
@@ -215,13 +242,14 @@ def test_initial_weights():
     assert abs(model.tok_emb.std().item() / model.cfg.tied_embed_init_std - 1) < 0.05
     q, kv = model.q_dim, model.kv_dim
     for layer in range(model.cfg.num_layers):
-        for matrix in (model.qkv[layer, :q], model.qkv[layer, q:q + kv], model.qkv[layer, q + kv:], model.up[layer]):
+        for matrix in (model.qkv[layer, :q], model.qkv[layer, q : q + kv], model.qkv[layer, q + kv :], model.up[layer]):
             short = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
             assert torch.allclose(short @ short.T, torch.eye(len(short)), atol=1e-5)
     assert torch.equal(model.resid_mix[:, 0], torch.ones(5, 32)) and not model.resid_mix[:, 1].any()
 
 
 # ---- causality and isolation ----
+
 
 @pytest.mark.parametrize("looped", (False, True))
 def test_a_token_changes_nothing_before_it(looped):
@@ -243,7 +271,7 @@ def test_a_document_changes_nothing_in_another(looped):
         before = trunk(model, documents, looped).split([9, 14, 14, 6])
         for changed in range(4):
             others = [random_documents([len(d)], seed=99)[0] if i == changed else d for i, d in enumerate(documents)]
-            others[changed][0] = 5                                      # even its first token, which the next document's SmearGate must not see
+            others[changed][0] = 5  # even its first token, which the next document's SmearGate must not see
             after = trunk(model, others, looped).split([9, 14, 14, 6])
             for i in range(4):
                 assert torch.equal(before[i], after[i]) == (i != changed), f"document {changed} reached document {i}"
@@ -299,6 +327,7 @@ def test_gradient_equals_the_reference_gradient():
 
 # ---- key/value cache ----
 
+
 def empty_cache(model: GPT, rows: int, looped: bool) -> Cache:
     shape = len(model.schedules[looped]), rows, 0, model.cfg.num_kv_heads, model.head_dim
     return Cache(torch.zeros(shape), torch.zeros(shape), torch.zeros(rows, dtype=torch.int64))
@@ -306,7 +335,13 @@ def empty_cache(model: GPT, rows: int, looped: bool) -> Cache:
 
 def row_seq(rows: int, past: int, new: int) -> Seq:
     offsets = torch.arange(rows + 1, dtype=torch.int32)
-    return Seq(offsets * new, offsets * (past + new), new, past + new, torch.arange(past, past + new, dtype=torch.int32).repeat(rows))
+    return Seq(
+        offsets * new,
+        offsets * (past + new),
+        new,
+        past + new,
+        torch.arange(past, past + new, dtype=torch.int32).repeat(rows),
+    )
 
 
 @pytest.mark.parametrize("looped", (False, True))
@@ -318,11 +353,16 @@ def test_chunks_with_the_returned_cache_equal_one_pass(looped, cuts):
         whole = trunk(model, rows, looped).view(2, 13, -1)
         cache, at = empty_cache(model, 2, looped), 0
         for new in cuts:
-            tokens = torch.from_numpy(np.concatenate([row[at:at + new] for row in rows]))
+            tokens = torch.from_numpy(np.concatenate([row[at : at + new] for row in rows]))
             hidden, fresh = model.trunk(tokens, row_seq(2, at, new), looped=looped, cache=cache)
-            assert torch.allclose(hidden.view(2, new, -1), whole[:, at:at + new], atol=3e-5), f"chunk at {at}"
-            assert fresh.keys.shape == (len(model.schedules[looped]), 2, new, 2, 8) and fresh.values.shape == fresh.keys.shape
-            cache = Cache(torch.cat((cache.keys, fresh.keys), 2), torch.cat((cache.values, fresh.values), 2), fresh.last)
+            assert torch.allclose(hidden.view(2, new, -1), whole[:, at : at + new], atol=3e-5), f"chunk at {at}"
+            assert (
+                fresh.keys.shape == (len(model.schedules[looped]), 2, new, 2, 8)
+                and fresh.values.shape == fresh.keys.shape
+            )
+            cache = Cache(
+                torch.cat((cache.keys, fresh.keys), 2), torch.cat((cache.values, fresh.values), 2), fresh.last
+            )
             at += new
 
 
@@ -332,7 +372,10 @@ def test_a_cache_row_sees_only_its_own_row():
     with torch.no_grad():
         _, fresh = model.trunk(tokens(0, 6), row_seq(2, 0, 6), looped=True, cache=empty_cache(model, 2, True))
         before, _ = model.trunk(tokens(6, 10), row_seq(2, 6, 4), looped=True, cache=fresh)
-        other = Cache(*(torch.stack((t.select(1, 0), torch.randn_like(t.select(1, 1))), 1) for t in fresh[:2]), torch.stack((fresh.last[0], fresh.last[1] + 1)))
+        other = Cache(
+            *(torch.stack((t.select(1, 0), torch.randn_like(t.select(1, 1))), 1) for t in fresh[:2]),
+            torch.stack((fresh.last[0], fresh.last[1] + 1)),
+        )
         after, _ = model.trunk(tokens(6, 10), row_seq(2, 6, 4), looped=True, cache=other)
     assert torch.equal(before[:4], after[:4]) and not torch.equal(before[4:], after[4:])
 
@@ -346,11 +389,14 @@ def test_smear_crosses_the_joint():
         _, fresh = model.trunk(tokens[:3], row_seq(1, 0, 3), looped=False, cache=empty_cache(model, 1, False))
         assert fresh.last.tolist() == [row[2]]
         joined, _ = model.trunk(tokens[3:], row_seq(1, 3, 1), looped=False, cache=fresh)
-        apart, _ = model.trunk(tokens[3:], row_seq(1, 3, 1), looped=False, cache=fresh._replace(last=torch.zeros_like(fresh.last)))
+        apart, _ = model.trunk(
+            tokens[3:], row_seq(1, 3, 1), looped=False, cache=fresh._replace(last=torch.zeros_like(fresh.last))
+        )
     assert not torch.allclose(joined, apart, atol=1e-3)
 
 
 # ---- taps ----
+
 
 @pytest.mark.parametrize("looped", (False, True))
 def test_taps_see_the_input_of_every_product(looped):
@@ -359,19 +405,22 @@ def test_taps_see_the_input_of_every_product(looped):
     with torch.no_grad():
         tap = lambda kind, layer, x: seen.setdefault((kind, layer), []).append(x.clone())
         hidden = trunk(model, documents, looped, tap=tap)
-        assert torch.equal(hidden, trunk(model, documents, looped))     # watching changes nothing
+        assert torch.equal(hidden, trunk(model, documents, looped))  # watching changes nothing
     references = [Reference(model, looped) for _ in documents]
     final = torch.cat([reference(document) for reference, document in zip(references, documents)])
-    wanted = {key: [torch.cat(parts) for parts in zip(*(r.inputs[key] for r in references))] for key in references[0].inputs}
+    wanted = {
+        key: [torch.cat(parts) for parts in zip(*(r.inputs[key] for r in references))] for key in references[0].inputs
+    }
     assert set(seen) == set(wanted)
     for key, inputs in wanted.items():
         assert len(seen[key]) == len(inputs) == (2 if looped and key[1] in (1, 2) else 1), key
         for have, want in zip(seen[key], inputs):
             assert torch.allclose(have.double(), want, atol=5e-4 * float(want.abs().max())), key
-    assert torch.allclose(hidden.double(), final, atol=3e-4)            # the head's input is what the trunk returns
+    assert torch.allclose(hidden.double(), final, atol=3e-4)  # the head's input is what the trunk returns
 
 
 # ---- the head ----
+
 
 def test_probabilities_sum_to_one_and_the_hint_is_right():
     model, (document,) = gpt(config(logit_softcap=4.0)), random_documents([12])
@@ -401,10 +450,17 @@ def test_probabilities_sum_to_one_and_the_hint_is_right():
 @pytest.mark.parametrize("fault", [None, "no window", "keys aligned at the front", "zero gradient"])
 def test_a_backend_is_taken_only_if_it_agrees(monkeypatch, fault):
     """FlashAttention 4's functions, played by the reference with one fault each, through the same check that every backend must pass on a GPU."""
+
     def where(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size_left):
         assert causal and (window_size_left is None or window_size_left >= 0)
         keys = cu_seqlens_q if fault == "keys aligned at the front" else cu_seqlens_k
-        return cu_seqlens_q, keys, max_seqlen_q, max_seqlen_k, -1 if window_size_left is None or fault == "no window" else window_size_left
+        return (
+            cu_seqlens_q,
+            keys,
+            max_seqlen_q,
+            max_seqlen_k,
+            -1 if window_size_left is None or fault == "no window" else window_size_left,
+        )
 
     def forward(q, k, v, return_lse, **words):
         assert return_lse
@@ -413,7 +469,12 @@ def test_a_backend_is_taken_only_if_it_agrees(monkeypatch, fault):
     def backward(q, k, v, out, dout, lse, **words):
         dq, dk, dv = train_gpt.reference_backward(dout, q, k, v, out, lse, *where(**words))
         return dq, dk, 0 * dv if fault == "zero gradient" else dv
-    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", types.SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
+
+    monkeypatch.setitem(
+        sys.modules,
+        "flash_attn.cute.interface",
+        types.SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward),
+    )
     if fault is None:
         train_gpt.check_backend("fa4", Config(), torch.device("cpu"))
     else:

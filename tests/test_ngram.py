@@ -1,4 +1,5 @@
 """N-grams: exact counts of earlier segments and the document's own prefix, as a plain dictionary would find them, and probabilities that still sum to one."""
+
 import dataclasses
 
 import numpy as np
@@ -14,12 +15,33 @@ from train_gpt import Ledger, NGram, Scorer, TestTimeTraining, Verdicts, continu
 TestTimeTraining.__test__ = False
 VOCAB = 12
 # Repetitive text, adaptation far above float noise, several segments, and thresholds that let many orders through.
-BASE = dict(TINY, vocab_size=VOCAB, eval_seq_len=32, val_batch_tokens=96, ttt_eval_seq_len=128, ttt_chunks="4,4,8,16", ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.01,
-            ttt_batch_size=4, phased_ttt_num_phases=0, global_ttt_chunk_tokens=24, global_ttt_lr=0.01, segment_docs=3, ngram_enabled=True, ngram_order=6, ngram_min_order=2,
-            ngram_min_count=1)
-WAYS = {"windows": dict(ttt_enabled=False), "windows, stride": dict(ttt_enabled=False, eval_stride=8), "cached": dict(ttt_backprop_tokens=0),
-        "exact": dict(ttt_backprop_tokens=10 ** 6),
-        "phases": dict(phased_ttt_num_phases=2, phased_ttt_prefix_docs=6)}
+BASE = dict(
+    TINY,
+    vocab_size=VOCAB,
+    eval_seq_len=32,
+    val_batch_tokens=96,
+    ttt_eval_seq_len=128,
+    ttt_chunks="4,4,8,16",
+    ttt_lora_rank=4,
+    ttt_lora_alpha=8.0,
+    ttt_lora_lr=0.01,
+    ttt_batch_size=4,
+    phased_ttt_num_phases=0,
+    global_ttt_chunk_tokens=24,
+    global_ttt_lr=0.01,
+    segment_docs=3,
+    ngram_enabled=True,
+    ngram_order=6,
+    ngram_min_order=2,
+    ngram_min_count=1,
+)
+WAYS = {
+    "windows": dict(ttt_enabled=False),
+    "windows, stride": dict(ttt_enabled=False, eval_stride=8),
+    "cached": dict(ttt_backprop_tokens=0),
+    "exact": dict(ttt_backprop_tokens=10**6),
+    "phases": dict(phased_ttt_num_phases=2, phased_ttt_prefix_docs=6),
+}
 SETS = {"tilt": dict(), "fixed tilt": dict(ngram_calibrate=False, ngram_boost=2.625), "mix": dict(ngram_mode="mix")}
 every_way = pytest.mark.parametrize("way", WAYS)
 every_set = pytest.mark.parametrize("kind", SETS)
@@ -33,7 +55,11 @@ def repetitive(lengths, vocab: int = VOCAB, seed: int = 0) -> list[np.ndarray]:
         words = [BOS]
         while len(words) < length:
             at = int(rng.integers(len(past)))
-            words += past[at:at + int(rng.integers(1, 9))].tolist() if rng.random() < 0.8 else [int(rng.integers(2, vocab))]
+            words += (
+                past[at : at + int(rng.integers(1, 9))].tolist()
+                if rng.random() < 0.8
+                else [int(rng.integers(2, vocab))]
+            )
         documents.append(np.array(words[:length], np.int64))
         past = np.concatenate([past, documents[-1][1:]])
     return documents
@@ -50,8 +76,17 @@ def counted(documents, sizes, orders: int, vocab: int = VOCAB) -> dict:
     as_tensor = lambda a: torch.from_numpy(a.astype(np.int32))
     for found in continuations(as_tensor(stream.tokens), as_tensor(document), as_tensor(segment), orders, vocab):
         rows = zip(*(t.tolist() for t in found[1:]))
-        table.update({(found.order, target): (hint if total else None, top, total, seen, distinct) for target, hint, top, total, seen, distinct in rows})
-    return {(order, target): table.get((order, target), (None, 0, 0, 0, 0)) for order in range(2, orders + 1) for target in range(stream.targets)}
+        table.update(
+            {
+                (found.order, target): (hint if total else None, top, total, seen, distinct)
+                for target, hint, top, total, seen, distinct in rows
+            }
+        )
+    return {
+        (order, target): table.get((order, target), (None, 0, 0, 0, 0))
+        for order in range(2, orders + 1)
+        for target in range(stream.targets)
+    }
 
 
 class Context:
@@ -81,17 +116,31 @@ def slow(documents, sizes, orders: int) -> dict:
             own, span = {}, stream.of(i)
             for target in range(span.start, span.stop):
                 for order in range(2, min(orders, target - span.start + 2) + 1):
-                    key, token = tuple(stream.tokens[target - order + 2:target + 1].tolist()), int(stream.tokens[target + 1])
+                    key, token = (
+                        tuple(stream.tokens[target - order + 2 : target + 1].tolist()),
+                        int(stream.tokens[target + 1]),
+                    )
                     state = own.setdefault(key, frozen.get(key, Context()).copy())
-                    table[order, target] = state.hint, state.top, sum(state.counts.values()), state.counts.get(token, 0), len(state.counts)
+                    table[order, target] = (
+                        state.hint,
+                        state.top,
+                        sum(state.counts.values()),
+                        state.counts.get(token, 0),
+                        len(state.counts),
+                    )
                     state.add(token)
                     events.append((key, token))
         for key, token in events:
             frozen.setdefault(key, Context()).add(token)
-    return {(order, target): table.get((order, target), (None, 0, 0, 0, 0)) for order in range(2, orders + 1) for target in range(stream.targets)}
+    return {
+        (order, target): table.get((order, target), (None, 0, 0, 0, 0))
+        for order in range(2, orders + 1)
+        for target in range(stream.targets)
+    }
 
 
 # ---- counts ----
+
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
@@ -109,7 +158,10 @@ def test_long_repeats_reach_the_longest_order():
     text = np.concatenate([[BOS], np.random.default_rng(0).permutation(np.arange(2, 40))])
     found, last = counted([text, text], [1, 1], 16, 40), len(text) - 1
     for order in range(2, 17):
-        assert all(found[order, target][:3] == (int(text[target + 1 - len(text)]), 1, 1) for target in range(len(text) + order - 2, len(text) + last))
+        assert all(
+            found[order, target][:3] == (int(text[target + 1 - len(text)]), 1, 1)
+            for target in range(len(text) + order - 2, len(text) + last)
+        )
     assert all(found[order, target][2] == 0 for order in range(2, 17) for target in range(len(text)))
 
 
@@ -122,10 +174,12 @@ def test_documents_of_a_segment_do_not_see_each_other():
 
 def test_contexts_end_at_bos():
     """The same two tokens around a border: no context spans it, so nothing is known of what follows there."""
-    found = counted([np.array([BOS, 4, 5]), np.array([BOS, 6]), np.array([BOS, 4, 5]), np.array([BOS, 6, 7])], [1, 1, 1, 1], 5)
-    assert found[2, 8] == (4, 2, 3, 1, 2)                               # BOS was followed by 4 twice and 6 once
-    assert all(found[order, 8][2] == 0 for order in (3, 4, 5))          # "5 BOS -> 6" is no trigram, although it occurred
-    assert found[2, 7][:3] == (BOS, 1, 1) and found[4, 7][:3] == (BOS, 1, 1)       # the end of a document is a continuation
+    found = counted(
+        [np.array([BOS, 4, 5]), np.array([BOS, 6]), np.array([BOS, 4, 5]), np.array([BOS, 6, 7])], [1, 1, 1, 1], 5
+    )
+    assert found[2, 8] == (4, 2, 3, 1, 2)  # BOS was followed by 4 twice and 6 once
+    assert all(found[order, 8][2] == 0 for order in (3, 4, 5))  # "5 BOS -> 6" is no trigram, although it occurred
+    assert found[2, 7][:3] == (BOS, 1, 1) and found[4, 7][:3] == (BOS, 1, 1)  # the end of a document is a continuation
 
 
 @settings(max_examples=30, deadline=None)
@@ -138,11 +192,21 @@ def test_no_count_sees_its_target_or_later_tokens(seed, data):
     changed = [d.copy() for d in documents]
     changed[which][at:] = 2 + (changed[which][at:] - 2 + data.draw(st.integers(1, VOCAB - 3))) % (VOCAB - 2)
     before, after = counted(documents, sizes, 6), counted(changed, sizes, 6)
-    known = lambda found, order, target: (*found[order, target][:3], found[order, target][4])       # all but the realised token's own count
-    kept = [t for i in range(3) for t in range(stream.of(i).start, stream.of(i).stop)
-            if i < which or (i == which and t < stream.starts[which] + at) or ({i, which} == {1, 2} and i != which)]
+    known = lambda found, order, target: (
+        *found[order, target][:3],
+        found[order, target][4],
+    )  # all but the realised token's own count
+    kept = [
+        t
+        for i in range(3)
+        for t in range(stream.of(i).start, stream.of(i).stop)
+        if i < which or (i == which and t < stream.starts[which] + at) or ({i, which} == {1, 2} and i != which)
+    ]
     assert all(known(before, order, t) == known(after, order, t) for order in range(2, 7) for t in kept)
-    assert any(known(before, order, t) != known(after, order, t) for order in range(2, 7) for t in range(stream.targets)) or at == len(documents[which]) - 1
+    assert (
+        any(known(before, order, t) != known(after, order, t) for order in range(2, 7) for t in range(stream.targets))
+        or at == len(documents[which]) - 1
+    )
 
 
 @pytest.mark.parametrize("n", (1, 2, 3, 10, 101))
@@ -152,6 +216,7 @@ def test_running_max(n):
 
 
 # ---- scores ----
+
 
 def score(documents, cfg, group=None) -> np.ndarray:
     """Nats of every target."""
@@ -163,14 +228,20 @@ def score(documents, cfg, group=None) -> np.ndarray:
 
 def mixed(p: np.ndarray, documents, cfg) -> np.ndarray:
     """The network's probabilities of the realised tokens, mixed as the docstring of NGram says, from the slow counts."""
-    table, p, w = slow(documents, [s.last - s.first for s in plan_segments(len(documents), cfg)], cfg.ngram_order), p.copy(), cfg.ngram_weight
+    table, p, w = (
+        slow(documents, [s.last - s.first for s in plan_segments(len(documents), cfg)], cfg.ngram_order),
+        p.copy(),
+        cfg.ngram_weight,
+    )
     for (order, target), (_, top, total, seen, distinct) in sorted(table.items()):
         if order >= cfg.ngram_min_order and total >= cfg.ngram_min_count and top / total >= cfg.ngram_threshold:
             p[target] = (1 - w) * p[target] + w * (max(seen - 0.5, 0) / total + distinct / (2 * total) * p[target])
     return p
 
 
-@pytest.mark.parametrize("overrides", (dict(), dict(ngram_threshold=0.8, ngram_min_count=2, ngram_min_order=4, ngram_weight=0.7)), ids=str)
+@pytest.mark.parametrize(
+    "overrides", (dict(), dict(ngram_threshold=0.8, ngram_min_count=2, ngram_min_order=4, ngram_weight=0.7)), ids=str
+)
 @every_way
 def test_the_mixture_is_what_it_says(way, overrides):
     cfg, documents = config(BASE, ngram_mode="mix", **WAYS[way], **overrides), repetitive(LENGTHS)
@@ -187,7 +258,11 @@ def all_logprobs(documents, cfg) -> np.ndarray:
         tokens = torch.from_numpy(stream.tokens[stream.of(i)].astype(np.int64))
         if len(tokens):
             cu = torch.tensor([0, len(tokens)], dtype=torch.int32)
-            hidden = model.trunk(tokens, train_gpt.Seq(cu, cu, len(tokens), len(tokens), torch.arange(len(tokens), dtype=torch.int32)), looped=True)
+            hidden = model.trunk(
+                tokens,
+                train_gpt.Seq(cu, cu, len(tokens), len(tokens), torch.arange(len(tokens), dtype=torch.int32)),
+                looped=True,
+            )
             rows.append(-torch.stack([model.nll(hidden, torch.full_like(tokens, x)) for x in range(VOCAB)], 1))
     return torch.cat(rows).detach().double().numpy()
 
@@ -195,7 +270,9 @@ def all_logprobs(documents, cfg) -> np.ndarray:
 def longest(documents, cfg) -> dict[int, tuple[int, int]]:
     """target -> (order, hint) of the longest order that clears, from the slow counts."""
     found = {}
-    for (order, target), (hint, top, total, *_) in sorted(slow(documents, [s.last - s.first for s in plan_segments(len(documents), cfg)], cfg.ngram_order).items()):
+    for (order, target), (hint, top, total, *_) in sorted(
+        slow(documents, [s.last - s.first for s in plan_segments(len(documents), cfg)], cfg.ngram_order).items()
+    ):
         if order >= cfg.ngram_min_order and total >= cfg.ngram_min_count and top / total >= cfg.ngram_threshold:
             found[target] = order, hint
     return found
@@ -203,12 +280,22 @@ def longest(documents, cfg) -> dict[int, tuple[int, int]]:
 
 def test_the_tilt_is_what_it_says():
     """p e^(b [x = h]) over its sum, written out over the vocabulary; targets without a hint keep the network's nats to the bit."""
-    cfg, documents = config(BASE, ttt_enabled=False, eval_seq_len=96, ngram_calibrate=False, ngram_boost=1.7, ngram_threshold=0.6), repetitive(LENGTHS)
-    stream, logp, found, plain = Stream(documents), all_logprobs(documents, cfg), score(documents, cfg), score(documents, dataclasses.replace(cfg, ngram_enabled=False))
+    cfg, documents = (
+        config(BASE, ttt_enabled=False, eval_seq_len=96, ngram_calibrate=False, ngram_boost=1.7, ngram_threshold=0.6),
+        repetitive(LENGTHS),
+    )
+    stream, logp, found, plain = (
+        Stream(documents),
+        all_logprobs(documents, cfg),
+        score(documents, cfg),
+        score(documents, dataclasses.replace(cfg, ngram_enabled=False)),
+    )
     hints = longest(documents, cfg)
     for target, (_, hint) in hints.items():
         tilted = logp[target] + 1.7 * (np.arange(VOCAB) == hint)
-        assert found[target] == pytest.approx(np.log(np.exp(tilted).sum()) - tilted[stream.tokens[target + 1]], abs=1e-5)
+        assert found[target] == pytest.approx(
+            np.log(np.exp(tilted).sum()) - tilted[stream.tokens[target + 1]], abs=1e-5
+        )
     bare = np.setdiff1d(np.arange(stream.targets), [*hints])
     assert 0.2 < len(hints) / stream.targets < 0.95 and np.abs(found[bare] - plain[bare]).max() < 1e-6
 
@@ -225,16 +312,21 @@ def test_probabilities_sum_to_one(way, kind):
         prefix = repetitive([length], seed=length)[0]
         ends[length] = len(documents) + np.arange(VOCAB)
         documents += [prefix, *(np.append(prefix, token) for token in range(VOCAB) if token != BOS)]
-    for i in range(3, 3 + 2 * VOCAB):                                   # prefixes that have been seen to go on
+    for i in range(3, 3 + 2 * VOCAB):  # prefixes that have been seen to go on
         documents[1][10 + i % 7] = documents[3][-1]
-    cfg = config(BASE, **{**WAYS[way], **SETS[kind], "segment_docs": 100, "phased_ttt_num_phases": 1, "phased_ttt_prefix_docs": 3}, eval_seq_len=64, ngram_weight=0.6)
+    cfg = config(
+        BASE,
+        **{**WAYS[way], **SETS[kind], "segment_docs": 100, "phased_ttt_num_phases": 1, "phased_ttt_prefix_docs": 3},
+        eval_seq_len=64,
+        ngram_weight=0.6,
+    )
     stream = Stream(documents)
     plain, found = (score(documents, dataclasses.replace(cfg, ngram_enabled=on)) for on in (False, True))
     for length, which in ends.items():
         at = stream.starts[which] + length - 1
         p, q = np.exp(-found[at]), np.exp(-plain[at])
         assert p.sum() == pytest.approx(1, abs=1e-5) and q.sum() == pytest.approx(1, abs=1e-5) and p.min() > 0
-        assert np.abs(p - q).max() > 1e-2                               # the n-grams were not in vain
+        assert np.abs(p - q).max() > 1e-2  # the n-grams were not in vain
 
 
 @every_set
@@ -246,8 +338,8 @@ def test_later_tokens_change_no_earlier_score(way, kind):
     changed[5][24:] = 2 + (changed[5][24:] - 1) % (VOCAB - 2)
     before, after = score(documents, cfg), score(changed, cfg)
     same = np.ones(stream.targets, bool)
-    same[stream.starts[5] + 23:stream.of(5).stop] = False
-    same[stream.starts[6]:] = False                                     # later segments may have learnt from it
+    same[stream.starts[5] + 23 : stream.of(5).stop] = False
+    same[stream.starts[6] :] = False  # later segments may have learnt from it
     assert np.array_equal(before[same], after[same]) and (before[~same] != after[~same]).any()
 
 
@@ -259,7 +351,9 @@ def score_on(rank: int, world: int, folder, way: str, kind: str):
     group.close()
 
 
-@pytest.mark.parametrize("way, kind", (("windows, stride", "tilt"), ("cached", "tilt"), ("phases", "tilt"), ("cached", "mix")))
+@pytest.mark.parametrize(
+    "way, kind", (("windows, stride", "tilt"), ("cached", "tilt"), ("phases", "tilt"), ("cached", "mix"))
+)
 def test_ranks_change_float_noise_only(way, kind, tmp_path):
     forked(score_on, 2, tmp_path, way, kind)
     alone = score(repetitive(LENGTHS), config(BASE, **WAYS[way], **SETS[kind]))
@@ -275,9 +369,14 @@ def test_n_grams_help_on_repetition():
 
 # ---- boosts ----
 
+
 def tables(cfg, documents=None):
     stream = Stream(documents or repetitive([60] * 10))
-    return NGram(cfg, ranks(cfg), stream, [s.last - s.first for s in plan_segments(len(stream.starts), cfg)], Silent()), stream, Ledger("test", stream.target_bytes, Verdicts())
+    return (
+        NGram(cfg, ranks(cfg), stream, [s.last - s.first for s in plan_segments(len(stream.starts), cfg)], Silent()),
+        stream,
+        Ledger("test", stream.target_bytes, Verdicts()),
+    )
 
 
 def test_boosts_move_to_the_likeliest_value():
@@ -295,7 +394,11 @@ def test_boosts_move_to_the_likeliest_value():
             hit = rng.random(len(many)) < q * np.exp(truth) / (1 - q + q * np.exp(truth))
             ngram.fresh.append((many, hit, q))
             ngram.learn(ledger)
-        assert ngram.boost[0] == pytest.approx(2.0, abs=0.1) and ngram.boost[1] == pytest.approx(0.5, abs=0.1) and (ngram.boost[2:] == cfg.ngram_boost).all()
+        assert (
+            ngram.boost[0] == pytest.approx(2.0, abs=0.1)
+            and ngram.boost[1] == pytest.approx(0.5, abs=0.1)
+            and (ngram.boost[2:] == cfg.ngram_boost).all()
+        )
 
 
 def test_a_boost_is_never_below_zero():
@@ -306,7 +409,9 @@ def test_a_boost_is_never_below_zero():
     for _ in range(30):
         ngram.fresh.append((targets, np.zeros(len(targets), bool), np.full(len(targets), 0.5)))
         ngram.learn(ledger)
-    assert (ngram.boost >= 0).all() and ngram.boost[np.bincount(ngram.bucket[targets], minlength=len(ngram.boost)).argmax()] == 0
+    assert (ngram.boost >= 0).all() and ngram.boost[
+        np.bincount(ngram.bucket[targets], minlength=len(ngram.boost)).argmax()
+    ] == 0
 
 
 def test_boosts_learn_from_scored_targets_only():
@@ -332,7 +437,17 @@ def test_the_headline_has_n_grams_and_the_diagnostics_have_not(tmp_path):
 
 def test_hints_are_off_unless_asked_for():
     assert not train_gpt.Config().ngram_enabled
-    for name, value in (("mode", "ppm"), ("order", 1), ("order", 65), ("min_order", 1), ("min_order", 17), ("threshold", 1.5), ("min_count", 0), ("weight", 1.0), ("boost", 13.0)):
+    for name, value in (
+        ("mode", "ppm"),
+        ("order", 1),
+        ("order", 65),
+        ("min_order", 1),
+        ("min_order", 17),
+        ("threshold", 1.5),
+        ("min_count", 0),
+        ("weight", 1.0),
+        ("boost", 13.0),
+    ):
         with pytest.raises(train_gpt.UserError, match=f"NGRAM_{name.upper()}="):
             config({"ngram_" + name: value})
 
@@ -340,7 +455,10 @@ def test_hints_are_off_unless_asked_for():
 @pytest.mark.parametrize("stride", (0, 8))
 def test_the_scorer_asks_for_hints_where_it_scores(stride):
     """The windows' own check: with a boost of zero, n-grams change nothing at all."""
-    cfg, documents = config(BASE, ttt_enabled=False, eval_stride=stride, ngram_boost=0.0, ngram_calibrate=False), repetitive(LENGTHS)
+    cfg, documents = (
+        config(BASE, ttt_enabled=False, eval_stride=stride, ngram_boost=0.0, ngram_calibrate=False),
+        repetitive(LENGTHS),
+    )
     stream = Stream(documents)
     ledger = stream.ledger()
     Scorer(network(cfg), cfg, ranks(cfg), Silent()).score(stream, ledger, stride)

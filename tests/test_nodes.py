@@ -1,4 +1,5 @@
 """Several nodes: two torchrun processes that meet on loopback do what two ranks of one machine do."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,25 @@ def one_node(rank: int, world: int, folder: Path):
 def test_two_nodes_give_the_artifact_and_the_score_of_one(tmp_path):
     """Static rendezvous, as in the README: the first node's address and port, one process each. The same bytes and the same score, to the last digit."""
     env = clean_environ(environment(SHORT, tmp_path / "two")) | {"GLOO_SOCKET_IFNAME": "lo"}
-    launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    nodes = [subprocess.Popen([sys.executable, *launch, f"--node_rank={node}", str(ROOT / "train_gpt.py")], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True) for node in (0, 1)]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
+    ]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, *launch, f"--node_rank={node}", str(ROOT / "train_gpt.py")],
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
     try:
         outputs = [node.communicate(timeout=240)[0] for node in nodes]
     finally:
@@ -30,4 +47,6 @@ def test_two_nodes_give_the_artifact_and_the_score_of_one(tmp_path):
     assert two["hardware"].endswith("x 2 rank(s)") and two["bpb"] == one["bpb"]
     assert (tmp_path / "two" / "model.bin").read_bytes() == (tmp_path / "one" / "model.bin").read_bytes()
     main(SHORT, tmp_path / "alone").ok()
-    assert result(tmp_path / "alone")["val_bpb"] == pytest.approx(two["val_bpb"], abs=1e-3)      # one rank adds the gradients in another order
+    assert result(tmp_path / "alone")["val_bpb"] == pytest.approx(
+        two["val_bpb"], abs=1e-3
+    )  # one rank adds the gradients in another order

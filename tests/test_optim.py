@@ -1,4 +1,5 @@
 """Muon, Adam, clipping, the average and the warm-up against plain float64 references; sharded steps on two and three ranks against one."""
+
 import dataclasses
 import math
 
@@ -24,6 +25,7 @@ def set_gradients(model, seed: int, scale: float = 1.0):
 
 # ---- the parameter table ----
 
+
 def coverage(opt: Optimizer) -> dict[int, torch.Tensor]:
     """How many rules own each element of each parameter."""
     counts = {id(p): torch.zeros_like(p) for p in opt.model.parameters()}
@@ -36,7 +38,15 @@ def coverage(opt: Optimizer) -> dict[int, torch.Tensor]:
     return counts
 
 
-@pytest.mark.parametrize("variant", ({}, {"num_kv_heads": 4}, {"mlp_mult": 1.0}, {"smear_gate_enabled": False, "skip_gates_enabled": False, "parallel_start_layer": 0}))
+@pytest.mark.parametrize(
+    "variant",
+    (
+        {},
+        {"num_kv_heads": 4},
+        {"mlp_mult": 1.0},
+        {"smear_gate_enabled": False, "skip_gates_enabled": False, "parallel_start_layer": 0},
+    ),
+)
 def test_every_element_has_exactly_one_rule(variant):
     opt = optimizer(gpt(config(**variant)))
     assert all((count == 1).all() for count in coverage(opt).values())
@@ -47,7 +57,11 @@ def test_groups_are_the_published_ones():
     opt, cfg = optimizer(model), model.cfg
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for group in opt.muon for p, _, _ in group.blocks} == {"qkv", "o", "up", "down"}
-    rules = {names[id(p)]: (group["base_lr"], group["weight_decay"]) for group in opt.adam.param_groups for p in group["params"]}
+    rules = {
+        names[id(p)]: (group["base_lr"], group["weight_decay"])
+        for group in opt.adam.param_groups
+        for p in group["params"]
+    }
     assert rules.pop("tok_emb") == (cfg.tied_embed_lr, cfg.embed_wd)
     assert set(rules.values()) == {(cfg.scalar_lr, cfg.adam_wd)} and len(rules) == 11
 
@@ -72,7 +86,9 @@ def test_a_new_parameter_joins_the_scalars():
 
 def test_every_parameter_gets_a_gradient():
     """Each row of each parameter, with the loops on; the two-lane parameters of layers before the lanes are never read."""
-    model = gpt(config(**{k: v for k, v in RUN.items() if k in ("train_batch_tokens", "micro_batch_tokens", "train_seq_len")}))
+    model = gpt(
+        config(**{k: v for k, v in RUN.items() if k in ("train_batch_tokens", "micro_batch_tokens", "train_seq_len")})
+    )
     for batch in batches_of_step(model.cfg):
         train_gpt.batch_loss(model, batch, 500, True).backward()
     for name, p in model.named_parameters():
@@ -86,13 +102,16 @@ def test_every_parameter_gets_a_gradient():
 
 # ---- Muon ----
 
+
 @pytest.mark.parametrize("shape", ((24, 24), (48, 12), (10, 40)))
 def test_polar_express_against_svd(shape):
     """The singular vectors stay, and singular values over two orders of magnitude all go to about one."""
     noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left, values, right = torch.linalg.svd(noise, full_matrices=False)
     u = left * torch.logspace(-2, 0, values.size(1), dtype=torch.float64) @ right
-    core = left.mT @ train_gpt.orthogonalize(u.float(), train_gpt.MUON_COEFFICIENTS["polar_express"]).double() @ right.mT
+    core = (
+        left.mT @ train_gpt.orthogonalize(u.float(), train_gpt.MUON_COEFFICIENTS["polar_express"]).double() @ right.mT
+    )
     diagonal = core.diagonal(dim1=1, dim2=2)
     assert 0.85 < diagonal.min() and diagonal.max() < 1.15
     assert (core - torch.diag_embed(diagonal)).abs().max() < 1e-3
@@ -109,9 +128,13 @@ def plain_muon(w, grads, momenta, cfg, lr_scale: float) -> np.ndarray:
         rows, cols = u.shape
         x = u.T if rows > cols else u
         x = x / np.linalg.norm(x)
-        for a, b, c in ((8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-                        (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-                        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)):
+        for a, b, c in (
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ):
             s = x @ x.T
             x = a * x + (b * s + c * s @ s) @ x
         x = x.T if rows > cols else x
@@ -125,7 +148,9 @@ def plain_muon(w, grads, momenta, cfg, lr_scale: float) -> np.ndarray:
 def test_muon_against_the_plain_reference(variant, row_normalize):
     """Momentum with its warm-up, Nesterov, row normalisation, scale and decay of every matrix on its own: q, k and v apart."""
     model = gpt(config(**variant))
-    opt = optimizer(model, grad_clip_norm=0.0, muon_row_normalize=row_normalize, muon_momentum_warmup_steps=2, muon_wd=0.3)
+    opt = optimizer(
+        model, grad_clip_norm=0.0, muon_row_normalize=row_normalize, muon_momentum_warmup_steps=2, muon_wd=0.3
+    )
     before = {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
     grads = []
     for step in range(4):
@@ -134,15 +159,23 @@ def test_muon_against_the_plain_reference(variant, row_normalize):
         opt.step(step, 0.7)
     momenta = [0.92, 0.945, 0.97, 0.97]
     q, kv = model.q_dim, model.kv_dim
-    for name, spans in {"qkv": [(0, q), (q, q + kv), (q + kv, q + 2 * kv)], "o": [(0, 32)], "up": [(0, model.up.size(1))], "down": [(0, 32)]}.items():
+    for name, spans in {
+        "qkv": [(0, q), (q, q + kv), (q + kv, q + 2 * kv)],
+        "o": [(0, 32)],
+        "up": [(0, model.up.size(1))],
+        "down": [(0, 32)],
+    }.items():
         for layer in range(model.cfg.num_layers):
             for lo, hi in spans:
-                wanted = plain_muon(before[name][layer, lo:hi], [g[name][layer, lo:hi] for g in grads], momenta, opt.cfg, 0.7)
+                wanted = plain_muon(
+                    before[name][layer, lo:hi], [g[name][layer, lo:hi] for g in grads], momenta, opt.cfg, 0.7
+                )
                 have = getattr(model, name).detach().numpy()[layer, lo:hi]
                 assert np.abs(have - wanted).max() < 2e-5, (name, layer, lo)
 
 
 # ---- Adam ----
+
 
 def test_adam_against_the_plain_reference():
     model = gpt()
@@ -154,16 +187,19 @@ def test_adam_against_the_plain_reference():
         set_gradients(model, step)
         for n in names:
             g = getattr(model, n).grad.double()
-            lr, wd = ((opt.cfg.tied_embed_lr, 0.4) if n == "tok_emb" else (opt.cfg.scalar_lr, 0.2))
+            lr, wd = (opt.cfg.tied_embed_lr, 0.4) if n == "tok_emb" else (opt.cfg.scalar_lr, 0.2)
             lr *= 0.5
             first[n], second[n] = 0.8 * first[n] + 0.2 * g, 0.95 * second[n] + 0.05 * g * g
-            plain[n] = plain[n] * (1 - lr * wd) - lr * (first[n] / (1 - 0.8 ** (step + 1))) / ((second[n] / (1 - 0.95 ** (step + 1))).sqrt() + 1e-6)
+            plain[n] = plain[n] * (1 - lr * wd) - lr * (first[n] / (1 - 0.8 ** (step + 1))) / (
+                (second[n] / (1 - 0.95 ** (step + 1))).sqrt() + 1e-6
+            )
         opt.step(step, 0.5)
     for n in names:
         assert torch.allclose(getattr(model, n).double(), plain[n], atol=1e-5), n
 
 
 # ---- clipping ----
+
 
 def test_clip_acts_on_the_whole_norm():
     """Adam's first step does not depend on the gradient's length, so look at the momentum, which does."""
@@ -219,12 +255,15 @@ def test_two_and_three_ranks_step_like_one(tmp_path):
     for world in (2, 3):
         everywhere = [torch.load(tmp_path / f"{world}_{rank}.pt") for rank in range(world)]
         for rank in range(1, world):
-            assert all(torch.equal(a, b) for a, b in zip(everywhere[0], everywhere[rank])), f"ranks 0 and {rank} of {world} disagree"
+            assert all(torch.equal(a, b) for a, b in zip(everywhere[0], everywhere[rank])), (
+                f"ranks 0 and {rank} of {world} disagree"
+            )
         for a, b in zip(one, everywhere[0]):
             assert torch.allclose(a, b, atol=3e-4)
 
 
 # ---- the average ----
+
 
 def test_average_is_the_debiased_weighted_mean():
     model = gpt()
@@ -235,7 +274,7 @@ def test_average_is_the_debiased_weighted_mean():
         opt.step(step, 1.0)
         history.append([p.detach().double().clone() for p in model.parameters()])
     weights = [0.1 * 0.9 ** (4 - i) for i in range(5)]
-    assert sum(weights) < 0.5                                           # without the correction the result would be less than half the weights
+    assert sum(weights) < 0.5  # without the correction the result would be less than half the weights
     opt.use_average()
     for j, p in enumerate(model.parameters()):
         wanted = sum(w * h[j] for w, h in zip(weights, history)) / sum(weights)
@@ -253,6 +292,7 @@ def test_without_an_average_the_last_weights_stay():
 
 
 # ---- the warm-up ----
+
 
 def trainer(**overrides) -> train_gpt.Trainer:
     cfg = config(RUN, data_path=str(data()), **overrides)
@@ -279,7 +319,13 @@ def test_warm_up_runs_every_graph(monkeypatch):
     """Both loop settings and the optimizer, on training batches of the real size; nothing runs when the loops never switch."""
     seen = []
     loss = train_gpt.batch_loss
-    monkeypatch.setattr(train_gpt, "batch_loss", lambda model, batch, total, looped: seen.append((looped, len(batch.tokens), batch.split)) or loss(model, batch, total, looped))
+    monkeypatch.setattr(
+        train_gpt,
+        "batch_loss",
+        lambda model, batch, total, looped: (
+            seen.append((looped, len(batch.tokens), batch.split)) or loss(model, batch, total, looped)
+        ),
+    )
     trainer().warm_up()
     assert set(seen) == {(False, 128, "train"), (True, 128, "train")}
     seen.clear()

@@ -1,4 +1,5 @@
 """The packed script: it is the source, it runs alone, and a file on disk is always whole."""
+
 import ast
 import os
 import random
@@ -25,7 +26,11 @@ def bare(source: str) -> str:
     """The syntax tree without docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            and ast.get_docstring(node) is not None
+            and len(node.body) > 1
+        ):
             del node.body[0]
     return ast.dump(tree)
 
@@ -33,10 +38,13 @@ def bare(source: str) -> str:
 def run_alone(folder: Path, *args, **settings) -> subprocess.CompletedProcess:
     """The folder's train_gpt.py from inside it, where nothing of the repository can be imported."""
     env = clean_environ(environment(settings)) if settings else clean_environ({})
-    return subprocess.run([sys.executable, "train_gpt.py", *args], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "train_gpt.py", *args], cwd=folder, env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 # ---- the source ----
+
 
 def test_stripping_keeps_the_program():
     stripped = strip_source(SOURCE)
@@ -74,7 +82,13 @@ def test_unpack_prints_what_packs_to_the_shipped_bytes():
     assert bare(out.out) == bare(SOURCE) and pack_script(out.out) == shipped
 
 
-NOT_PACKED = {"nothing.py": None, "other.py": "print(1)\n", "train_gpt.py": SOURCE, "broken.py": 's=lzma.decompress("abc".encode("latin-1"))\n', "empty.py": ""}
+NOT_PACKED = {
+    "nothing.py": None,
+    "other.py": "print(1)\n",
+    "train_gpt.py": SOURCE,
+    "broken.py": 's=lzma.decompress("abc".encode("latin-1"))\n',
+    "empty.py": "",
+}
 
 
 @pytest.mark.parametrize("name", NOT_PACKED)
@@ -89,7 +103,11 @@ def test_unpack_refuses_what_is_not_packed(name, tmp_path):
 def test_any_source_survives_packing(seed, tmp_path):
     """Sizes and contents that put every byte value into the compressed stream, quotes, backslashes, returns and zeros among them."""
     rng = random.Random(seed)
-    source = "x = [\n" + "".join(f'"{rng.getrandbits(256):064x}",\n' for _ in range(300)) + "]\nprint(len(x), sum(int(v, 16) for v in x) % 1000003)\n"
+    source = (
+        "x = [\n"
+        + "".join(f'"{rng.getrandbits(256):064x}",\n' for _ in range(300))
+        + "]\nprint(len(x), sum(int(v, 16) for v in x) % 1000003)\n"
+    )
     packed = pack_script(source)
     assert set(range(1, 256)) - {10, 13} <= set(packed)
     (tmp_path / "train_gpt.py").write_bytes(packed)
@@ -128,10 +146,13 @@ JIT = textwrap.dedent('''
 
 def test_getsource_works_in_a_packed_script(tmp_path):
     (tmp_path / "train_gpt.py").write_bytes(pack_script(JIT))
-    for _ in range(2):                                                  # first it extracts, then it finds the extracted file
+    for _ in range(2):  # first it extracts, then it finds the extracted file
         out = run_alone(tmp_path)
         assert out.stderr == ""
-        assert out.stdout == '@jit\ndef kernel(x, y: "tl.constexpr"):\n    return x + y\n    @jit\n    def method(self):\n        return 2\n'
+        assert (
+            out.stdout
+            == '@jit\ndef kernel(x, y: "tl.constexpr"):\n    return x + y\n    @jit\n    def method(self):\n        return 2\n'
+        )
 
 
 def test_a_tampered_extract_is_not_run(tmp_path, monkeypatch):
@@ -149,9 +170,18 @@ def test_help_from_an_empty_folder(tmp_path):
     shutil.copy(base_run() / "train_gpt.py", tmp_path)
     before = (tmp_path / "train_gpt.py").read_bytes()
     out = run_alone(tmp_path, "--help")
-    assert out.returncode == 0 and out.stderr == "" and "TRAIN_BATCH_TOKENS" in out.stdout and "MUON_MOMENTUM" in out.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"] and (tmp_path / "train_gpt.py").read_bytes() == before
-    probe = subprocess.run([sys.executable, "-c", "import lossless_caps"], cwd=tmp_path, env=clean_environ({}), capture_output=True)
+    assert (
+        out.returncode == 0
+        and out.stderr == ""
+        and "TRAIN_BATCH_TOKENS" in out.stdout
+        and "MUON_MOMENTUM" in out.stdout
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"] and (
+        tmp_path / "train_gpt.py"
+    ).read_bytes() == before
+    probe = subprocess.run(
+        [sys.executable, "-c", "import lossless_caps"], cwd=tmp_path, env=clean_environ({}), capture_output=True
+    )
     assert probe.returncode != 0
 
 
@@ -163,7 +193,11 @@ def test_the_artifact_alone_gives_the_same_number(tmp_path):
     assert out.returncode == 0, out.stderr
     ran, again = result(base_run()), result(tmp_path, "eval_result.json")
     assert again["bpb"] and all(again["bpb"][name] == ran["bpb"][name] for name in again["bpb"])
-    assert again["val_bpb"] == ran["val_bpb"] and again["bytes"] == ran["bytes"] and again["settings_sha256"] == ran["settings_sha256"]
+    assert (
+        again["val_bpb"] == ran["val_bpb"]
+        and again["bytes"] == ran["bytes"]
+        and again["settings_sha256"] == ran["settings_sha256"]
+    )
     for name in ("train_gpt.py", "model.bin"):
         assert (tmp_path / name).read_bytes() == (base_run() / name).read_bytes()
 
@@ -179,7 +213,9 @@ def test_the_packed_script_trains_the_same_artifact(tmp_path):
 
 
 def test_the_total_is_the_size_of_the_two_files():
-    sizes = {name: (base_run() / file).stat().st_size for name, file in (("code", "train_gpt.py"), ("model", "model.bin"))}
+    sizes = {
+        name: (base_run() / file).stat().st_size for name, file in (("code", "train_gpt.py"), ("model", "model.bin"))
+    }
     assert result(base_run())["bytes"] == {**sizes, "total": sum(sizes.values())}
 
 
@@ -194,6 +230,7 @@ def test_the_running_script_is_never_overwritten(tmp_path, monkeypatch):
 
 
 # ---- files appear whole ----
+
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.bin"
@@ -216,7 +253,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path):
         with train_gpt.whole_file(path) as f:
             f.write(b"new")
             raise ZeroDivisionError
-    with pytest.raises(SystemExit):                                     # as SIGTERM's handler ends a run
+    with pytest.raises(SystemExit):  # as SIGTERM's handler ends a run
         with train_gpt.whole_file(path) as f:
             f.write(b"new")
             sys.exit(143)
@@ -239,7 +276,7 @@ def test_a_new_file_never_touches_the_old_one(tmp_path):
 
 
 def write_for_ever(path: Path, versions, slow: bool):
-    if slow:                                                            # long enough that most kills fall between the write and the rename
+    if slow:  # long enough that most kills fall between the write and the rename
         fsync = os.fsync
         train_gpt.os.fsync = lambda number: (fsync(number), time.sleep(0.02))
     while True:
@@ -250,18 +287,24 @@ def write_for_ever(path: Path, versions, slow: bool):
 @pytest.mark.parametrize("slow", (False, True))
 def test_kill_9_leaves_the_old_or_the_new_file_whole(slow, tmp_path):
     rng = np.random.default_rng(0)
-    make = lambda n: ({"o.symbols": rng.integers(-9, 10, (2, n, 8)).astype(np.int8), "o.step": np.ones((2, n), np.float16)}, {"version": n})
+    make = lambda n: (
+        {"o.symbols": rng.integers(-9, 10, (2, n, 8)).astype(np.int8), "o.step": np.ones((2, n), np.float16)},
+        {"version": n},
+    )
     versions, path = [make(16), make(48)], tmp_path / "model.bin"
     began = time.perf_counter()
     train_gpt.save_artifact(path, *versions[0])
     one_save, pause, seen = time.perf_counter() - began + 0.02 * slow, random.Random(1), set()
     identity = lambda: (path.stat().st_ino, path.stat().st_mtime_ns)
-    for i in range(64):                                                 # 8, or more until both versions have been found
+    for i in range(64):  # 8, or more until both versions have been found
         if i >= 8 and seen == {16, 48}:
             break
-        writer, before = get_context("fork").Process(target=write_for_ever, args=(path, versions[::-1 if i % 2 else 1], slow)), identity()
+        writer, before = (
+            get_context("fork").Process(target=write_for_ever, args=(path, versions[:: -1 if i % 2 else 1], slow)),
+            identity(),
+        )
         writer.start()
-        while identity() == before:                                     # it has written one, however busy the machine is
+        while identity() == before:  # it has written one, however busy the machine is
             assert writer.is_alive()
             time.sleep(0.001)
         time.sleep(3 * one_save * pause.random())

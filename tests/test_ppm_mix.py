@@ -1,4 +1,5 @@
 """tools/ppm_mix.py: the byte model is a distribution, the mixture is what its sources say, and it never passes for a result."""
+
 import json
 import math
 
@@ -22,9 +23,9 @@ def test_the_byte_model_never_exceeds_one(halves):
     """Backing off without exclusion leaves some mass unused, but gives none twice."""
     ppm, text = PPM(3, halves), b"abracadabra abracadabra"
     for i, byte in enumerate(text):
-        history = text[max(i - 3, 0):i]
+        history = text[max(i - 3, 0) : i]
         assert sum(ppm.probability(history, b)[0] for b in range(256)) <= 1 + 1e-12
-        assert len({ppm.probability(history, b)[1] for b in range(256)}) == 1        # confidence does not look at the byte
+        assert len({ppm.probability(history, b)[1] for b in range(256)}) == 1  # confidence does not look at the byte
         ppm.update(history, byte)
     assert ppm.probability(b"bra", ord("c"))[0] < ppm.probability(b"abr", ord("a"))[0]
 
@@ -47,7 +48,7 @@ def test_gates():
     assert mix(nats, sizes, b"x", 5, "1835")[0] == pytest.approx(-math.log(0.9 * math.exp(-0.1) + 0.1 / 256))
     assert mix(nats, sizes, b"x", 5, "1858") == (pytest.approx(0.1), 1.0)
     assert mix(np.array([0.3]), sizes, b"x", 5, "1858") == mix(np.array([0.3]), sizes, b"x", 5, "1835")
-    assert mix(np.array([0.5]), np.array([0]), b"", 5, "1858")[0] == 0.5            # control tokens keep their nats
+    assert mix(np.array([0.5]), np.array([0]), b"", 5, "1858")[0] == 0.5  # control tokens keep their nats
 
 
 @pytest.mark.parametrize("gate", ("1795", "1835", "1858"))
@@ -56,7 +57,12 @@ def test_from_a_ledger_labelled_as_what_it_is(ledger, tmp_path, capsys, gate):
     out, found = capsys.readouterr().out, json.loads((tmp_path / "o.json").read_text())
     network = json.loads((scratch() / "ppm" / "result.json").read_text())["val_bpb"]
     assert found["bpb_of_the_network"] == pytest.approx(network, abs=1e-6) and found["bpb_of_the_mixture"] < network
-    assert "C2 FAIL" in out and ("C1 FAIL" in out) == (gate == "1858") and "val_bpb" not in found and found["verdicts"]["C2"].startswith("FAIL")
+    assert (
+        "C2 FAIL" in out
+        and ("C1 FAIL" in out) == (gate == "1858")
+        and "val_bpb" not in found
+        and found["verdicts"]["C2"].startswith("FAIL")
+    )
 
 
 def test_a_subset_is_named(ledger, capsys):

@@ -1,4 +1,5 @@
 """prepare_data.py end to end on small corpora: what is written, that every byte is accounted for, and that every failure says what to do."""
+
 import gzip
 import hashlib
 import json
@@ -25,8 +26,27 @@ from prepare_data import DataError, Encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = Path(__file__).parent / "golden" / "fineweb_8192_caseops.model"
-WORDS = ["the", "of", "NASA", "Kitten", "river", "iPhone", "1984", "quietly", "École", "…", "don't", "stop,", "said", "Alice", "to", "北京",
-         "and", "walked", "home."]
+WORDS = [
+    "the",
+    "of",
+    "NASA",
+    "Kitten",
+    "river",
+    "iPhone",
+    "1984",
+    "quietly",
+    "École",
+    "…",
+    "don't",
+    "stop,",
+    "said",
+    "Alice",
+    "to",
+    "北京",
+    "and",
+    "walked",
+    "home.",
+]
 CASEOPS, PLAIN = Encoder(MODEL, True), Encoder(MODEL, False)
 
 
@@ -40,9 +60,24 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def prepare(out: Path, *sources: Path | str, val_docs: int = 5, options: tuple[str, ...] = (), model: Path | None = MODEL) -> int:
+def prepare(
+    out: Path, *sources: Path | str, val_docs: int = 5, options: tuple[str, ...] = (), model: Path | None = MODEL
+) -> int:
     tokenizer = ["--tokenizer", str(model)] if model else []
-    return prepare_data.main(["--source", *map(str, sources), "--out", str(out), "--val-docs", str(val_docs), "--workers", "1", *tokenizer, *options])
+    return prepare_data.main(
+        [
+            "--source",
+            *map(str, sources),
+            "--out",
+            str(out),
+            "--val-docs",
+            str(val_docs),
+            "--workers",
+            "1",
+            *tokenizer,
+            *options,
+        ]
+    )
 
 
 def manifest(out: Path) -> dict:
@@ -85,11 +120,29 @@ def test_shards_and_manifest(tmp_path):
     sizes = tokens(out, "val_bytes")
     assert len(sizes) == len(tokens(out, "val")) and not sizes[tokens(out, "val") == 1].any()
     utf8 = [sum(len(text.encode()) for text in part) for part in (texts[:5], texts[5:])]
-    assert found["val"] == {"first_document": 0, "documents": 5, "tokens": len(sizes), "bos": 5, "bytes": sizes.sum(), "utf8_bytes": utf8[0]}
+    assert found["val"] == {
+        "first_document": 0,
+        "documents": 5,
+        "tokens": len(sizes),
+        "bos": 5,
+        "bytes": sizes.sum(),
+        "utf8_bytes": utf8[0],
+    }
     assert found["val"]["bytes"] == utf8[0]
-    assert found["train"] == {"first_document": 5, "documents": 35, "tokens": len(tokens(out, "train")), "bos": 35,
-                              "bytes": utf8[1], "utf8_bytes": utf8[1]}
-    assert (found["format"], found["transform"], found["vocab_size"], found["bos_id"]) == (1, "lossless_caps_caseops_v1", 8192, 1)
+    assert found["train"] == {
+        "first_document": 5,
+        "documents": 35,
+        "tokens": len(tokens(out, "train")),
+        "bos": 35,
+        "bytes": utf8[1],
+        "utf8_bytes": utf8[1],
+    }
+    assert (found["format"], found["transform"], found["vocab_size"], found["bos_id"]) == (
+        1,
+        "lossless_caps_caseops_v1",
+        8192,
+        1,
+    )
     assert found["source"]["files"][0]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert found["tokenizer"] == {"file": "tokenizer.model", "sha256": hashlib.sha256(MODEL.read_bytes()).hexdigest()}
     assert set(found["files"]) == {path.name for path in out.glob("fineweb_*.bin")}
@@ -97,13 +150,19 @@ def test_shards_and_manifest(tmp_path):
         assert entry["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
         assert (out / name).stat().st_size == 1024 + 2 * entry["tokens"]
     assert {path.name for path in out.iterdir()} == {*found["files"], "tokenizer.model", "manifest.json"}
-    assert found["options"]["val_docs"] == 5 and found["options"]["shard_tokens"] == 100 and found["sentencepiece"] == sentencepiece.__version__
+    assert (
+        found["options"]["val_docs"] == 5
+        and found["options"]["shard_tokens"] == 100
+        and found["sentencepiece"] == sentencepiece.__version__
+    )
 
 
 def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "CHUNK_BYTES", 1000)  # many chunks
     texts = sentences(60)
-    source = write_jsonl(tmp_path / "docs.jsonl", [*texts, texts[2], texts[40], " ", "<s> is no control token in text </s><unk><pad>"])
+    source = write_jsonl(
+        tmp_path / "docs.jsonl", [*texts, texts[2], texts[40], " ", "<s> is no control token in text </s><unk><pad>"]
+    )
     for workers in ("1", "3"):
         assert prepare(tmp_path / workers, source, options=("--workers", workers, "--shard-tokens", "500")) == 0
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
@@ -134,8 +193,13 @@ def test_empty_documents_are_skipped_and_counted(tmp_path):
     assert prepare(tmp_path / "out", write_jsonl(tmp_path / "docs.jsonl", texts)) == 0
     found = manifest(tmp_path / "out")
     assert found["empty_skipped"] == 3
-    assert (found["val"]["documents"], found["train"]["documents"]) == (4, 6)  # positions count: the first five lines are validation
-    assert all(documents(tmp_path / "out", split) and all(documents(tmp_path / "out", split)) for split in ("val", "train"))
+    assert (found["val"]["documents"], found["train"]["documents"]) == (
+        4,
+        6,
+    )  # positions count: the first five lines are validation
+    assert all(
+        documents(tmp_path / "out", split) and all(documents(tmp_path / "out", split)) for split in ("val", "train")
+    )
 
 
 @pytest.mark.parametrize("count", [5, 3])
@@ -153,15 +217,18 @@ def test_max_train_docs(tmp_path):
     assert manifest(tmp_path / "out")["train"]["documents"] == 7
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (b'{"text": "cut of', "line 12: not valid JSON"),
-    (b'{"text": "a"} {"text": "b"}', "line 12: not valid JSON"),
-    (b'{"text": "\xff"}', "line 12: not valid JSON"),
-    (b'{"txt": "a"}', "line 12: no document"),
-    (b'{"text": 5}', "line 12: no document"),
-    (b"[]", "line 12: no document"),
-    (b'{"text": "\\ud800"}', "line 12: holds a lone surrogate"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut of', "line 12: not valid JSON"),
+        (b'{"text": "a"} {"text": "b"}', "line 12: not valid JSON"),
+        (b'{"text": "\xff"}', "line 12: not valid JSON"),
+        (b'{"txt": "a"}', "line 12: no document"),
+        (b'{"text": 5}', "line 12: no document"),
+        (b"[]", "line 12: no document"),
+        (b'{"text": "\\ud800"}', "line 12: holds a lone surrogate"),
+    ],
+)
 def test_bad_lines_are_named(tmp_path, capsys, line, message):
     source = write_jsonl(tmp_path / "docs.jsonl", sentences(10))
     source.write_bytes(source.read_bytes() + b"\n" + line + b"\n")  # a blank line holds no document
@@ -217,11 +284,26 @@ def test_several_files_and_bare_strings(tmp_path):
 
 # ---------------------------------------------------------------- interrupted and repeated runs
 
+
 def test_kill_and_rerun(tmp_path):
     source = write_jsonl(tmp_path / "docs.jsonl", sentences(4000))
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "prepare_data.py"), "--source", str(source), "--out", str(out), "--val-docs", "5",
-               "--tokenizer", str(MODEL), "--shard-tokens", "1000", "--workers", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "prepare_data.py"),
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+        "--val-docs",
+        "5",
+        "--tokenizer",
+        str(MODEL),
+        "--shard-tokens",
+        "1000",
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(out.glob("fineweb_train_*.bin")) and process.poll() is None and time.monotonic() < deadline:
@@ -292,10 +374,14 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
 
 # ---------------------------------------------------------------- bytes
 
-HOSTILE = ("aB.1 \n\t\r\0\x01\x0b\x1f\x7f\x85\x8f\u00a0\u00a8\u00ad\u00bd\u00c9\u0301\u0308\u0345\u037a\u0e33\u1100\u1161\u11a8\u115f"
-           "\u1680\u180e\u200b\u200c\u200d\u200e\u2026\u2028\u2029\u202f\u2060\u2581\u3000\u304b\u3099\ue000\ue001\ue002\ue003\ue004"
-           "\ufb01\ufdfa\ufeff\uff21\uffa0\ufffd\U0001f468\U0001f600")
-HOSTILE_TEXT = st.lists(st.one_of(st.sampled_from(HOSTILE), st.characters(exclude_categories=["Cs"])), max_size=30).map("".join)
+HOSTILE = (
+    "aB.1 \n\t\r\0\x01\x0b\x1f\x7f\x85\x8f\u00a0\u00a8\u00ad\u00bd\u00c9\u0301\u0308\u0345\u037a\u0e33\u1100\u1161\u11a8\u115f"
+    "\u1680\u180e\u200b\u200c\u200d\u200e\u2026\u2028\u2029\u202f\u2060\u2581\u3000\u304b\u3099\ue000\ue001\ue002\ue003\ue004"
+    "\ufb01\ufdfa\ufeff\uff21\uffa0\ufffd\U0001f468\U0001f600"
+)
+HOSTILE_TEXT = st.lists(st.one_of(st.sampled_from(HOSTILE), st.characters(exclude_categories=["Cs"])), max_size=30).map(
+    "".join
+)
 
 
 @pytest.mark.parametrize("encoder", [CASEOPS, PLAIN], ids=["caseops", "plain"])
@@ -307,11 +393,29 @@ def test_every_byte_of_hostile_text_is_accounted_for(encoder, text):
     assert sizes.sum() == len(text.encode()) - encoder.ends.count(text)
 
 
-@pytest.mark.parametrize(("text", "stripped"), [
-    ("", 0), ("a", 0), (" a", 1), ("a \r\n\t", 4), ("\n\n \u00a0The end\u3000 ", 9), ("\ufeffa\u200b", 6), (" \x01 a\x01", 3), ("a \x01", 2),
-    ("a\x01 ", 1), ("   ", 3),
-    ("\u0301", 0), (" \u0301x", 1), ("\u00a8", 0), ("\u200da", 0), ("\U0001f468\u200d\U0001f469 ", 1), ("\ue001 ", 1), ("a\r\nb", 0), ("\u2581a", 3),
-])
+@pytest.mark.parametrize(
+    ("text", "stripped"),
+    [
+        ("", 0),
+        ("a", 0),
+        (" a", 1),
+        ("a \r\n\t", 4),
+        ("\n\n \u00a0The end\u3000 ", 9),
+        ("\ufeffa\u200b", 6),
+        (" \x01 a\x01", 3),
+        ("a \x01", 2),
+        ("a\x01 ", 1),
+        ("   ", 3),
+        ("\u0301", 0),
+        (" \u0301x", 1),
+        ("\u00a8", 0),
+        ("\u200da", 0),
+        ("\U0001f468\u200d\U0001f469 ", 1),
+        ("\ue001 ", 1),
+        ("a\r\nb", 0),
+        ("\u2581a", 3),
+    ],
+)
 def test_stripped_ends(text, stripped):
     assert CASEOPS.ends.count(text) == stripped
     for encoder in (CASEOPS, PLAIN):
@@ -323,14 +427,22 @@ def test_hostile_documents_end_to_end(tmp_path):
     texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(1, 50))) + f" {i}" for i in range(200)]
     assert prepare(tmp_path / "out", write_jsonl(tmp_path / "docs.jsonl", texts), val_docs=100) == 0
     found = manifest(tmp_path / "out")
-    assert found["val"]["bytes"] == found["val"]["utf8_bytes"] == sum(len(text.encode()) - CASEOPS.ends.count(text) for text in texts[:100])
+    assert (
+        found["val"]["bytes"]
+        == found["val"]["utf8_bytes"]
+        == sum(len(text.encode()) - CASEOPS.ends.count(text) for text in texts[:100])
+    )
 
 
 def test_wrong_byte_count_aborts_and_names_the_document(tmp_path, capsys, monkeypatch):
     right = lossless_caps.piece_bytes
 
     def wrong(surfaces):  # charges operators three bytes, as one published script did
-        return [3 if surface in lossless_caps.OPERATORS else count for surface, count in zip(surfaces, right(surfaces), strict=True)]
+        return [
+            3 if surface in lossless_caps.OPERATORS else count
+            for surface, count in zip(surfaces, right(surfaces), strict=True)
+        ]
+
     monkeypatch.setattr(lossless_caps, "piece_bytes", wrong)
     source = write_jsonl(tmp_path / "docs.jsonl", ["all lower case", "One capital", *sentences(10)])
     assert prepare(tmp_path / "out", source) == 1
@@ -340,7 +452,9 @@ def test_wrong_byte_count_aborts_and_names_the_document(tmp_path, capsys, monkey
 
 def test_token_of_more_than_65535_bytes(tmp_path, capsys):
     long = "a" + " " * 70_000 + "b"
-    assert prepare(tmp_path / "train", write_jsonl(tmp_path / "t.jsonl", [*sentences(10), long])) == 0  # no sidecar for training text
+    assert (
+        prepare(tmp_path / "train", write_jsonl(tmp_path / "t.jsonl", [*sentences(10), long])) == 0
+    )  # no sidecar for training text
     source = write_jsonl(tmp_path / "v.jsonl", [long, *sentences(10)])
     assert prepare(tmp_path / "val", source) == 1
     assert f"{source} line 1: one token stands for" in capsys.readouterr().err
@@ -359,6 +473,7 @@ def test_no_caseops(tmp_path):
 
 
 # ---------------------------------------------------------------- tokenizers
+
 
 def test_trained_tokenizer(tmp_path):
     texts = ["Zyzzyva zyzzyva " * 50, *sentences(40), "Zyzzyva zyzzyva " * 50]
@@ -383,11 +498,24 @@ def test_unusable_tokenizers(tmp_path, capsys):
     assert prepare(plain, source, model=None, options=("--no-caseops", "--vocab-size", "400")) == 0
     prefix = tmp_path / "other"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences(40)), model_prefix=str(prefix), vocab_size=90, model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-        minloglevel=2, user_defined_symbols=list(lossless_caps.OPERATORS))
+        sentence_iterator=iter(sentences(40)),
+        model_prefix=str(prefix),
+        vocab_size=90,
+        model_type="bpe",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+        user_defined_symbols=list(lossless_caps.OPERATORS),
+    )
     (tmp_path / "not.model").write_bytes(b"hello")
-    for model, message in ((plain / "tokenizer.model", "--no-caseops"), (prefix.with_suffix(".model"), "byte fallback"),
-                           (tmp_path / "not.model", "not a SentencePiece model"), (tmp_path / "none.model", "no such file")):
+    for model, message in (
+        (plain / "tokenizer.model", "--no-caseops"),
+        (prefix.with_suffix(".model"), "byte fallback"),
+        (tmp_path / "not.model", "not a SentencePiece model"),
+        (tmp_path / "none.model", "no such file"),
+    ):
         assert prepare(tmp_path / "out", source, model=model) == 1
         error = capsys.readouterr().err
         assert message in error and str(model) in error
@@ -397,6 +525,7 @@ def test_unusable_tokenizers(tmp_path, capsys):
 
 # ---------------------------------------------------------------- built-in and downloaded sources
 
+
 def test_stdlib(tmp_path):
     documents_ = prepare_data.stdlib_documents()
     assert documents_ == prepare_data.stdlib_documents()
@@ -405,7 +534,9 @@ def test_stdlib(tmp_path):
     assert 2e6 < sum(map(len, texts)) < 20e6
     assert all(text.strip() for text in texts) and any("Guido" in text for text in texts)
     assert sum(len(text) > 1.5 * prepare_data.STDLIB_DOCUMENT_CHARS for text in texts) < len(texts) / 100
-    assert prepare(tmp_path / "out", "stdlib", model=None, options=("--vocab-size", "512", "--max-train-docs", "100")) == 0
+    assert (
+        prepare(tmp_path / "out", "stdlib", model=None, options=("--vocab-size", "512", "--max-train-docs", "100")) == 0
+    )
     found = manifest(tmp_path / "out")
     assert found["source"]["kind"] == "stdlib" and found["val"]["documents"] == 5 and found["train"]["documents"] == 100
 
@@ -430,6 +561,7 @@ def hub(tmp_path, monkeypatch):
         if not (root / filename).exists():
             raise FileNotFoundError(f"404: {repo_id} has no {filename}")
         return str(root / filename)
+
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
     return types.SimpleNamespace(root=root, asked=asked)
 
@@ -442,10 +574,26 @@ def publish(hub, made: Path, name: str = "fineweb10B_sp8192_lossless_caps_caseop
         (folder / path.name).write_bytes(path.read_bytes())
     (hub.root / "datasets" / "tokenizers").mkdir()
     (hub.root / "datasets" / "tokenizers" / "t.model").write_bytes(MODEL.read_bytes())
-    stats = {"files_train": len(list(made.glob("fineweb_train_*.bin"))), "files_val": len(list(made.glob("fineweb_val_[0-9]*.bin"))), "docs_val": 5}
-    (hub.root / "datasets" / "manifest.json").write_text(json.dumps({
-        "tokenizers": [{"name": "t", "model_path": "tokenizers/t.model"}],
-        "datasets": [{"name": name, "tokenizer_name": "t", "val_bytes_glob": "datasets/x/fineweb_val_bytes_*.bin", "stats": stats}]}))
+    stats = {
+        "files_train": len(list(made.glob("fineweb_train_*.bin"))),
+        "files_val": len(list(made.glob("fineweb_val_[0-9]*.bin"))),
+        "docs_val": 5,
+    }
+    (hub.root / "datasets" / "manifest.json").write_text(
+        json.dumps(
+            {
+                "tokenizers": [{"name": "t", "model_path": "tokenizers/t.model"}],
+                "datasets": [
+                    {
+                        "name": name,
+                        "tokenizer_name": "t",
+                        "val_bytes_glob": "datasets/x/fineweb_val_bytes_*.bin",
+                        "stats": stats,
+                    }
+                ],
+            }
+        )
+    )
     return folder
 
 
@@ -460,15 +608,25 @@ def test_published_shards(tmp_path, hub, capsys):
     publish(hub, made)
     assert fetch(out, "--train-shards", "2") == 0
     found, original = manifest(out), manifest(made)
-    assert {name for name in found["files"] if "train" in name} == {"fineweb_train_000000.bin", "fineweb_train_000001.bin"}
+    assert {name for name in found["files"] if "train" in name} == {
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+    }
     assert all(original["files"][name] == entry for name, entry in found["files"].items())
     assert found["val"] == original["val"] | {"utf8_bytes": None}
-    assert found["transform"] == "lossless_caps_caseops_v1" and found["tokenizer"] == original["tokenizer"] and found["train"]["first_document"] == 5
+    assert (
+        found["transform"] == "lossless_caps_caseops_v1"
+        and found["tokenizer"] == original["tokenizer"]
+        and found["train"]["first_document"] == 5
+    )
     hub.asked.clear()
     assert fetch(out, "--train-shards", "2") == 0 and not hub.asked  # finished: nothing is asked for
     assert fetch(out, "--train-shards", "3") == 1
     assert "train_shards: 2 there, 3 now" in capsys.readouterr().err
-    assert prepare_data.main(["--source", "shards", "--repo", "a/b", "--variant", "sp4096", "--out", str(tmp_path / "no")]) == 1
+    assert (
+        prepare_data.main(["--source", "shards", "--repo", "a/b", "--variant", "sp4096", "--out", str(tmp_path / "no")])
+        == 1
+    )
     assert "pass --variant with one of: sp8192_lossless" in capsys.readouterr().err
 
 
@@ -483,6 +641,7 @@ def test_published_shards_that_are_wrong(tmp_path, hub, capsys):
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
         assert not (tmp_path / "out" / "manifest.json").exists()
+
     fails("instead of the contest's 47,853,344", repo="romeerp/parameter-golf-caseops-v1")
     whole = {path: path.read_bytes() for path in (val, sidecar, train)}
 
@@ -492,6 +651,7 @@ def test_published_shards_that_are_wrong(tmp_path, hub, capsys):
         fails(message)
         path.unlink()
         path.write_bytes(whole[path])
+
     damage(train, whole[train][:-6], "its header promises")
     damage(train, b"\0" * 2000, "not a token shard")
     damage(train, whole[val], "documents are validation documents")
@@ -499,7 +659,9 @@ def test_published_shards_that_are_wrong(tmp_path, hub, capsys):
     damage(sidecar, whole[sidecar][:1024] + b"\1\0" + whole[sidecar][1026:], "gives bytes to BOS")
     damage(val, whole[val][:1026] + b"\xff\xff" + whole[val][1028:], "beyond the tokenizer's 8192")
     train.unlink()
-    fails("cannot download datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved/fineweb_train_000000.bin (404")
+    fails(
+        "cannot download datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved/fineweb_train_000000.bin (404"
+    )
     train.write_bytes(whole[train])
     assert fetch(tmp_path / "out") == 0  # the same command resumes
 
@@ -525,12 +687,16 @@ def test_downloads_without_their_package(tmp_path, capsys, monkeypatch):
 
 # ---------------------------------------------------------------- command line
 
+
 def test_command_line(tmp_path, capsys):
-    for arguments, code, message in ((["--help"], 0, "--val-docs"), (["--source", "stdlib", "x.jsonl", "--out", "o"], 2, "either files or one of"),
-                                     (["--source", "x", "--out", "o", "--val-docs", "0"], 2, "not positive"),
-                                     (["--source", "x", "--out", "o", "--tokenizer", "m", "--vocab-size", "9"], 2, "no meaning with --tokenizer"),
-                                     (["--source", "shards", "--out", "o", "--no-caseops"], 2, "--no-caseops has no meaning with --source shards"),
-                                     (["--source", "stdlib", "--out", "o", "--repo", "a/b"], 2, "--repo has no meaning with --source stdlib")):
+    for arguments, code, message in (
+        (["--help"], 0, "--val-docs"),
+        (["--source", "stdlib", "x.jsonl", "--out", "o"], 2, "either files or one of"),
+        (["--source", "x", "--out", "o", "--val-docs", "0"], 2, "not positive"),
+        (["--source", "x", "--out", "o", "--tokenizer", "m", "--vocab-size", "9"], 2, "no meaning with --tokenizer"),
+        (["--source", "shards", "--out", "o", "--no-caseops"], 2, "--no-caseops has no meaning with --source shards"),
+        (["--source", "stdlib", "--out", "o", "--repo", "a/b"], 2, "--repo has no meaning with --source stdlib"),
+    ):
         with pytest.raises(SystemExit) as ended:
             prepare_data.main(arguments)
         assert ended.value.code == code

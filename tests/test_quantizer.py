@@ -1,4 +1,5 @@
 """GPTQ against a plain solver, the Hessians it weighs errors with, and the way from weights to the artifact's arrays and back."""
+
 import hashlib
 import math
 import shutil
@@ -6,18 +7,44 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import BOS, RUN, VOCAB, base_run, config, data, forked, gpt, main, own_data, packed_seq, processor, random_documents, ranks, result
+from helpers import (
+    BOS,
+    RUN,
+    VOCAB,
+    base_run,
+    config,
+    data,
+    forked,
+    gpt,
+    main,
+    own_data,
+    packed_seq,
+    processor,
+    random_documents,
+    ranks,
+    result,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
-from train_gpt import MATRICES, TrainStream, collect_hessians, dequantize, dequantize_matrix, folded_state, gptq, load_state, quantize
+from train_gpt import (
+    MATRICES,
+    TrainStream,
+    collect_hessians,
+    dequantize,
+    dequantize_matrix,
+    folded_state,
+    gptq,
+    load_state,
+    quantize,
+)
 
 
 def problem(n=2, rows=5, cols=24, seed=0):
     """Weights, correlated inputs' second moments, row steps."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(n, rows, cols, generator=g)
-    mix = torch.randn(n, cols, cols, generator=g) / cols ** 0.5
+    mix = torch.randn(n, cols, cols, generator=g) / cols**0.5
     x = torch.randn(n, 200, cols, generator=g) @ mix
     return w, x.mT @ x / 200, torch.rand(n, rows, generator=g) * 0.2 + 0.3
 
@@ -49,7 +76,7 @@ def plain_gptq(w: np.ndarray, h: np.ndarray, step: np.ndarray, limit: np.ndarray
 @pytest.mark.parametrize("fine", (1.0, 0.5))
 def test_gptq_against_the_definition(block, fine, device):
     w, h, step = problem()
-    h[1, 3] = h[1, :, 3] = 0                                            # an input that never fires
+    h[1, 3] = h[1, :, 3] = 0  # an input that never fires
     column = torch.ones(2, 24)
     column[0, 8:16] = fine
     symbols = gptq(*(t.to(device) for t in (w, h, step)), 7, 0.01, column.to(device), block=block).cpu()
@@ -62,6 +89,7 @@ def test_gptq_against_the_definition(block, fine, device):
 
 class Recorded(TorchDispatchMode):
     """Stands for torch.cuda.CUDAGraph and, entered, for torch.cuda.graph: keeps the operations with the very tensors they met, and runs them again."""
+
     replays = 0
 
     def __init__(self):
@@ -77,7 +105,9 @@ class Recorded(TorchDispatchMode):
         Recorded.replays += 1
         for function, args, kwargs, found in self.operations:
             again = function(*args, **kwargs)
-            if isinstance(found, torch.Tensor) and found.data_ptr() != again.data_ptr():      # neither a view nor in place: a graph's memory is fixed
+            if (
+                isinstance(found, torch.Tensor) and found.data_ptr() != again.data_ptr()
+            ):  # neither a view nor in place: a graph's memory is fixed
                 found.copy_(again)
 
 
@@ -92,12 +122,17 @@ def test_replayed_blocks_are_computed_blocks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     monkeypatch.setattr(Recorded, "replays", 0)
     assert torch.equal(gptq(w, h, step, 7, 0.01, column, block=6), wanted) and Recorded.replays == 4
-    assert torch.equal(gptq(w, h, step, 7, 0.01, column), gptq(w, h, step, 7, 0.01, column, block=33)) and Recorded.replays == 4
+    assert (
+        torch.equal(gptq(w, h, step, 7, 0.01, column), gptq(w, h, step, 7, 0.01, column, block=33))
+        and Recorded.replays == 4
+    )
 
 
 def test_gptq_beats_rounding_where_it_matters():
     w, h, step = problem(seed=3)
-    error = lambda symbols: torch.einsum("nri,nij,nrj->", w - symbols * step[:, :, None], h, w - symbols * step[:, :, None]).item()
+    error = lambda symbols: torch.einsum(
+        "nri,nij,nrj->", w - symbols * step[:, :, None], h, w - symbols * step[:, :, None]
+    ).item()
     rounded = (w / step[:, :, None]).round().clamp(-31, 31)
     assert error(gptq(w, h, step, 31, 0.01).float()) < 0.7 * error(rounded)
 
@@ -147,11 +182,16 @@ def test_quantize_and_back():
     assert set(state) == set(dict(model.named_parameters()))
     for name in ("qkv", "o", "up", "down", "tok_emb"):
         limit = 63 if name == "tok_emb" else 31
-        sigmas = {"tok_emb": cfg.embed_clip_sigmas, "up": cfg.mlp_clip_sigmas, "down": cfg.mlp_clip_sigmas}.get(name, cfg.attn_clip_sigmas)
+        sigmas = {"tok_emb": cfg.embed_clip_sigmas, "up": cfg.mlp_clip_sigmas, "down": cfg.mlp_clip_sigmas}.get(
+            name, cfg.attn_clip_sigmas
+        )
         for layer, w in enumerate(folded[name].double().numpy().reshape(-1, *folded[name].shape[-2:])):
-            symbols, step = arrays[f"{name}.{layer}.symbols"], train_gpt.dequantize_scales(arrays[f"{name}.{layer}.step"]).astype(np.float64)
+            symbols, step = (
+                arrays[f"{name}.{layer}.symbols"],
+                train_gpt.dequantize_scales(arrays[f"{name}.{layer}.step"]).astype(np.float64),
+            )
             assert symbols.dtype == np.int8 and abs(symbols.astype(int)).max() <= limit
-            assert np.allclose(step, sigmas * w.std(1, ddof=1) / limit, rtol=0.023)       # codes are 4.4 % apart
+            assert np.allclose(step, sigmas * w.std(1, ddof=1) / limit, rtol=0.023)  # codes are 4.4 % apart
             assert (abs(w - symbols * step[:, None]) <= 0.501 * step[:, None]).all(), (name, layer)
         assert state[name].shape == folded[name].shape
     for name in set(state) - {"qkv", "o", "up", "down", "tok_emb"}:
@@ -166,11 +206,19 @@ def test_folding_changes_nothing():
     run = lambda m: m.trunk(torch.from_numpy(document), packed_seq([20]), looped=True)
     with torch.no_grad():
         assert torch.allclose(run(model), run(other), atol=1e-4)
-        assert model.attn_scale.std() > 0.1                             # the model itself is as it was
+        assert model.attn_scale.std() > 0.1  # the model itself is as it was
 
 
 def test_many_bits_are_nearly_lossless():
-    cfg = config(RUN, rate_distortion=False, matrix_bits=8, embed_bits=8, mlp_clip_sigmas=5.0, attn_clip_sigmas=5.0, embed_clip_sigmas=5.0)
+    cfg = config(
+        RUN,
+        rate_distortion=False,
+        matrix_bits=8,
+        embed_bits=8,
+        mlp_clip_sigmas=5.0,
+        attn_clip_sigmas=5.0,
+        embed_clip_sigmas=5.0,
+    )
     model, other = gpt(cfg), gpt(cfg, seed=1)
     load_state(other, dequantize(quantize(model, identity_hessians(model), cfg, ranks(cfg))), "memory")
     document = torch.from_numpy(random_documents([20])[0])
@@ -189,8 +237,14 @@ def test_constant_rows_survive():
     assert not state["o"][1].any() and torch.isfinite(state["down"]).all()
 
 
-@pytest.mark.parametrize("change, message", ((lambda s: s.pop("qkv"), "holds no qkv"), (lambda s: s.update(o=torch.zeros(2, 2)), r"holds \(2, 2\) o"),
-                                             (lambda s: s.update(extra=torch.zeros(1)), "holds extra")))
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        (lambda s: s.pop("qkv"), "holds no qkv"),
+        (lambda s: s.update(o=torch.zeros(2, 2)), r"holds \(2, 2\) o"),
+        (lambda s: s.update(extra=torch.zeros(1)), "holds extra"),
+    ),
+)
 def test_state_that_does_not_fit_names_its_file(change, message):
     model = gpt()
     state = folded_state(model)
@@ -199,7 +253,14 @@ def test_state_that_does_not_fit_names_its_file(change, message):
         load_state(model, state, "somewhere/model.bin")
 
 
-EVERYTHING = dict(rate_distortion=False, lqer_enabled=True, awq_lite_enabled=True, awq_lite_group_size=8, gated_attn_quant_gate=True, logit_calibration_enabled=True)
+EVERYTHING = dict(
+    rate_distortion=False,
+    lqer_enabled=True,
+    awq_lite_enabled=True,
+    awq_lite_group_size=8,
+    gated_attn_quant_gate=True,
+    logit_calibration_enabled=True,
+)
 
 
 def test_the_artifact_holds_what_was_quantised(tmp_path):
@@ -216,17 +277,25 @@ def test_the_artifact_holds_what_was_quantised(tmp_path):
     again = quantize(model, collect_hessians(model, TrainStream(cfg), cfg, ranks(cfg)), cfg, ranks(cfg))
     assert set(again) == set(arrays)
     for name, array in again.items():
-        assert arrays[name].dtype == array.dtype and arrays[name].shape == array.shape and arrays[name].tobytes() == array.tobytes(), name
+        assert (
+            arrays[name].dtype == array.dtype
+            and arrays[name].shape == array.shape
+            and arrays[name].tobytes() == array.tobytes()
+        ), name
 
 
 # ---- rate-distortion ----
+
 
 def random_hessians(model, seed=0):
     """Hessians of correlated inputs of very different sizes, and rows that matter differently."""
     g = torch.Generator().manual_seed(seed)
     found = {}
     for kind, eye in identity_hessians(model).items():
-        x = torch.randn(*eye.shape[:1], 200, eye.shape[-1], generator=g) * torch.rand(eye.shape[-1], generator=g).exp() ** 3
+        x = (
+            torch.randn(*eye.shape[:1], 200, eye.shape[-1], generator=g)
+            * torch.rand(eye.shape[-1], generator=g).exp() ** 3
+        )
         found[kind] = x.mT @ x / 200 if eye.ndim == 3 else torch.rand(eye.shape, generator=g) ** 2 + 0.01
     return found
 
@@ -248,12 +317,23 @@ def test_steps_have_equal_slopes_and_spend_the_budget():
             order = h[layer].diagonal().argsort(descending=True)
             damped = h[layer] + cfg.gptq_damping * h[layer].diagonal().mean() * torch.eye(len(h[layer]))
             d = 1 / torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).diagonal() ** 2
-            fine = row[layer] > (weights[name][layer].abs() / column[layer]).amax(1) / 120     # the others have no finer step
-            slope = (row[layer, fine, None] * column[layer, order]) ** 2 * gradient[layer, fine, None] * d / h[layer].trace()
+            fine = (
+                row[layer] > (weights[name][layer].abs() / column[layer]).amax(1) / 120
+            )  # the others have no finer step
+            slope = (
+                (row[layer, fine, None] * column[layer, order]) ** 2
+                * gradient[layer, fine, None]
+                * d
+                / h[layer].trace()
+            )
             slopes.append(slope.log2().flatten())
-            bits += (0.5 * h.size(1) * (1 + 2 * math.pi * math.e * (weights[name][layer].std(1) / row[layer]) ** 2).log2()).sum().item()
+            bits += (
+                (0.5 * h.size(1) * (1 + 2 * math.pi * math.e * (weights[name][layer].std(1) / row[layer]) ** 2).log2())
+                .sum()
+                .item()
+            )
     slopes = torch.cat(slopes)
-    assert len(slopes) > 20_000 and slopes.max() - slopes.min() < 0.51                        # column factors are 1/4 octave apart
+    assert len(slopes) > 20_000 and slopes.max() - slopes.min() < 0.51  # column factors are 1/4 octave apart
     assert abs(bits / (8 * 20_000) - 1) < 0.01
 
 
@@ -277,7 +357,11 @@ def test_equal_slopes_beat_equal_sigmas():
     best = quantize(model, hessians, cfg, ranks(cfg))
     size = len(train_gpt.encode_artifact(best, {}))
     published = config(RUN, rate_distortion=False)
-    other = next(a for a in (quantize(model, hessians, published, ranks(cfg), saved) for saved in np.arange(-2, 4, 0.1)) if len(train_gpt.encode_artifact(a, {})) <= size)
+    other = next(
+        a
+        for a in (quantize(model, hessians, published, ranks(cfg), saved) for saved in np.arange(-2, 4, 0.1))
+        if len(train_gpt.encode_artifact(a, {})) <= size
+    )
     assert error(best) < 0.8 * error(other)
 
 
@@ -287,7 +371,17 @@ def test_the_artifact_fills_its_cap(rate_distortion, share, tmp_path):
     shutil.copy(base_run() / "trained.npz", tmp_path)
     sizes = result(base_run())["bytes"]
     cap = sizes["code"] + int(sizes["model"] * share)
-    main({**RUN, "quantize_only": True, "artifact_cap": cap, "artifact_margin": 50, "rate_distortion": rate_distortion, "ttt_enabled": False}, tmp_path).ok()
+    main(
+        {
+            **RUN,
+            "quantize_only": True,
+            "artifact_cap": cap,
+            "artifact_margin": 50,
+            "rate_distortion": rate_distortion,
+            "ttt_enabled": False,
+        },
+        tmp_path,
+    ).ok()
     total = result(tmp_path)["bytes"]["total"]
     assert total <= cap - 50 and (not rate_distortion or total > cap - 50 - 0.01 * sizes["model"])
 
@@ -311,11 +405,22 @@ def test_every_calibration_batch_teaches_the_rows():
     cfg = config(RUN, data_path=str(data()), gptq_calibration_batches=3)
     model, stream = gpt(cfg), TrainStream(cfg)
     found = collect_hessians(model, stream, cfg, ranks(cfg))
-    parts = [train_gpt.batch_moments(model, stream.micro_batch(i * (stream.tokens - 128) // 3, 128, 48), i, True) for i in range(3)]
-    assert set(found) == set(parts[0]) == {kind.hessian for kind in MATRICES.values()} | {f"{name}.rows" for name in MATRICES}
+    parts = [
+        train_gpt.batch_moments(model, stream.micro_batch(i * (stream.tokens - 128) // 3, 128, 48), i, True)
+        for i in range(3)
+    ]
+    assert (
+        set(found)
+        == set(parts[0])
+        == {kind.hessian for kind in MATRICES.values()} | {f"{name}.rows" for name in MATRICES}
+    )
     assert all(torch.equal(found[kind], (parts[0][kind] + parts[1][kind] + parts[2][kind]) / 3) for kind in found)
-    published = collect_hessians(model, stream, config(RUN, data_path=str(data()), gptq_calibration_batches=3, rate_distortion=False), ranks(cfg))
-    assert set(published) == {kind.hessian for kind in MATRICES.values()} and all(torch.allclose(published[kind], found[kind]) for kind in published)
+    published = collect_hessians(
+        model, stream, config(RUN, data_path=str(data()), gptq_calibration_batches=3, rate_distortion=False), ranks(cfg)
+    )
+    assert set(published) == {kind.hessian for kind in MATRICES.values()} and all(
+        torch.allclose(published[kind], found[kind]) for kind in published
+    )
 
 
 def collect(rank: int, world: int, path):
@@ -337,6 +442,7 @@ def test_moments_do_not_depend_on_the_number_of_ranks(tmp_path):
 
 # ---- LQER, AWQ-lite, logit calibration ----
 
+
 @pytest.mark.parametrize("weight", ("none", "diagonal", "hessian"))
 def test_lqer_reduces_the_error_it_is_asked_to(weight):
     g = torch.Generator().manual_seed(0)
@@ -344,7 +450,11 @@ def test_lqer_reduces_the_error_it_is_asked_to(weight):
     error = torch.randn(64, 40, generator=g) * 0.1 + torch.randn(64, 2, generator=g) @ torch.randn(2, 40, generator=g)
     cfg = config(lqer_weight=weight)
     arrays, gain = train_gpt.lqer(error, hessian, cfg)
-    assert arrays["lqer_a"].shape == (64, 4) and set(np.unique(arrays["lqer_a"])) <= {-2, -1, 0, 1} and abs(arrays["lqer_b"].astype(int)).max() <= 8
+    assert (
+        arrays["lqer_a"].shape == (64, 4)
+        and set(np.unique(arrays["lqer_a"])) <= {-2, -1, 0, 1}
+        and abs(arrays["lqer_b"].astype(int)).max() <= 8
+    )
     h = {"none": torch.eye(40), "diagonal": hessian.diagonal().diag(), "hessian": hessian}[weight]
     norm = lambda e: ((e @ h) * e).sum()
     assert gain > 0 and norm(error - train_gpt.lqer_product(arrays, 40)) < 0.5 * norm(error)
@@ -356,10 +466,14 @@ def test_lqer_corrects_as_many_matrices_as_it_should(select):
     cfg = config(rate_distortion=False, lqer_enabled=True, lqer_gain_select=select, lqer_top_k=2, embed_bits=4)
     arrays = quantize(model, identity_hessians(model), cfg, ranks(cfg))
     assert sum(name.endswith("lqer_a") for name in arrays) == 2
-    if not select:                                                      # the published rule: largest Frobenius error, and four bits err most
+    if not select:  # the published rule: largest Frobenius error, and four bits err most
         plain = {name: a for name, a in arrays.items() if "lqer" not in name}
         w = folded_state(model)["tok_emb"]
-        assert "tok_emb.0.lqer_a" in arrays and (dequantize_matrix(arrays, "tok_emb", 0) - w).norm() < (dequantize_matrix(plain, "tok_emb", 0) - w).norm()
+        assert (
+            "tok_emb.0.lqer_a" in arrays
+            and (dequantize_matrix(arrays, "tok_emb", 0) - w).norm()
+            < (dequantize_matrix(plain, "tok_emb", 0) - w).norm()
+        )
 
 
 def test_awq_makes_the_most_salient_columns_finer():
@@ -369,16 +483,23 @@ def test_awq_makes_the_most_salient_columns_finer():
     cfg = config(rate_distortion=False, awq_lite_enabled=True, awq_lite_group_size=8)
     arrays = quantize(model, hessians, cfg, ranks(cfg))
     assert [name for name in arrays if name.endswith("column")] == ["up.3.column"]
-    assert arrays["up.3.column"].tolist() == [0] * 8 + [-8] * 8 + [0] * 16                     # 8 bits instead of 6: a quarter of the step
+    assert arrays["up.3.column"].tolist() == [0] * 8 + [-8] * 8 + [0] * 16  # 8 bits instead of 6: a quarter of the step
     error = (dequantize_matrix(arrays, "up", 3) - folded_state(model)["up"][3]).abs()
-    assert error[:, 8:16].mean() < 0.4 * error[:, 16:].mean() and abs(arrays["up.3.symbols"].astype(int)[:, 8:16]).max() > 31
+    assert (
+        error[:, 8:16].mean() < 0.4 * error[:, 16:].mean()
+        and abs(arrays["up.3.symbols"].astype(int)[:, 8:16]).max() > 31
+    )
 
 
 def test_gates_in_int8():
     model = gpt()
     arrays = quantize(model, identity_hessians(model), config(gated_attn_quant_gate=True), ranks())
     back, step = dequantize(arrays)["attn_gate"], model.attn_gate.detach().abs().amax(-1, keepdim=True) / 127
-    assert arrays["attn_gate.int8"].dtype == np.int8 and "attn_gate" not in arrays and ((back - model.attn_gate).abs() <= 0.51 * step + 1e-6).all()
+    assert (
+        arrays["attn_gate.int8"].dtype == np.int8
+        and "attn_gate" not in arrays
+        and ((back - model.attn_gate).abs() <= 0.51 * step + 1e-6).all()
+    )
 
 
 def test_calibration_reads_training_data_only(tmp_path):
@@ -391,7 +512,10 @@ def test_calibration_reads_training_data_only(tmp_path):
     batch = stream.micro_batch(0, 128, 48)
     assert batch.split == "train"
     with torch.no_grad():
-        loss = lambda: (model.nll(model.trunk(batch.tokens, batch.seq, looped=True), batch.targets.clamp(min=0)) * (batch.targets >= 0)).sum()
+        loss = lambda: (
+            model.nll(model.trunk(batch.tokens, batch.seq, looped=True), batch.targets.clamp(min=0))
+            * (batch.targets >= 0)
+        ).sum()
         before = loss()
     values = train_gpt.fit_logit_calibration(model, stream, cfg, ranks(cfg))
     assert values.shape == (15,) and model.calibration is None
@@ -423,12 +547,15 @@ def test_features_of_the_tokenizer_s_pieces():
 
 # ---- entropy coder ----
 
+
 def round_trip(arrays, path):
     train_gpt.save_artifact(path, arrays, {"x": 1})
     found, meta = train_gpt.load_artifact(path)
     assert meta == {"x": 1} and sorted(found) == sorted(arrays)
     for name, a in arrays.items():
-        assert found[name].dtype == a.dtype and found[name].shape == a.shape and found[name].tobytes() == a.tobytes(), name
+        assert found[name].dtype == a.dtype and found[name].shape == a.shape and found[name].tobytes() == a.tobytes(), (
+            name
+        )
     return path.stat().st_size
 
 
@@ -438,11 +565,23 @@ def gaussian(rows, cols, sigma, seed=0):
 
 def test_any_tensor_comes_back(tmp_path):
     rng = np.random.default_rng(0)
-    cases = {"a.0.symbols": gaussian(70, 33, 3.0), "a.1.symbols": gaussian(70, 33, 9.0), "wide.0.symbols": gaussian(20, 300, 2.0), "zero": np.zeros((40, 40), np.int8),
-             "one row": gaussian(1, 200, 5.0), "one column": gaussian(200, 1, 5.0), "large": rng.integers(-9000, 9000, (30, 30)).astype(np.int16),
-             "vector": np.arange(100, dtype=np.int16), "rare": np.where(rng.random((64, 64)) < 0.01, 127, 0).astype(np.int8), "long": rng.integers(0, 2**40, 80),
-             "cube": gaussian(24, 30, 4.0).reshape(4, 6, 30), "few": np.arange(5, dtype=np.int8), "none": np.zeros((0, 4), np.float16),
-             "scalar": np.float16(2.5).reshape(()), "half": rng.standard_normal((3, 5)).astype(np.float16)}
+    cases = {
+        "a.0.symbols": gaussian(70, 33, 3.0),
+        "a.1.symbols": gaussian(70, 33, 9.0),
+        "wide.0.symbols": gaussian(20, 300, 2.0),
+        "zero": np.zeros((40, 40), np.int8),
+        "one row": gaussian(1, 200, 5.0),
+        "one column": gaussian(200, 1, 5.0),
+        "large": rng.integers(-9000, 9000, (30, 30)).astype(np.int16),
+        "vector": np.arange(100, dtype=np.int16),
+        "rare": np.where(rng.random((64, 64)) < 0.01, 127, 0).astype(np.int8),
+        "long": rng.integers(0, 2**40, 80),
+        "cube": gaussian(24, 30, 4.0).reshape(4, 6, 30),
+        "few": np.arange(5, dtype=np.int8),
+        "none": np.zeros((0, 4), np.float16),
+        "scalar": np.float16(2.5).reshape(()),
+        "half": rng.standard_normal((3, 5)).astype(np.float16),
+    }
     round_trip(cases, tmp_path / "all.bin")
     for name, a in cases.items():
         round_trip({name: a}, tmp_path / "one.bin")
@@ -453,22 +592,33 @@ def test_gaussian_symbols_take_their_entropy(tmp_path):
     """Within 1.5 % of the ideal code length, and below it where rows and columns differ or are correlated."""
     plain = np.stack([gaussian(512, 128, 2.7, seed) for seed in range(2)])
     ideal = plain.size * (math.log2(2.7) + 2.047) / 8
-    spread = lambda a: np.rint(a * np.exp(0.3 * np.random.default_rng(5).standard_normal(128))).clip(-127, 127).astype(np.int8)
+    spread = lambda a: (
+        np.rint(a * np.exp(0.3 * np.random.default_rng(5).standard_normal(128))).clip(-127, 127).astype(np.int8)
+    )
     mixed = lambda a: np.rint((a @ (np.eye(128) + 0.6 * np.eye(128, k=1))) / 1.166).clip(-127, 127).astype(np.int8)
-    size = lambda f: round_trip({f"up.{i}.symbols": f(a.astype(float)) for i, a in enumerate(plain)}, tmp_path / "x.bin")
-    assert ideal < size(lambda a: a.astype(np.int8)) < 1.015 * ideal + 2600              # states of 1,024 lanes, tables of settings
+    size = lambda f: round_trip(
+        {f"up.{i}.symbols": f(a.astype(float)) for i, a in enumerate(plain)}, tmp_path / "x.bin"
+    )
+    assert ideal < size(lambda a: a.astype(np.int8)) < 1.015 * ideal + 2600  # states of 1,024 lanes, tables of settings
     assert size(mixed) < 0.99 * size(lambda a: a.astype(np.int8)) and size(spread) < 1.01 * (ideal + 2600)
 
 
 def test_repeated_rows_cost_next_to_nothing(tmp_path):
     a = gaussian(500, 64, 4.0)
     b = np.concatenate([a, a[np.random.default_rng(1).integers(0, 20, 200)]])
-    assert round_trip({"tok_emb.0.symbols": b}, tmp_path / "b.bin") < round_trip({"tok_emb.0.symbols": a}, tmp_path / "a.bin") + 700
+    assert (
+        round_trip({"tok_emb.0.symbols": b}, tmp_path / "b.bin")
+        < round_trip({"tok_emb.0.symbols": a}, tmp_path / "a.bin") + 700
+    )
 
 
 def test_coding_tables_are_the_same_everywhere():
     """Frequencies come from integers alone: any change in them is a change of format."""
-    assert (train_gpt.FREQ.sum(-1) == 1 << train_gpt.PROB_BITS).all() and (train_gpt.FREQ >= 0).all() and (train_gpt.FREQ[..., train_gpt.ESCAPE] > 0).all()
+    assert (
+        (train_gpt.FREQ.sum(-1) == 1 << train_gpt.PROB_BITS).all()
+        and (train_gpt.FREQ >= 0).all()
+        and (train_gpt.FREQ[..., train_gpt.ESCAPE] > 0).all()
+    )
     assert hashlib.sha256(np.ascontiguousarray(train_gpt.FREQ, "<i8").tobytes()).hexdigest()[:16] == "8c4c5f6eb556e477"
     assert train_gpt.binary_roots(4)[2] == math.isqrt(2 << 120)
 

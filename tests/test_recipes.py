@@ -1,4 +1,5 @@
 """Recipes are the systems they name: parameter counts, visits and optimizer groups; scales fit every recipe; and what breaks a condition says so."""
+
 import dataclasses
 import re
 
@@ -16,9 +17,14 @@ SCALES = sorted(p.stem.removeprefix("scale_") for p in (ROOT / "recipes").glob("
 # The matrices and the embedding of #1855, then what every recipe has: two scales, two rows of residual mix, query gains, weights and gates of eight skips.
 COMMON = 31_719_424 + 8192 * 512 + 11 * (2 * 512 + 2 * 512 + 8) + 2 * 8 * 512
 LANES, GATE, SMEAR = 11 * (4 + 2), 11 * 8 * 12, 12 + 1
-PARAMETERS = {                                                          # 35,945,671 is logged by #1855, two more by #2140; the others follow from the table
-    "best": 35_945_671 - 11 * 4 * (12 + 1), "multi_phase_sgd": COMMON + LANES + GATE + SMEAR, "logit_calibration": 35_945_671, "ngram_progressive": 35_945_673,
-    "neural_score_first": COMMON, "caseops_prequant": COMMON}
+PARAMETERS = {  # 35,945,671 is logged by #1855, two more by #2140; the others follow from the table
+    "best": 35_945_671 - 11 * 4 * (12 + 1),
+    "multi_phase_sgd": COMMON + LANES + GATE + SMEAR,
+    "logit_calibration": 35_945_671,
+    "ngram_progressive": 35_945_673,
+    "neural_score_first": COMMON,
+    "caseops_prequant": COMMON,
+}
 
 
 def settings_of(*names: str) -> dict[str, str]:
@@ -56,7 +62,9 @@ def test_visits(name):
     """Three passes over layers 3-5 from 35 % of the budget on; eight skips; two lanes from layer 8, or one stream whose sublayers share an input from layer 7."""
     cfg = recipe(name)
     looped, plain = train_gpt.visit_schedule(cfg, True), train_gpt.visit_schedule(cfg, False)
-    assert [v.layer for v in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10] and [v.layer for v in plain] == list(range(11))
+    assert [v.layer for v in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10] and [
+        v.layer for v in plain
+    ] == list(range(11))
     assert [v.skip for v in looped if v.skip is not None] == list(range(8)) and cfg.enable_looping_at == 0.35
     gptj = name in ("neural_score_first", "caseops_prequant")
     assert (cfg.parallel_mode, cfg.parallel_start_layer) == (("gptj", 7) if gptj else ("lanes", 8))
@@ -69,15 +77,27 @@ def test_parameter_groups(name):
     cfg = recipe(name)
     model = GPT(cfg, "reference", torch.float32)
     optimizer = train_gpt.Optimizer(model, cfg, train_gpt.Ranks(dataclasses.replace(cfg, device="cpu")))
-    assert {(g.rows, g.cols): g.count for g in optimizer.muon} == {(512, 512): 22, (256, 512): 22, (2048, 512): 11, (512, 2048): 11}
+    assert {(g.rows, g.cols): g.count for g in optimizer.muon} == {
+        (512, 512): 22,
+        (256, 512): 22,
+        (2048, 512): 11,
+        (512, 2048): 11,
+    }
     names = {id(p): n for n, p in model.named_parameters()}
-    groups = [(g["base_lr"], g["weight_decay"], {names[id(p)] for p in g["params"]}) for g in optimizer.adam.param_groups]
+    groups = [
+        (g["base_lr"], g["weight_decay"], {names[id(p)] for p in g["params"]}) for g in optimizer.adam.param_groups
+    ]
     small = {"attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates"}
     if name not in ("neural_score_first", "caseops_prequant"):
         small |= {"attn_gate", "smear_gate", "smear_lambda", "parallel_post", "parallel_resid"}
-    wanted = [(0.03, 0.085, {"tok_emb"}), (0.02, 0.02, small)] + ([(0.02, 0.0, {"caps"})] if cfg.asym_logit_rescale else [])
+    wanted = [(0.03, 0.085, {"tok_emb"}), (0.02, 0.02, small)] + (
+        [(0.02, 0.0, {"caps"})] if cfg.asym_logit_rescale else []
+    )
     assert sorted(groups, key=str) == sorted(wanted, key=str)
-    assert cfg.matrix_lr == (0.022 if name in ("neural_score_first", "caseops_prequant") else 0.026) and cfg.muon_wd == 0.095
+    assert (
+        cfg.matrix_lr == (0.022 if name in ("neural_score_first", "caseops_prequant") else 0.026)
+        and cfg.muon_wd == 0.095
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -85,7 +105,13 @@ def test_parameter_groups(name):
 def test_a_scale_fits_every_recipe_and_leaves_its_switches(name, scale):
     scaled, plain = recipe(name, f"scale_{scale}"), recipe(name)
     for f in dataclasses.fields(Config):
-        if type(f.default) is bool or f.name in ("parallel_mode", "muon_coefficients", "ttt_mask", "ttt_method", "ngram_mode"):
+        if type(f.default) is bool or f.name in (
+            "parallel_mode",
+            "muon_coefficients",
+            "ttt_mask",
+            "ttt_method",
+            "ngram_mode",
+        ):
             assert getattr(scaled, f.name) == getattr(plain, f.name), f.name
     count = sum(p.numel() for p in model_of(scaled).parameters())
     assert count < 1e6 if scale == "demo" else count == PARAMETERS[name]
@@ -109,7 +135,14 @@ def test_a_published_figure_is_named(name):
 
 # ---- training on the validation set ----
 
-PREQUANT = {"prequant_ttt_enabled": True, "prequant_ttt_epochs": 3, "prequant_ttt_lr": 0.01, "prequant_ttt_freeze_blocks": 2, "global_ttt_chunk_tokens": 512, "ttt_enabled": False}
+PREQUANT = {
+    "prequant_ttt_enabled": True,
+    "prequant_ttt_epochs": 3,
+    "prequant_ttt_lr": 0.01,
+    "prequant_ttt_freeze_blocks": 2,
+    "global_ttt_chunk_tokens": 512,
+    "ttt_enabled": False,
+}
 
 
 def test_training_on_the_validation_set_fails_c3_and_gives_no_val_bpb(tmp_path):
@@ -118,7 +151,10 @@ def test_training_on_the_validation_set_fails_c3_and_gives_no_val_bpb(tmp_path):
     first = result(tmp_path)
     main({"ttt_eval_only": True, "prequant_ttt_enabled": False}, tmp_path).ok()
     for outcome in (first, result(tmp_path, "eval_result.json")):
-        assert outcome["verdicts"]["C3"]["verdict"] == "FAIL" and "PREQUANT_TTT_ENABLED" in outcome["verdicts"]["C3"]["reason"]
+        assert (
+            outcome["verdicts"]["C3"]["verdict"] == "FAIL"
+            and "PREQUANT_TTT_ENABLED" in outcome["verdicts"]["C3"]["reason"]
+        )
         assert "val_bpb" not in outcome
     assert first["bpb"]["prequant"] < first["bpb"]["trained"] - 0.01
     assert first["seconds"]["prequant"] > 0

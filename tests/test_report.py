@@ -1,4 +1,5 @@
 """tools/report.py: what it reads, what it refuses, and baselines that agree with figures worked out by hand."""
+
 import gzip
 import json
 import math
@@ -17,11 +18,35 @@ from tools import baselines as counting
 from tools import report
 
 RESULT = {
-    "bpb": {"trained": 1.5, "quantized": 1.5123456}, "val_bpb": 1.5123456, "bytes": {"code": 30_000, "model": 500_000, "total": 530_000}, "dataset": "other",
-    "seconds": {"train": 58.5, "eval": 9.0, "setup": 0.1, "warmup": 3.0, "steps": 55.0, "calibrate": 3.0, "quantize": 0.5, "load": 1.0, "score": 8.0, "diagnostic": 8.0},
-    "training": {"steps": 40, "tokens": 40_960, "seconds": 55.0, "epochs": 0.5, "curve": [[1, 1.4, 6.9, 1.0], [20, 27.0, 4.0, 1.0], [40, 55.0, 3.0, 0.1]]},
-    "settings": {"max_wallclock_seconds": 60.0, "artifact_cap": 16_000_000}, "seed": 7, "hardware": "CPU, 2 threads x 1 rank(s)", "versions": {"torch": "2.13.0"},
-    "data": {"dataset": "other", "val_documents": 12, "val_bytes": 34_567}, "verdicts": {"bytes": {"verdict": "PASS", "reason": ""}, "C1": {"verdict": "NOT RUN", "reason": ""}},
+    "bpb": {"trained": 1.5, "quantized": 1.5123456},
+    "val_bpb": 1.5123456,
+    "bytes": {"code": 30_000, "model": 500_000, "total": 530_000},
+    "dataset": "other",
+    "seconds": {
+        "train": 58.5,
+        "eval": 9.0,
+        "setup": 0.1,
+        "warmup": 3.0,
+        "steps": 55.0,
+        "calibrate": 3.0,
+        "quantize": 0.5,
+        "load": 1.0,
+        "score": 8.0,
+        "diagnostic": 8.0,
+    },
+    "training": {
+        "steps": 40,
+        "tokens": 40_960,
+        "seconds": 55.0,
+        "epochs": 0.5,
+        "curve": [[1, 1.4, 6.9, 1.0], [20, 27.0, 4.0, 1.0], [40, 55.0, 3.0, 0.1]],
+    },
+    "settings": {"max_wallclock_seconds": 60.0, "artifact_cap": 16_000_000},
+    "seed": 7,
+    "hardware": "CPU, 2 threads x 1 rank(s)",
+    "versions": {"torch": "2.13.0"},
+    "data": {"dataset": "other", "val_documents": 12, "val_bytes": 34_567},
+    "verdicts": {"bytes": {"verdict": "PASS", "reason": ""}, "C1": {"verdict": "NOT RUN", "reason": ""}},
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -44,20 +69,57 @@ def dataset(tmp_path_factory):
     """A small corpus with capitals, accents and characters that only byte fallback spells."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
-    words = ["the", "River", "NASA", "iPhone", "École", "北京", "counts", "tokens", "and", "bytes.", "  two  spaces", "É"]
+    words = [
+        "the",
+        "River",
+        "NASA",
+        "iPhone",
+        "École",
+        "北京",
+        "counts",
+        "tokens",
+        "and",
+        "bytes.",
+        "  two  spaces",
+        "É",
+    ]
     texts = [f"{i} " + " ".join(rng.choice(words, rng.integers(20, 60))) for i in range(60)]
     (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    arguments = ["--source", str(folder / "docs.jsonl"), "--out", str(folder / "out"), "--val-docs", "12", "--vocab-size", "320", "--workers", "1"]
+    arguments = [
+        "--source",
+        str(folder / "docs.jsonl"),
+        "--out",
+        str(folder / "out"),
+        "--val-docs",
+        "12",
+        "--vocab-size",
+        "320",
+        "--workers",
+        "1",
+    ]
     assert prepare_data.main(arguments) == 0
     return folder / "out", texts[:12]
 
 
 def test_one_run(tmp_path, capsys):
     run = make_run(tmp_path / "run")
-    (run / "train.log").write_text("step 0: attention span 512\nstep 20: loops on at progress 0.5, visits [0, 1, 1]\n<angle brackets>\n")
+    (run / "train.log").write_text(
+        "step 0: attention span 512\nstep 20: loops on at progress 0.5, visits [0, 1, 1]\n<angle brackets>\n"
+    )
     assert report.main([str(run)]) == 0
     out = capsys.readouterr().out
-    for figure in ("1.500000", "1.512346", "530,000", "58.5", "40,960 tokens", "seed 7", "CPU, 2 threads", "34,567 bytes, not the contest's", "val_bpb 1.512346", "bytes PASS"):
+    for figure in (
+        "1.500000",
+        "1.512346",
+        "530,000",
+        "58.5",
+        "40,960 tokens",
+        "seed 7",
+        "CPU, 2 threads",
+        "34,567 bytes, not the contest's",
+        "val_bpb 1.512346",
+        "bytes PASS",
+    ):
         assert figure in out
     assert "C1" not in out and "DIFFERENT" not in out
     assert all((run / name).read_bytes().startswith(PNG) for name in ("loss.png", "phases.png"))
@@ -67,7 +129,10 @@ def test_one_run(tmp_path, capsys):
 
 
 def test_several_runs(tmp_path, capsys):
-    runs = [make_run(tmp_path / str(seed), seed=seed, val_bpb=bpb, bpb={"trained": bpb - 0.01, "quantized": bpb}) for seed, bpb in ((1, 1.5), (2, 1.6), (3, 1.7))]
+    runs = [
+        make_run(tmp_path / str(seed), seed=seed, val_bpb=bpb, bpb={"trained": bpb - 0.01, "quantized": bpb})
+        for seed, bpb in ((1, 1.5), (2, 1.6), (3, 1.7))
+    ]
     assert report.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert lines["2"][1:5] == ["2", "1.590000", "1.600000", "1.600000"]
@@ -76,7 +141,10 @@ def test_several_runs(tmp_path, capsys):
 
 
 def test_failed_condition_and_short_run(tmp_path, capsys):
-    result = {key: value for key, value in RESULT.items() if key != "val_bpb"} | {"training": {"steps": 0}, "settings": {"max_wallclock_seconds": 0.0}}
+    result = {key: value for key, value in RESULT.items() if key != "val_bpb"} | {
+        "training": {"steps": 0},
+        "settings": {"max_wallclock_seconds": 0.0},
+    }
     run = tmp_path / "run"
     run.mkdir()
     (run / "result.json").write_text(json.dumps(result))
@@ -85,18 +153,21 @@ def test_failed_condition_and_short_run(tmp_path, capsys):
     assert not (run / "loss.png").exists() and (run / "phases.png").exists()
 
 
-@pytest.mark.parametrize("text, complaint", [
-    (None, "no such file"),
-    ("", "not JSON"),
-    (json.dumps(RESULT)[:-40], "not JSON"),
-    ("\xff\xfe", "not JSON"),
-    ("[]", "not a JSON object"),
-    ("{}", "holds no bpb"),
-    (json.dumps({key: value for key, value in RESULT.items() if key != "seconds"}), "holds no seconds"),
-    (json.dumps(RESULT | {"bpb": {}}), "bpb is empty"),
-    (json.dumps(RESULT | {"bpb": {"trained": math.nan}}), "not finite"),
-    (json.dumps(RESULT | {"data": {"dataset": "other"}}), "lacks val_documents"),
-])
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        (None, "no such file"),
+        ("", "not JSON"),
+        (json.dumps(RESULT)[:-40], "not JSON"),
+        ("\xff\xfe", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "holds no bpb"),
+        (json.dumps({key: value for key, value in RESULT.items() if key != "seconds"}), "holds no seconds"),
+        (json.dumps(RESULT | {"bpb": {}}), "bpb is empty"),
+        (json.dumps(RESULT | {"bpb": {"trained": math.nan}}), "not finite"),
+        (json.dumps(RESULT | {"data": {"dataset": "other"}}), "lacks val_documents"),
+    ],
+)
 def test_refuses_a_bad_result(tmp_path, capsys, text, complaint):
     run = tmp_path / "run"
     run.mkdir()
@@ -109,7 +180,9 @@ def test_refuses_a_bad_result(tmp_path, capsys, text, complaint):
 
 def test_rescored_must_equal_as_printed(tmp_path, capsys):
     run = make_run(tmp_path / "run")
-    (run / "baselines.json").write_text(json.dumps({"bpb": {"gzip -9": 2.0, "token bigram": 1.9}, "fingerprint": {}, "text_bytes": 1, "bigram": ""}))
+    (run / "baselines.json").write_text(
+        json.dumps({"bpb": {"gzip -9": 2.0, "token bigram": 1.9}, "fingerprint": {}, "text_bytes": 1, "bigram": ""})
+    )
     for value, status in ((1.51234561, 0), (1.5123468, 1)):
         (run / "eval_result.json").write_text(json.dumps({"bpb": {"quantized": value}}))
         assert report.main([str(run), "--check"]) == status
@@ -119,12 +192,21 @@ def test_rescored_must_equal_as_printed(tmp_path, capsys):
     assert report.main([str(run), "--check"]) == 1
 
 
-@pytest.mark.parametrize("baselines, status", [({"gzip -9": 1.51, "token bigram": 1.51}, 0), ({"gzip -9": 1.5, "token bigram": 1.51}, 1),
-                                               ({"gzip -9": 1.51, "token bigram": 1.49}, 1), (None, 1)])
+@pytest.mark.parametrize(
+    "baselines, status",
+    [
+        ({"gzip -9": 1.51, "token bigram": 1.51}, 0),
+        ({"gzip -9": 1.5, "token bigram": 1.51}, 1),
+        ({"gzip -9": 1.51, "token bigram": 1.49}, 1),
+        (None, 1),
+    ],
+)
 def test_check_demands_a_win_over_both_baselines(tmp_path, capsys, baselines, status):
     run = make_run(tmp_path / "run")
     if baselines:
-        (run / "baselines.json").write_text(json.dumps({"bpb": baselines, "fingerprint": {}, "text_bytes": 1, "bigram": ""}))
+        (run / "baselines.json").write_text(
+            json.dumps({"bpb": baselines, "fingerprint": {}, "text_bytes": 1, "bigram": ""})
+        )
     assert report.main([str(run), "--check"]) == status
     assert capsys.readouterr().err.count("check failed") == status
 
@@ -134,10 +216,10 @@ def test_baselines(tmp_path, capsys, dataset):
     run = make_run(tmp_path / "run")
     assert report.main([str(run), "--baselines", str(data)]) == 0
     found = json.loads((run / "baselines.json").read_text())
-    spelled = "".join(re.sub(" +", " ", text) for text in texts).encode()           # this corpus knows no other normalisation
+    spelled = "".join(re.sub(" +", " ", text) for text in texts).encode()  # this corpus knows no other normalisation
     size = sum(np.fromfile(path, "<u2", offset=1024).sum(dtype=int) for path in data.glob("fineweb_val_bytes_*.bin"))
     stream = zlib.compressobj(9, zlib.DEFLATED, -15)
-    deflated = len(stream.compress(spelled) + stream.flush()) + 18                   # gzip adds a header of 10 bytes and a trailer of 8
+    deflated = len(stream.compress(spelled) + stream.flush()) + 18  # gzip adds a header of 10 bytes and a trailer of 8
     assert found["bytes"] == size == sum(len(text.encode()) for text in texts) and found["text_bytes"] == len(spelled)
     assert found["bpb"]["gzip -9"] == pytest.approx(8 * deflated / size)
     assert gzip.decompress(counting.COMPRESSORS["gzip -9"](spelled)) == spelled
@@ -171,7 +253,9 @@ def test_documents_come_back_from_their_tokens(dataset):
 def test_operators_that_normalisation_orphaned_are_dropped(dataset):
     data, _ = dataset
     encoder = prepare_data.Encoder(data / "tokenizer.model", True)
-    tokens = np.concatenate([[1], encoder.tokens("E\u0301cole Word")]).astype(np.uint16)     # E + accent: NFKC joins what the operator pointed at
+    tokens = np.concatenate([[1], encoder.tokens("E\u0301cole Word")]).astype(
+        np.uint16
+    )  # E + accent: NFKC joins what the operator pointed at
     with pytest.raises(lossless_caps.CaseOpsError):
         lossless_caps.decode(encoder.sp.decode(tokens[1:].tolist()))
     assert counting.document_texts(tokens, data / "tokenizer.model") == ["école word"]
@@ -180,7 +264,7 @@ def test_operators_that_normalisation_orphaned_are_dropped(dataset):
 def test_bigram_is_a_distribution_and_knows_what_it_saw():
     rng = np.random.default_rng(1)
     tokens = rng.choice(20, 3000, p=(p := 1 / np.arange(1, 21)) / p.sum()).astype(np.uint16)
-    tokens[tokens == 7] = 8                                                          # 7 is never seen, neither before nor behind a token
+    tokens[tokens == 7] = 8  # 7 is never seen, neither before nor behind a token
     model = counting.Bigram(tokens, 20)
     heads, tails = (grid.ravel().astype(np.uint16) for grid in np.meshgrid(np.arange(20), np.arange(20), indexing="ij"))
     table = model.probability(heads, tails).reshape(20, 20)
@@ -193,28 +277,40 @@ def test_bigram_is_a_distribution_and_knows_what_it_saw():
 def test_discounts_follow_the_counts_of_counts():
     counts = np.repeat([1, 2, 3, 4, 9], [100, 40, 20, 10, 5])
     ratio = 100 / 180
-    assert counting.kneser_ney_discounts(counts) == pytest.approx([0, 1 - 2 * ratio * 40 / 100, 2 - 3 * ratio * 20 / 40, 3 - 4 * ratio * 10 / 20])
+    assert counting.kneser_ney_discounts(counts) == pytest.approx(
+        [0, 1 - 2 * ratio * 40 / 100, 2 - 3 * ratio * 20 / 40, 3 - 4 * ratio * 10 / 20]
+    )
     assert counting.kneser_ney_discounts(np.array([1, 1, 5])).tolist() == [0, 0.75, 0.75, 0.75]
 
 
 def test_bits_of_every_kind_add_up_to_about_the_file(tmp_path):
     run = report.load_run(shutil.copytree(base_run(), tmp_path / "run"))
     bits = report.bits_by_tensor(run)
-    assert {"qkv", "o", "up", "down", "tok_emb"} < set(bits) and sum(entry["bits"] for entry in bits.values()) == pytest.approx(8 * run.result["bytes"]["model"], rel=0.15)
+    assert {"qkv", "o", "up", "down", "tok_emb"} < set(bits) and sum(
+        entry["bits"] for entry in bits.values()
+    ) == pytest.approx(8 * run.result["bytes"]["model"], rel=0.15)
     assert bits["tok_emb"]["weights"] == 320 * 32 and 1 < bits["tok_emb"]["bits"] / bits["tok_emb"]["weights"] < 17
     kept = json.loads((tmp_path / "run" / "bits.json").read_text())
     assert kept["bits"] == bits
     (tmp_path / "run" / "model.bin").write_bytes(b"another version's")
-    assert report.bits_by_tensor(run) == {}                             # neither the kept figures of another file nor a traceback
+    assert report.bits_by_tensor(run) == {}  # neither the kept figures of another file nor a traceback
 
 
 def test_page_with_everything(tmp_path, capsys):
     """Four pictures: also the coded bits, the BPB by length and by position, and the interval, where a run holds them."""
     run = shutil.copytree(base_run(), tmp_path / "run")
     found = json.loads((run / "result.json").read_text())
-    found |= {"bpb_by_length": [{"upto": 64, "bpb": 2.0, "documents": 3}, {"upto": 1024, "bpb": 1.5, "documents": 9}],
-              "bpb_by_position": [{"upto": 16, "bpb": 3.0}, {"upto": 1024, "bpb": 1.5}], "bpb_interval": [1.23456, 7.0]}
+    found |= {
+        "bpb_by_length": [{"upto": 64, "bpb": 2.0, "documents": 3}, {"upto": 1024, "bpb": 1.5, "documents": 9}],
+        "bpb_by_position": [{"upto": 16, "bpb": 3.0}, {"upto": 1024, "bpb": 1.5}],
+        "bpb_interval": [1.23456, 7.0],
+    }
     (run / "result.json").write_text(json.dumps(found))
     assert report.main([str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 and "1.23456 to 7.00000" in page and f"{found['val_bpb']:.5f} BPB" in page and "score before update" in page
+    assert (
+        page.count("data:image/png;base64,") == 4
+        and "1.23456 to 7.00000" in page
+        and f"{found['val_bpb']:.5f} BPB" in page
+        and "score before update" in page
+    )

@@ -1,4 +1,5 @@
 """The modes from beginning to end: check, train, quantise again, score again; and how runs end when something stops them."""
+
 import contextlib
 import json
 import os
@@ -37,14 +38,36 @@ def copy(folder: Path, *names: str) -> Path:
 
 # ---- the verdict of a run ----
 
+
 def test_result_json():
     found = result(base_run())
-    assert {"bpb", "val_bpb", "dataset", "bytes", "seconds", "settings", "settings_sha256", "source_sha256", "data", "hardware", "versions", "seed",
-            "verdicts"} <= set(found)
-    assert {"trained", "quantized"} <= set(found["bpb"]) and found["dataset"] == "other" and found["seed"] == found["settings"]["seed"] == 1337
-    assert found["settings"] == json.loads(json.dumps(train_gpt.Config.from_env({k.upper(): str(v) for k, v in RUN.items()}).settings()))
+    assert {
+        "bpb",
+        "val_bpb",
+        "dataset",
+        "bytes",
+        "seconds",
+        "settings",
+        "settings_sha256",
+        "source_sha256",
+        "data",
+        "hardware",
+        "versions",
+        "seed",
+        "verdicts",
+    } <= set(found)
+    assert (
+        {"trained", "quantized"} <= set(found["bpb"])
+        and found["dataset"] == "other"
+        and found["seed"] == found["settings"]["seed"] == 1337
+    )
+    assert found["settings"] == json.loads(
+        json.dumps(train_gpt.Config.from_env({k.upper(): str(v) for k, v in RUN.items()}).settings())
+    )
     assert {"train", "eval", "steps", "calibrate", "quantize", "load"} <= set(found["seconds"])
-    assert all(v["verdict"] in ("PASS", "FAIL", "DISPUTED", "NOT RUN") and v["reason"] for v in found["verdicts"].values())
+    assert all(
+        v["verdict"] in ("PASS", "FAIL", "DISPUTED", "NOT RUN") and v["reason"] for v in found["verdicts"].values()
+    )
     assert {"C1", "C2", "C3", "C4", "bytes", "train_budget", "eval_budget"} <= set(found["verdicts"])
     assert found["verdicts"]["bytes"]["verdict"] == "PASS" and found["verdicts"]["C1"]["verdict"] == "NOT RUN"
     assert 0 < found["bpb"]["quantized"] - found["bpb"]["trained"] < 0.5
@@ -53,7 +76,10 @@ def test_result_json():
 def test_budgets_add_up():
     seconds = result(base_run())["seconds"]
     assert seconds["train"] >= seconds["steps"] + seconds["calibrate"] + seconds["quantize"] - 1e-6
-    assert seconds["eval"] >= seconds["load"] + seconds.get("score", 0) + seconds.get("adapt", 0) - 1e-6 and {"score", "adapt"} & set(seconds)
+    assert seconds["eval"] >= seconds["load"] + seconds.get("score", 0) + seconds.get("adapt", 0) - 1e-6 and {
+        "score",
+        "adapt",
+    } & set(seconds)
 
 
 def test_a_folder_holds_whole_files_only():
@@ -72,7 +98,9 @@ def test_over_budget_is_a_fail_and_no_headline(tmp_path):
     """A wall-clock run whose evaluation cannot be done in time: the verdict says so, and val_bpb is absent."""
     out = main({**RUN, "max_wallclock_seconds": 0.4, "gptq_reserve_seconds": 0.1, "iterations": 5}, tmp_path).ok()
     found = result(tmp_path)
-    assert found["verdicts"]["eval_budget"]["verdict"] == "FAIL" and "val_bpb" not in found and "quantized" in found["bpb"]
+    assert (
+        found["verdicts"]["eval_budget"]["verdict"] == "FAIL" and "val_bpb" not in found and "quantized" in found["bpb"]
+    )
     assert "no val_bpb" in out.out
 
 
@@ -92,10 +120,13 @@ def test_shrink_to_fit(tmp_path):
 
 # ---- modes ----
 
+
 def test_check_only_makes_nothing(tmp_path):
     main({**RUN, "check_only": True}, tmp_path / "out").ok()
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert not left & {"model.bin", "trained.npz", "result.json", "train_gpt.py", "preflight.bin"} and not [n for n in left if ".part" in n]
+    assert not left & {"model.bin", "trained.npz", "result.json", "train_gpt.py", "preflight.bin"} and not [
+        n for n in left if ".part" in n
+    ]
 
 
 def test_check_only_reads_no_more_than_it_must(tmp_path, monkeypatch):
@@ -119,7 +150,7 @@ def test_quantize_only_without_weights_or_with_others(tmp_path):
     copy(tmp_path, "trained.npz")
     refusal(main({**RUN, "quantize_only": True, "num_layers": 6}, tmp_path), "trained.npz", "settings")
     data_of = (tmp_path / "trained.npz").read_bytes()
-    (tmp_path / "trained.npz").write_bytes(data_of[:len(data_of) // 2])
+    (tmp_path / "trained.npz").write_bytes(data_of[: len(data_of) // 2])
     refusal(main({**RUN, "quantize_only": True}, tmp_path), "trained.npz")
 
 
@@ -128,13 +159,26 @@ def test_eval_only_gives_the_same_scores(tmp_path):
     copy(tmp_path, "model.bin", "train_gpt.py")
     main({"ttt_eval_only": True, "ledger_path": tmp_path / "ledger.npy"}, tmp_path).ok()
     found, ran = result(tmp_path, "eval_result.json"), result(base_run())
-    assert found["val_bpb"] == ran["val_bpb"] and found["settings_sha256"] == ran["settings_sha256"] and "training" not in found
+    assert (
+        found["val_bpb"] == ran["val_bpb"]
+        and found["settings_sha256"] == ran["settings_sha256"]
+        and "training" not in found
+    )
     assert np.array_equal(np.load(tmp_path / "ledger.npy"), np.load(scratch() / "base_ledger.npy"))
     assert not (tmp_path / "result.json").exists()
 
 
 def evaluate(rank: int, world: int, folder: Path):
-    outcome = main({"ttt_eval_only": True, "rank": rank, "local_rank": rank, "world_size": world, "ledger_path": folder / f"ledger{world}.npy"}, folder)
+    outcome = main(
+        {
+            "ttt_eval_only": True,
+            "rank": rank,
+            "local_rank": rank,
+            "world_size": world,
+            "ledger_path": folder / f"ledger{world}.npy",
+        },
+        folder,
+    )
     assert outcome.code == 0, outcome.err
 
 
@@ -159,10 +203,17 @@ def test_eval_only_of_damaged_artifacts(tmp_path):
     copy(tmp_path, "model.bin", "train_gpt.py")
     path = tmp_path / "model.bin"
     good = path.read_bytes()
-    damaged = {"empty": b"", "one byte": good[:1], "half": good[:len(good) // 2], "all but the last byte": good[:-1], "more": good + b"x", "not ours": b"hello world" * 50}
+    damaged = {
+        "empty": b"",
+        "one byte": good[:1],
+        "half": good[: len(good) // 2],
+        "all but the last byte": good[:-1],
+        "more": good + b"x",
+        "not ours": b"hello world" * 50,
+    }
     for share in (0, 1, 5, 20, 40, 60, 80, 95):
         at = len(good) * share // 100
-        damaged[f"altered at {share} %"] = good[:at] + bytes([good[at] ^ 0x55]) + good[at + 1:]
+        damaged[f"altered at {share} %"] = good[:at] + bytes([good[at] ^ 0x55]) + good[at + 1 :]
     damaged["last byte altered"] = good[:-1] + bytes([good[-1] ^ 1])
     for name, content in damaged.items():
         path.write_bytes(content)
@@ -173,15 +224,25 @@ def test_eval_only_of_damaged_artifacts(tmp_path):
 FIRST = "the settings are validated beside the defaults before the artifact's are read"
 
 
-@pytest.mark.parametrize("setting, value", (("model_dim", 64),
-                                            ("num_layers", 6), ("mlp_mult", 3.0), ("smear_gate_enabled", False), ("skip_gates_enabled", False),
-                                            ("num_kv_heads", 4)))
+@pytest.mark.parametrize(
+    "setting, value",
+    (
+        ("model_dim", 64),
+        ("num_layers", 6),
+        ("mlp_mult", 3.0),
+        ("smear_gate_enabled", False),
+        ("skip_gates_enabled", False),
+        ("num_kv_heads", 4),
+    ),
+)
 def test_eval_only_with_settings_that_do_not_fit(setting, value, tmp_path):
     copy(tmp_path, "model.bin", "train_gpt.py")
     refusal(main({"ttt_eval_only": True, setting: value}, tmp_path), "model.bin", "settings")
 
 
-@pytest.mark.parametrize("change", (lambda settings: settings.update(warp_factor=9), lambda settings: settings.pop("attn_window")))
+@pytest.mark.parametrize(
+    "change", (lambda settings: settings.update(warp_factor=9), lambda settings: settings.pop("attn_window"))
+)
 def test_an_artifact_of_another_version(change, tmp_path):
     """Settings that this script does not know are one line, not a TypeError; one that the artifact lacks would get a default that its weights never saw."""
     arrays, meta = train_gpt.load_artifact(base_run() / "model.bin")
@@ -207,11 +268,17 @@ def test_data_that_does_not_fit_the_artifact(tmp_path):
 
 # ---- places that cannot be written ----
 
+
 @contextlib.contextmanager
 def small_disk(folder: Path, options: str):
     """A tmpfs of its own; skips where this user may not mount one."""
     folder.mkdir(exist_ok=True)
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "golf_test", str(folder)], capture_output=True).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "golf_test", str(folder)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("cannot mount a tmpfs here")
     try:
         yield folder
@@ -304,7 +371,9 @@ def test_a_killed_rank_ends_the_run(tmp_path):
     os.kill(workers[1], signal.SIGKILL)
     process.communicate(timeout=90)
     assert process.returncode != 0
-    assert not any(Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text() for pid in workers)
+    assert not any(
+        Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text() for pid in workers
+    )
     assert not (tmp_path / "model.bin").exists() and not list(tmp_path.glob("*.part*"))
 
 

@@ -1,4 +1,5 @@
 """Scoring: every target once, with the context the plan promises, against a slow one-window-at-a-time scorer; and a ledger that cannot be cheated."""
+
 import math
 
 import numpy as np
@@ -35,7 +36,9 @@ def score(model, stream, cfg, stride: int) -> tuple[float, np.ndarray]:
 
 # ---- the plan ----
 
-documents_and_windows = given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=12), seq_len=st.integers(1, 40), data=st.data())
+documents_and_windows = given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=12), seq_len=st.integers(1, 40), data=st.data()
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -52,7 +55,9 @@ def test_every_target_once_in_its_own_document(lengths, seq_len, data):
     for begin, first, end in windows:
         start = document[begin]
         assert start <= begin <= first < end <= inputs and document[end - 1] == start
-        assert end - begin <= seq_len and begin == max(start, min(first, first + stride - seq_len) if first > start else start)
+        assert end - begin <= seq_len and begin == max(
+            start, min(first, first + stride - seq_len) if first > start else start
+        )
         assert end - first <= stride or begin == first == start
 
 
@@ -78,13 +83,17 @@ def one_at_a_time(model, stream, seq_len: int, stride: int) -> np.ndarray:
     for start, stop in zip(bounds, bounds[1:]):
         for position in range(start, min(stop, stream.targets)):
             inside = position - start
-            reach = seq_len if inside < seq_len else seq_len + ((inside - seq_len) // stride + 1) * stride       # where the window that first sees it ends
+            reach = (
+                seq_len if inside < seq_len else seq_len + ((inside - seq_len) // stride + 1) * stride
+            )  # where the window that first sees it ends
             begin, end = start + reach - seq_len, min(start + reach, stop, stream.targets)
             tokens = torch.from_numpy(stream.tokens[begin:end].astype(np.int64))
             n = len(tokens)
             cu = torch.tensor([0, n], dtype=torch.int32)
             hidden = model.trunk(tokens, train_gpt.Seq(cu, cu, n, n, torch.arange(n, dtype=torch.int32)), looped=True)
-            nats[position] = model.nll(hidden[position - begin][None], torch.tensor([int(stream.tokens[position + 1])])).item()
+            nats[position] = model.nll(
+                hidden[position - begin][None], torch.tensor([int(stream.tokens[position + 1])])
+            ).item()
     return nats
 
 
@@ -128,9 +137,9 @@ def test_later_tokens_and_other_documents_change_no_score(stride):
     poisoned = [d.copy() for d in documents]
     poisoned[4][40:] = random_documents([51], seed=5)[0][1:]
     after = score(model, Stream(poisoned), cfg, stride)[1]
-    first = sum(LENGTHS[:4]) + 39                                       # the target at position 39 of the document is its token 40
+    first = sum(LENGTHS[:4]) + 39  # the target at position 39 of the document is its token 40
     last = sum(LENGTHS[:5]) - 1
-    assert np.array_equal(before[:first], after[:first]) and np.array_equal(before[last + 1:], after[last + 1:])
+    assert np.array_equal(before[:first], after[:first]) and np.array_equal(before[last + 1 :], after[last + 1 :])
     assert (before[first:last] != after[first:last]).all()
 
 
@@ -144,6 +153,7 @@ def test_the_last_target_of_each_document_is_the_next_bos():
 
 
 # ---- the ledger ----
+
 
 def ledger(n: int = 6) -> Ledger:
     return Ledger("test", np.arange(n, dtype=np.uint16), Verdicts())
@@ -228,17 +238,28 @@ def test_the_ledger_file_gives_the_printed_number():
     """LEDGER_PATH: one entry per target, the tail included; its sum over the sidecar's bytes is the headline to the last digit."""
     folder = base_run()
     nats, found = np.load(scratch() / "base_ledger.npy"), result(folder)
-    sizes = np.concatenate([np.frombuffer((data() / f"fineweb_val_bytes_00000{i}.bin").read_bytes()[1024:], "<u2") for i in (0, 1)])
-    assert nats.dtype == np.float64 and len(nats) == len(sizes) - 1 == found["data"]["val_targets"] == found["data"]["val_tokens"] - 1
-    assert found["val_bpb"] == found["bpb"].get("adapted", found["bpb"]["quantized"]) == float(nats.sum() / math.log(2) / sizes.sum(dtype=np.int64))
+    sizes = np.concatenate(
+        [np.frombuffer((data() / f"fineweb_val_bytes_00000{i}.bin").read_bytes()[1024:], "<u2") for i in (0, 1)]
+    )
+    assert (
+        nats.dtype == np.float64
+        and len(nats) == len(sizes) - 1 == found["data"]["val_targets"] == found["data"]["val_tokens"] - 1
+    )
+    assert (
+        found["val_bpb"]
+        == found["bpb"].get("adapted", found["bpb"]["quantized"])
+        == float(nats.sum() / math.log(2) / sizes.sum(dtype=np.int64))
+    )
     assert f"{found['val_bpb']:.6f}" in (folder / "train.log").read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize("stride", (3, 8, 10))
 def test_a_window_does_not_tell_where_its_document_ends(stride):
     """The context of every target is the same however long the document is."""
+
     def contexts(length):
         windows = train_gpt.plan_windows(np.array([0]), length, 10, stride)
         return [begin for begin, first, reach in windows.tolist() for _ in range(first, reach)]
+
     longest = contexts(60)
     assert all(contexts(length) == longest[:length] for length in range(1, 60))

@@ -1,4 +1,5 @@
 """Settings: read once, typed, checked before anything runs; and the rules of the file's layout."""
+
 import ast
 import builtins
 import dataclasses
@@ -21,7 +22,9 @@ def test_every_setting_is_read_from_its_name():
         if f.name in ("rank", "local_rank", "world_size"):
             continue
         assert f.name.islower() and f.metadata["meaning"] and type(f.default) in (bool, int, float, str)
-        text = {bool: str(int(not f.default)), int: str(f.default), float: str(f.default), str: f.default}[type(f.default)]
+        text = {bool: str(int(not f.default)), int: str(f.default), float: str(f.default), str: f.default}[
+            type(f.default)
+        ]
         value = getattr(Config.from_env({f.name.upper(): text}, check=False), f.name)
         assert type(value) is type(f.default) and value == (not f.default if type(f.default) is bool else f.default)
 
@@ -31,8 +34,18 @@ def test_the_environment_beats_the_artifact_and_the_artifact_the_default():
     assert (cfg.eval_stride, cfg.seed, cfg.model_dim) == (64, 5, 512)
 
 
-@pytest.mark.parametrize("name, near", (("MUON_MOMENTUN", "MUON_MOMENTUM"), ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"), ("EVAL_STRIDES", "EVAL_STRIDE"), ("EMA_DECAI", "EMA_DECAY"),
-                                        ("GPTQ_CALIBRATION_BATCH", "GPTQ_CALIBRATION_BATCHES"), ("ROPE_DIM", "ROPE_DIMS"), ("TTT_EVAL", "TTT_EVAL_ONLY")))
+@pytest.mark.parametrize(
+    "name, near",
+    (
+        ("MUON_MOMENTUN", "MUON_MOMENTUM"),
+        ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
+        ("EVAL_STRIDES", "EVAL_STRIDE"),
+        ("EMA_DECAI", "EMA_DECAY"),
+        ("GPTQ_CALIBRATION_BATCH", "GPTQ_CALIBRATION_BATCHES"),
+        ("ROPE_DIM", "ROPE_DIMS"),
+        ("TTT_EVAL", "TTT_EVAL_ONLY"),
+    ),
+)
 def test_an_unknown_name_with_our_prefix_is_an_error_that_names_the_nearest(name, near):
     with pytest.raises(UserError, match=f"^{name} is not a setting; did you mean {near}\\?"):
         Config.from_env({name: "1"})
@@ -56,7 +69,17 @@ def test_every_family_of_settings_has_a_guarded_prefix():
 
 
 def test_a_foreign_variable_is_nobodys_business(capsys):
-    Config.from_env({"HOME": "/x", "PATH": "/bin", "NCCL_DEBUG": "INFO", "TORCHELASTIC_RUN_ID": "1", "LANG": "C", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1"})
+    Config.from_env(
+        {
+            "HOME": "/x",
+            "PATH": "/bin",
+            "NCCL_DEBUG": "INFO",
+            "TORCHELASTIC_RUN_ID": "1",
+            "LANG": "C",
+            "CUDA_VISIBLE_DEVICES": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -65,11 +88,30 @@ def test_a_near_miss_without_our_prefix_warns(capsys):
     assert "ITERATION" in (err := capsys.readouterr().err) and "ITERATIONS?" in err and err.count("\n") == 1
 
 
-BAD = {"ITERATIONS": ("ten", "1.5", ""), "MATRIX_LR": ("fast", "nan"), "EMA_DECAY": ("inf", "1"), "TTT_ENABLED": ("maybe",), "NUM_HEADS": ("7",), "NUM_KV_HEADS": ("3",),
-       "ROPE_DIMS": ("15", "130"), "ATTN_FULL_LAYERS": ("2;5", "2,", "all"), "ATTN_WINDOW": ("-1",),
-       "VOCAB_SIZE": ("70000",), "LOOP_END": ("2", "11"), "PARALLEL_FINAL_LANE": ("both",), "GATE_WINDOW": ("0",), "DEVICE": ("tpu",),
-       "ATTENTION": ("fa4000",), "MUON_BACKEND_STEPS": ("6",), "EVAL_STRIDE": ("-1", "4096"), "VAL_BATCH_TOKENS": ("100",), "MATRIX_BITS": ("9",), "EMBED_BITS": ("1",),
-       "TRAIN_SEQ_SCHEDULE": ("1024", "1024@0.5", "a@b", "0@0.5,2048@1", "2048@nan"), "GPTQ_RESERVE_SECONDS": ("600",)}
+BAD = {
+    "ITERATIONS": ("ten", "1.5", ""),
+    "MATRIX_LR": ("fast", "nan"),
+    "EMA_DECAY": ("inf", "1"),
+    "TTT_ENABLED": ("maybe",),
+    "NUM_HEADS": ("7",),
+    "NUM_KV_HEADS": ("3",),
+    "ROPE_DIMS": ("15", "130"),
+    "ATTN_FULL_LAYERS": ("2;5", "2,", "all"),
+    "ATTN_WINDOW": ("-1",),
+    "VOCAB_SIZE": ("70000",),
+    "LOOP_END": ("2", "11"),
+    "PARALLEL_FINAL_LANE": ("both",),
+    "GATE_WINDOW": ("0",),
+    "DEVICE": ("tpu",),
+    "ATTENTION": ("fa4000",),
+    "MUON_BACKEND_STEPS": ("6",),
+    "EVAL_STRIDE": ("-1", "4096"),
+    "VAL_BATCH_TOKENS": ("100",),
+    "MATRIX_BITS": ("9",),
+    "EMBED_BITS": ("1",),
+    "TRAIN_SEQ_SCHEDULE": ("1024", "1024@0.5", "a@b", "0@0.5,2048@1", "2048@nan"),
+    "GPTQ_RESERVE_SECONDS": ("600",),
+}
 
 
 @pytest.mark.parametrize("setting", [f"{name}={text}" for name, texts in BAD.items() for text in texts])
@@ -96,15 +138,26 @@ def tried(cfg: Config):
         train_gpt.Scorer(model, cfg, group, log).score(val, ledger, cfg.eval_stride)
 
 
-EXTREMES = {f.name: (-1, 0, 1, 3) if type(f.default) is int else (-1.0, 0.0, 1e-3, 2.0) for f in FIELDS
-            if type(f.default) in (int, float) and f.name not in ("rank", "local_rank", "world_size", "artifact_cap")}
-EXTREMES["seed"] += (2 ** 70,)
+EXTREMES = {
+    f.name: (-1, 0, 1, 3) if type(f.default) is int else (-1.0, 0.0, 1e-3, 2.0)
+    for f in FIELDS
+    if type(f.default) in (int, float) and f.name not in ("rank", "local_rank", "world_size", "artifact_cap")
+}
+EXTREMES["seed"] += (2**70,)
 
 
 def attempt(name: str, value) -> str:
     """What is wrong with how a value is treated; empty if it runs or is refused at the start by its name."""
-    run = {**RUN, "iterations": 1, "train_batch_tokens": 32, "micro_batch_tokens": 32, "gptq_calibration_batches": 2, "num_layers": 4, "parallel_start_layer": 3,
-           "data_path": str(data())}
+    run = {
+        **RUN,
+        "iterations": 1,
+        "train_batch_tokens": 32,
+        "micro_batch_tokens": 32,
+        "gptq_calibration_batches": 2,
+        "num_layers": 4,
+        "parallel_start_layer": 3,
+        "data_path": str(data()),
+    }
     if name in ("max_wallclock_seconds", "gptq_reserve_seconds"):
         run.update(max_wallclock_seconds=2.0, gptq_reserve_seconds=1.0)
     if name.startswith("ngram_"):
@@ -117,7 +170,11 @@ def attempt(name: str, value) -> str:
     try:
         tried(cfg)
     except UserError as e:
-        return "" if name.upper() in str(e) or "the loss is" in str(e) else f"{name.upper()}={value} is refused without its name: {e}"
+        return (
+            ""
+            if name.upper() in str(e) or "the loss is" in str(e)
+            else f"{name.upper()}={value} is refused without its name: {e}"
+        )
     except BaseException as e:
         return f"{name.upper()}={value} is accepted and ends in {type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}"
     return ""
@@ -125,7 +182,7 @@ def attempt(name: str, value) -> str:
 
 def attempt_all(rank: int, world: int, name: str, path):
     """In a process of its own, with limits on memory and time: a bad value may make a loop endless."""
-    resource.setrlimit(resource.RLIMIT_DATA, (2 ** 32, 2 ** 32))
+    resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
 
     def late(*_):
         raise TimeoutError("no end in sight")
@@ -151,11 +208,27 @@ def test_settings_hash_covers_what_decides_the_result_and_nothing_else():
     assert base.sha256() == config().sha256()
     for f in FIELDS:
         value = getattr(base, f.name)
-        other = dataclasses.replace(base, **{f.name: not value if type(value) is bool else value + "x" if type(value) is str else value + 1})
+        other = dataclasses.replace(
+            base, **{f.name: not value if type(value) is bool else value + "x" if type(value) is str else value + 1}
+        )
         assert (other.sha256() != base.sha256()) == (f.name in base.settings()), f.name
     hidden = {f.name for f in FIELDS} - set(base.settings())
-    assert hidden == {"data_path", "tokenizer_path", "artifact_dir", "ledger_path", "ttt_eval_only", "quantize_only", "check_only", "device", "attention", "fa3_library",
-                      "rank", "local_rank", "world_size", "train_log_every"}
+    assert hidden == {
+        "data_path",
+        "tokenizer_path",
+        "artifact_dir",
+        "ledger_path",
+        "ttt_eval_only",
+        "quantize_only",
+        "check_only",
+        "device",
+        "attention",
+        "fa3_library",
+        "rank",
+        "local_rank",
+        "world_size",
+        "train_log_every",
+    }
 
 
 def test_help_lists_every_setting(tmp_path):
@@ -172,6 +245,7 @@ def test_arguments_are_refused():
 
 # ---- the layout of the file ----
 
+
 def sections() -> list[tuple[str, int, int]]:
     """(title, first line, last line) of each banner's section."""
     lines = SOURCE.splitlines()
@@ -187,15 +261,27 @@ def test_sections_stand_in_dependency_order():
     where = lambda line: next((i for i, (_, start, end) in enumerate(parts) if start <= line <= end), -1)
     owner = {}
     for node in tree.body:
-        names = [node.name] if hasattr(node, "name") else [t.id for target in getattr(node, "targets", []) for t in ast.walk(target) if isinstance(t, ast.Name)]
+        names = (
+            [node.name]
+            if hasattr(node, "name")
+            else [t.id for target in getattr(node, "targets", []) for t in ast.walk(target) if isinstance(t, ast.Name)]
+        )
         owner.update({name: where(node.lineno) for name in names})
-    upward = {(parts[where(node.lineno)][0], use.id) for node in tree.body for use in ast.walk(node)
-              if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load) and owner.get(use.id, -1) > where(node.lineno)}
+    upward = {
+        (parts[where(node.lineno)][0], use.id)
+        for node in tree.body
+        for use in ast.walk(node)
+        if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load) and owner.get(use.id, -1) > where(node.lineno)
+    }
     assert not upward
 
 
 def test_the_environment_is_read_in_one_place():
-    reads = [line for line in SOURCE.splitlines() if ("environ" in line or "getenv" in line) and not line.lstrip().startswith(("#", '"'))]
+    reads = [
+        line
+        for line in SOURCE.splitlines()
+        if ("environ" in line or "getenv" in line) and not line.lstrip().startswith(("#", '"'))
+    ]
     assert all("configure(os.environ)" in line or "environment" in line for line in reads), reads
 
 
@@ -207,6 +293,11 @@ def test_functions_are_short_and_there_is_no_global():
 
 
 def test_no_project_file_is_imported():
-    imported = {alias.name.split(".")[0] for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name.split(".")[0]
+        for node in ast.walk(ast.parse(SOURCE))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     imported |= {node.module.split(".")[0] for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.ImportFrom)}
     assert not imported & {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]}

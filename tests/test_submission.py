@@ -1,4 +1,5 @@
 """What is handed in says what the runs say: submission.json, the record folder, README parts; and a number changed by hand is caught, wherever it stands."""
+
 import hashlib
 import json
 import re
@@ -11,9 +12,32 @@ from helpers import RUN, main, scratch
 from tools import report, submission
 from tools.runs import load_run
 
-UNION = {"author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb", "bytes_total", "bytes_code", "track", "val_loss_std", "val_bpb_std", "seeds", "seed_results",
-         "artifact_bytes_mean", "artifact_bytes_max", "train_steps_mean", "hardware", "pytorch_version", "cuda_version", "flash_attn_version",
-         "technique_summary", "compliance", "attribution"}
+UNION = {
+    "author",
+    "github_id",
+    "name",
+    "blurb",
+    "date",
+    "val_loss",
+    "val_bpb",
+    "bytes_total",
+    "bytes_code",
+    "track",
+    "val_loss_std",
+    "val_bpb_std",
+    "seeds",
+    "seed_results",
+    "artifact_bytes_mean",
+    "artifact_bytes_max",
+    "train_steps_mean",
+    "hardware",
+    "pytorch_version",
+    "cuda_version",
+    "flash_attn_version",
+    "technique_summary",
+    "compliance",
+    "attribution",
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +67,32 @@ def edit(path, change):
 
 def audited(folder, **verdicts):
     """An audit.json of this folder's artifact."""
-    hashes = {name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()} for name in ("train_gpt.py", "model.bin")}
-    checks = {f"check_of_{name}": {"verdict": verdict, "evidence": "seen", "seconds": 1.0} for name, verdict in verdicts.items()}
+    hashes = {
+        name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+        for name in ("train_gpt.py", "model.bin")
+    }
+    checks = {
+        f"check_of_{name}": {"verdict": verdict, "evidence": "seen", "seconds": 1.0}
+        for name, verdict in verdicts.items()
+    }
     rows = {name: {"verdict": verdict, "reason": f"check_of_{name}: seen"} for name, verdict in verdicts.items()}
     (folder / "audit.json").write_text(json.dumps({"artifact": hashes, "checks": checks, "verdicts": rows}))
 
 
 def test_three_seeds(runs, tmp_path, capsys):
-    command(*runs, "--submission", tmp_path / "s.json", "--author", "A", "--github-id", "a", "--name", "N", "--out", tmp_path / "out")
+    command(
+        *runs,
+        "--submission",
+        tmp_path / "s.json",
+        "--author",
+        "A",
+        "--github-id",
+        "a",
+        "--name",
+        "N",
+        "--out",
+        tmp_path / "out",
+    )
     found = json.loads((tmp_path / "s.json").read_text())
     results = [json.loads((run / "result.json").read_text()) for run in runs]
     assert set(found) >= UNION and None not in found.values()
@@ -58,15 +100,31 @@ def test_three_seeds(runs, tmp_path, capsys):
     assert found["val_bpb_std"] == pytest.approx(statistics.stdev(r["val_bpb"] for r in results), abs=1e-8)
     assert found["bytes_total"] == max(r["bytes"]["total"] for r in results) and found["seeds"] == [1, 2, 3]
     data = results[0]["data"]
-    assert found["val_loss"] * data["val_targets"] == pytest.approx(found["val_bpb"] * 0.6931471805599453 * data["val_bytes"], rel=1e-7)
-    assert found["compliance"]["C1"]["verdict"] == "NOT RUN" and found["compliance"]["bytes"]["verdict"] == "PASS" and "legal" not in json.dumps(found)
+    assert found["val_loss"] * data["val_targets"] == pytest.approx(
+        found["val_bpb"] * 0.6931471805599453 * data["val_bytes"], rel=1e-7
+    )
+    assert (
+        found["compliance"]["C1"]["verdict"] == "NOT RUN"
+        and found["compliance"]["bytes"]["verdict"] == "PASS"
+        and "legal" not in json.dumps(found)
+    )
     assert found["track"] == "track_non_record_16mb" and found["dataset"] == "other"
     command(*runs, "--verify", "--submission", tmp_path / "s.json")
     assert "no difference" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key, value", [("val_bpb", 1.0), ("val_bpb_std", 0.0), ("bytes_total", 1), ("seeds", [1, 2]), ("source_sha256", "0" * 64),
-                                        ("dataset", "contest"), ("extra", 1)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("val_bpb", 1.0),
+        ("val_bpb_std", 0.0),
+        ("bytes_total", 1),
+        ("seeds", [1, 2]),
+        ("source_sha256", "0" * 64),
+        ("dataset", "contest"),
+        ("extra", 1),
+    ],
+)
 def test_a_number_changed_in_submission_json_is_caught(runs, tmp_path, capsys, key, value):
     command(*runs, "--submission", tmp_path / "s.json", "--out", tmp_path / "out")
     edit(tmp_path / "s.json", lambda entry: entry.__setitem__(key, value))
@@ -76,11 +134,18 @@ def test_a_number_changed_in_submission_json_is_caught(runs, tmp_path, capsys, k
 
 
 SPOILED = {
-    "trained": lambda r: r["bpb"].__setitem__("trained", r["bpb"]["trained"] - 0.01), "total": lambda r: r["bytes"].__setitem__("total", r["bytes"]["total"] - 1),
-    "headline": lambda r: (r["bpb"].__setitem__("quantized", 1.0), r.__setitem__("val_bpb", 1.0)), "seconds": lambda r: r["seconds"].__setitem__("eval", r["seconds"]["eval"] + 1),
-    "verdict": lambda r: r["verdicts"]["C1"].__setitem__("verdict", "PASS"), "setting": lambda r: r["settings"].__setitem__("matrix_lr", 0.1),
-    "hidden fail": lambda r: r["verdicts"]["C3"].update(verdict="FAIL"), "loss": lambda r: r["training"]["curve"][-1].__setitem__(2, 1.0),
-    "targets": lambda r: r["data"].__setitem__("val_targets", 5), "hash": lambda r: r.__setitem__("settings_sha256", "0"), "source": lambda r: r.__setitem__("source_sha256", "0")}
+    "trained": lambda r: r["bpb"].__setitem__("trained", r["bpb"]["trained"] - 0.01),
+    "total": lambda r: r["bytes"].__setitem__("total", r["bytes"]["total"] - 1),
+    "headline": lambda r: (r["bpb"].__setitem__("quantized", 1.0), r.__setitem__("val_bpb", 1.0)),
+    "seconds": lambda r: r["seconds"].__setitem__("eval", r["seconds"]["eval"] + 1),
+    "verdict": lambda r: r["verdicts"]["C1"].__setitem__("verdict", "PASS"),
+    "setting": lambda r: r["settings"].__setitem__("matrix_lr", 0.1),
+    "hidden fail": lambda r: r["verdicts"]["C3"].update(verdict="FAIL"),
+    "loss": lambda r: r["training"]["curve"][-1].__setitem__(2, 1.0),
+    "targets": lambda r: r["data"].__setitem__("val_targets", 5),
+    "hash": lambda r: r.__setitem__("settings_sha256", "0"),
+    "source": lambda r: r.__setitem__("source_sha256", "0"),
+}
 
 
 @pytest.mark.parametrize("what", SPOILED)
@@ -88,7 +153,10 @@ def test_a_number_changed_in_result_json_is_caught(runs, tmp_path, capsys, what)
     edit(runs[1] / "result.json", SPOILED[what])
     command(*runs, "--verify", status=1)
     assert str(runs[1] / "result.json") in capsys.readouterr().err
-    assert report.main([*map(str, runs), "--submission", str(tmp_path / "s.json"), "--out", str(tmp_path / "out")]) == 2 and not (tmp_path / "s.json").exists()
+    assert (
+        report.main([*map(str, runs), "--submission", str(tmp_path / "s.json"), "--out", str(tmp_path / "out")]) == 2
+        and not (tmp_path / "s.json").exists()
+    )
 
 
 def test_an_artifact_of_another_size_is_caught(runs, capsys):
@@ -104,9 +172,15 @@ def test_a_run_without_its_log_bears_nothing_out(runs, capsys):
     assert "train.log" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (lambda r: r["settings"].__setitem__("matrix_lr", 0.1), "MATRIX_LR"), (lambda r: r.__setitem__("source_sha256", "0"), "another train_gpt.py"),
-    (lambda r: r["data"].__setitem__("val_sha256", "0"), "other validation data"), (lambda r: (r.__setitem__("seed", 1), r["settings"].__setitem__("seed", 1)), "twice")])
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda r: r["settings"].__setitem__("matrix_lr", 0.1), "MATRIX_LR"),
+        (lambda r: r.__setitem__("source_sha256", "0"), "another train_gpt.py"),
+        (lambda r: r["data"].__setitem__("val_sha256", "0"), "other validation data"),
+        (lambda r: (r.__setitem__("seed", 1), r["settings"].__setitem__("seed", 1)), "twice"),
+    ],
+)
 def test_a_mean_is_over_seeds_of_one_configuration(runs, change, complaint):
     edit(runs[1] / "result.json", change)
     with pytest.raises(report.ReportError, match=complaint):
@@ -115,14 +189,23 @@ def test_a_mean_is_over_seeds_of_one_configuration(runs, change, complaint):
 
 # ---- the audit's verdicts ----
 
+
 def test_the_audit_joins_the_run(runs, tmp_path):
     for run in runs:
         audited(run, C1="PASS", C2="PASS", C3="PASS", packaging="PASS", bytes="NOT RUN")
     audited(runs[2], C1="DISPUTED", C2="PASS", C3="DISPUTED", packaging="PASS")
     command(*runs, "--submission", tmp_path / "s.json", "--out", tmp_path / "out")
-    found = {name: entry["verdict"] for name, entry in json.loads((tmp_path / "s.json").read_text())["compliance"].items()}
-    assert (found["C2"], found["packaging"], found["C1"], found["C3"], found["C4"]) == ("PASS", "PASS", "DISPUTED", "DISPUTED", "NOT RUN")
-    assert found["bytes"] == "PASS"                                     # what the run has shown stays shown
+    found = {
+        name: entry["verdict"] for name, entry in json.loads((tmp_path / "s.json").read_text())["compliance"].items()
+    }
+    assert (found["C2"], found["packaging"], found["C1"], found["C3"], found["C4"]) == (
+        "PASS",
+        "PASS",
+        "DISPUTED",
+        "DISPUTED",
+        "NOT RUN",
+    )
+    assert found["bytes"] == "PASS"  # what the run has shown stays shown
 
 
 def test_a_check_that_fails_leaves_no_val_bpb(runs, tmp_path, capsys):
@@ -145,46 +228,71 @@ def test_an_audit_of_another_artifact_is_refused(runs, capsys):
 
 # ---- the record folder ----
 
+
 def test_record_folder(runs, tmp_path, capsys):
     record = tmp_path / "2026-05-01_Name"
     command(*runs, "--record", record, "--name", "A name", "--out", tmp_path / "out")
     names = {path.name for path in record.iterdir()}
-    assert names == {"README.md", "submission.json", "requirements.txt", "train_gpt.py", *(f"train_seed{s}.log" for s in (1, 2, 3)), *(f"result_seed{s}.json" for s in (1, 2, 3))}
+    assert names == {
+        "README.md",
+        "submission.json",
+        "requirements.txt",
+        "train_gpt.py",
+        *(f"train_seed{s}.log" for s in (1, 2, 3)),
+        *(f"result_seed{s}.json" for s in (1, 2, 3)),
+    }
     assert (record / "train_gpt.py").read_bytes() == (runs[0] / "train_gpt.py").read_bytes()
     text, entry = (record / "README.md").read_text(), json.loads((record / "submission.json").read_text())
     assert f"val_bpb {entry['val_bpb']:.5f}" in text and "NOT RUN" in text and "MODEL_DIM=32" in text
     command(*runs, "--verify", "--record", record)
-    command(*runs, "--record", record, status=2)                        # never over something that is there
+    command(*runs, "--record", record, status=2)  # never over something that is there
     (record / "README.md").write_text(re.sub(r"val_bpb \d\.\d", "val_bpb 0.9", text))
     (record / "train_seed2.log").unlink()
     (record / "other.txt").write_text("")
     capsys.readouterr()
     command(*runs, "--verify", "--record", record, status=1)
     err = capsys.readouterr().err
-    assert all(word in err for word in ("README.md: has", "train_seed2.log: missing", "other.txt: no part")) and err.count("\n") == 3
+    assert (
+        all(word in err for word in ("README.md: has", "train_seed2.log: missing", "other.txt: no part"))
+        and err.count("\n") == 3
+    )
 
 
 def test_the_command_has_the_ranks_of_the_run():
     assert [submission.launcher(h) for h in ("8 x NVIDIA H100", "1 x NVIDIA H200", "CPU, 1 threads x 2 rank(s)")] == [
-        "torchrun --standalone --nproc_per_node=8", "python", "torchrun --standalone --nproc_per_node=2"]
+        "torchrun --standalone --nproc_per_node=8",
+        "python",
+        "torchrun --standalone --nproc_per_node=2",
+    ]
 
 
 def test_no_comparison_off_the_contests_data(runs, tmp_path, capsys):
-    command(*runs, "--submission", tmp_path / "s.json", "--baseline", "#1855:1.06108", "--out", tmp_path / "out", status=2)
+    command(
+        *runs, "--submission", tmp_path / "s.json", "--baseline", "#1855:1.06108", "--out", tmp_path / "out", status=2
+    )
     assert "no published figure compares" in capsys.readouterr().err
 
 
 # ---- generated parts of the README ----
 
+
 def test_generated_parts(runs, tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- report: settings -->\n<!-- /report -->\nbetween\n<!-- report: results runs/1 runs/2 -->\nold\n<!-- /report -->\n"
-                      "<!-- report: verdicts runs/1 -->\n<!-- /report -->\nafter\n")
+    readme.write_text(
+        "before\n<!-- report: settings -->\n<!-- /report -->\nbetween\n<!-- report: results runs/1 runs/2 -->\nold\n<!-- /report -->\n"
+        "<!-- report: verdicts runs/1 -->\n<!-- /report -->\nafter\n"
+    )
     command("--settings", "--verify", "--readme", readme, status=1)
     command("--settings", "--readme", readme)
     command("--settings", "--verify", "--readme", readme)
     text = readme.read_text()
-    assert "| `MATRIX_LR` | `0.026` |" in text and "**Test-time training**" in text and "\nold\n" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert (
+        "| `MATRIX_LR` | `0.026` |" in text
+        and "**Test-time training**" in text
+        and "\nold\n" not in text
+        and text.startswith("before\n")
+        and text.endswith("after\n")
+    )
     assert "| C3 | score before update | NOT RUN |" in text and "| mean |" in text
     capsys.readouterr()
     readme.write_text(text.replace("| `0.026` |", "| `0.027` |"))
@@ -194,6 +302,7 @@ def test_generated_parts(runs, tmp_path, capsys):
 
 def test_every_setting_is_in_the_table():
     from train_gpt import Config
+
     table = submission.settings_table()
     assert all(f"| `{name.upper()}` |" in table for name in Config.__dataclass_fields__)
 

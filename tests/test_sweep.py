@@ -1,4 +1,5 @@
 """tools/sweep.py: what it plans, that it remembers every run, and goes on where it stopped."""
+
 import json
 import os
 import re
@@ -24,7 +25,7 @@ if os.environ["ITERATIONS"] == "100000":
 seed = int(os.environ["SEED"])
 result = {"bpb": {"quantized": 1.0 + seed}, "val_bpb": 1.0 + seed, "bytes": {"total": 5}, "settings_sha256": "", "source_sha256": "", "verdicts": {}}
 (Path(os.environ["ARTIFACT_DIR"]) / "result.json").write_text(json.dumps(result))
-"""                                                                     # what the sweep needs of a run, without the seconds to import torch
+"""  # what the sweep needs of a run, without the seconds to import torch
 FAST = ["TTT_ENABLED=0", *(f"{k}={v}" for k, v in environment(RUN).items() if k not in ("DEVICE", "DATA_PATH"))]
 
 
@@ -58,18 +59,33 @@ def test_a_grid_is_every_combination_for_every_seed():
     runs = planned("--seeds", "1", "2", "--set", "MATRIX_LR=0.02,0.03", "TTT_CHUNKS=8,16;16,32")
     assert runs[0].point == "MATRIX_LR=0.02 TTT_CHUNKS=8,16" and planned("--set", "MATRIX_LR=0.02")[0].point == ""
     assert [(r.settings["SEED"], r.settings["MATRIX_LR"], r.settings["TTT_CHUNKS"]) for r in runs] == [
-        (seed, lr, chunks) for lr in ("0.02", "0.03") for chunks in ("8,16", "16,32") for seed in ("1", "2")]
+        (seed, lr, chunks) for lr in ("0.02", "0.03") for chunks in ("8,16", "16,32") for seed in ("1", "2")
+    ]
     assert len({r.name for r in runs}) == len({r.key for r in runs}) == 8
 
 
 def test_scale_lies_over_recipe_and_set_over_both():
     run = planned("--recipe", "ngram_progressive", "--scale", "demo", "--set", "MODEL_DIM=64")[0]
-    assert (run.settings["MODEL_DIM"], run.settings["NUM_LAYERS"], run.settings["LEAKY_RELU_SQ_SLOPE"]) == ("64", "2", "0.3")
+    assert (run.settings["MODEL_DIM"], run.settings["NUM_LAYERS"], run.settings["LEAKY_RELU_SQ_SLOPE"]) == (
+        "64",
+        "2",
+        "0.3",
+    )
 
 
-@pytest.mark.parametrize("argv, complaint", [
-    (["--recipe", "bset"], "known are best"), (["--scale", "tiny"], "scale_tiny.env"), (["--set", "MATRIX_LR"], "KEY=VALUE"), (["--set", "MATRIX_LRX=1"], "MATRIX_LR"),
-    (["--set", "NUM_HEADS=7"], "NUM_HEADS"), (["--set", "SEED=1", "SEED=2"], "twice"), (["--seeds", "1", "1"], "planned twice"), (["--eval-only", "/nowhere"], "no train_gpt.py")])
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--recipe", "bset"], "known are best"),
+        (["--scale", "tiny"], "scale_tiny.env"),
+        (["--set", "MATRIX_LR"], "KEY=VALUE"),
+        (["--set", "MATRIX_LRX=1"], "MATRIX_LR"),
+        (["--set", "NUM_HEADS=7"], "NUM_HEADS"),
+        (["--set", "SEED=1", "SEED=2"], "twice"),
+        (["--seeds", "1", "1"], "planned twice"),
+        (["--eval-only", "/nowhere"], "no train_gpt.py"),
+    ],
+)
 def test_a_bad_plan_is_one_line(argv, complaint, tmp_path, capsys):
     assert sweep.main([*argv, "--out", str(tmp_path / "o"), "--nproc", "1"]) == 2
     err = capsys.readouterr().err
@@ -77,9 +93,30 @@ def test_a_bad_plan_is_one_line(argv, complaint, tmp_path, capsys):
 
 
 def test_estimate_before_the_start(tmp_path, capsys):
-    assert sweep.main(["--seeds", "1", "2", "3", "--nproc", "8", "--gpu-hour-price", "2.5", "--dry-run", "--out", str(tmp_path), "--set", "DEVICE=auto"]) == 0
+    assert (
+        sweep.main(
+            [
+                "--seeds",
+                "1",
+                "2",
+                "3",
+                "--nproc",
+                "8",
+                "--gpu-hour-price",
+                "2.5",
+                "--dry-run",
+                "--out",
+                str(tmp_path),
+                "--set",
+                "DEVICE=auto",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "3 run(s)" in out and "1 h 9 min in all" in out and "9.20 GPU hours, 23.00 at 2.5" in out      # 3 * (600 + 600 + 180) s on 8 GPUs
+    assert (
+        "3 run(s)" in out and "1 h 9 min in all" in out and "9.20 GPU hours, 23.00 at 2.5" in out
+    )  # 3 * (600 + 600 + 180) s on 8 GPUs
 
 
 def test_two_seeds_then_nothing_left_to_do(tmp_path, capsys, stub):
@@ -92,10 +129,10 @@ def test_two_seeds_then_nothing_left_to_do(tmp_path, capsys, stub):
     assert sweep.main(argv) == 0 and "2 of 2 run(s) done before" in capsys.readouterr().out
     assert (tmp_path / "runs.jsonl").read_bytes() == before
     first = lines(tmp_path)[1]
-    (tmp_path / first["name"] / "result.json").unlink()                # a result that is gone is made again
+    (tmp_path / first["name"] / "result.json").unlink()  # a result that is gone is made again
     assert sweep.main(argv) == 0 and len(lines(tmp_path)) == 6
     stub.write_text(STUB + "# changed")
-    assert sweep.main(argv) == 0 and len(lines(tmp_path)) == 10         # another script: both seeds again
+    assert sweep.main(argv) == 0 and len(lines(tmp_path)) == 10  # another script: both seeds again
 
 
 def test_a_failed_run_stays_on_the_list_and_the_rest_goes_on(tmp_path, capsys, stub):
@@ -103,15 +140,28 @@ def test_a_failed_run_stays_on_the_list_and_the_rest_goes_on(tmp_path, capsys, s
     assert sweep.main(argv) == 1
     ends = [e for e in lines(tmp_path) if e["event"] == "end"]
     assert [e["status"] for e in ends] == ["failed", "ok"] and ends[0]["exit"] == 1
-    assert "error: " in (tmp_path / ends[0]["name"] / "console.log").read_text() and "error: " in capsys.readouterr().out
-    assert sweep.main(argv) == 1 and [e["status"] for e in lines(tmp_path) if e["event"] == "end"] == ["failed", "ok", "failed"]
+    assert (
+        "error: " in (tmp_path / ends[0]["name"] / "console.log").read_text() and "error: " in capsys.readouterr().out
+    )
+    assert sweep.main(argv) == 1 and [e["status"] for e in lines(tmp_path) if e["event"] == "end"] == [
+        "failed",
+        "ok",
+        "failed",
+    ]
 
 
 def started(argv: list[str], tmp_path: Path, stub: Path) -> subprocess.Popen:
     """A sweep in a process of its own, in the middle of its first run."""
     env = clean_environ(environment({}, data_path=data()))
     code = f"import sys; from pathlib import Path; from tools import sweep; sweep.script_of = lambda args: Path({str(stub)!r}); sys.exit(sweep.main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, *argv], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         logs = list(tmp_path.glob("*/console.log"))
@@ -123,12 +173,19 @@ def started(argv: list[str], tmp_path: Path, stub: Path) -> subprocess.Popen:
 
 
 def running(pattern: str) -> bool:
-    return any(re.search(pattern.encode(), Path(f"/proc/{pid}/environ").read_bytes()) for pid in os.listdir("/proc") if pid.isdigit() and readable(pid))
+    return any(
+        re.search(pattern.encode(), Path(f"/proc/{pid}/environ").read_bytes())
+        for pid in os.listdir("/proc")
+        if pid.isdigit() and readable(pid)
+    )
 
 
 def readable(pid: str) -> bool:
     try:
-        return bool(Path(f"/proc/{pid}/environ").read_bytes()) and b"train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return (
+            bool(Path(f"/proc/{pid}/environ").read_bytes())
+            and b"train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
     except OSError:
         return False
 
@@ -143,8 +200,12 @@ def test_an_interrupted_sweep_goes_on(how, tmp_path, capsys, stub):
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how], out
     if how == signal.SIGKILL:
         assert [e["event"] for e in lines(tmp_path)] == ["start"]
-        pids = [pid for pid in os.listdir("/proc") if pid.isdigit() and readable(pid) and str(tmp_path).encode() in Path(f"/proc/{pid}/environ").read_bytes()]
-        for pid in pids:                                                # the orphan of this very test
+        pids = [
+            pid
+            for pid in os.listdir("/proc")
+            if pid.isdigit() and readable(pid) and str(tmp_path).encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        ]
+        for pid in pids:  # the orphan of this very test
             os.kill(int(pid), signal.SIGKILL)
     else:
         assert [e.get("status") for e in lines(tmp_path)] == [None, "interrupted"]
@@ -170,7 +231,22 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
 
 def test_an_artifact_is_scored_under_several_settings_and_left_alone(tmp_path, capsys):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in base_run().iterdir())
-    assert sweep.main(["--eval-only", str(base_run()), "--set", "EVAL_STRIDE=16,24", "TTT_ENABLED=0", "--out", str(tmp_path), "--nproc", "1"]) == 0
+    assert (
+        sweep.main(
+            [
+                "--eval-only",
+                str(base_run()),
+                "--set",
+                "EVAL_STRIDE=16,24",
+                "TTT_ENABLED=0",
+                "--out",
+                str(tmp_path),
+                "--nproc",
+                "1",
+            ]
+        )
+        == 0
+    )
     ends = [e for e in lines(tmp_path) if e["event"] == "end"]
     assert [e["settings"]["EVAL_STRIDE"] for e in ends] == ["16", "24"] and ends[0]["val_bpb"] != ends[1]["val_bpb"]
     assert all((tmp_path / e["name"] / "eval_result.json").exists() for e in ends)
@@ -179,7 +255,17 @@ def test_an_artifact_is_scored_under_several_settings_and_left_alone(tmp_path, c
 
 def test_a_real_run(tmp_path, capsys):
     """The script itself, with a recipe under it: its result and its log lie in the folder of the run."""
-    assert sweep.main(["--recipe", "multi_phase_sgd", "--seeds", "7", "--set", *FAST, "--out", str(tmp_path), "--nproc", "1"]) == 0
+    assert (
+        sweep.main(
+            ["--recipe", "multi_phase_sgd", "--seeds", "7", "--set", *FAST, "--out", str(tmp_path), "--nproc", "1"]
+        )
+        == 0
+    )
     end = lines(tmp_path)[-1]
     found = json.loads((tmp_path / end["name"] / "result.json").read_text())
-    assert found["seed"] == 7 and found["settings"]["attn_out_gate_enabled"] and found["val_bpb"] == end["val_bpb"] and end["settings_sha256"] == found["settings_sha256"]
+    assert (
+        found["seed"] == 7
+        and found["settings"]["attn_out_gate_enabled"]
+        and found["val_bpb"] == end["val_bpb"]
+        and end["settings_sha256"] == found["settings_sha256"]
+    )

@@ -1,10 +1,27 @@
 """Training: the stream, the packed batches, accumulation, the schedule, the same result for any number of ranks, and the same bytes from the same settings."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import BOS, CPU, RUN, Silent, base_run, config, data, forked, gpt, main, ranks, result, scratch, spawn, write_shard
+from helpers import (
+    BOS,
+    CPU,
+    RUN,
+    Silent,
+    base_run,
+    config,
+    data,
+    forked,
+    gpt,
+    main,
+    ranks,
+    result,
+    scratch,
+    spawn,
+    write_shard,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +48,7 @@ def real(batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---- the stream ----
+
 
 def test_every_token_once_in_shard_order(tmp_path):
     """Three shards, documents across their joints: the inputs of successive steps are the shards one after the other, and every target follows its input."""
@@ -61,12 +79,18 @@ def test_a_step_reads_the_same_tokens_at_any_world_size(total, micro, world, ste
     alone = s.step(step, 48, 0, 1)
     assert len(dealt) == len(alone) == -(-total // micro)
     for a, b in zip(dealt, alone):
-        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) and torch.equal(a.seq.cu_q, b.seq.cu_q)
+        assert (
+            torch.equal(a.tokens, b.tokens)
+            and torch.equal(a.targets, b.targets)
+            and torch.equal(a.seq.cu_q, b.seq.cu_q)
+        )
     assert sum(int((b.targets >= 0).sum()) for b in alone) == total
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), span=st.integers(1, 30), padding=st.integers(0, 50))
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), span=st.integers(1, 30), padding=st.integers(0, 50)
+)
 def test_packing(lengths, span, padding):
     """Segments are the documents cut every span tokens; positions count from the document's start; padding is segments of its own without targets."""
     documents = [[BOS, *range(100, 99 + n)] for n in lengths]
@@ -101,6 +125,7 @@ def test_prefetch_changes_nothing():
 
 
 # ---- loss and accumulation ----
+
 
 def test_padding_has_no_weight():
     model = gpt()
@@ -160,6 +185,7 @@ def test_validation_batches_cannot_be_trained_on():
 
 # ---- the schedule ----
 
+
 def test_learning_rate():
     """Flat, then linear to the floor: with 0.85 and 0.1 flat until 0.15 and on the floor from 0.915."""
     s = Schedule(config(warmdown_frac=0.85, min_lr=0.1))
@@ -198,8 +224,18 @@ def test_the_run_follows_its_schedule(tmp_path, monkeypatch):
         return loss(model, batch, total, looped)
 
     monkeypatch.setattr(train_gpt, "batch_loss", spy)
-    run = dict(RUN, train_batch_tokens=128, iterations=10, warmup_steps=0, train_seq_schedule="12@0.3,24@0.6,48@1.0", seq_change_warmup_steps=2, enable_looping_at=0.5,
-               warmdown_frac=0.5, min_lr=0.2, data_path=str(data()))
+    run = dict(
+        RUN,
+        train_batch_tokens=128,
+        iterations=10,
+        warmup_steps=0,
+        train_seq_schedule="12@0.3,24@0.6,48@1.0",
+        seq_change_warmup_steps=2,
+        enable_looping_at=0.5,
+        warmdown_frac=0.5,
+        min_lr=0.2,
+        data_path=str(data()),
+    )
     cfg = config(run)
     log, group = Silent(), ranks(cfg)
     trainer = train_gpt.Trainer(gpt(cfg), cfg, group, log, train_gpt.Phases(group, log))
@@ -236,7 +272,15 @@ def test_wallclock_mode_stops_inside_its_budget(monkeypatch):
         return loss(model, batch, total, looped)
 
     monkeypatch.setattr(train_gpt, "batch_loss", slow)
-    cfg = config(RUN, data_path=str(data()), train_batch_tokens=128, iterations=1000, max_wallclock_seconds=3.0, gptq_reserve_seconds=1.0, enable_looping_at=0.5)
+    cfg = config(
+        RUN,
+        data_path=str(data()),
+        train_batch_tokens=128,
+        iterations=1000,
+        max_wallclock_seconds=3.0,
+        gptq_reserve_seconds=1.0,
+        enable_looping_at=0.5,
+    )
     log, group = Silent(), ranks(cfg)
     counts = train_gpt.Trainer(gpt(cfg), cfg, group, log, train_gpt.Phases(group, log)).run()
     assert counts["steps"] in (19, 20) and counts["seconds"] <= 2.0 + 1e-9
@@ -247,7 +291,7 @@ def test_wallclock_mode_stops_inside_its_budget(monkeypatch):
 def test_training_lowers_the_loss():
     curve = result(base_run())["training"]["curve"]
     assert curve[-1][2] < curve[0][2] - 0.5
-    assert abs(curve[0][2] - math.log(320)) < 0.1                       # a fresh model is uniform
+    assert abs(curve[0][2] - math.log(320)) < 0.1  # a fresh model is uniform
 
 
 def test_caps_learn_and_are_stored(tmp_path):
@@ -265,6 +309,7 @@ def test_a_diverging_loss_is_one_line(tmp_path):
 
 
 # ---- worlds and determinism ----
+
 
 def whole_run(rank: int, world: int, folder):
     outcome = main({**RUN, "rank": rank, "local_rank": rank, "world_size": world}, folder / str(world))
@@ -327,7 +372,9 @@ def test_another_seed_gives_another_model(tmp_path):
 
 
 def requantize(rank: int, world: int, folder):
-    outcome = main({**RUN, "quantize_only": True, "rank": rank, "local_rank": rank, "world_size": world}, folder / str(world))
+    outcome = main(
+        {**RUN, "quantize_only": True, "rank": rank, "local_rank": rank, "world_size": world}, folder / str(world)
+    )
     assert outcome.code == 0, outcome.err
 
 

@@ -1,4 +1,5 @@
 """Test-time training: the score of a token depends on earlier segments and its own prefix, whatever the batch, the ranks and the later tokens; and it learns what it says."""
+
 import dataclasses
 import math
 import shutil
@@ -6,20 +7,62 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import BOS, RUN, TINY, Silent, Stream, config, data, forked, main, network, random_documents, ranks, result, scratch, spawn
+from helpers import (
+    BOS,
+    RUN,
+    TINY,
+    Silent,
+    Stream,
+    config,
+    data,
+    forked,
+    main,
+    network,
+    random_documents,
+    ranks,
+    result,
+    scratch,
+    spawn,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import ADAPTER_KINDS, Cache, DocumentTTT, Ledger, Seq, TestTimeTraining, Verdicts, chunk_ends, new_lora, plan_segments
+from train_gpt import (
+    ADAPTER_KINDS,
+    Cache,
+    DocumentTTT,
+    Ledger,
+    Seq,
+    TestTimeTraining,
+    Verdicts,
+    chunk_ends,
+    new_lora,
+    plan_segments,
+)
 
-TestTimeTraining.__test__ = False                                       # not a test class, whatever its name begins with
+TestTimeTraining.__test__ = False  # not a test class, whatever its name begins with
 
 # Adaptation that is far above float noise; no phases unless a test asks for them.
-TTT = dict(TINY, ttt_eval_seq_len=128, ttt_chunks="4,4,8,16", ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.01, ttt_batch_size=4, phased_ttt_num_phases=0,
-           ttt_backprop_tokens=0, global_ttt_chunk_tokens=24, global_ttt_lr=0.01)
-MODES = {"cached": dict(ttt_backprop_tokens=0), "partial": dict(ttt_backprop_tokens=6), "exact": dict(ttt_backprop_tokens=10 ** 6)}
-LENGTHS = [9, 40, 1, 30, 75, 2, 33, 1, 20]                              # the last document's last token is no input
+TTT = dict(
+    TINY,
+    ttt_eval_seq_len=128,
+    ttt_chunks="4,4,8,16",
+    ttt_lora_rank=4,
+    ttt_lora_alpha=8.0,
+    ttt_lora_lr=0.01,
+    ttt_batch_size=4,
+    phased_ttt_num_phases=0,
+    ttt_backprop_tokens=0,
+    global_ttt_chunk_tokens=24,
+    global_ttt_lr=0.01,
+)
+MODES = {
+    "cached": dict(ttt_backprop_tokens=0),
+    "partial": dict(ttt_backprop_tokens=6),
+    "exact": dict(ttt_backprop_tokens=10**6),
+}
+LENGTHS = [9, 40, 1, 30, 75, 2, 33, 1, 20]  # the last document's last token is no input
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
@@ -42,6 +85,7 @@ def largest(a, b) -> float:
 
 # ---- slow references ----
 
+
 def alone(tokens: torch.Tensor, position: int = 0) -> Seq:
     cu = torch.tensor([0, len(tokens)], dtype=torch.int32)
     return Seq(cu, cu, len(tokens), len(tokens), torch.arange(position, position + len(tokens), dtype=torch.int32))
@@ -58,7 +102,7 @@ def chunks_of(length: int, sizes: list[int]):
 def document(stream: Stream, i: int) -> torch.Tensor:
     """Its tokens and one more, its last target."""
     span = stream.of(i)
-    return torch.from_numpy(stream.tokens[span.start:span.stop + 1].astype(np.int64))
+    return torch.from_numpy(stream.tokens[span.start : span.stop + 1].astype(np.int64))
 
 
 @torch.no_grad()
@@ -68,7 +112,7 @@ def plain_windows(model, tokens: torch.Tensor, cfg) -> np.ndarray:
     for begin, end in chunks_of(length, [int(s) for s in cfg.ttt_chunks.split(",")]):
         low, stop = max(0, end - cfg.ttt_eval_seq_len), min(end, length)
         hidden = model.trunk(tokens[low:stop], alone(tokens[low:stop]), looped=True)
-        nats.append(model.nll(hidden[begin - low:], tokens[begin + 1:stop + 1]))
+        nats.append(model.nll(hidden[begin - low :], tokens[begin + 1 : stop + 1]))
     return torch.cat(nats).double().numpy() if nats else np.empty(0)
 
 
@@ -78,8 +122,14 @@ class PlainAdapters:
     def __init__(self, model, cfg, masked=()):
         start = new_lora(model, 1, frozenset(masked), cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
         self.widths, self.scale = start.widths, cfg.ttt_lora_alpha / cfg.ttt_lora_rank
-        self.a, self.b = ({(kind, visit): t[0].T.detach().clone().requires_grad_() for kind, visits in part.items() for visit, t in enumerate(visits)}
-                          for part in (start.a, start.b))
+        self.a, self.b = (
+            {
+                (kind, visit): t[0].T.detach().clone().requires_grad_()
+                for kind, visits in part.items()
+                for visit, t in enumerate(visits)
+            }
+            for part in (start.a, start.b)
+        )
         self.leaves = [*self.a.values(), *self.b.values()]
         self.squares = [torch.zeros_like(p) for p in self.leaves]
         self.steps = 0
@@ -89,14 +139,15 @@ class PlainAdapters:
             if (kind, visit) not in self.a:
                 return torch.zeros(len(x), self.widths[kind])
             return (self.scale * self.b[kind, visit] @ self.a[kind, visit] @ x.T).T
+
         return lambda x: torch.cat([delta(k, x) for k in (("q", "k", "v") if kind == "qkv" else (kind,))], 1)
 
     def step(self, loss, cfg):
         """AdamW with beta1 = 0, written out."""
         self.steps += 1
         for p, v, g in zip(self.leaves, self.squares, torch.autograd.grad(loss, self.leaves)):
-            v[...] = cfg.ttt_beta2 * v + (1 - cfg.ttt_beta2) * g ** 2
-            root = torch.sqrt(v / (1 - cfg.ttt_beta2 ** self.steps))
+            v[...] = cfg.ttt_beta2 * v + (1 - cfg.ttt_beta2) * g**2
+            root = torch.sqrt(v / (1 - cfg.ttt_beta2**self.steps))
             lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
             with torch.no_grad():
                 p -= lr * cfg.ttt_weight_decay * p + lr * g / (root + 1e-10)
@@ -109,25 +160,40 @@ def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
     adapters, nats = PlainAdapters(model, cfg, cfg.ttt_mask.split(",")), np.empty(0)
     keys = values = torch.zeros(len(model.schedules[True]), 1, 0, cfg.num_kv_heads, model.head_dim)
     for begin, end in chunks_of(length, [int(s) for s in cfg.ttt_chunks.split(",")]):
-        stop, low = min(end, length), max(0, end - context)             # the window, its first position
-        again = max(low, begin - cfg.ttt_backprop_tokens)               # first position that is run
+        stop, low = min(end, length), max(0, end - context)  # the window, its first position
+        again = max(low, begin - cfg.ttt_backprop_tokens)  # first position that is run
         for step in range(cfg.ttt_grad_steps + 1):
             n = stop - again
-            seq = Seq(torch.tensor([0, n], dtype=torch.int32), torch.tensor([0, stop - low], dtype=torch.int32), n, stop - low, torch.arange(again, stop, dtype=torch.int32))
+            seq = Seq(
+                torch.tensor([0, n], dtype=torch.int32),
+                torch.tensor([0, stop - low], dtype=torch.int32),
+                n,
+                stop - low,
+                torch.arange(again, stop, dtype=torch.int32),
+            )
             last = tokens[again - 1 if again else 0][None]
-            hidden, new = model.trunk(tokens[again:stop], seq, looped=True, lora=adapters, cache=Cache(keys[:, :, low:again], values[:, :, low:again], last))
-            scores = model.nll(hidden[begin - again:], tokens[begin + 1:stop + 1], lora=adapters)
+            hidden, new = model.trunk(
+                tokens[again:stop],
+                seq,
+                looped=True,
+                lora=adapters,
+                cache=Cache(keys[:, :, low:again], values[:, :, low:again], last),
+            )
+            scores = model.nll(hidden[begin - again :], tokens[begin + 1 : stop + 1], lora=adapters)
             if step == 0:
                 nats = np.append(nats, scores.detach().double().numpy())
                 fresh = new
             if end >= length or step == cfg.ttt_grad_steps:
                 break
             adapters.step(scores.mean(), cfg)
-        keys, values = (torch.cat((old[:, :, :again], t.detach()), 2) for old, t in ((keys, fresh.keys), (values, fresh.values)))
+        keys, values = (
+            torch.cat((old[:, :, :again], t.detach()), 2) for old, t in ((keys, fresh.keys), (values, fresh.values))
+        )
     return nats
 
 
 # ---- without learning: the base model ----
+
 
 @pytest.mark.parametrize("batch_size", (1, 4))
 @every_mode
@@ -180,6 +246,7 @@ def test_cached_windows_are_as_long_as_the_context(monkeypatch):
 
 # ---- adapters ----
 
+
 @torch.no_grad()
 def random_lora(model, documents: int):
     lora = new_lora(model, documents, frozenset(), 3, 6.0, seed=0)
@@ -193,7 +260,10 @@ class Merged(train_gpt.GPT):
 
     def set(self, source, lora, row: int):
         self.load_state_dict(source.state_dict())
-        self.extra = {kind: torch.stack([lora.scale * b[row].T @ a[row].T for a, b in zip(lora.a[kind], lora.b[kind])]) for kind in ADAPTER_KINDS}      # (visits, out, in)
+        self.extra = {
+            kind: torch.stack([lora.scale * b[row].T @ a[row].T for a, b in zip(lora.a[kind], lora.b[kind])])
+            for kind in ADAPTER_KINDS
+        }  # (visits, out, in)
         self.qkv += torch.cat([self.extra[kind] for kind in ("q", "k", "v")], 1)
 
     def attn(self, n, site):
@@ -213,14 +283,21 @@ def test_adapters_sit_on_the_projections_and_beside_the_sublayers():
     tokens = torch.from_numpy(np.concatenate(random_documents([n] * 3)))
     cu = torch.arange(0, 3 * n + 1, n, dtype=torch.int32)
     targets = tokens.flip(0)
-    found = model.nll(model.trunk(tokens, Seq(cu, cu, n, n, torch.arange(n, dtype=torch.int32).repeat(3)), looped=False, lora=lora), targets, lora=lora)
+    found = model.nll(
+        model.trunk(tokens, Seq(cu, cu, n, n, torch.arange(n, dtype=torch.int32).repeat(3)), looped=False, lora=lora),
+        targets,
+        lora=lora,
+    )
     for row in range(3):
         merged.set(model, lora, row)
         span = slice(row * n, row * n + n)
         hidden = merged.trunk(tokens[span], alone(tokens[span]), looped=False)
-        merged.tok_emb += merged.extra["head"][0]                       # of the head alone: the trunk has read its embedding
+        merged.tok_emb += merged.extra["head"][0]  # of the head alone: the trunk has read its embedding
         assert largest(found[span], merged.nll(hidden, targets[span])) < 1e-4
-        assert largest(found[span], model.nll(model.trunk(tokens[span], alone(tokens[span]), looped=False), targets[span])) > 0.1
+        assert (
+            largest(found[span], model.nll(model.trunk(tokens[span], alone(tokens[span]), looped=False), targets[span]))
+            > 0.1
+        )
 
 
 def test_adapters_begin_equal_for_every_document():
@@ -240,9 +317,15 @@ def test_adapters_begin_equal_for_every_document():
 
 # ---- one document, learning ----
 
-LEARNING = {"exact": MODES["exact"], "exact, two steps": dict(ttt_backprop_tokens=128, ttt_grad_steps=2), "exact, short context": dict(ttt_backprop_tokens=24, ttt_eval_seq_len=24),
-            "cached": MODES["cached"], "cached, short context, two steps": dict(ttt_backprop_tokens=0, ttt_eval_seq_len=24, ttt_grad_steps=2),
-            "partial, short context": dict(ttt_eval_seq_len=24, ttt_backprop_tokens=5), "partial, two steps, masked": dict(ttt_backprop_tokens=5, ttt_grad_steps=2, ttt_mask="k,o")}
+LEARNING = {
+    "exact": MODES["exact"],
+    "exact, two steps": dict(ttt_backprop_tokens=128, ttt_grad_steps=2),
+    "exact, short context": dict(ttt_backprop_tokens=24, ttt_eval_seq_len=24),
+    "cached": MODES["cached"],
+    "cached, short context, two steps": dict(ttt_backprop_tokens=0, ttt_eval_seq_len=24, ttt_grad_steps=2),
+    "partial, short context": dict(ttt_eval_seq_len=24, ttt_backprop_tokens=5),
+    "partial, two steps, masked": dict(ttt_backprop_tokens=5, ttt_grad_steps=2, ttt_mask="k,o"),
+}
 
 
 @pytest.mark.parametrize("how", LEARNING)
@@ -288,7 +371,15 @@ def test_the_order_in_a_batch_changes_float_noise_only():
 
 
 # Three pieces in every SGD step, and no clipping to hide a wrong scale.
-SHARED = dict(PHASES, ttt_batch_size=2, ttt_eval_seq_len=16, ttt_chunks="4,4,8", global_ttt_chunk_tokens=40, global_ttt_grad_clip=1e9, global_ttt_lr=0.001)
+SHARED = dict(
+    PHASES,
+    ttt_batch_size=2,
+    ttt_eval_seq_len=16,
+    ttt_chunks="4,4,8",
+    global_ttt_chunk_tokens=40,
+    global_ttt_grad_clip=1e9,
+    global_ttt_lr=0.001,
+)
 
 
 def adapt_on(rank: int, world: int, folder):
@@ -296,7 +387,11 @@ def adapt_on(rank: int, world: int, folder):
     group, model, stream = train_gpt.Ranks(cfg), network(cfg), Stream(random_documents(LENGTHS))
     ledger = stream.ledger()
     TestTimeTraining(model, cfg, group, Silent(), stream, ledger).score()
-    np.savez(folder / f"{world}_{rank}", nats=ledger.nats, weights=torch.cat([p.flatten() for p in model.parameters()]).numpy())
+    np.savez(
+        folder / f"{world}_{rank}",
+        nats=ledger.nats,
+        weights=torch.cat([p.flatten() for p in model.parameters()]).numpy(),
+    )
     group.close()
 
 
@@ -306,7 +401,9 @@ def test_ranks_change_float_noise_only(tmp_path):
         forked(adapt_on, world, tmp_path)
     one = np.load(tmp_path / "1_0.npz")
     assert np.array_equal(one["nats"], adapt(random_documents(LENGTHS), ttt_config(SHARED)))
-    assert largest(one["nats"], adapt(random_documents(LENGTHS), ttt_config(SHARED, phased_ttt_num_phases=0))) > 1e-3      # the phases were not in vain
+    assert (
+        largest(one["nats"], adapt(random_documents(LENGTHS), ttt_config(SHARED, phased_ttt_num_phases=0))) > 1e-3
+    )  # the phases were not in vain
     for world in (2, 3):
         first, *rest = (np.load(tmp_path / f"{world}_{rank}.npz") for rank in range(world))
         assert largest(one["nats"], first["nats"]) < 1e-5 and largest(one["weights"], first["weights"]) < 1e-5
@@ -315,7 +412,12 @@ def test_ranks_change_float_noise_only(tmp_path):
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=30), size=st.integers(1, 8), world=st.integers(1, 4), first=st.integers(0, 5))
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=30),
+    size=st.integers(1, 8),
+    world=st.integers(1, 4),
+    first=st.integers(0, 5),
+)
 def test_every_document_of_a_segment_is_dealt_once(lengths, size, world, first):
     dealt = train_gpt.deal_batches(np.array(lengths), first, ttt_config(ttt_batch_size=size), world)
     assert len(dealt) == world and all(0 < len(batch) <= size for mine in dealt for batch in mine)
@@ -324,22 +426,26 @@ def test_every_document_of_a_segment_is_dealt_once(lengths, size, world, first):
 
 # ---- causality ----
 
+
 def other_values(documents, i: int, at: int):
     """The documents with other values from token ``at`` of document i on; every length kept."""
     changed = [d.copy() for d in documents]
-    changed[i][at:] = (changed[i][at:] - 2 + 100) % 318 + 2             # 2..319: never BOS
+    changed[i][at:] = (changed[i][at:] - 2 + 100) % 318 + 2  # 2..319: never BOS
     return changed
 
 
 @every_mode
 def test_later_tokens_change_no_earlier_score(mode):
     """To the bit: neither the document's earlier targets, nor those of any other document of its segment or of earlier ones."""
-    cfg, documents = ttt_config(PHASES, phased_ttt_num_phases=1, phased_ttt_prefix_docs=3, segment_docs=100, **MODES[mode]), random_documents(LENGTHS)
+    cfg, documents = (
+        ttt_config(PHASES, phased_ttt_num_phases=1, phased_ttt_prefix_docs=3, segment_docs=100, **MODES[mode]),
+        random_documents(LENGTHS),
+    )
     before = adapt(documents, cfg)
     for i, at in ((4, 33), (4, 1), (4, 74), (6, 17)):
         span, after = Stream(documents).of(i), adapt(other_values(documents, i, at), cfg)
         touched = np.zeros(len(before), bool)
-        touched[span.start + at - 1:span.stop] = True
+        touched[span.start + at - 1 : span.stop] = True
         assert (before != after)[touched].mean() > 0.9 and np.array_equal(before[~touched], after[~touched]), (i, at)
 
 
@@ -350,7 +456,14 @@ def test_scored_segments_teach_the_base_weights(mode):
     poisoned = other_values(documents, 1, 5)
     end = sum(LENGTHS[:3])
     for phases, warm in ((1, 0.0), (0, 1.0), (0, 0.0)):
-        cfg = ttt_config(PHASES, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=3, segment_docs=3, ttt_warm_start=warm, **MODES[mode])
+        cfg = ttt_config(
+            PHASES,
+            phased_ttt_num_phases=phases,
+            phased_ttt_prefix_docs=3,
+            segment_docs=3,
+            ttt_warm_start=warm,
+            **MODES[mode],
+        )
         before, after = adapt(documents, cfg), adapt(poisoned, cfg)
         own = np.zeros(len(before), bool)
         own[Stream(documents).of(1)] = True
@@ -368,26 +481,32 @@ def test_lengths_change_float_noise_only(mode):
     found, less = adapt(shorter, cfg), Stream(shorter)
     pairs = [(i, i) for i in range(6)] + [(7, 6), (8, 7)]
     for a, b in pairs:
-        n = 49 if a == 4 else stream.of(a).stop - stream.of(a).start    # token 50 was a word and is BOS now
+        n = 49 if a == 4 else stream.of(a).stop - stream.of(a).start  # token 50 was a word and is BOS now
         assert largest(whole[stream.of(a)][:n], found[less.of(b)][:n]) < 1e-5
 
 
 # ---- plans ----
+
 
 def check_chunks(sizes, lengths):
     cfg = ttt_config(ttt_chunks=",".join(map(str, sizes)))
     found = [chunk_ends(longest, cfg) for longest in sorted(lengths)]
     for longest, ends in zip(sorted(lengths), found):
         assert all(type(e) is int for e in ends)
-        endless = [*sizes, *[sizes[-1]] * len(ends)][:len(ends)]
-        assert np.diff([0, *ends]).tolist() == endless                  # contiguous from 0, the sizes in order: no position twice or left out
+        endless = [*sizes, *[sizes[-1]] * len(ends)][: len(ends)]
+        assert (
+            np.diff([0, *ends]).tolist() == endless
+        )  # contiguous from 0, the sizes in order: no position twice or left out
         assert longest == 0 or (ends and ends[-1] >= longest)
     for a, b in zip(found, found[1:]):
-        assert b[:len(a)] == a                                          # a longer document begins with the same chunks
+        assert b[: len(a)] == a  # a longer document begins with the same chunks
 
 
 @settings(max_examples=300, deadline=None)
-@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=5), lengths=st.lists(st.integers(0, 120), min_size=2, max_size=4))
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(0, 120), min_size=2, max_size=4),
+)
 def test_chunks_depend_on_position_only(sizes, lengths):
     check_chunks(sizes, lengths)
 
@@ -401,8 +520,12 @@ def test_no_chunk_begins_past_the_longest_document():
 @given(documents=st.integers(1, 60), size=st.integers(1, 70), phases=st.integers(0, 4), prefix=st.integers(0, 70))
 def test_segments(documents, size, phases, prefix):
     """All documents once, in order; a border at every phase and every SEGMENT_DOCS, nowhere else; learning follows the phases only, each before the last document."""
-    segments = plan_segments(documents, ttt_config(segment_docs=size, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=prefix))
-    assert [i for s in segments for i in range(s.first, s.last)] == list(range(documents)) and all(s.first < s.last for s in segments)
+    segments = plan_segments(
+        documents, ttt_config(segment_docs=size, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=prefix)
+    )
+    assert [i for s in segments for i in range(s.first, s.last)] == list(range(documents)) and all(
+        s.first < s.last for s in segments
+    )
     ends, learns = {s.last for s in segments}, {s.last for s in segments if s.phase_ends}
     share = min(prefix, documents - 1)
     assert learns == {share * p // phases for p in range(1, phases + 1)} - {0} if phases else not learns
@@ -416,6 +539,7 @@ def test_a_chunk_fits_the_context():
 
 # ---- probabilities ----
 
+
 @pytest.mark.parametrize("base", (TTT, PHASES), ids=("adapted", "with phases"))
 @every_mode
 def test_probabilities_sum_to_one(mode, base):
@@ -427,17 +551,20 @@ def test_probabilities_sum_to_one(mode, base):
         prefix = random_documents([length], vocab, seed=length)[0]
         ends[length] = len(documents) + np.arange(vocab)
         documents += [prefix, *(np.append(prefix, token) for token in range(vocab) if token != BOS)]
-    cfg = ttt_config(base, vocab_size=vocab, segment_docs=100, phased_ttt_prefix_docs=2, ttt_batch_size=7, **MODES[mode])
+    cfg = ttt_config(
+        base, vocab_size=vocab, segment_docs=100, phased_ttt_prefix_docs=2, ttt_batch_size=7, **MODES[mode]
+    )
     stream, found = Stream(documents), {}
     for steps in (0, 1):
         nats = adapt(documents, dataclasses.replace(cfg, ttt_grad_steps=steps))
         found[steps] = {length: np.exp(-nats[stream.starts[which] + length - 1]) for length, which in ends.items()}
     for length in ends:
         assert found[1][length].sum() == pytest.approx(1, abs=1e-5) and found[1][length].min() > 0
-        assert largest(found[0][length], found[1][length]) > 1e-3       # the updates were not in vain
+        assert largest(found[0][length], found[1][length]) > 1e-3  # the updates were not in vain
 
 
 # ---- global SGD ----
+
 
 def slow_sgd(model, stream, end: int, cfg):
     """Momentum SGD over whole chunks of targets 0..end; pieces of TTT_EVAL_SEQ_LEN, cut again at every BOS, one forward each."""
@@ -446,11 +573,20 @@ def slow_sgd(model, stream, end: int, cfg):
     steps = [i * chunk for _ in range(cfg.global_ttt_epochs) for i in range(end // chunk)]
     for step, begin in enumerate(steps):
         loss = 0.0
-        cuts = sorted({*range(begin, begin + chunk, cfg.ttt_eval_seq_len), *(s for s in stream.starts.tolist() if begin < s < begin + chunk), begin + chunk})
+        cuts = sorted(
+            {
+                *range(begin, begin + chunk, cfg.ttt_eval_seq_len),
+                *(s for s in stream.starts.tolist() if begin < s < begin + chunk),
+                begin + chunk,
+            }
+        )
         for lo, hi in zip(cuts, cuts[1:]):
-            tokens = torch.from_numpy(stream.tokens[lo:hi + 1].astype(np.int64))
+            tokens = torch.from_numpy(stream.tokens[lo : hi + 1].astype(np.int64))
             loss = loss + model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).sum() / chunk
-        grads = [g if g is not None else torch.zeros_like(p) for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))]
+        grads = [
+            g if g is not None else torch.zeros_like(p)
+            for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))
+        ]
         norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads))
         lr = cfg.global_ttt_lr * (1 + math.cos(math.pi * step / len(steps))) / 2
         with torch.no_grad():
@@ -459,8 +595,16 @@ def slow_sgd(model, stream, end: int, cfg):
                 p -= lr * v
 
 
-@pytest.mark.parametrize("overrides", (dict(), dict(global_ttt_epochs=2, global_ttt_grad_clip=1e9), dict(global_ttt_momentum=0.0),
-                                       dict(asym_logit_rescale=True, logit_softcap=3.0)), ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    (
+        dict(),
+        dict(global_ttt_epochs=2, global_ttt_grad_clip=1e9),
+        dict(global_ttt_momentum=0.0),
+        dict(asym_logit_rescale=True, logit_softcap=3.0),
+    ),
+    ids=str,
+)
 def test_base_weights_learn_by_sgd(overrides):
     """Five chunks of three pieces each, documents kept apart; every parameter that reaches the loss moves."""
     cfg = ttt_config(ttt_eval_seq_len=16, ttt_chunks="4,8", global_ttt_chunk_tokens=40, **overrides)
@@ -480,7 +624,9 @@ def test_phases_learn_from_the_scored_prefix():
     cfg = ttt_config(PHASES, phased_ttt_num_phases=3, phased_ttt_prefix_docs=6)
     stream, model = Stream(random_documents(LENGTHS)), network(cfg)
     learner, seen = TestTimeTraining(model, cfg, ranks(cfg), Silent(), stream, stream.ledger()), []
-    learner.global_sgd = lambda end: seen.append((end, int(learner.ledger.scored.sum()), any(p.requires_grad for p in model.parameters())))
+    learner.global_sgd = lambda end: seen.append(
+        (end, int(learner.ledger.scored.sum()), any(p.requires_grad for p in model.parameters()))
+    )
     before = {n: t.clone() for n, t in model.state_dict().items()}
     learner.score()
     assert seen == [(sum(LENGTHS[:n]), sum(LENGTHS[:n]), False) for n in (2, 4, 6)]
@@ -489,8 +635,18 @@ def test_phases_learn_from_the_scored_prefix():
 
 # ---- full-parameter SGD, chunk after chunk ----
 
-SGD = dict(TTT, ttt_method="sgd", eval_seq_len=64, val_batch_tokens=128, eval_stride=24, ttt_eval_seq_len=16, ttt_chunks="4,8", global_ttt_chunk_tokens=45, global_ttt_epochs=3,
-           global_ttt_lr=0.05)
+SGD = dict(
+    TTT,
+    ttt_method="sgd",
+    eval_seq_len=64,
+    val_batch_tokens=128,
+    eval_stride=24,
+    ttt_eval_seq_len=16,
+    ttt_chunks="4,8",
+    global_ttt_chunk_tokens=45,
+    global_ttt_epochs=3,
+    global_ttt_lr=0.05,
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -498,28 +654,42 @@ SGD = dict(TTT, ttt_method="sgd", eval_seq_len=64, val_batch_tokens=128, eval_st
 def test_chunks_are_whole_documents(lengths, tokens):
     """In order, all of them; a chunk ends with the document that fills it; only the last is not learnt from."""
     chunks = train_gpt.plan_chunks(np.array(lengths), ttt_config(global_ttt_chunk_tokens=tokens))
-    assert [i for s in chunks for i in range(s.first, s.last)] == list(range(len(lengths))) and [s.phase_ends for s in chunks] == [True] * (len(chunks) - 1) + [False]
-    assert all(sum(lengths[s.first:s.last]) >= tokens > sum(lengths[s.first:s.last - 1]) for s in chunks[:-1])
+    assert [i for s in chunks for i in range(s.first, s.last)] == list(range(len(lengths))) and [
+        s.phase_ends for s in chunks
+    ] == [True] * (len(chunks) - 1) + [False]
+    assert all(sum(lengths[s.first : s.last]) >= tokens > sum(lengths[s.first : s.last - 1]) for s in chunks[:-1])
 
 
 def slow_chunks(stream, cfg) -> np.ndarray:
     """Score the documents of a chunk window by window with the weights so far, then take GLOBAL_TTT_EPOCHS passes of SGD over its targets; the last chunk is only scored."""
     model, nats = network(cfg), np.full(stream.targets, np.nan)
-    parameters, lengths = list(model.parameters()), [stream.of(i).stop - stream.of(i).start for i in range(len(stream.starts))]
+    parameters, lengths = (
+        list(model.parameters()),
+        [stream.of(i).stop - stream.of(i).start for i in range(len(stream.starts))],
+    )
     velocity, chunks = [torch.zeros_like(p) for p in parameters], train_gpt.plan_chunks(np.array(lengths), cfg)
     for number, chunk in enumerate(chunks):
         begin, end = stream.of(chunk.first).start, stream.of(chunk.last - 1).stop
         with torch.no_grad():
-            for low, first, stop in train_gpt.plan_windows(stream.starts[chunk.first:chunk.last], end, cfg.eval_seq_len, cfg.eval_stride).tolist():
-                tokens = torch.from_numpy(stream.tokens[low:stop + 1].astype(np.int64))
-                nats[first:stop] = model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True)[first - low:], tokens[1 + first - low:])
+            for low, first, stop in train_gpt.plan_windows(
+                stream.starts[chunk.first : chunk.last], end, cfg.eval_seq_len, cfg.eval_stride
+            ).tolist():
+                tokens = torch.from_numpy(stream.tokens[low : stop + 1].astype(np.int64))
+                nats[first:stop] = model.nll(
+                    model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True)[first - low :], tokens[1 + first - low :]
+                )
         steps = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1) if chunk.phase_ends else 0
         edges = [int(begin + (end - begin) * i / steps) for i in range(steps + 1)] if steps else []
         for lo, hi in list(zip(edges, edges[1:])) * cfg.global_ttt_epochs:
-            cuts, loss = sorted({*range(lo, hi, cfg.ttt_eval_seq_len), *(s for s in stream.starts.tolist() if lo < s < hi), hi}), 0.0
+            cuts, loss = (
+                sorted({*range(lo, hi, cfg.ttt_eval_seq_len), *(s for s in stream.starts.tolist() if lo < s < hi), hi}),
+                0.0,
+            )
             for a, b in zip(cuts, cuts[1:]):
-                tokens = torch.from_numpy(stream.tokens[a:b + 1].astype(np.int64))
-                loss = loss + model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).sum() / (hi - lo)
+                tokens = torch.from_numpy(stream.tokens[a : b + 1].astype(np.int64))
+                loss = loss + model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).sum() / (
+                    hi - lo
+                )
             grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
             norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads))
             with torch.no_grad():
@@ -529,7 +699,7 @@ def slow_chunks(stream, cfg) -> np.ndarray:
     return nats
 
 
-SGD_LENGTHS = [30, 9, 40, 1, 130, 60, 2, 33, 1, 20]                     # chunks of [3, 2, 1, 4] documents, the second of two steps
+SGD_LENGTHS = [30, 9, 40, 1, 130, 60, 2, 33, 1, 20]  # chunks of [3, 2, 1, 4] documents, the second of two steps
 
 
 def test_chunks_are_scored_and_then_learnt_from():
@@ -547,7 +717,10 @@ def test_sgd_lets_no_later_token_change_an_earlier_score():
     cfg, documents = ttt_config(SGD), random_documents(SGD_LENGTHS)
     stream, changed = Stream(documents), other_values(documents, 4, 70)
     before, after = adapt(documents, cfg), adapt(changed, cfg)
-    assert np.array_equal(before[:stream.starts[4] + 69], after[:stream.starts[4] + 69]) and (before[stream.starts[5]:] != after[stream.starts[5]:]).all()
+    assert (
+        np.array_equal(before[: stream.starts[4] + 69], after[: stream.starts[4] + 69])
+        and (before[stream.starts[5] :] != after[stream.starts[5] :]).all()
+    )
 
 
 def sgd_on(rank: int, world: int, folder):
@@ -572,6 +745,7 @@ def test_sgd_that_runs_ahead_aborts(monkeypatch):
 
 
 # ---- the ledger ----
+
 
 def failing(cfg, match: str):
     """A pass over the usual documents that must abort; its verdicts."""
@@ -600,6 +774,7 @@ def test_a_batch_lost_or_dealt_twice_aborts(monkeypatch, copies, match):
     def wrong(*arguments):
         dealt = honest(*arguments)
         return [[*dealt[0][1:], *dealt[0][:1] * copies], *dealt[1:]]
+
     monkeypatch.setattr(train_gpt, "deal_batches", wrong)
     failing(ttt_config(), match)
 
@@ -608,7 +783,11 @@ class TwoRanks(train_gpt.Ranks):
     """all_reduce_ with what another rank has scored since the last merge, without a process group."""
 
     def __init__(self, *entries):
-        self.rank, self.world, self.entries = 0, 2, iter([e for nats in entries for e in (~np.isnan(nats), np.nan_to_num(nats))])
+        self.rank, self.world, self.entries = (
+            0,
+            2,
+            iter([e for nats in entries for e in (~np.isnan(nats), np.nan_to_num(nats))]),
+        )
 
     def all_reduce_(self, t):
         return t.add_(torch.from_numpy(next(self.entries).astype(t.numpy().dtype)))
@@ -629,12 +808,13 @@ def test_ledgers_merge_segment_by_segment():
     again.write(np.array([0]), np.array([0.5]))
     again.merge(group)
     with pytest.raises(RuntimeError, match="twice"):
-        again.write(np.array([1]), np.ones(1))                          # scored by the other rank
+        again.write(np.array([1]), np.ones(1))  # scored by the other rank
     with pytest.raises(RuntimeError, match="same target"):
-        again.merge(group)                                              # the other rank scores what this one has already merged
+        again.merge(group)  # the other rank scores what this one has already merged
 
 
 # ---- masks ----
+
 
 def leaves_after(cfg):
     stream = Stream(random_documents([40, 30]))
@@ -650,7 +830,9 @@ def test_each_kind_learns_alone_at_every_visit(kind):
     lora = leaves_after(cfg)
     assert set(lora.a) == set(lora.b) == {kind}
     start = new_lora(network(cfg), 2, frozenset(), cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
-    shrunk = (1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay) ** 4          # what A would be times with no gradient: 4 updates in 40 positions
+    shrunk = (
+        1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay
+    ) ** 4  # what A would be times with no gradient: 4 updates in 40 positions
     for a, b, first in zip(lora.a[kind], lora.b[kind], start.a[kind]):
         assert b.flatten(1).any(1).all() and ((a - shrunk * first).abs().flatten(1).amax(1) > 1e-3).all()
     documents = random_documents([40, 30])
@@ -662,7 +844,9 @@ def test_each_kind_learns_alone_at_every_visit(kind):
 def test_a_masked_kind_is_gone(kind):
     """As if its B had stayed zero: every other kind learns on, and scores differ from those with all kinds on."""
     masked, every = ttt_config(ttt_mask=kind), ttt_config()
-    assert set(leaves_after(masked).a) == set(ADAPTER_KINDS) - {kind} and set(leaves_after(every).a) == set(ADAPTER_KINDS)
+    assert set(leaves_after(masked).a) == set(ADAPTER_KINDS) - {kind} and set(leaves_after(every).a) == set(
+        ADAPTER_KINDS
+    )
     documents = random_documents([40, 30])
     found = adapt(documents, masked)
     assert largest(found, adapt(documents, every)) > 1e-4
@@ -687,17 +871,33 @@ def test_every_kind_masked_is_the_base_model():
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4), back=st.integers(0, 400),
-       context=st.integers(20, 200), rows=st.integers(1, 64), exact=st.booleans())
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20),
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    back=st.integers(0, 400),
+    context=st.integers(20, 200),
+    rows=st.integers(1, 64),
+    exact=st.booleans(),
+)
 def test_lockstep_covers_every_position_within_the_context(lengths, sizes, back, context, rows, exact):
-    cfg = ttt_config(ttt_chunks=",".join(map(str, sizes)), ttt_backprop_tokens=back, ttt_eval_seq_len=context, ttt_batch_size=max(rows, len(lengths)))
+    cfg = ttt_config(
+        ttt_chunks=",".join(map(str, sizes)),
+        ttt_backprop_tokens=back,
+        ttt_eval_seq_len=context,
+        ttt_batch_size=max(rows, len(lengths)),
+    )
     lengths, at = np.sort(lengths)[::-1], 0
     for begin, end, shape in train_gpt.lockstep(lengths, cfg, exact):
         assert begin == at and end - begin == shape.count
         assert (lengths > begin).sum() <= shape.rows <= cfg.ttt_batch_size
-        reach = min(begin, context - shape.count)                       # what the window holds before the chunk
+        reach = min(begin, context - shape.count)  # what the window holds before the chunk
         run = min(reach, back)
-        assert shape.back >= run and shape.back <= max(context - shape.count, 0) and shape.older + shape.back >= reach and shape.older + shape.back + shape.count <= context
+        assert (
+            shape.back >= run
+            and shape.back <= max(context - shape.count, 0)
+            and shape.older + shape.back >= reach
+            and shape.older + shape.back + shape.count <= context
+        )
         if exact:
             assert (shape.rows, shape.back, shape.older) == ((lengths > begin).sum(), run, reach - run)
         at = end
@@ -708,13 +908,17 @@ def test_lockstep_covers_every_position_within_the_context(lengths, sizes, back,
 @pytest.mark.parametrize("phases", (0, 2))
 def test_the_shapes_of_a_gpu_give_the_same_scores(monkeypatch, mode, phases):
     """Rows, keys and rerun tokens rounded up to powers of two, as CUDA graphs need it: what is added is never seen."""
-    documents, cfg = random_documents(LENGTHS), ttt_config(PHASES, phased_ttt_num_phases=phases, ttt_batch_size=8, ttt_weight_decay=0.5, **MODES[mode])
+    documents, cfg = (
+        random_documents(LENGTHS),
+        ttt_config(PHASES, phased_ttt_num_phases=phases, ttt_batch_size=8, ttt_weight_decay=0.5, **MODES[mode]),
+    )
     plain, lockstep, seen = adapt(documents, cfg), train_gpt.lockstep, set()
 
     def rounded(lengths, cfg, exact):
         for begin, end, shape in lockstep(lengths, cfg, False):
             seen.add(shape)
             yield begin, end, shape
+
     monkeypatch.setattr(train_gpt, "lockstep", rounded)
     assert largest(plain, adapt(documents, cfg)) < 1e-5 and all(shape.rows == 8 for shape in seen)
 
@@ -733,7 +937,7 @@ def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
             t += weight * p[:1].detach()
         weights += weight
     adapted.next_segment(ranks(cfg))
-    assert weights and any(t.abs().max() > 1e-4 for t in adapted.start[len(adapted.start) // 2:])      # B has left zero
+    assert weights and any(t.abs().max() > 1e-4 for t in adapted.start[len(adapted.start) // 2 :])  # B has left zero
     for t, first, mean in zip(adapted.start, start, total):
         assert largest(t, first + 0.5 * (mean / weights - first)) < 1e-6
     cold, warm = (adapt(random_documents(LENGTHS), dataclasses.replace(cfg, ttt_warm_start=w)) for w in (0.0, 0.5))
@@ -743,8 +947,19 @@ def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
 
 # ---- runs ----
 
-STORED = {**RUN, "iterations": 4, "ttt_eval_seq_len": 48, "ttt_chunks": "4,4,8,16", "ttt_lora_rank": 4, "ttt_batch_size": 3, "ttt_lora_lr": 0.0003, "phased_ttt_num_phases": 2,
-          "phased_ttt_prefix_docs": 6, "segment_docs": 4, "global_ttt_chunk_tokens": 64}
+STORED = {
+    **RUN,
+    "iterations": 4,
+    "ttt_eval_seq_len": 48,
+    "ttt_chunks": "4,4,8,16",
+    "ttt_lora_rank": 4,
+    "ttt_batch_size": 3,
+    "ttt_lora_lr": 0.0003,
+    "phased_ttt_num_phases": 2,
+    "phased_ttt_prefix_docs": 6,
+    "segment_docs": 4,
+    "global_ttt_chunk_tokens": 64,
+}
 
 
 @pytest.fixture(scope="module")
@@ -765,7 +980,10 @@ def rescore(shipped, folder, **options):
 
 def test_the_headline_is_the_adapted_pass(shipped):
     found, nats = result(shipped), np.load(scratch() / "ttt.npy")
-    assert found["val_bpb"] == found["bpb"]["adapted"] != found["bpb"]["quantized"] and found["seconds"]["eval"] >= found["seconds"]["adapt"] > 0
+    assert (
+        found["val_bpb"] == found["bpb"]["adapted"] != found["bpb"]["quantized"]
+        and found["seconds"]["eval"] >= found["seconds"]["adapt"] > 0
+    )
     assert len(nats) == found["data"]["val_targets"] and np.isfinite(nats).all()
     log = (shipped / "train.log").read_text()
     assert "5 segment(s) of [3, 1, 2, 2, 2] documents" in log
@@ -775,7 +993,10 @@ def test_the_headline_is_the_adapted_pass(shipped):
 def test_a_rerun_of_the_artifact_gives_the_same_number(shipped, tmp_path):
     """Its settings lie in model.bin: nothing else is said, and the last digit agrees."""
     found, nats = rescore(shipped, tmp_path / "rerun")
-    assert found["val_bpb"] == result(shipped)["val_bpb"] and found["bpb"]["quantized"] == result(shipped)["bpb"]["quantized"]
+    assert (
+        found["val_bpb"] == result(shipped)["val_bpb"]
+        and found["bpb"]["quantized"] == result(shipped)["bpb"]["quantized"]
+    )
     assert np.array_equal(nats, np.load(scratch() / "ttt.npy"))
     assert found["settings_sha256"] == result(shipped)["settings_sha256"]
 
@@ -783,4 +1004,7 @@ def test_a_rerun_of_the_artifact_gives_the_same_number(shipped, tmp_path):
 def test_a_rerun_on_two_ranks_agrees(shipped, tmp_path):
     """Through torchrun, as users start it."""
     found, nats = rescore(shipped, tmp_path / "two", world=2)
-    assert found["val_bpb"] == pytest.approx(result(shipped)["val_bpb"], abs=1e-5) and largest(nats, np.load(scratch() / "ttt.npy")) < 1e-3
+    assert (
+        found["val_bpb"] == pytest.approx(result(shipped)["val_bpb"], abs=1e-5)
+        and largest(nats, np.load(scratch() / "ttt.npy")) < 1e-3
+    )

@@ -12,6 +12,7 @@ order) and eval_result.json (bpb, settings; `segments` where state crosses docum
 Verdicts: PASS, FAIL, DISPUTED (people disagree, or the artifact does not declare enough), NOT RUN. Exit status: 1 with a FAIL, else 0. audit.json in the folder holds
 all of it, bound to the SHA-256 of both files. A PASS says what these experiments showed on this machine, and no more.
 """
+
 import argparse
 import ast
 import base64
@@ -49,18 +50,40 @@ CAP, BUDGET_SECONDS = 16_000_000, 600
 PASS, FAIL, DISPUTED, NOT_RUN = "PASS", "FAIL", "DISPUTED", "NOT RUN"
 PREFIXES = (64, 300, 1000)
 SUM_TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
-LENGTH_TOLERANCE = 1e-5                                                   # nats: other batch shapes round differently
-WORLD_TOLERANCE = 1e-5                                                    # BPB
+LENGTH_TOLERANCE = 1e-5  # nats: other batch shapes round differently
+WORLD_TOLERANCE = 1e-5  # BPB
 # trust.md A6: validation tokens -> bytes of the known public exports (none where no exact count is published)
-KNOWN = {62_021_632: (), 63_779_840: (), 40_540_160: (151_078_222, 151_080_891), 40_548_352: (), 40_546_304: (), 40_542_208: (), 40_538_112: (),
-         47_853_344: (151_074_309, 151_080_645), 45_508_608: (), 45_514_752: ()}
-ALARMS = {9_662_464: "the 10,000-document CaseOps set (#1854)", 9_661_440: "the 10,000-document CaseOps set, trimmed (#1854)",
-          36_562_944: "a broken parallel preparation (#2109)", 36_335_616: "casefolded text under the plain name (#1670)"}
-ALARM_TRAIN_SHARDS = {1499, 1502, 1600, 488}                              # local preparations with validation documents in training (#2130)
+KNOWN = {
+    62_021_632: (),
+    63_779_840: (),
+    40_540_160: (151_078_222, 151_080_891),
+    40_548_352: (),
+    40_546_304: (),
+    40_542_208: (),
+    40_538_112: (),
+    47_853_344: (151_074_309, 151_080_645),
+    45_508_608: (),
+    45_514_752: (),
+}
+ALARMS = {
+    9_662_464: "the 10,000-document CaseOps set (#1854)",
+    9_661_440: "the 10,000-document CaseOps set, trimmed (#1854)",
+    36_562_944: "a broken parallel preparation (#2109)",
+    36_335_616: "casefolded text under the plain name (#1670)",
+}
+ALARM_TRAIN_SHARDS = {1499, 1502, 1600, 488}  # local preparations with validation documents in training (#2130)
 # Which checks each condition of result.json's verdicts rests on; sum_to_one stands for every prefix length.
-CONDITIONS = {"C1": ("sum_to_one", "future", "tail", "documents", "lengths"), "C2": ("sum_to_one",), "C3": ("future", "tail", "training"),
-              "C4": ("ledger", "worlds", "reload"), "bytes": ("size",), "train_budget": ("budget",), "eval_budget": ("budget",),
-              "packaging": ("reload", "pack", "source", "settings"), "data": ("stream", "bytes", "identity", "disjoint")}
+CONDITIONS = {
+    "C1": ("sum_to_one", "future", "tail", "documents", "lengths"),
+    "C2": ("sum_to_one",),
+    "C3": ("future", "tail", "training"),
+    "C4": ("ledger", "worlds", "reload"),
+    "bytes": ("size",),
+    "train_budget": ("budget",),
+    "eval_budget": ("budget",),
+    "packaging": ("reload", "pack", "source", "settings"),
+    "data": ("stream", "bytes", "identity", "disjoint"),
+}
 
 
 class NotRun(Exception):
@@ -73,13 +96,15 @@ class Broken(Exception):
 
 # ---------------------------------------------------------------- validation data
 
+
 @dataclass
 class Dataset:
     """A validation stream: uint16 tokens and the bytes of each (None without a sidecar)."""
+
     tokens: np.ndarray
     sizes: np.ndarray | None
     bos: int
-    folder: Path                                                          # training shards, tokenizer and manifest lie here
+    folder: Path  # training shards, tokenizer and manifest lie here
 
     @property
     def starts(self) -> np.ndarray:
@@ -90,7 +115,9 @@ class Dataset:
 
     def with_tokens(self, tokens: np.ndarray) -> "Dataset":
         """Other tokens at the same places; BOS has no bytes."""
-        return Dataset(tokens, None if self.sizes is None else np.where(tokens == self.bos, 0, self.sizes), self.bos, self.folder)
+        return Dataset(
+            tokens, None if self.sizes is None else np.where(tokens == self.bos, 0, self.sizes), self.bos, self.folder
+        )
 
     def of_documents(self, pieces: list[tuple[int, int]]) -> "Dataset":
         """The stream of the given stretches of this one, each beginning with BOS."""
@@ -112,7 +139,9 @@ class Dataset:
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
     """Shards of one split in name order; val never takes val_bytes."""
-    return sorted(path for path in folder.glob("fineweb_*.bin") if re.fullmatch(rf"fineweb_{split}_\d+\.bin", path.name))
+    return sorted(
+        path for path in folder.glob("fineweb_*.bin") if re.fullmatch(rf"fineweb_{split}_\d+\.bin", path.name)
+    )
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -128,7 +157,12 @@ def load_dataset(folder: Path) -> Dataset:
         raise NotRun(f"{folder}: no fineweb_val_*.bin there")
     manifest = json.loads((folder / "manifest.json").read_text()) if (folder / "manifest.json").is_file() else {}
     tokens = np.concatenate([read_shard(p) for p in paths])
-    return Dataset(tokens, np.concatenate([read_shard(p) for p in sidecars]) if sidecars else None, manifest.get("bos_id", 1), folder)
+    return Dataset(
+        tokens,
+        np.concatenate([read_shard(p) for p in sidecars]) if sidecars else None,
+        manifest.get("bos_id", 1),
+        folder,
+    )
 
 
 def document_hashes(shards: list[np.ndarray], bos: int):
@@ -138,16 +172,17 @@ def document_hashes(shards: list[np.ndarray], bos: int):
         tokens = np.concatenate([rest, shard])
         starts = np.flatnonzero(tokens == bos)
         for start, end in pairwise(starts):
-            yield hashlib.blake2b(tokens[start + 1:end], digest_size=16).digest(), end - start - 1
-        rest = tokens[starts[-1]:] if len(starts) else tokens
+            yield hashlib.blake2b(tokens[start + 1 : end], digest_size=16).digest(), end - start - 1
+        rest = tokens[starts[-1] :] if len(starts) else tokens
     yield hashlib.blake2b(rest[1:], digest_size=16).digest(), len(rest) - 1
 
 
 # ---------------------------------------------------------------- running the artifact
 
+
 class Scored(NamedTuple):
-    nats: np.ndarray          # float64 (targets,)
-    result: dict              # eval_result.json
+    nats: np.ndarray  # float64 (targets,)
+    result: dict  # eval_result.json
 
 
 class Launched(NamedTuple):
@@ -157,18 +192,31 @@ class Launched(NamedTuple):
 
 def launch(folder: Path, env: dict[str, str], world: int, blocked: bool, timeout: float) -> Launched:
     """`python train_gpt.py` in ``folder``; blocked: no network and, on a CPU, no program on the path."""
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []), "train_gpt.py"]
+    command = [
+        sys.executable,
+        *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []),
+        "train_gpt.py",
+    ]
     if blocked:
         env, command = without_network(folder, env, command)
-    process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
         return Launched(process.returncode, output)
     except subprocess.TimeoutExpired:
         return Launched(124, f"still running after {timeout:.0f} s")
     finally:
-        if process.poll() is None:                                        # every rank of it, also when the auditor is interrupted
+        if process.poll() is None:  # every rank of it, also when the auditor is interrupted
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -190,8 +238,10 @@ def without_network(folder: Path, env: dict[str, str], command: list[str]) -> tu
     unshare = shutil.which("unshare")
     if unshare and subprocess.run([unshare, "-rn", "true"], capture_output=True).returncode == 0:
         return env, [unshare, "-rn", *command]
-    (empty / "sitecustomize.py").write_text("import socket\ndef refuse(*_):\n    raise OSError('the auditor blocks the network')\n"
-                                            "socket.socket.connect = socket.socket.connect_ex = refuse\n")
+    (empty / "sitecustomize.py").write_text(
+        "import socket\ndef refuse(*_):\n    raise OSError('the auditor blocks the network')\n"
+        "socket.socket.connect = socket.socket.connect_ex = refuse\n"
+    )
     return {**env, "PYTHONPATH": str(empty)}, command
 
 
@@ -208,11 +258,23 @@ class Artifact:
         self.runs, self.lock = 0, threading.Lock()
 
     def environment(self, data: Path, env: dict) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items()
-                if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "ATTENTION", "FA3_LIBRARY") or name.startswith(("CUDA_", "NVIDIA_", "NCCL_"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "ATTENTION", "FA3_LIBRARY")
+            or name.startswith(("CUDA_", "NVIDIA_", "NCCL_"))
+        }
         tokenizer = next(iter(sorted(data.glob("*.model"))), None)
-        return {**kept, "HOME": str(self.work), "TRITON_CACHE_DIR": str(self.work / "triton"), "OMP_NUM_THREADS": "1", "DEVICE": self.device,
-                "DATA_PATH": str(data), **({"TOKENIZER_PATH": str(tokenizer)} if tokenizer else {}), **{name: str(value) for name, value in env.items()}}
+        return {
+            **kept,
+            "HOME": str(self.work),
+            "TRITON_CACHE_DIR": str(self.work / "triton"),
+            "OMP_NUM_THREADS": "1",
+            "DEVICE": self.device,
+            "DATA_PATH": str(data),
+            **({"TOKENIZER_PATH": str(tokenizer)} if tokenizer else {}),
+            **{name: str(value) for name, value in env.items()},
+        }
 
     def clean_folder(self, script: bytes | None = None, *names: str) -> Path:
         with self.lock:
@@ -235,7 +297,12 @@ class Artifact:
         folder = self.clean_folder(None, "train_gpt.py", "model.bin")
         path = data if isinstance(data, Path) else data.write(folder.with_name(folder.name + "_data"))
         ledger = folder / "ledger.npy"
-        self.run(folder, self.environment(path.resolve(), {"TTT_EVAL_ONLY": 1, "LEDGER_PATH": ledger, **(env or {})}), world, blocked)
+        self.run(
+            folder,
+            self.environment(path.resolve(), {"TTT_EVAL_ONLY": 1, "LEDGER_PATH": ledger, **(env or {})}),
+            world,
+            blocked,
+        )
         if not ledger.is_file():
             raise Broken("no ledger at LEDGER_PATH")
         result = read_json(folder / "eval_result.json")
@@ -268,11 +335,23 @@ def unpack(script: bytes) -> str:
         text = script.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = script.decode("latin-1")
-    strings = [n.value for n in ast.walk(ast.parse(text if not text.startswith("# coding") else text.split("\n", 1)[1])) if isinstance(n, ast.Constant)]
-    blobs = [b if isinstance(b, bytes) else b.encode("latin-1") for b in strings if isinstance(b, bytes) or (isinstance(b, str) and b and max(map(ord, b)) < 256)]
+    strings = [
+        n.value
+        for n in ast.walk(ast.parse(text if not text.startswith("# coding") else text.split("\n", 1)[1]))
+        if isinstance(n, ast.Constant)
+    ]
+    blobs = [
+        b if isinstance(b, bytes) else b.encode("latin-1")
+        for b in strings
+        if isinstance(b, bytes) or (isinstance(b, str) and b and max(map(ord, b)) < 256)
+    ]
     blob = max(blobs, key=len, default=b"")
     for decode in (bytes, base64.b85decode, base64.a85decode, base64.b64decode):
-        for inflate in (lzma.decompress, zlib.decompress, lambda b: lzma.decompress(b, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])):
+        for inflate in (
+            lzma.decompress,
+            zlib.decompress,
+            lambda b: lzma.decompress(b, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}]),
+        ):
             with contextlib.suppress(Exception):
                 return inflate(decode(blob)).decode("utf-8")
     if "exec(" in text and len(blob) > 0.5 * len(script):
@@ -282,10 +361,18 @@ def unpack(script: bytes) -> str:
 
 # ---------------------------------------------------------------- the audit: what the checks share
 
+
 class Audit:
     """One artifact, one data folder, and the runs that several checks look at."""
 
-    def __init__(self, artifact: Artifact, data: Path | None, targets: int = 6000, seeds: tuple[Path, ...] = (), baseline: tuple[float, ...] = ()):
+    def __init__(
+        self,
+        artifact: Artifact,
+        data: Path | None,
+        targets: int = 6000,
+        seeds: tuple[Path, ...] = (),
+        baseline: tuple[float, ...] = (),
+    ):
         self.artifact, self.folder, self.data_path, self.targets = artifact, artifact.folder, data, targets
         self.seeds, self.baseline = seeds, baseline
         self.kept, self.locks, self.lock = {}, collections.defaultdict(threading.Lock), threading.Lock()
@@ -317,6 +404,7 @@ class Audit:
     @property
     def excerpt(self) -> Dataset:
         """Whole documents from the start of the stream, the long ones cut short: about ``targets`` targets."""
+
         def cut():
             data, pieces, longest = self.data, [], self.targets // 4
             for start, end in data.documents():
@@ -327,6 +415,7 @@ class Audit:
             if len(pieces) < 4:
                 raise NotRun(f"{data.folder}: fewer than four documents to tamper with")
             return data.of_documents(pieces)
+
         return self.once("excerpt", cut)
 
     @property
@@ -338,6 +427,7 @@ class Audit:
         size = self.artifact.settings.get("vocab_size")
         if not size and self.data_path and (model := next(self.data_path.glob("*.model"), None)):
             import sentencepiece
+
             size = sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
         return size or int(self.data.tokens.max()) + 1
 
@@ -367,7 +457,7 @@ class Audit:
         if sum(segments) != count or min(segments) < 1:
             raise Broken(f"declares segments of {segments} documents for {count} documents")
         largest = int(np.argmax(segments))
-        return sum(segments[:largest]), sum(segments[:largest + 1]), True
+        return sum(segments[:largest]), sum(segments[: largest + 1]), True
 
 
 def moved(a: np.ndarray, b: np.ndarray, tolerance: float) -> np.ndarray:
@@ -392,6 +482,7 @@ def verdict_of(faults: list[str], good: str, doubts: list[str] | None = None) ->
 
 # ---------------------------------------------------------------- conditions C1-C4: the scorer as a black box
 
+
 def telling_prefix(a: Audit, length: int) -> np.ndarray:
     """About ``length`` tokens of validation text behind BOS, ending where the longest run of tokens occurs a second time: there the hints of an n-gram model fire."""
     text = a.data.tokens[a.data.tokens != a.data.bos][:length].astype(np.int64)
@@ -400,7 +491,7 @@ def telling_prefix(a: Audit, length: int) -> np.ndarray:
     best, at = -1, len(text)
     for end in range(int(0.8 * len(text)), len(text) + 1):
         last = text[end - 1]
-        for other in np.flatnonzero(text[:end - 1] == last)[-20:]:
+        for other in np.flatnonzero(text[: end - 1] == last)[-20:]:
             run = 1
             while run <= other and run < 12 and text[end - 1 - run] == text[other - run]:
                 run += 1
@@ -416,7 +507,9 @@ def sum_to_one(a: Audit, length: int) -> tuple[str, str]:
     """
     vocab, settings = a.vocab, a.artifact.settings
     if vocab > 1024:
-        raise NotRun(f"a vocabulary of {vocab:,} would take {vocab * length:,} targets; audit a model of at most 1,024 by the same script")
+        raise NotRun(
+            f"a vocabulary of {vocab:,} would take {vocab * length:,} targets; audit a model of at most 1,024 by the same script"
+        )
     prefix, bos = telling_prefix(a, length), a.data.bos
     others = np.setdiff1d(np.arange(vocab), [bos]).astype(np.uint16)
     span, env = settings.get("segment_docs", 1 << 30), {}
@@ -426,17 +519,21 @@ def sum_to_one(a: Audit, length: int) -> tuple[str, str]:
     if fillers // span != (fillers + vocab) // span:
         fillers = -(-fillers // span) * span
     text = a.data.tokens[a.data.tokens != bos][:60]
-    filler = [np.concatenate([[bos], text[i % 50:i % 50 + 6]]) for i in range(fillers)]
+    filler = [np.concatenate([[bos], text[i % 50 : i % 50 + 6]]) for i in range(fillers)]
     tokens = np.concatenate([*filler, prefix, *(np.append(prefix, token) for token in others)]).astype(np.uint16)
     data = Dataset(tokens, None if a.data.sizes is None else np.where(tokens == bos, 0, 1), bos, a.data.folder)
     nats = a.artifact.score(data, env=env).nats
-    first = sum(map(len, filler)) + len(prefix) - 1                       # the target of BOS behind the bare prefix; then one target per document
+    first = (
+        sum(map(len, filler)) + len(prefix) - 1
+    )  # the target of BOS behind the bare prefix; then one target per document
     ends = first + np.append(0, len(prefix) + np.arange(len(others)) * (len(prefix) + 1))
     if len(nats) != len(tokens) - 1 or np.isnan(nats).any():
         raise Broken("the ledger lacks targets")
-    same = nats[ends[1:, None] - np.arange(1, len(prefix))]               # the prefix itself, scored once per document
+    same = nats[ends[1:, None] - np.arange(1, len(prefix))]  # the prefix itself, scored once per document
     total, spread = float(np.exp(-nats[ends]).sum()), float(np.ptp(same, axis=0).max())
-    where = f"sum over {vocab} tokens behind {len(prefix)} = {total:.7f}, behind {fillers} documents" + (", one segment by SEGMENT_DOCS" if env else "")
+    where = f"sum over {vocab} tokens behind {len(prefix)} = {total:.7f}, behind {fillers} documents" + (
+        ", one segment by SEGMENT_DOCS" if env else ""
+    )
     tolerance = SUM_TOLERANCE[a.artifact.device]
     faults = [] if abs(total - 1) <= tolerance else [where]
     if spread > max(LENGTH_TOLERANCE, 10 * a.tolerance):
@@ -457,14 +554,25 @@ def future(a: Audit) -> tuple[str, str]:
     cuts = [int(rng.integers(2, end - start)) for start, end in documents[first:last]]
     places = np.concatenate([np.arange(start + cut, end) for (start, end), cut in zip(documents[first:last], cuts)])
     nats = a.artifact.score(a.replaced(data, places)).nats
-    before = np.concatenate([np.arange(documents[first][0]), *(np.arange(start, start + cut - 1) for (start, _), cut in zip(documents[first:last], cuts))])
+    before = np.concatenate(
+        [
+            np.arange(documents[first][0]),
+            *(np.arange(start, start + cut - 1) for (start, _), cut in zip(documents[first:last], cuts)),
+        ]
+    )
     changed = moved(nats[before], a.base.nats[before], a.tolerance)
     after = places[places < len(nats) + 1] - 1
     if not len(moved(nats[after], a.base.nats[after], a.tolerance)):
         raise Broken("replaced tokens keep their scores: the ledger is not of the data that was given")
-    what = f"{len(before):,} targets before the replaced ends of {last - first} document(s)" + ("" if declared else " (no segments declared)")
-    return verdict_of([f"{len(changed):,} of {what} moved, by up to {np.abs(nats[before] - a.base.nats[before]).max():.2g} nats"] if len(changed) else [],
-                      f"{what}: {'bit-equal' if not a.tolerance else f'equal within {a.tolerance:.1g}'}")
+    what = f"{len(before):,} targets before the replaced ends of {last - first} document(s)" + (
+        "" if declared else " (no segments declared)"
+    )
+    return verdict_of(
+        [f"{len(changed):,} of {what} moved, by up to {np.abs(nats[before] - a.base.nats[before]).max():.2g} nats"]
+        if len(changed)
+        else [],
+        f"{what}: {'bit-equal' if not a.tolerance else f'equal within {a.tolerance:.1g}'}",
+    )
 
 
 @check
@@ -473,9 +581,13 @@ def tail(a: Audit) -> tuple[str, str]:
     data = a.excerpt
     cut = int(0.9 * len(data.tokens))
     nats = a.artifact.score(a.replaced(data, np.arange(cut, len(data.tokens)))).nats
-    changed = moved(nats[:cut - 1], a.base.nats[:cut - 1], a.tolerance)
-    return verdict_of([f"{len(changed):,} of {cut - 1:,} earlier targets moved, from target {changed[0]:,} on"] if len(changed) else [],
-                      f"{cut - 1:,} targets before the replaced tenth: {'bit-equal' if not a.tolerance else f'equal within {a.tolerance:.1g}'}")
+    changed = moved(nats[: cut - 1], a.base.nats[: cut - 1], a.tolerance)
+    return verdict_of(
+        [f"{len(changed):,} of {cut - 1:,} earlier targets moved, from target {changed[0]:,} on"]
+        if len(changed)
+        else [],
+        f"{cut - 1:,} targets before the replaced tenth: {'bit-equal' if not a.tolerance else f'equal within {a.tolerance:.1g}'}",
+    )
 
 
 @check
@@ -489,15 +601,26 @@ def documents(a: Audit) -> tuple[str, str]:
     nats = a.artifact.score(a.replaced(data, np.arange(start + 1, end))).nats
     changed = moved(nats, a.base.nats, a.tolerance)
     earlier = changed[changed < start]
-    later = sorted({int(d) for d in np.searchsorted(data.starts, changed, side="right") - 1 if d > other})    # of the inputs: BOS is the last target before it
+    later = sorted(
+        {int(d) for d in np.searchsorted(data.starts, changed, side="right") - 1 if d > other}
+    )  # of the inputs: BOS is the last target before it
     faults = [f"{len(earlier):,} targets of earlier documents moved"] if len(earlier) else []
     mates = [d for d in later if d < last] if declared else []
     if mates:
         faults.append(f"documents {mates[:5]} moved with document {other} of the same segment")
     if not declared and later == [other + 1]:
         faults.append(f"only document {other + 1} moved with document {other}: something leaks over BOS")
-    doubts = [f"{len(later)} later documents moved; no segments are declared, so state crosses documents unannounced"] if not declared and later else []
-    return verdict_of(faults, f"document {other} replaced: no other of its segment of {last - first} moved" + ("" if declared else " (no segments declared)"), doubts)
+    doubts = (
+        [f"{len(later)} later documents moved; no segments are declared, so state crosses documents unannounced"]
+        if not declared and later
+        else []
+    )
+    return verdict_of(
+        faults,
+        f"document {other} replaced: no other of its segment of {last - first} moved"
+        + ("" if declared else " (no segments declared)"),
+        doubts,
+    )
 
 
 @check
@@ -506,10 +629,17 @@ def lengths(a: Audit) -> tuple[str, str]:
     data, rng = a.excerpt, np.random.default_rng(2)
     first, last, _ = a.segment()
     spans = data.documents()
-    cuts = [int(rng.integers(max(2, (end - start) // 3), end - start)) if first <= d < last else end - start for d, (start, end) in enumerate(spans)]
+    cuts = [
+        int(rng.integers(max(2, (end - start) // 3), end - start)) if first <= d < last else end - start
+        for d, (start, end) in enumerate(spans)
+    ]
     nats = a.artifact.score(data.of_documents([(start, start + cut) for (start, _), cut in zip(spans, cuts)])).nats
     begins = np.cumsum([0, *cuts])
-    pairs = [(nats[new:new + cut - 1], a.base.nats[start:start + cut - 1]) for d, ((start, _), cut, new) in enumerate(zip(spans, cuts, begins)) if d < last]
+    pairs = [
+        (nats[new : new + cut - 1], a.base.nats[start : start + cut - 1])
+        for d, ((start, _), cut, new) in enumerate(zip(spans, cuts, begins))
+        if d < last
+    ]
     worst = max(float(np.abs(x - y).max()) for x, y in pairs)
     what = f"{sum(len(x) for x, _ in pairs):,} targets of documents cut short: off by at most {worst:.2g} nats"
     return verdict_of([what] if not worst <= max(LENGTH_TOLERANCE, 4 * a.tolerance) else [], what)
@@ -520,13 +650,17 @@ def ledger(a: Audit) -> tuple[str, str]:
     """C4: one score per target, none missing, and the reported BPB is their sum over the bytes of the data."""
     faults, notes = [], []
     whole = len(a.excerpt.tokens) == len(a.data.tokens)
-    for name, data, scored in [("excerpt", a.excerpt, a.base)] + ([("full set", a.data, full_run(a))] if small(a) and not whole else []):
+    for name, data, scored in [("excerpt", a.excerpt, a.base)] + (
+        [("full set", a.data, full_run(a))] if small(a) and not whole else []
+    ):
         nats, targets = scored.nats, len(data.tokens) - 1
         if nats.shape != (targets,):
             faults.append(f"{name}: {nats.size:,} entries for {targets:,} targets")
             continue
         if not np.isfinite(nats).all() or (nats < 0).any():
-            faults.append(f"{name}: {int((~np.isfinite(nats)).sum()):,} targets have no finite score, {int((nats < 0).sum()):,} a probability above 1")
+            faults.append(
+                f"{name}: {int((~np.isfinite(nats)).sum()):,} targets have no finite score, {int((nats < 0).sum()):,} a probability above 1"
+            )
             continue
         reported = scored.result.get("val_bpb", list(scored.result["bpb"].values())[-1])
         if data.sizes is not None:
@@ -546,7 +680,11 @@ def worlds(a: Audit) -> tuple[str, str]:
         raise NotRun("needs as many GPUs as ranks; run --device cpu")
     found, targets, own = [], len(a.base.nats), a.artifact.settings
     # Batches so small that every rank has some; no score may depend on that either.
-    env = {name: value for name, value in (("TTT_BATCH_SIZE", 2), ("VAL_BATCH_TOKENS", 2 * own.get("eval_seq_len", 0))) if name.lower() in own}
+    env = {
+        name: value
+        for name, value in (("TTT_BATCH_SIZE", 2), ("VAL_BATCH_TOKENS", 2 * own.get("eval_seq_len", 0)))
+        if name.lower() in own
+    }
     for world in (2, 3):
         scored = a.artifact.score(a.excerpt, world, env)
         if len(scored.nats) != targets:
@@ -554,11 +692,18 @@ def worlds(a: Audit) -> tuple[str, str]:
         found.append((world, scored, float(np.abs(scored.nats - a.base.nats).max())))
     ours = a.excerpt.sizes[1:].sum() if a.excerpt.sizes is not None else 3 * targets
     differ = [abs(float(s.nats.sum() - a.base.nats.sum())) / math.log(2) / ours for _, s, _ in found]
-    what = ", ".join(f"{world} ranks: {bpb:.1g} BPB (a target at most {most:.1g} nats)" for (world, _, most), bpb in zip(found, differ)) + " from 1 rank"
+    what = (
+        ", ".join(
+            f"{world} ranks: {bpb:.1g} BPB (a target at most {most:.1g} nats)"
+            for (world, _, most), bpb in zip(found, differ)
+        )
+        + " from 1 rank"
+    )
     return verdict_of([what] if max(differ) > WORLD_TOLERANCE or np.isnan(differ).any() else [], what)
 
 
 # ---------------------------------------------------------------- training and packaging
+
 
 def short_trainings(a: Audit) -> tuple[dict, dict, bytes]:
     """Two trainings of a few steps, by the shipped script and by its unpacked source, with different validation data -> both artifacts, the shipped script."""
@@ -569,12 +714,17 @@ def short_trainings(a: Audit) -> tuple[dict, dict, bytes]:
         raise NotRun(f"{a.data.folder}: no training shards")
     text = {name.upper(): int(value) if isinstance(value, bool) else value for name, value in settings.items()}
     env = {**text, "ITERATIONS": 3, "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 1, "GPTQ_CALIBRATION_BATCHES": 2}
-    if a.artifact.device == "cpu" and "train_seq_len" in settings:        # few tokens show a dependence as well as many
-        env |= dict.fromkeys(("TRAIN_BATCH_TOKENS", "MICRO_BATCH_TOKENS"), min(2 * settings["train_seq_len"], settings.get("micro_batch_tokens", 1 << 30)))
+    if a.artifact.device == "cpu" and "train_seq_len" in settings:  # few tokens show a dependence as well as many
+        env |= dict.fromkeys(
+            ("TRAIN_BATCH_TOKENS", "MICRO_BATCH_TOKENS"),
+            min(2 * settings["train_seq_len"], settings.get("micro_batch_tokens", 1 << 30)),
+        )
     shipped = (a.folder / "train_gpt.py").read_bytes()
     data = a.excerpt
     few = data.of_documents(data.documents()[:4])
-    poisoned = a.replaced(data.of_documents(data.documents()[-3:]), np.arange(sum(e - s for s, e in data.documents()[-3:])), seed=3)
+    poisoned = a.replaced(
+        data.of_documents(data.documents()[-3:]), np.arange(sum(e - s for s, e in data.documents()[-3:])), seed=3
+    )
     return a.artifact.train(shipped, few, env), a.artifact.train(a.source.encode(), poisoned, env), shipped
 
 
@@ -585,16 +735,21 @@ def training(a: Audit) -> tuple[str, str]:
     same = one["model.bin"] == two["model.bin"]
     if a.artifact.device == "cuda" and not same:
         return DISPUTED, "model.bin differs; GPU kernels need not be bit-reproducible: run --device cpu"
-    return verdict_of([] if same else ["model.bin depends on the validation data (or is not reproducible)"],
-                      f"3 steps, other validation data: the same {len(one['model.bin']):,} bytes of model.bin")
+    return verdict_of(
+        [] if same else ["model.bin depends on the validation data (or is not reproducible)"],
+        f"3 steps, other validation data: the same {len(one['model.bin']):,} bytes of model.bin",
+    )
 
 
 @check
 def pack(a: Audit) -> tuple[str, str]:
     """The shipped script, trained again, ships itself; and its unpacked source packs to the same bytes."""
     one, two, shipped = a.once("trainings", lambda: short_trainings(a))
-    faults = [f"{who} ships {len(made['train_gpt.py']):,} other bytes of train_gpt.py" for who, made in (("the packed script", one), ("its unpacked source", two))
-              if made["train_gpt.py"] != shipped]
+    faults = [
+        f"{who} ships {len(made['train_gpt.py']):,} other bytes of train_gpt.py"
+        for who, made in (("the packed script", one), ("its unpacked source", two))
+        if made["train_gpt.py"] != shipped
+    ]
     return verdict_of(faults, f"packed again, and unpacked and packed: the same {len(shipped):,} bytes")
 
 
@@ -609,14 +764,23 @@ def full_run(a: Audit) -> Scored:
 @check
 def reload(a: Audit) -> tuple[str, str]:
     """The two files alone, in an empty folder, without network (on a CPU also without any program on the path), give the reported BPB."""
-    how = "two files, no network" + (", empty PATH" if a.artifact.device == "cpu" else " (the GPU's compiler is allowed)")
+    how = "two files, no network" + (
+        ", empty PATH" if a.artifact.device == "cpu" else " (the GPU's compiler is allowed)"
+    )
     if not small(a):
         scored = a.once("reload", lambda: a.artifact.score(a.excerpt, blocked=True))
         changed = moved(scored.nats, a.base.nats, max(LENGTH_TOLERANCE, a.tolerance))
-        return verdict_of([f"{len(changed):,} targets of the excerpt changed"] if len(changed) else [], f"{how}: the excerpt's scores are the same; the full set was not run")
+        return verdict_of(
+            [f"{len(changed):,} targets of the excerpt changed"] if len(changed) else [],
+            f"{how}: the excerpt's scores are the same; the full set was not run",
+        )
     scored = full_run(a)
     stages, claimed = scored.result["bpb"], a.artifact.result.get("bpb", {})
-    faults = [f"{stage}: {stages[stage]:.6f} BPB, result.json has {claimed[stage]:.6f}" for stage in stages if stage in claimed and abs(stages[stage] - claimed[stage]) > 1e-5]
+    faults = [
+        f"{stage}: {stages[stage]:.6f} BPB, result.json has {claimed[stage]:.6f}"
+        for stage in stages
+        if stage in claimed and abs(stages[stage] - claimed[stage]) > 1e-5
+    ]
     headline, now = a.artifact.result.get("val_bpb"), list(stages.values())[-1]
     if headline is not None and abs(headline - now) > 1e-5:
         faults.append(f"val_bpb: {now:.6f} by the artifact's own settings, result.json has {headline:.6f}")
@@ -635,18 +799,42 @@ def size(a: Audit) -> tuple[str, str]:
     for name, key in (("train_gpt.py", "code"), ("model.bin", "model")):
         if key in claimed and claimed[key] != sizes[name]:
             faults.append(f"{name} has {sizes[name]:,} bytes, result.json counts {claimed[key]:,}")
-    helpers = [p for p in a.folder.iterdir() if p.suffix in (".py", ".c", ".cu", ".cpp", ".so", ".json", ".npy", ".pkl") and p.name not in
-               (*sizes, "result.json", "eval_result.json", "audit.json", "submission.json", "baselines.json", "manifest.json")]
-    faults += [f"{p.name} ({p.stat().st_size:,} bytes) is named by the script and not counted" for p in helpers if re.search(rf"[\"'/]{re.escape(p.name)}[\"']", a.source)]
+    helpers = [
+        p
+        for p in a.folder.iterdir()
+        if p.suffix in (".py", ".c", ".cu", ".cpp", ".so", ".json", ".npy", ".pkl")
+        and p.name
+        not in (
+            *sizes,
+            "result.json",
+            "eval_result.json",
+            "audit.json",
+            "submission.json",
+            "baselines.json",
+            "manifest.json",
+        )
+    ]
+    faults += [
+        f"{p.name} ({p.stat().st_size:,} bytes) is named by the script and not counted"
+        for p in helpers
+        if re.search(rf"[\"'/]{re.escape(p.name)}[\"']", a.source)
+    ]
     raw = len(a.source.encode())
-    return verdict_of(faults, f"{sizes['train_gpt.py']:,} + {sizes['model.bin']:,} = {total:,} of {CAP:,} (source unpacked: {raw:,}; tokenizer not counted)")
+    return verdict_of(
+        faults,
+        f"{sizes['train_gpt.py']:,} + {sizes['model.bin']:,} = {total:,} of {CAP:,} (source unpacked: {raw:,}; tokenizer not counted)",
+    )
 
 
 @check
 def source(a: Audit) -> tuple[str, str]:
     """The source can be read, compiles, is the one that made the log, loads nothing executable and imports no network."""
     script, text = (a.folder / "train_gpt.py").read_bytes(), a.source
-    faults = ["train_gpt.py begins with a byte order mark"] if script.startswith(b"\xef\xbb\xbf") or text.startswith("\ufeff") else []
+    faults = (
+        ["train_gpt.py begins with a byte order mark"]
+        if script.startswith(b"\xef\xbb\xbf") or text.startswith("\ufeff")
+        else []
+    )
     try:
         tree = ast.parse(text.removeprefix("\ufeff"))
     except SyntaxError as error:
@@ -654,48 +842,83 @@ def source(a: Audit) -> tuple[str, str]:
     digest, claimed = hashlib.sha256(text.encode()).hexdigest(), a.artifact.result.get("source_sha256")
     if claimed and claimed != digest:
         faults.append(f"result.json is of another source ({claimed[:12]}, the shipped one is {digest[:12]})")
-    modules = {name.split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
-               for name in ([n.name for n in node.names] if isinstance(node, ast.Import) else [node.module or ""])}
-    doubts = [f"imports {module}" for module in sorted(modules & {"requests", "urllib", "http", "socket", "huggingface_hub", "datasets", "subprocess", "pickle"})]
+    modules = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([n.name for n in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    doubts = [
+        f"imports {module}"
+        for module in sorted(
+            modules & {"requests", "urllib", "http", "socket", "huggingface_hub", "datasets", "subprocess", "pickle"}
+        )
+    ]
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    doubts += [f"calls {call}: a pickle runs code when it is loaded" for call in sorted(calls & {"torch.load", "pickle.load", "pickle.loads"})]
+    doubts += [
+        f"calls {call}: a pickle runs code when it is loaded"
+        for call in sorted(calls & {"torch.load", "pickle.load", "pickle.loads"})
+    ]
     doubts += ["FORCE_STOP_STEP stops by step, not by clock"] if "FORCE_STOP_STEP" in text else []
     head = (a.folder / "model.bin").read_bytes()[:4]
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
         doubts.append("model.bin is a pickle")
-    return verdict_of(faults, f"readable, {text.count(chr(10)):,} lines, sha256 {digest[:12]}" + (", the one in result.json" if claimed else ""), doubts)
+    return verdict_of(
+        faults,
+        f"readable, {text.count(chr(10)):,} lines, sha256 {digest[:12]}"
+        + (", the one in result.json" if claimed else ""),
+        doubts,
+    )
 
 
-NOT_SETTINGS = re.compile(r"PATH|HOME|PYTHON.*|PIP_.*|OMP_.*|CUDA_.*|NCCL_.*|LD_.*|TORCH.*|PYTORCH_.*|TRITON_.*|TOKENIZERS_.*|S|RUN_ID")
+NOT_SETTINGS = re.compile(
+    r"PATH|HOME|PYTHON.*|PIP_.*|OMP_.*|CUDA_.*|NCCL_.*|LD_.*|TORCH.*|PYTORCH_.*|TRITON_.*|TOKENIZERS_.*|S|RUN_ID"
+)
 
 
 @check
 def settings(a: Audit) -> tuple[str, str]:
     """Every variable that the README or a recipe sets for train_gpt.py is one that the script reads, and a misspelt one is refused."""
-    here = (a.folder / "README.md").is_file() or ROOT not in a.folder.resolve().parents     # a run of this repository: its README and recipes
+    here = (
+        a.folder / "README.md"
+    ).is_file() or ROOT not in a.folder.resolve().parents  # a run of this repository: its README and recipes
     readme = (a.folder if here else ROOT) / "README.md"
     files = [readme, *sorted((readme.parent / "recipes").glob("*.env"))]
     named = collections.defaultdict(set)
     for path in files:
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            if line.startswith("#") or (path.suffix != ".env" and "train_gpt.py" not in line and not line.strip().startswith("export ")):
+            if line.startswith("#") or (
+                path.suffix != ".env" and "train_gpt.py" not in line and not line.strip().startswith("export ")
+            ):
                 continue
             for name in re.findall(r"(?<![\w$])([A-Z][A-Z0-9_]*)=", line):
                 if not NOT_SETTINGS.fullmatch(name):
                     named[name].add(path.name)
     if not named:
         raise NotRun("no README or recipe that sets a variable")
-    known = set(re.findall(r"[\"']([A-Z][A-Z0-9_]+)[\"']", a.source)) | {name.upper() for name in a.artifact.settings} | {
-        name.upper() for name in re.findall(r"^\s+(\w+): (?:int|float|bool|str)\b", a.source, re.M)}
-    faults = [f"{name} ({', '.join(sorted(where))}) is not read by the script" for name, where in sorted(named.items()) if name not in known]
+    known = (
+        set(re.findall(r"[\"']([A-Z][A-Z0-9_]+)[\"']", a.source))
+        | {name.upper() for name in a.artifact.settings}
+        | {name.upper() for name in re.findall(r"^\s+(\w+): (?:int|float|bool|str)\b", a.source, re.M)}
+    )
+    faults = [
+        f"{name} ({', '.join(sorted(where))}) is not read by the script"
+        for name, where in sorted(named.items())
+        if name not in known
+    ]
     folder = a.artifact.clean_folder(None, "train_gpt.py", "model.bin")
     bogus = a.artifact.environment(folder, {"TTT_EVAL_ONLY": 1, "TTT_NO_SUCH_SETTING": 1, "DATA_PATH": folder / "none"})
     code, _ = a.artifact.launcher(folder, bogus, 1, False, a.artifact.timeout)
     accepted = ["an unknown variable ends the run with status 0"] if code == 0 else []
-    return verdict_of(faults, f"{len(named)} variables of {', '.join(path.name for path in files if path.is_file())}: all are read", accepted)
+    return verdict_of(
+        faults,
+        f"{len(named)} variables of {', '.join(path.name for path in files if path.is_file())}: all are read",
+        accepted,
+    )
 
 
 # ---------------------------------------------------------------- data
+
 
 @check
 def stream(a: Audit) -> tuple[str, str]:
@@ -712,29 +935,44 @@ def stream(a: Audit) -> tuple[str, str]:
             faults.append(f"the byte sidecar has {len(data.sizes):,} entries for {len(tokens):,} tokens")
         elif data.sizes[starts].any():
             faults.append("the byte sidecar gives bytes to BOS")
-        empty = int((~np.array([data.sizes[s + 1:e].any() for s, e in data.documents() if e - s > 4], bool)).sum()) if len(data.sizes) == len(tokens) else 0
+        empty = (
+            int((~np.array([data.sizes[s + 1 : e].any() for s, e in data.documents() if e - s > 4], bool)).sum())
+            if len(data.sizes) == len(tokens)
+            else 0
+        )
         faults += [f"{empty} documents have no bytes at all in the sidecar"] if empty else []
     if (model := next(data.folder.glob("*.model"), None)) is not None:
         import sentencepiece
+
         sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
         e2, b96, b81 = (sp.piece_to_id(f"<0x{byte:02X}>") for byte in (0xE2, 0x96, 0x81))
         if sp.is_byte(e2):
             runs = int(((tokens[:-2] == e2) & (tokens[1:-1] == b96) & (tokens[2:] == b81)).sum())
-            faults += [f"{runs:,} spaces are spelt as the bytes E2 96 81: the vocabulary lacks a standalone space"] if runs > len(tokens) // 10_000 else []
+            faults += (
+                [f"{runs:,} spaces are spelt as the bytes E2 96 81: the vocabulary lacks a standalone space"]
+                if runs > len(tokens) // 10_000
+                else []
+            )
     lengths_ = np.diff(np.append(starts, len(tokens)))
-    return verdict_of(faults, f"{len(tokens):,} tokens, {len(starts):,} documents ({int((lengths_ == 1).sum())} empty, longest {int(lengths_.max(initial=0)):,})")
+    return verdict_of(
+        faults,
+        f"{len(tokens):,} tokens, {len(starts):,} documents ({int((lengths_ == 1).sum())} empty, longest {int(lengths_.max(initial=0)):,})",
+    )
 
 
 def spelt_texts(data: Dataset, sp) -> list[str]:
     """What the tokens of each document decode to, CaseOps undone."""
     import lossless_caps
+
     caseops = all(not sp.is_unknown(sp.piece_to_id(operator)) for operator in lossless_caps.OPERATORS)
     texts = []
     for start, end in data.documents():
-        text = sp.decode(data.tokens[start + 1:end].tolist())
+        text = sp.decode(data.tokens[start + 1 : end].tolist())
         try:
             texts.append(lossless_caps.decode(text) if caseops else text)
-        except lossless_caps.CaseOpsError:                                # normalisation joined a capital and its accent: the operators say nothing any more
+        except (
+            lossless_caps.CaseOpsError
+        ):  # normalisation joined a capital and its accent: the operators say nothing any more
             texts.append(text.translate(dict.fromkeys(map(ord, lossless_caps.OPERATORS))))
     return texts
 
@@ -744,12 +982,16 @@ def source_texts(data: Dataset) -> list[str] | None:
     manifest = read_json(data.folder / "manifest.json")
     origin = manifest.get("source", {})
     import prepare_data
+
     if origin.get("kind") == "stdlib":
         lines = prepare_data.stdlib_documents()
         if hashlib.sha256(b"\n".join(lines)).hexdigest() != origin.get("sha256"):
             return None
         found = prepare_data.Source("stdlib", documents=lines)
-    elif origin.get("kind") == "jsonl" and all(Path(f["path"]).is_file() and hashlib.sha256(Path(f["path"]).read_bytes()).hexdigest() == f["sha256"] for f in origin["files"]):
+    elif origin.get("kind") == "jsonl" and all(
+        Path(f["path"]).is_file() and hashlib.sha256(Path(f["path"]).read_bytes()).hexdigest() == f["sha256"]
+        for f in origin["files"]
+    ):
         found = prepare_data.Source("jsonl", tuple(Path(f["path"]) for f in origin["files"]))
     else:
         return None
@@ -767,9 +1009,12 @@ def bytes_(a: Audit) -> tuple[str, str]:
     if model is None:
         raise NotRun(f"{data.folder}: no tokenizer")
     import sentencepiece
+
     sp, spans = sentencepiece.SentencePieceProcessor(model_file=str(model)), data.documents()
     held = np.array([data.sizes[start:end].sum(dtype=np.int64) for start, end in spans])
-    special = np.array([sp.is_control(i) or sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(sp.vocab_size())])
+    special = np.array(
+        [sp.is_control(i) or sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(sp.vocab_size())]
+    )
     paid = int(data.sizes[special[data.tokens]].sum(dtype=np.int64))
     faults = [f"operators and control tokens hold {paid:,} bytes"] if paid else []
     decoded, texts = spelt_texts(data, sp), source_texts(data)
@@ -779,6 +1024,7 @@ def bytes_(a: Audit) -> tuple[str, str]:
         what = f"{held.sum():,} bytes, {100 * off:+.3f} % of what the tokens spell (the source text is not at hand)"
         return verdict_of(faults + ([what] if abs(off) > 0.01 else []), what)
     import prepare_data
+
     ends, bare = prepare_data.StrippedEnds(sp), lambda text: "".join(unicodedata.normalize("NFKC", text).split())
     kept = [text for text in texts if len(text.encode()) > ends.count(text)]
     true = np.array([len(text.encode()) - ends.count(text) for text in kept])
@@ -786,10 +1032,16 @@ def bytes_(a: Audit) -> tuple[str, str]:
         return FAIL, f"{len(held):,} documents, the source has {len(true):,} that hold text"
     wrong = np.flatnonzero(true != held)
     if len(wrong):
-        faults.append(f"{len(wrong):,} of {len(held):,} documents: {held[wrong].sum():,} bytes in the sidecar, {true[wrong].sum():,} in the source"
-                      f" (total {100 * (held.sum() / true.sum() - 1):+.3f} %)")
+        faults.append(
+            f"{len(wrong):,} of {len(held):,} documents: {held[wrong].sum():,} bytes in the sidecar, {true[wrong].sum():,} in the source"
+            f" (total {100 * (held.sum() / true.sum() - 1):+.3f} %)"
+        )
     lossy = sum(bare(text) != bare(spelt) for text, spelt in zip(kept, decoded))
-    doubts = [f"LOSSY: {lossy:,} of {len(kept):,} documents do not decode to their text, white space and NFKC aside (#1604)"] if lossy > len(kept) // 20 else []
+    doubts = (
+        [f"LOSSY: {lossy:,} of {len(kept):,} documents do not decode to their text, white space and NFKC aside (#1604)"]
+        if lossy > len(kept) // 20
+        else []
+    )
     return verdict_of(faults, f"{held.sum():,} bytes, each of {len(held):,} documents equals its source text", doubts)
 
 
@@ -802,7 +1054,12 @@ def identity(a: Audit) -> tuple[str, str]:
     label = "a known public export" if count in KNOWN else "no known export"
     if count in ALARMS:
         faults.append(f"{count:,} validation tokens: {ALARMS[count]}")
-    if count in KNOWN and total is not None and KNOWN[count] and min(abs(total / known - 1) for known in KNOWN[count]) > 0.001:
+    if (
+        count in KNOWN
+        and total is not None
+        and KNOWN[count]
+        and min(abs(total / known - 1) for known in KNOWN[count]) > 0.001
+    ):
         faults.append(f"{total:,} bytes for the export of {count:,} tokens, which has {KNOWN[count][0]:,}")
     if (shards := len(shard_paths(data.folder, "train"))) in ALARM_TRAIN_SHARDS:
         doubts.append(f"{shards} training shards, as in local preparations that leaked (#2130)")
@@ -813,7 +1070,9 @@ def identity(a: Audit) -> tuple[str, str]:
     if not manifest:
         doubts += [] if count in KNOWN else ["no manifest, and no known export: nothing to compare with"]
         return verdict_of(faults, f"{label}, {count:,} tokens, sha256 {digest[:12]}; no manifest", doubts)
-    promised = {name: entry["sha256"] for name, entry in manifest["files"].items()} | {manifest["tokenizer"]["file"]: manifest["tokenizer"]["sha256"]}
+    promised = {name: entry["sha256"] for name, entry in manifest["files"].items()} | {
+        manifest["tokenizer"]["file"]: manifest["tokenizer"]["sha256"]
+    }
     for name, sha in promised.items():
         path = data.folder / name
         if not path.is_file() or file_sha256(path) != sha:
@@ -822,7 +1081,9 @@ def identity(a: Audit) -> tuple[str, str]:
     faults += [f"{name} is not in the manifest" for name in sorted(extra)]
     if manifest["val"]["first_document"] != 0 or manifest["train"]["first_document"] < manifest["val"]["documents"]:
         faults.append("the manifest's document ranges of training and validation overlap")
-    return verdict_of(faults, f"{label}, {count:,} tokens, {len(promised)} files as in the manifest, sha256 {digest[:12]}", doubts)
+    return verdict_of(
+        faults, f"{label}, {count:,} tokens, {len(promised)} files as in the manifest, sha256 {digest[:12]}", doubts
+    )
 
 
 def file_sha256(path: Path) -> str:
@@ -862,11 +1123,20 @@ def budget(a: Audit) -> tuple[str, str]:
     train, score = sum(phases.get(name, 0.0) for name in TRAIN_PHASES), sum(evaluation.values())
     wide = train + phases.get("write", 0.0), score + phases.get("setup", 0.0) + phases.get("diagnostic", 0.0)
     faults = [f"a limit of {limit:.0f} s is above {BUDGET_SECONDS}"] if limit > BUDGET_SECONDS else []
-    faults += [f"{name} takes {value:.1f} of {limit:.0f} s" for name, value in (("training", train), ("evaluation", score)) if value >= limit]
-    faults += [f"result.json counts {seconds[key]:.1f} s of {key}, its phases add up to {value:.1f}" for key, value in (("train", train), ("eval", score))
-               if key in seconds and seconds[key] < value - 0.5]
-    readings = (f"training {phases['steps']:.1f} s of steps, {train:.1f} with calibration and quantisation, {wide[0]:.1f} with writing; evaluation "
-                f"{max(evaluation.values(), default=0.0):.1f} s of scoring, {score:.1f} with loading, {wide[1]:.1f} with set-up and diagnostics; limit {limit:.0f}")
+    faults += [
+        f"{name} takes {value:.1f} of {limit:.0f} s"
+        for name, value in (("training", train), ("evaluation", score))
+        if value >= limit
+    ]
+    faults += [
+        f"result.json counts {seconds[key]:.1f} s of {key}, its phases add up to {value:.1f}"
+        for key, value in (("train", train), ("eval", score))
+        if key in seconds and seconds[key] < value - 0.5
+    ]
+    readings = (
+        f"training {phases['steps']:.1f} s of steps, {train:.1f} with calibration and quantisation, {wide[0]:.1f} with writing; evaluation "
+        f"{max(evaluation.values(), default=0.0):.1f} s of scoring, {score:.1f} with loading, {wide[1]:.1f} with set-up and diagnostics; limit {limit:.0f}"
+    )
     doubts = [readings] if max(wide) >= limit else []
     return verdict_of(faults, readings, doubts)
 
@@ -895,7 +1165,7 @@ def welch(a: list[float], b: list[float]) -> tuple[float, float, float]:
     if va + vb == 0:
         return math.inf, math.inf, 0.0 if statistics.fmean(a) < statistics.fmean(b) else 1.0
     t = (statistics.fmean(b) - statistics.fmean(a)) / math.sqrt(va + vb)
-    df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + (vb ** 2 / (len(b) - 1) if len(b) > 1 else 0.0))
+    df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + (vb**2 / (len(b) - 1) if len(b) > 1 else 0.0))
     return t, df, t_tail(t, df)
 
 
@@ -921,13 +1191,17 @@ def seeds(a: Audit) -> tuple[str, str]:
     mean, std, n = statistics.fmean(bpb), statistics.stdev(bpb), len(bpb)
     ratio = results[0]["data"]["val_bytes"] / results[0]["data"]["val_targets"]
     smallest = (t_quantile(0.01, 2 * n - 2) + t_quantile(0.2, 2 * n - 2)) * std * math.sqrt(2 / n)
-    what = (f"{n} seeds: {mean:.6f} BPB, sample std {std:.6f}; {mean * math.log(2):.5f} nats per byte, {mean * math.log(2) * ratio:.5f} per token; "
-            f"a difference of {smallest:.5f} BPB would show at p < 0.01 with power 0.8; at most {most:,} bytes")
+    what = (
+        f"{n} seeds: {mean:.6f} BPB, sample std {std:.6f}; {mean * math.log(2):.5f} nats per byte, {mean * math.log(2) * ratio:.5f} per token; "
+        f"a difference of {smallest:.5f} BPB would show at p < 0.01 with power 0.8; at most {most:,} bytes"
+    )
     if a.baseline:
         t, df, p = welch(bpb, list(a.baseline))
         gain = statistics.fmean(a.baseline) - mean
-        what += (f"; {gain:+.6f} BPB below the baseline of {len(a.baseline)}, {gain * math.log(2):+.5f} nats per byte, {gain * math.log(2) * ratio:+.5f} per token: "
-                 f"Welch t {t:.2f}, {df:.1f} degrees of freedom, p {p:.2g}")
+        what += (
+            f"; {gain:+.6f} BPB below the baseline of {len(a.baseline)}, {gain * math.log(2):+.5f} nats per byte, {gain * math.log(2) * ratio:+.5f} per token: "
+            f"Welch t {t:.2f}, {df:.1f} degrees of freedom, p {p:.2g}"
+        )
         if p >= 0.25:
             faults.append("no better than the baseline: " + what)
     return verdict_of(faults, what)
@@ -937,21 +1211,32 @@ def seeds(a: Audit) -> tuple[str, str]:
 def evidence(a: Audit) -> tuple[str, str]:
     """README.md and submission.json of the folder against the logs and results there and of the other seeds; logs without tracebacks and private paths."""
     claim, readme, folders = a.folder / "submission.json", a.folder / "README.md", (a.folder, *a.seeds)
-    logs = {f"{folder.name}/{p.name}" if folder in a.seeds else p.name: p.read_text(encoding="utf-8", errors="replace")
-            for folder in folders for p in sorted(folder.glob("*.log"))}
+    logs = {
+        f"{folder.name}/{p.name}" if folder in a.seeds else p.name: p.read_text(encoding="utf-8", errors="replace")
+        for folder in folders
+        for p in sorted(folder.glob("*.log"))
+    }
     faults = [f"{name} holds a traceback" for name, text in logs.items() if "Traceback (most recent call last)" in text]
-    faults += [f"{name} holds a private path" for name, text in logs.items() if re.search(r"(?<![\w.])/(?:home|root|Users)/\w+", text)]
+    faults += [
+        f"{name} holds a private path"
+        for name, text in logs.items()
+        if re.search(r"(?<![\w.])/(?:home|root|Users)/\w+", text)
+    ]
     if not claim.is_file() and not readme.is_file():
         if faults:
             return FAIL, "; ".join(faults)
-        raise NotRun(f"no README.md or submission.json in {a.folder.name} ({len(logs)} logs without traceback or private path)")
+        raise NotRun(
+            f"no README.md or submission.json in {a.folder.name} ({len(logs)} logs without traceback or private path)"
+        )
     found = read_json(claim)
     own, *others = ([read_json(p) for p in sorted(folder.glob("*result*.json"))] for folder in folders)
     results = sum(others, own)
     text = "\n".join(logs.values()) + json.dumps(results)
     shown = {float(number) for number in re.findall(r"\d+\.\d{3,}", text)}
     sizes = {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]{3,}", text)}
-    backed = lambda number: any(abs(float(number) - value) <= 0.5 * 10 ** -len(number.split(".")[1]) + 1e-12 for value in shown)
+    backed = lambda number: any(
+        abs(float(number) - value) <= 0.5 * 10 ** -len(number.split(".")[1]) + 1e-12 for value in shown
+    )
     bpb, runs = found.get("val_bpb"), found.get("seed_results", {})
     if not logs and not results:
         faults.append("no log and no result.json: nothing shows the claim")
@@ -962,22 +1247,32 @@ def evidence(a: Audit) -> tuple[str, str]:
     for seed, run in {**runs, **({} if runs or bpb is None else {"": found})}.items():
         if isinstance(run.get("val_bpb"), float) and not backed(f"{run['val_bpb']:.5f}"):
             faults.append(f"submission.json: seed {seed} val_bpb {run['val_bpb']} is in no log or result")
-    largest = max((size for size in (r.get("bytes", {}).get("total", 0) for r in own)), default=0)      # those of other seeds: check seeds
+    largest = max(
+        (size for size in (r.get("bytes", {}).get("total", 0) for r in own)), default=0
+    )  # those of other seeds: check seeds
     if "bytes_total" in found and (found["bytes_total"] < largest or found["bytes_total"] not in sizes):
-        faults.append(f"submission.json: bytes_total {found['bytes_total']:,} is {'below the largest run' if found['bytes_total'] < largest else 'in no log or result'}")
+        faults.append(
+            f"submission.json: bytes_total {found['bytes_total']:,} is {'below the largest run' if found['bytes_total'] < largest else 'in no log or result'}"
+        )
     if re.search(r"\b(TBD|TODO|PENDING)\b", json.dumps(found)):
         faults.append("submission.json holds a placeholder")
     shown |= {float(v) for v in re.findall(r"\d+\.\d{3,}", json.dumps(found))}
     quoted = re.findall(r"(?<![\d.])[01]\.\d{4,}(?!\d)", readme.read_text(encoding="utf-8")) if readme.is_file() else []
-    stale = [number for number in quoted if isinstance(bpb, float) and abs(float(number) - bpb) < 0.05 and not backed(number)]
+    stale = [
+        number for number in quoted if isinstance(bpb, float) and abs(float(number) - bpb) < 0.05 and not backed(number)
+    ]
     faults += [f"README.md: {', '.join(stale[:4])} in no log, result or submission.json"] if stale else []
     named = re.search(r"(?<!\d)([01]\.\d{3,})", a.folder.resolve().name)
     if named and isinstance(bpb, float) and abs(float(named[1]) - bpb) > 0.5 * 10 ** -len(named[1].split(".")[1]):
         faults.append(f"the folder is named {named[1]}, its val_bpb is {bpb}")
-    return verdict_of(faults, f"{len(logs)} logs, {len(results)} results: {len(quoted)} numbers of the README and submission.json agree with them")
+    return verdict_of(
+        faults,
+        f"{len(logs)} logs, {len(results)} results: {len(quoted)} numbers of the README and submission.json agree with them",
+    )
 
 
 # ---------------------------------------------------------------- command line
+
 
 def run_check(a: Audit, name: str) -> dict:
     begun = time.perf_counter()
@@ -987,7 +1282,7 @@ def run_check(a: Audit, name: str) -> dict:
         verdict, said = NOT_RUN, str(reason)
     except Broken as reason:
         verdict, said = FAIL, str(reason)
-    except Exception as error:                                            # a stranger's file may be anything: the audit goes on
+    except Exception as error:  # a stranger's file may be anything: the audit goes on
         verdict, said = FAIL, f"the check could not be done: {type(error).__name__}: {error}"
     return {"verdict": verdict, "evidence": said, "seconds": round(time.perf_counter() - begun, 1)}
 
@@ -1013,7 +1308,9 @@ def run_checks(a: Audit, names: list[str], say: Callable = lambda line: None, wo
         return row
 
     # The longest first, so that none is left over alone.
-    costly = sorted(names, key=lambda name: -int(re.sub(r"\D", "", name) or (2 if name in ("reload", "worlds", "training") else 0)))
+    costly = sorted(
+        names, key=lambda name: -int(re.sub(r"\D", "", name) or (2 if name in ("reload", "worlds", "training") else 0))
+    )
     with ThreadPoolExecutor(workers) as pool:
         rows = dict(zip(costly, pool.map(one, costly)))
     return {name: rows[name] for name in names}
@@ -1035,16 +1332,36 @@ def table(found: dict[str, dict], width: int = 110) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT_DIR", help="folder with train_gpt.py and model.bin")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the data folder it was scored on (default: DATA_PATH of the environment)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="the data folder it was scored on (default: DATA_PATH of the environment)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true", help="print audit.json instead of the table")
     parser.add_argument("--only", nargs="+", metavar="CHECK", help=f"of {', '.join(CHECKS)}")
     parser.add_argument("--skip", nargs="+", metavar="CHECK", default=[])
-    parser.add_argument("--targets", type=int, default=6000, help="validation targets of the tampered runs (default 6000)")
-    parser.add_argument("--timeout", type=float, default=3600.0, metavar="SECONDS", help="longest single run of the script")
-    parser.add_argument("--workers", type=int, default=0, help="checks at a time (default: the cores, at most 4; 1 on a GPU)")
-    parser.add_argument("--seeds", nargs="+", type=Path, default=[], metavar="DIR", help="folders of other seeds of the same configuration")
-    parser.add_argument("--baseline", default="", metavar="BPB,...", help="BPB of a baseline's seeds, for the Welch test")
+    parser.add_argument(
+        "--targets", type=int, default=6000, help="validation targets of the tampered runs (default 6000)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=3600.0, metavar="SECONDS", help="longest single run of the script"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="checks at a time (default: the cores, at most 4; 1 on a GPU)"
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="folders of other seeds of the same configuration",
+    )
+    parser.add_argument(
+        "--baseline", default="", metavar="BPB,...", help="BPB of a baseline's seeds, for the Welch test"
+    )
     args = parser.parse_args(argv)
     for name in (args.only or []) + args.skip:
         if name not in CHECKS:
@@ -1065,10 +1382,23 @@ def main(argv: list[str] | None = None) -> int:
         except (NotRun, Broken, ValueError) as error:
             print(f"audit.py: {error}", file=sys.stderr)
             return 2
-        workers = args.workers or (min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 4) if args.device == "cpu" else 1)
+        workers = args.workers or (
+            min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 4)
+            if args.device == "cpu"
+            else 1
+        )
         found = run_checks(audit, names, lambda line: print(line, file=sys.stderr, flush=True), workers)
-    files = {name: {"sha256": file_sha256(args.artifact / name), "bytes": (args.artifact / name).stat().st_size} for name in ("train_gpt.py", "model.bin")}
-    report = {"artifact": files, "device": args.device, "data": str(data) if data else None, "checks": found, "verdicts": condition_verdicts(found)}
+    files = {
+        name: {"sha256": file_sha256(args.artifact / name), "bytes": (args.artifact / name).stat().st_size}
+        for name in ("train_gpt.py", "model.bin")
+    }
+    report = {
+        "artifact": files,
+        "device": args.device,
+        "data": str(data) if data else None,
+        "checks": found,
+        "verdicts": condition_verdicts(found),
+    }
     part = args.artifact / "audit.json.part"
     part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     os.replace(part, args.artifact / "audit.json")
@@ -1077,8 +1407,10 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(table(found))
         counts = collections.Counter(row["verdict"] for row in found.values())
-        print(f"\n{args.artifact}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())} in {time.perf_counter() - begun:.0f} s; "
-              f"train_gpt.py {files['train_gpt.py']['sha256'][:12]}, model.bin {files['model.bin']['sha256'][:12]}")
+        print(
+            f"\n{args.artifact}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())} in {time.perf_counter() - begun:.0f} s; "
+            f"train_gpt.py {files['train_gpt.py']['sha256'][:12]}, model.bin {files['model.bin']['sha256'][:12]}"
+        )
     return 1 if any(row["verdict"] == FAIL for row in found.values()) else 0
 
 

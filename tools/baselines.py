@@ -1,4 +1,5 @@
 """What general compressors and counting reach on the validation documents of a run, in bits per byte over the same bytes that the run is scored on."""
+
 import gzip
 import hashlib
 import json
@@ -12,9 +13,11 @@ import numpy as np
 
 from tools.runs import ReportError, Run, write_file
 
-BIGRAM_TOKENS = 100_000_000                                         # the n-grams are fitted on at most this many training tokens
-COMPRESSORS = {"gzip -9": lambda text: gzip.compress(text, 9, mtime=0),
-               "xz -9e": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)}
+BIGRAM_TOKENS = 100_000_000  # the n-grams are fitted on at most this many training tokens
+COMPRESSORS = {
+    "gzip -9": lambda text: gzip.compress(text, 9, mtime=0),
+    "xz -9e": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
+}
 
 
 class Bigram:
@@ -32,7 +35,7 @@ class Bigram:
         total = np.bincount(heads, counts, vocab_size)
         self.left_over = np.where(total > 0, np.bincount(heads, discounts, vocab_size) / np.maximum(total, 1), 1.0)
         self.kept = (counts - discounts) / total[heads]
-        before = np.bincount(tails, minlength=vocab_size)            # different tokens before each token
+        before = np.bincount(tails, minlength=vocab_size)  # different tokens before each token
         spread = 0.75 * np.count_nonzero(before) / before.sum()
         self.lower = np.maximum(before - 0.75, 0) / before.sum() + spread / vocab_size
 
@@ -61,10 +64,13 @@ def kneser_ney_discounts(counts: np.ndarray) -> np.ndarray:
 def read_stream(data_path: Path, name: str, limit: int | None = None) -> np.ndarray:
     """The uint16 values of all shards fineweb_NAME_*.bin in order, at most `limit`."""
     from prepare_data import DataError, read_shard
-    pattern = re.compile(rf"fineweb_{name}_\d+\.bin")              # val_* must not take val_bytes_*
+
+    pattern = re.compile(rf"fineweb_{name}_\d+\.bin")  # val_* must not take val_bytes_*
     paths = sorted(path for path in data_path.glob("fineweb_*.bin") if pattern.fullmatch(path.name))
     if not paths:
-        raise ReportError(f"{data_path}: no fineweb_{name}_*.bin there; give --baselines the folder that the run was trained on")
+        raise ReportError(
+            f"{data_path}: no fineweb_{name}_*.bin there; give --baselines the folder that the run was trained on"
+        )
     values, held = [], 0
     for path in paths:
         try:
@@ -83,17 +89,22 @@ def document_texts(tokens: np.ndarray, model: Path) -> list[str]:
 
     import lossless_caps
     from prepare_data import BOS_ID
+
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
     except (OSError, RuntimeError):
-        raise ReportError(f"{model}: not a SentencePiece model; the tokenizer of the data is needed to turn tokens into text") from None
+        raise ReportError(
+            f"{model}: not a SentencePiece model; the tokenizer of the data is needed to turn tokens into text"
+        ) from None
     caseops = not any(sp.is_unknown(sp.piece_to_id(operator)) for operator in lossless_caps.OPERATORS)
     texts = []
     for start, end in pairwise([*np.flatnonzero(tokens == BOS_ID), len(tokens)]):
-        text = sp.decode(tokens[start + 1:end].tolist())
+        text = sp.decode(tokens[start + 1 : end].tolist())
         try:
             texts.append(lossless_caps.decode(text) if caseops else text)
-        except lossless_caps.CaseOpsError:  # normalisation made a capital and its accent one character: the operators say nothing any more
+        except (
+            lossless_caps.CaseOpsError
+        ):  # normalisation made a capital and its accent one character: the operators say nothing any more
             texts.append(text.translate(dict.fromkeys(map(ord, lossless_caps.OPERATORS))))
     return texts
 
@@ -117,15 +128,23 @@ def compute_baselines(data_path: Path, model: Path) -> dict:
     counts = np.bincount(train, minlength=vocab_size) + 1
     unigram = counts[tokens[1:]] / counts.sum()
     bpb |= {name: float(-np.log2(p).sum() / size) for name, p in (("token bigram", bigram), ("token unigram", unigram))}
-    return {"bpb": bpb, "bytes": size, "text_bytes": len(text), "bigram": f"interpolated modified Kneser-Ney, {len(train):,} training tokens",
-            "fingerprint": fingerprint(data_path), "seconds": round(time.perf_counter() - started, 1)}
+    return {
+        "bpb": bpb,
+        "bytes": size,
+        "text_bytes": len(text),
+        "bigram": f"interpolated modified Kneser-Ney, {len(train):,} training tokens",
+        "fingerprint": fingerprint(data_path),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def add_baselines(run: Run, data_path: Path) -> None:
     """Takes baselines.json if it belongs to this data, else computes and writes it."""
     now = fingerprint(data_path)
     if run.result["data"].get("val_sha256", now["val_sha256"]) != now["val_sha256"]:
-        raise ReportError(f"{data_path}: not the validation documents that {run.folder} was scored on; give --baselines the right folder")
+        raise ReportError(
+            f"{data_path}: not the validation documents that {run.folder} was scored on; give --baselines the right folder"
+        )
     if run.baselines is None or run.baselines["fingerprint"] != now:
         run.baselines = compute_baselines(data_path, data_path / "tokenizer.model")
         write_file(run.folder / "baselines.json", json.dumps(run.baselines, indent=1).encode())

@@ -1,4 +1,5 @@
 """`bench.py attention` and `bench.py optimizer`: two parts of a training step beside the floor of their bytes and FLOPs, at rates measured in the same run; on a GPU or a CPU."""
+
 import dataclasses
 import os
 import statistics
@@ -22,13 +23,18 @@ class Machine:
         self.device, self.gpu = device, device.type == "cuda"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.flops, self.unit = (1e12, "TFLOP/s") if self.gpu else (1e9, "GFLOP/s")
-        size, side = (2 ** 30, 8192) if self.gpu else (2 ** 26, 1024)
+        size, side = (2**30, 8192) if self.gpu else (2**26, 1024)
         source, target = (torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2))
         a, b = self.randn(side, side), self.randn(side, side)
-        self.copy_rate, self.product_rate = 2 * size / self.seconds(lambda: target.copy_(source)), 2 * side ** 3 / self.seconds(lambda: a @ b)
+        self.copy_rate, self.product_rate = (
+            2 * size / self.seconds(lambda: target.copy_(source)),
+            2 * side**3 / self.seconds(lambda: a @ b),
+        )
         name = torch.cuda.get_device_name() if self.gpu else f"CPU, {torch.get_num_threads()} thread(s)"
-        print(f"{name}, torch {torch.__version__}: copy {self.copy_rate / 1e9:,.1f} GB/s, {side:,}-cubed product of {str(self.dtype)[6:]} "
-              f"{self.product_rate / self.flops:,.1f} {self.unit}")
+        print(
+            f"{name}, torch {torch.__version__}: copy {self.copy_rate / 1e9:,.1f} GB/s, {side:,}-cubed product of {str(self.dtype)[6:]} "
+            f"{self.product_rate / self.flops:,.1f} {self.unit}"
+        )
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(self.dtype)
@@ -61,6 +67,7 @@ class Machine:
 
 # ---------------------------------------------------------------- attention
 
+
 def documents(cfg: ours.Config) -> tuple[ours.Seq, str]:
     """One micro-batch of packed documents and where it is from: the training stream, or, without one, lengths like those of web text."""
     span, tokens = cfg.train_seq_len, cfg.micro_batch_tokens
@@ -68,7 +75,9 @@ def documents(cfg: ours.Config) -> tuple[ours.Seq, str]:
         return ours.TrainStream(cfg).micro_batch(0, tokens, span).seq, f"the first micro-batch of {cfg.data_path}"
     lengths = 1 + np.random.default_rng(0).lognormal(np.log(500), 1.1, tokens).astype(np.int64)
     starts = np.cumsum(lengths) - lengths
-    return ours.pack(np.zeros(tokens + 1, np.int64), starts[starts < tokens], span, span, "train", tokens).seq, "random lengths"
+    return ours.pack(
+        np.zeros(tokens + 1, np.int64), starts[starts < tokens], span, span, "train", tokens
+    ).seq, "random lengths"
 
 
 def causal_pairs(cu: torch.Tensor, window: int = -1) -> int:
@@ -95,7 +104,9 @@ def attention(tokens: int | None) -> Iterator[tuple[str, str, float, float, floa
     cfg = dataclasses.replace(cfg, micro_batch_tokens=tokens or (cfg.micro_batch_tokens if machine.gpu else 4096))
     seq, origin = documents(cfg)
     cu, windows = seq.cu_q.to(machine.device), [-1, cfg.attn_window] if cfg.attn_window else [-1]
-    print(f"{cfg.micro_batch_tokens:,} tokens, {len(cu) - 1:,} segments of at most {cfg.train_seq_len:,}, {causal_pairs(cu):,} causal pairs: {origin}")
+    print(
+        f"{cfg.micro_batch_tokens:,} tokens, {len(cu) - 1:,} segments of at most {cfg.train_seq_len:,}, {causal_pairs(cu):,} causal pairs: {origin}"
+    )
     heads, width = cfg.num_heads, cfg.model_dim // cfg.num_heads
     for name in backends(cfg, machine.device):
         forward, backward = ours.BACKENDS[name]
@@ -108,17 +119,29 @@ def attention(tokens: int | None) -> Iterator[tuple[str, str, float, float, floa
             for window in windows:
                 where = (cu, cu, seq.max_q, seq.max_k, window)
                 out, lse = forward(q, k, v, *where)
-                calls = (("forward", 4, lambda: forward(q, k, v, *where)), ("backward", 10, lambda: backward(dout, q, k, v, out, lse, *where)))
+                calls = (
+                    ("forward", 4, lambda: forward(q, k, v, *where)),
+                    ("backward", 10, lambda: backward(dout, q, k, v, out, lse, *where)),
+                )
                 for direction, products, call in calls:
                     seconds, flops = machine.seconds(call), products * heads * width * causal_pairs(cu, window)
                     reach = "all" if window < 0 else f"{window} tokens"
-                    yield direction, f"{name}, {heads} heads, {kv} of K/V, {reach} back", seconds, machine.floor(0, flops) / seconds, flops / machine.flops, machine.unit
+                    yield (
+                        direction,
+                        f"{name}, {heads} heads, {kv} of K/V, {reach} back",
+                        seconds,
+                        machine.floor(0, flops) / seconds,
+                        flops / machine.flops,
+                        machine.unit,
+                    )
 
 
 # ---------------------------------------------------------------- optimizer
 
+
 class Part(NamedTuple):
     """One part of a step: the least bytes that it must read and write, its FLOPs, and a call of it that can be repeated."""
+
     name: str
     moved: int
     flops: int
@@ -128,7 +151,7 @@ class Part(NamedTuple):
 def orthogonalize_flops(groups: list[ours.MuonGroup], iterations: int) -> int:
     """Of three products per iteration: x xT, its square, and their sum by x, with the shorter side first."""
     sides = [(g.shard, *sorted((g.rows, g.cols))) for g in groups]
-    return iterations * sum(n * (4 * short * short * long + 2 * short ** 3) for n, short, long in sides)
+    return iterations * sum(n * (4 * short * short * long + 2 * short**3) for n, short, long in sides)
 
 
 def step_parts(optimizer: ours.Optimizer) -> list[Part]:
@@ -140,9 +163,10 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
 
     def with_gradients(call: Callable[[], object]) -> Callable[[], object]:
         def run():
-            for p, grad in zip(o.parameters, grads):                    # the step forgets them
+            for p, grad in zip(o.parameters, grads):  # the step forgets them
                 p.grad = grad
             return call()
+
         return run
 
     def reduce():
@@ -152,21 +176,43 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
         return [shard * clip.to(shard.dtype) for shard in shards]
 
     shards = with_gradients(reduce)()
-    coefficients = ours.MUON_COEFFICIENTS[cfg.muon_coefficients][:cfg.muon_backend_steps]
+    coefficients = ours.MUON_COEFFICIENTS[cfg.muon_coefficients][: cfg.muon_backend_steps]
     updates = [ours.orthogonalize(shard, coefficients) for shard in shards]
     muon, small, wide = sum(s.numel() for s in shards), sum(p.numel() for p in o.small), shards[0].element_size()
     everything, flops = 4 * (muon + small), orthogonalize_flops(o.muon, len(coefficients))
     parts = [
         Part("gradients: cast, norm, clip", everything + wide * muon + 4 * small, 0, with_gradients(reduce)),
         # momentum 0 leaves the shard, which `direction` writes into, as it is
-        Part("Muon: momentum, rows, orthogonalise", 4 * wide * muon, flops, lambda: [o.direction(g, shard, 0.0) for g, shard in zip(o.muon, shards)]),
+        Part(
+            "Muon: momentum, rows, orthogonalise",
+            4 * wide * muon,
+            flops,
+            lambda: [o.direction(g, shard, 0.0) for g, shard in zip(o.muon, shards)],
+        ),
         Part("Adam: embedding, vectors, scalars", 7 * 4 * small, 0, with_gradients(o.adam.step)),
-        Part("Muon: weights", (wide + 8) * muon, 0, lambda: [g.apply_(u, cfg.matrix_lr, cfg.muon_wd) for g, u in zip(o.muon, updates)]),
+        Part(
+            "Muon: weights",
+            (wide + 8) * muon,
+            0,
+            lambda: [g.apply_(u, cfg.matrix_lr, cfg.muon_wd) for g, u in zip(o.muon, updates)],
+        ),
     ]
     if o.average:
-        parts.append(Part("average of the weights", 3 * everything, 0, lambda: torch._foreach_lerp_(o.average, o.parameters, 1 - cfg.ema_decay)))
+        parts.append(
+            Part(
+                "average of the weights",
+                3 * everything,
+                0,
+                lambda: torch._foreach_lerp_(o.average, o.parameters, 1 - cfg.ema_decay),
+            )
+        )
     whole = Part("Optimizer.step", sum(p.moved for p in parts), flops, with_gradients(lambda: o.step(0, 1.0)))
-    alone = Part("of Muon: orthogonalise", 2 * wide * muon, flops, lambda: [ours.orthogonalize(shard, coefficients) for shard in shards])
+    alone = Part(
+        "of Muon: orthogonalise",
+        2 * wide * muon,
+        flops,
+        lambda: [ours.orthogonalize(shard, coefficients) for shard in shards],
+    )
     return [whole, *parts, alone]
 
 

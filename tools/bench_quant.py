@@ -1,4 +1,5 @@
 """`bench.py codec` and `bench.py quant`: bytes of a model file beside general compressors, and what quantisation costs at equal bytes, method by method."""
+
 import dataclasses
 import lzma
 import os
@@ -13,9 +14,18 @@ import torch
 
 import train_gpt as ours
 
-PUBLISHED = dict(rate_distortion=False, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0, matrix_bits=6, embed_bits=7)
-METHODS = {                                                             # the first gives the size that all must have
-    "published: sigmas, LQER, AWQ": dict(PUBLISHED, lqer_enabled=True, lqer_top_k=3, lqer_rank=4, awq_lite_enabled=True),
+PUBLISHED = dict(
+    rate_distortion=False,
+    mlp_clip_sigmas=11.5,
+    attn_clip_sigmas=13.0,
+    embed_clip_sigmas=14.0,
+    matrix_bits=6,
+    embed_bits=7,
+)
+METHODS = {  # the first gives the size that all must have
+    "published: sigmas, LQER, AWQ": dict(
+        PUBLISHED, lqer_enabled=True, lqer_top_k=3, lqer_rank=4, awq_lite_enabled=True
+    ),
     "ours": {},
     "ours + LQER by gain": dict(lqer_enabled=True, lqer_gain_select=True, lqer_weight="hessian"),
     "ours, rows alike": dict(rate_rows=0.0, rate_embed_rows=0.0),
@@ -30,11 +40,14 @@ METHODS = {                                                             # the fi
     "ours, embedding rows by 0.25": dict(rate_embed_rows=0.25),
     "ours, embedding rows by 0.75": dict(rate_embed_rows=0.75),
     "ours, embedding rows alike": dict(rate_embed_rows=0.0),
-    "published sigmas, LQER by Hessian": dict(PUBLISHED, lqer_enabled=True, lqer_weight="hessian", lqer_gain_select=True),
+    "published sigmas, LQER by Hessian": dict(
+        PUBLISHED, lqer_enabled=True, lqer_weight="hessian", lqer_gain_select=True
+    ),
 }
 
 
 # ---------------------------------------------------------------- codec
+
 
 def similar_rows(q: np.ndarray) -> np.ndarray:
     """#1855's order of rows: from row 0, always the unused one at the smallest L1 distance."""
@@ -60,8 +73,15 @@ def published_streams(arrays: dict[str, np.ndarray], settings: dict) -> tuple[li
     """Symbols as #1855's "pergroup" lays them out: a transposed stream for each kind, rows of tok_emb, q and up sorted; the rest; the permutations."""
     head = settings["model_dim"] // settings["num_heads"]
     q, kv = settings["num_heads"] * head, settings["num_kv_heads"] * head
-    cuts = {"tok_emb": [("tok_emb", slice(None))], "k": [("qkv", slice(q, q + kv))], "q": [("qkv", slice(q))], "v": [("qkv", slice(q + kv, None))],
-            "o": [("o", slice(None))], "up": [("up", slice(None))], "down": [("down", slice(None))]}
+    cuts = {
+        "tok_emb": [("tok_emb", slice(None))],
+        "k": [("qkv", slice(q, q + kv))],
+        "q": [("qkv", slice(q))],
+        "v": [("qkv", slice(q + kv, None))],
+        "o": [("o", slice(None))],
+        "up": [("up", slice(None))],
+        "down": [("down", slice(None))],
+    }
     streams, orders = [], []
     for kind, ((name, rows),) in cuts.items():
         parts = []
@@ -80,6 +100,7 @@ def published_streams(arrays: dict[str, np.ndarray], settings: dict) -> tuple[li
 def codec(path: Path):
     """Yields (variant, bytes, seconds): the tensors of a model file by our coder and by others."""
     import brotli
+
     arrays, meta = ours.load_artifact(path)
     begun = time.perf_counter()
     data = ours.encode_artifact(arrays, {})
@@ -94,17 +115,23 @@ def codec(path: Path):
         raise SystemExit(f"{path}: does not come back as it was")
     yield "ours, decode", len(data), seconds
     raw = b"".join(a.tobytes() for a in arrays.values())
-    for name, compress in (("brotli 11", lambda d: brotli.compress(d, quality=11, lgwin=24)), ("lzma 9e", lambda d: lzma.compress(d, preset=9 | lzma.PRESET_EXTREME))):
+    for name, compress in (
+        ("brotli 11", lambda d: brotli.compress(d, quality=11, lgwin=24)),
+        ("lzma 9e", lambda d: lzma.compress(d, preset=9 | lzma.PRESET_EXTREME)),
+    ):
         begun = time.perf_counter()
         yield name, len(compress(raw)), time.perf_counter() - begun
     if shutil.which("lrzip"):
         begun = time.perf_counter()
         streams, rest, orders = published_streams(arrays, meta["settings"])
-        size = sum(len(zpaq(s)) for s in streams) + sum(len(brotli.compress(d, quality=11, lgwin=24)) for d in (rest, orders))
+        size = sum(len(zpaq(s)) for s in streams) + sum(
+            len(brotli.compress(d, quality=11, lgwin=24)) for d in (rest, orders)
+        )
         yield "lrzip -z -L 9, rows sorted", size, time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------- quant
+
 
 class Lab:
     """A run's trained weights, their Hessians, and scores of what quantisation makes of them."""
@@ -112,7 +139,7 @@ class Lab:
     def __init__(self, trained: Path):
         arrays, meta = ours.read_trained(trained)
         known = {f.name for f in dataclasses.fields(ours.Config)}
-        stored = {"attn_window": 0} | meta["settings"]                  # weights older than that setting were trained without windows
+        stored = {"attn_window": 0} | meta["settings"]  # weights older than that setting were trained without windows
         self.cfg = ours.Config.from_env(os.environ, stored={k: v for k, v in stored.items() if k in known})
         self.ranks = ours.Ranks(self.cfg)
         torch.set_float32_matmul_precision("high")
@@ -134,7 +161,9 @@ class Lab:
 
     def bpb(self, state: dict) -> float:
         ours.load_state(self.scored, state, "memory")
-        return self.scorer.score(self.val, ours.Ledger("bench", self.val.target_bytes, ours.Verdicts()), self.cfg.eval_stride)
+        return self.scorer.score(
+            self.val, ours.Ledger("bench", self.val.target_bytes, ours.Verdicts()), self.cfg.eval_stride
+        )
 
     def fitted(self, settings: dict, target: int) -> tuple[dict, int, float]:
         """Arrays of model.bin within 0.05 % of ``target`` bytes (0: as the settings say), their size, and seconds of one quantisation."""
@@ -173,7 +202,9 @@ def quant(trained: Path, budget: float):
 
 
 @torch.no_grad()
-def column_by_column(w: torch.Tensor, h: torch.Tensor, step: torch.Tensor, limit: int, damping: float, block: int = 128) -> torch.Tensor:
+def column_by_column(
+    w: torch.Tensor, h: torch.Tensor, step: torch.Tensor, limit: int, damping: float, block: int = 128
+) -> torch.Tensor:
     """GPTQ of one matrix on the CPU as published scripts write it; no column's input is silent."""
     h = h + damping * h.diagonal().mean() * torch.eye(len(h))
     order = h.diagonal().argsort(descending=True)
@@ -197,9 +228,12 @@ def solve_times(lab: Lab):
     state = ours.folded_state(lab.model)
     weights = {name: state[name] if state[name].ndim == 3 else state[name][None] for name in ours.MATRICES}
     plan = ours.clip_steps(lab.model, weights, lab.hessians, cfg, 0.0)
-    problems = [(weights[name].float(), lab.hessians[kind.hessian], plan[name].row, plan[name].limit, cfg.gptq_damping) for name, kind in ours.MATRICES.items()]
+    problems = [
+        (weights[name].float(), lab.hessians[kind.hessian], plan[name].row, plan[name].limit, cfg.gptq_damping)
+        for name, kind in ours.MATRICES.items()
+    ]
     seconds = []
-    for _ in range(2):                                                  # the first loads libraries
+    for _ in range(2):  # the first loads libraries
         begun = lab.now()
         found = [ours.gptq(*problem) for problem in problems]
         seconds.append(lab.now() - begun)
@@ -207,11 +241,17 @@ def solve_times(lab: Lab):
     torch.set_num_threads(1)
     on_cpu = [(w.cpu(), h.cpu(), step.cpu(), limit, damping) for w, h, step, limit, damping in problems]
     begun = time.perf_counter()
-    plain = [[column_by_column(w[i], h[i], step[i], limit, damping) for i in range(len(w))] for w, h, step, limit, damping in on_cpu]
+    plain = [
+        [column_by_column(w[i], h[i], step[i], limit, damping) for i in range(len(w))]
+        for w, h, step, limit, damping in on_cpu
+    ]
     cpu = time.perf_counter() - begun
     torch.set_num_threads(threads)
     same = sum(int((torch.stack(p) == f.cpu()).sum()) for p, f in zip(plain, found)) / sum(f.numel() for f in found)
-    print(f"GPTQ of {sum(f.numel() for f in found):,} weights: batched on {lab.ranks.device.type} {seconds[-1]:.2f} s, "
-          f"column by column on one CPU thread {cpu:.2f} s, ratio {cpu / seconds[-1]:.1f}; {same:.2%} of the symbols equal", flush=True)
+    print(
+        f"GPTQ of {sum(f.numel() for f in found):,} weights: batched on {lab.ranks.device.type} {seconds[-1]:.2f} s, "
+        f"column by column on one CPU thread {cpu:.2f} s, ratio {cpu / seconds[-1]:.1f}; {same:.2%} of the symbols equal",
+        flush=True,
+    )
     yield "GPTQ, batched", 0, 0.0, seconds[-1]
     yield "GPTQ, CPU column by column", 0, 0.0, cpu

@@ -1,4 +1,5 @@
 """`bench.py startup` and `bench.py scaling`: whole runs of train_gpt.py in processes of their own, timed by the lines they print and ended once the last wanted one is there."""
+
 import os
 import re
 import shlex
@@ -17,21 +18,42 @@ from processes import stop
 import train_gpt as ours
 
 SCRIPT = Path(ours.__file__).resolve()
-PATIENCE, GRACE = 900, 15                                               # seconds after which a run that hangs is ended, and that it has to end by itself
-PHASES = (("imports, data, attention", r"^hardware "), ("checks", r"^checks passed"), ("kernels, warm-up", r"^warmed up"), ("first step", r"^step +1 "))
+PATIENCE, GRACE = 900, 15  # seconds after which a run that hangs is ended, and that it has to end by itself
+PHASES = (
+    ("imports, data, attention", r"^hardware "),
+    ("checks", r"^checks passed"),
+    ("kernels, warm-up", r"^warmed up"),
+    ("first step", r"^step +1 "),
+)
 STEP = re.compile(r"^step +(\d+) .* loss ([\d.]+) .* ([\d.]+) ms/step")
 
 
 def environment(folder: str, **settings) -> dict[str, str]:
     """The caller's environment with these settings: fixed steps, results in ``folder``. Its modes would run something else, its ledger would be overwritten."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("TTT_EVAL_ONLY", "QUANTIZE_ONLY", "CHECK_ONLY", "LEDGER_PATH")}
-    return kept | {"ARTIFACT_DIR": str(Path(folder, "run")), "MAX_WALLCLOCK_SECONDS": "0", "TTT_ENABLED": "0"} | {name: str(value) for name, value in settings.items()}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TTT_EVAL_ONLY", "QUANTIZE_ONLY", "CHECK_ONLY", "LEDGER_PATH")
+    }
+    return (
+        kept
+        | {"ARTIFACT_DIR": str(Path(folder, "run")), "MAX_WALLCLOCK_SECONDS": "0", "TTT_ENABLED": "0"}
+        | {name: str(value) for name, value in settings.items()}
+    )
 
 
 def read(command: list[str], env: dict[str, str], last: str) -> list[tuple[float, str]]:
     """(seconds since the start, line) of all that a command prints up to the first line matching ``last``; there it is ended."""
     seen, started = [], time.perf_counter()
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     watchdog = threading.Timer(PATIENCE, stop, [child, GRACE])
     watchdog.start()
     try:
@@ -43,10 +65,18 @@ def read(command: list[str], env: dict[str, str], last: str) -> list[tuple[float
         watchdog.cancel()
         stop(child, GRACE)
         child.stdout.close()
-    raise SystemExit("\n".join((f"{shlex.join(command)} ended before a line like {last!r}. Its last lines:", *(line for _, line in seen[-15:]))))
+    raise SystemExit(
+        "\n".join(
+            (
+                f"{shlex.join(command)} ended before a line like {last!r}. Its last lines:",
+                *(line for _, line in seen[-15:]),
+            )
+        )
+    )
 
 
 # ---------------------------------------------------------------- start-up
+
 
 def phases(seen: list[tuple[float, str]]) -> Iterator[tuple[str, float]]:
     """(phase, its seconds): each ends with the first line of its kind; then their sum."""
@@ -67,10 +97,13 @@ def startup() -> Iterator[tuple[str, str, float]]:
 
 # ---------------------------------------------------------------- scaling
 
+
 def step_lines(seen: list[tuple[float, str]]) -> list[tuple[int, float, float]]:
     """(step, seconds since the first step began, loss) of the logged steps. The mean of ms/step has more digits than the seconds in the same line."""
     found = [match for _, line in seen if (match := STEP.search(line))]
-    return [(int(step), int(step) * float(ms) / 1e3, float(loss)) for step, loss, ms in (match.groups() for match in found)]
+    return [
+        (int(step), int(step) * float(ms) / 1e3, float(loss)) for step, loss, ms in (match.groups() for match in found)
+    ]
 
 
 def step_seconds(curve: list[tuple[int, float, float]]) -> float:
@@ -95,12 +128,32 @@ def scaling(counts: list[int] | None, steps: int, same_batch: bool) -> Iterator[
         batch = micro * (max(counts) if same_batch else n)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             # Loops that never begin: only plain steps are timed.
-            env = defaults | environment(folder, TRAIN_BATCH_TOKENS=batch, MICRO_BATCH_TOKENS=micro, ITERATIONS=steps, TRAIN_LOG_EVERY=10, ENABLE_LOOPING_AT=2)
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(SCRIPT)]
+            env = defaults | environment(
+                folder,
+                TRAIN_BATCH_TOKENS=batch,
+                MICRO_BATCH_TOKENS=micro,
+                ITERATIONS=steps,
+                TRAIN_LOG_EVERY=10,
+                ENABLE_LOOPING_AT=2,
+            )
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={n}",
+                str(SCRIPT),
+            ]
             curves[n] = curve = step_lines(read(command, env, r"^trained \d+ steps"))
-        print(f"{n} rank(s), {batch:,} tokens a step, loss by step: " + "  ".join(f"{step}: {loss:.4f}" for step, _, loss in curve), flush=True)
+        print(
+            f"{n} rank(s), {batch:,} tokens a step, loss by step: "
+            + "  ".join(f"{step}: {loss:.4f}" for step, _, loss in curve),
+            flush=True,
+        )
         yield n, batch // n, step_seconds(curve)
     if same_batch:
         reference = [loss for *_, loss in curves[counts[0]]]
         for n in counts[1:]:
-            print(f"loss on {n} and on {counts[0]} rank(s): they differ by at most {max(abs(a - loss) for (*_, a), loss in zip(curves[n], reference)):.4f}")
+            print(
+                f"loss on {n} and on {counts[0]} rank(s): they differ by at most {max(abs(a - loss) for (*_, a), loss in zip(curves[n], reference)):.4f}"
+            )

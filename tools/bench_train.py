@@ -1,5 +1,6 @@
 """`bench.py train`: step time and loss of our script and of a public one (#1855) beside it, on the same batches, on one GPU.
 Losses are compared where the two are the same network and begin with the same weights: NUM_HEADS=8 NUM_KV_HEADS=4 ROPE_DIMS=16 ATTN_WINDOW=0."""
+
 import importlib.util
 import math
 import os
@@ -22,12 +23,22 @@ def opaque_attention(backend: str):
     forward, backward = ours.BACKENDS[backend]
 
     @torch.library.custom_op("bench::attention", mutates_args=())
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return forward(q, k, v, cu, cu, longest, longest, -1)
 
     @torch.library.custom_op("bench::attention_gradient", mutates_args=())
-    def gradient(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, cu: torch.Tensor,
-                 longest: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def gradient(
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        cu: torch.Tensor,
+        longest: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return tuple(backward(dout.contiguous(), q, k, v, out, lse, cu, cu, longest, longest, -1)[:3])
 
     def context(ctx, inputs, output):
@@ -35,15 +46,23 @@ def opaque_attention(backend: str):
         ctx.save_for_backward(*tensors[:3], *output, tensors[3])
         ctx.mark_non_differentiable(output[1])
 
-    attention.register_fake(lambda q, k, v, cu, longest: (*ours.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
+    attention.register_fake(
+        lambda q, k, v, cu, longest: (*ours.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32))
+    )
     gradient.register_fake(lambda dout, q, k, v, *_: ours.empty_like(q, k, v))
-    attention.register_autograd(lambda ctx, dout, _: (*gradient(dout, *ctx.saved_tensors, ctx.longest), None, None), setup_context=context)
+    attention.register_autograd(
+        lambda ctx, dout, _: (*gradient(dout, *ctx.saved_tensors, ctx.longest), None, None), setup_context=context
+    )
     return attention
 
 
 def import_public(path: Path, settings: Path | None, backend: str):
     """Import a published train_gpt.py from its folder, with KEY=VALUE words of ``settings`` in the environment; its FlashAttention-3 calls go to the same operator as ours."""
-    words = [w for line in settings.read_text().splitlines() if not line.startswith("#") for w in line.split()] if settings else []
+    words = (
+        [w for line in settings.read_text().splitlines() if not line.startswith("#") for w in line.split()]
+        if settings
+        else []
+    )
     os.environ.update(w.split("=", 1) for w in words)
     module, attention = types.ModuleType("flash_attn_interface"), opaque_attention(backend)
 
@@ -58,7 +77,7 @@ def import_public(path: Path, settings: Path | None, backend: str):
     public = importlib.util.module_from_spec(spec)
     sys.modules["public_train_gpt"] = public
     spec.loader.exec_module(public)
-    public.BOS_ID = 1                                                   # its loader would set it
+    public.BOS_ID = 1  # its loader would set it
     return public
 
 
@@ -83,6 +102,7 @@ class OurSide:
 
 class PublicSide:
     """#1855's step_fn and per-step EMA, restated around its own model and optimizers."""
+
     name = "public"
 
     def __init__(self, public, mine: OurSide):
@@ -93,9 +113,9 @@ class PublicSide:
         public.restore_fp32_params(self.base)
         parameters = [sum(p.numel() for p in model.parameters()) for model in (self.base, mine.model)]
         self.same = parameters[0] == parameters[1] and mine.cfg.attn_window == 0 and mine.cfg.rope_dims == 16
-        if self.same:                                                   # the same network begins with the same weights
+        if self.same:  # the same network begins with the same weights
             self.copy_weights(mine.model)
-        for block in self.base.blocks:                                  # its training loop fills the rotary cache before compiling
+        for block in self.base.blocks:  # its training loop fills the rotary cache before compiling
             block.attn.rotary(mine.cfg.micro_batch_tokens, torch.device("cuda"), torch.bfloat16)
         self.model = torch.compile(self.base, dynamic=False, fullgraph=True)
         self.optimizers = public.Optimizers(h, self.base)
@@ -116,9 +136,13 @@ class PublicSide:
         self.base.looping_active = looped
         total = torch.zeros((), device="cuda")
         for batch in batches:
-            torch._dynamo.mark_dynamic(batch.seq.cu_q, 0)               # else its graph is compiled anew for every number of documents
+            torch._dynamo.mark_dynamic(
+                batch.seq.cu_q, 0
+            )  # else its graph is compiled anew for every number of documents
             with torch.autocast(device_type="cuda", dtype=torch.bfloat16):
-                loss = self.model(batch.tokens[None], batch.targets[None], cu_seqlens=batch.seq.cu_q, max_seqlen=h.train_seq_len)
+                loss = self.model(
+                    batch.tokens[None], batch.targets[None], cu_seqlens=batch.seq.cu_q, max_seqlen=h.train_seq_len
+                )
             total += loss.detach() / len(batches)
             (loss / len(batches)).backward()
         warm = min(step / h.muon_momentum_warmup_steps, 1.0)
@@ -140,8 +164,11 @@ def side_by_side(cfg, ranks, backend, stream, public, looped: bool, steps: int):
     sides = [mine] + ([PublicSide(public, mine)] if public else [])
     losses, seconds, first = ({side.name: [] for side in sides} for _ in range(3))
     for block in range(steps // BLOCK):
-        batches = {step: [ours.to_device(b, ranks.device) for b in stream.step(step, cfg.train_seq_len, 0, 1)] for step in range(block * BLOCK, (block + 1) * BLOCK)}
-        for side in sides if block % 2 else sides[::-1]:                # in turns, so that a slower GPU slows both
+        batches = {
+            step: [ours.to_device(b, ranks.device) for b in stream.step(step, cfg.train_seq_len, 0, 1)]
+            for step in range(block * BLOCK, (block + 1) * BLOCK)
+        }
+        for side in sides if block % 2 else sides[::-1]:  # in turns, so that a slower GPU slows both
             torch.cuda.synchronize()
             begun = time.perf_counter()
             found = [side.step(step, batch, looped) for step, batch in batches.items()]
@@ -156,7 +183,9 @@ def print_losses(mode: str, losses: dict[str, list[float]]):
     print(f"{mode}: loss of ours and of the public script by step")
     print("  " + "  ".join(f"{i}: {a:.4f} {b:.4f}" for i, (a, b) in enumerate(pairs) if i < 10 or i % 5 == 4))
     differences = [a - b for a, b in pairs]
-    print(f"  mean |difference| {statistics.mean(map(abs, differences)):.5f}, mean {statistics.mean(differences):+.5f}, of the last ten {statistics.mean(differences[-10:]):+.5f}")
+    print(
+        f"  mean |difference| {statistics.mean(map(abs, differences)):.5f}, mean {statistics.mean(differences):+.5f}, of the last ten {statistics.mean(differences[-10:]):+.5f}"
+    )
 
 
 def measure(public_path: Path | None, public_settings: Path | None, steps: int):
@@ -169,15 +198,23 @@ def measure(public_path: Path | None, public_settings: Path | None, steps: int):
     backend = ours.choose_attention(cfg, ranks.device)
     public = import_public(public_path.resolve(), public_settings, backend) if public_path else None
     stream = ours.TrainStream(cfg)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, attention {backend}, "
-          f"{cfg.train_batch_tokens:,} tokens a step in micro-batches of {cfg.micro_batch_tokens:,}")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, attention {backend}, "
+        f"{cfg.train_batch_tokens:,} tokens a step in micro-batches of {cfg.micro_batch_tokens:,}"
+    )
     for looped in (False, True):
         mode = "looped" if looped else "plain"
         sides, losses, seconds, first = side_by_side(cfg, ranks, backend, stream, public, looped, steps)
         medians = {side.name: statistics.median(seconds[side.name]) for side in sides}
         for side in sides:
             print(f"{mode}: {side.name} sets up and runs its first {BLOCK} steps in {first[side.name][0]:.1f} s")
-            yield mode, side.name, medians[side.name], medians.get("public", medians["ours"]) / medians[side.name], cfg.train_batch_tokens
+            yield (
+                mode,
+                side.name,
+                medians[side.name],
+                medians.get("public", medians["ours"]) / medians[side.name],
+                cfg.train_batch_tokens,
+            )
         if public and sides[-1].same:
             print_losses(mode, losses)
         del sides
@@ -195,11 +232,15 @@ def published_protocol(folder: Path) -> str:
     ranks = ours.Ranks(cfg)
     torch.set_float32_matmul_precision("high")
     val = ours.ValidationStream(cfg)
-    model = ours.GPT(cfg, ours.choose_attention(cfg, ranks.device), torch.bfloat16 if ranks.device.type == "cuda" else torch.float32).to(ranks.device)
+    model = ours.GPT(
+        cfg, ours.choose_attention(cfg, ranks.device), torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    ).to(ranks.device)
     ours.load_state(model, {name: torch.from_numpy(a) for name, a in arrays.items()}, folder)
     limit, nats = val.targets // 65536 * 65536, np.full(val.targets, np.nan)
     starts = np.unique(np.concatenate([val.starts[val.starts < limit], np.arange(0, limit, 65536)]))
-    for buffer in ours.pack_windows(ours.plan_windows(starts, limit, cfg.eval_seq_len, cfg.eval_seq_len), cfg.val_batch_tokens):
+    for buffer in ours.pack_windows(
+        ours.plan_windows(starts, limit, cfg.eval_seq_len, cfg.eval_seq_len), cfg.val_batch_tokens
+    ):
         batch, places, targets = ours.window_batch(val, buffer, cfg)
         scores = ours.batch_nats(model, ours.to_device(batch, ranks.device), cfg.looped)
         nats[targets] = scores[torch.from_numpy(places).to(scores.device)].double().cpu().numpy()

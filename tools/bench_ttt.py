@@ -1,4 +1,5 @@
 """`bench.py ttt`: one artifact adapted under several settings, one after another in one process, on the same documents."""
+
 import shlex
 import sys
 import time
@@ -23,19 +24,23 @@ def variants(environment: dict[str, str], lines: list[str]) -> Iterator[tuple[st
         yield line or "as stored", ours.configure(environment | dict(word.split("=", 1) for word in shlex.split(line)))
 
 
-def ttt(folder: Path, environment: dict[str, str], lines: list[str], budget: float) -> Iterator[tuple[str, float, float, float, int]]:
+def ttt(
+    folder: Path, environment: dict[str, str], lines: list[str], budget: float
+) -> Iterator[tuple[str, float, float, float, int]]:
     """Yields (settings, BPB, seconds to capture, seconds of adaptation, targets). Passes that would begin after ``budget`` seconds are left out."""
     began, environment = time.perf_counter(), environment | {"ARTIFACT_DIR": str(folder), "TTT_EVAL_ONLY": "1"}
     first = ours.configure(environment)
     run = ours.Run(first)
-    model = ours.GPT(first, run.attention, torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32).to(run.ranks.device)
+    model = ours.GPT(first, run.attention, torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32).to(
+        run.ranks.device
+    )
     weights = ours.dequantize(ours.load_artifact(folder / "model.bin")[0])
     for line, cfg in variants(environment, lines):
         if time.perf_counter() - began > budget:
             print(f"left out, {budget:.0f} s are over: {line}", file=sys.stderr)
             continue
         model.cfg = cfg
-        ours.load_state(model, weights, folder)                         # phases of the pass before have changed them
+        ours.load_state(model, weights, folder)  # phases of the pass before have changed them
         ledger = run.ledger("ttt")
         marks = [time.perf_counter()]
         adaptation = ours.TestTimeTraining(model, cfg, run.ranks, Silent(), run.val, ledger)
@@ -46,6 +51,9 @@ def ttt(folder: Path, environment: dict[str, str], lines: list[str], budget: flo
         marks.append(time.perf_counter())
         parts = ours.anatomy(ledger, run.val)
         bands = " ".join(f"{band['bpb']:.4f}" for band in parts["bpb_by_position"])
-        print(f"{bpb:.5f} BPB  {run.val.targets / (marks[2] - marks[1]):8,.0f} targets/s  capture {marks[1] - marks[0]:5.1f} s  by position {bands}  {line}", flush=True)
+        print(
+            f"{bpb:.5f} BPB  {run.val.targets / (marks[2] - marks[1]):8,.0f} targets/s  capture {marks[1] - marks[0]:5.1f} s  by position {bands}  {line}",
+            flush=True,
+        )
         yield line, bpb, marks[1] - marks[0], marks[2] - marks[1], run.val.targets
         del adaptation

@@ -11,6 +11,7 @@ that begin with one byte bring powers of their own, and over the 256 bytes they 
 Gates: 1795 (as above; the byte model is PPM-D proper, counts (2c - 1) / 2T, escape u / 2T), 1835 (counts c / (T + u), escape u / (T + u)), 1858 (as 1835, and the network
 alone where the byte that came cost it less than 0.277 nats: a gate that reads its target, so it fails C1 as well).
 """
+
 import argparse
 import json
 import math
@@ -35,12 +36,12 @@ class PPM:
     def __init__(self, order: int, halves: bool):
         """halves: PPM-D proper, (2c - 1) / 2T and escape u / 2T; else c / (T + u) and u / (T + u)."""
         self.order, self.halves = order, halves
-        self.tables = [{} for _ in range(order + 1)]                # context -> {byte: count}, by its length
+        self.tables = [{} for _ in range(order + 1)]  # context -> {byte: count}, by its length
 
     def counts(self, history: bytes):
         """Counts of the contexts seen before, longest first."""
         for length in range(min(self.order, len(history)), -1, -1):
-            found = self.tables[length].get(history[len(history) - length:])
+            found = self.tables[length].get(history[len(history) - length :])
             if found:
                 yield found
 
@@ -59,7 +60,7 @@ class PPM:
 
     def update(self, history: bytes, byte: int) -> None:
         for length in range(min(self.order, len(history)) + 1):
-            counts = self.tables[length].setdefault(history[len(history) - length:], {})
+            counts = self.tables[length].setdefault(history[len(history) - length :], {})
             counts[byte] = counts.get(byte, 0) + 1
 
 
@@ -68,11 +69,11 @@ def mix(nats: np.ndarray, sizes: np.ndarray, text: bytes, order: int, gate: str)
     ppm, total, alone, at = PPM(order, halves=gate == "1795"), 0.0, 0, 0
     for token_nats, size in zip(nats.tolist(), sizes.tolist()):
         if size == 0:
-            total += token_nats                                     # control tokens: nothing to mix with
+            total += token_nats  # control tokens: nothing to mix with
             continue
         each = token_nats / size
         for _ in range(size):
-            history, byte = text[max(at - order, 0):at], text[at]
+            history, byte = text[max(at - order, 0) : at], text[at]
             p, confidence = ppm.probability(history, byte)
             share = NETWORK_SHARE_CONFIDENT if confidence >= CONFIDENT else NETWORK_SHARE
             if gate == "1858" and each < SURE_NATS:
@@ -86,6 +87,7 @@ def mix(nats: np.ndarray, sizes: np.ndarray, text: bytes, order: int, gate: str)
 def byte_stream(tokens: np.ndarray, sizes: np.ndarray, model: Path) -> bytes:
     """The bytes of the documents, cut or padded with spaces to what the ledger counts: SentencePiece shows a run of spaces as one."""
     from prepare_data import BOS_ID
+
     starts, out = np.flatnonzero(tokens == BOS_ID), []
     for text, start, end in zip(document_texts(tokens, model), starts, [*starts[1:], len(tokens)], strict=True):
         wanted = int(sizes[start:end].sum())
@@ -98,8 +100,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("ledger", type=Path, help="file that LEDGER_PATH wrote: nats of every validation target")
     parser.add_argument("--data", type=Path, required=True, metavar="DATA_PATH", help="the data folder of that run")
     parser.add_argument("--order", type=int, default=5, help="of the byte model (default: 5)")
-    parser.add_argument("--gate", choices=("1795", "1835", "1858"), default="1858", help="of which system (default: 1858)")
-    parser.add_argument("--targets", type=int, metavar="N", help="only the first N targets, as #1858 did; the output names the subset")
+    parser.add_argument(
+        "--gate", choices=("1795", "1835", "1858"), default="1858", help="of which system (default: 1858)"
+    )
+    parser.add_argument(
+        "--targets", type=int, metavar="N", help="only the first N targets, as #1858 did; the output names the subset"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the output as JSON there too")
     return parser.parse_args(argv)
 
@@ -111,24 +117,44 @@ def run(args: argparse.Namespace) -> dict:
     except ValueError as error:
         raise ReportError(f"{args.ledger}: not a ledger ({error}); set LEDGER_PATH in a run of train_gpt.py") from None
     if nats.shape != (len(tokens) - 1,):
-        raise ReportError(f"{args.ledger}: holds {len(nats):,} targets, {args.data} has {len(tokens) - 1:,}; give the data of that run")
-    text = byte_stream(tokens, sizes, args.data / "tokenizer.model")[int(sizes[0]):]
+        raise ReportError(
+            f"{args.ledger}: holds {len(nats):,} targets, {args.data} has {len(tokens) - 1:,}; give the data of that run"
+        )
+    text = byte_stream(tokens, sizes, args.data / "tokenizer.model")[int(sizes[0]) :]
     used = min(args.targets or len(nats), len(nats))
-    nats, sizes = nats[:used], sizes[1:used + 1]
+    nats, sizes = nats[:used], sizes[1 : used + 1]
     mixture, alone = mix(nats, sizes, text, args.order, args.gate)
     bits = math.log(2) * int(sizes.sum())
     verdicts = {"C2": WHY} | ({"C1": "FAIL: the gate reads the byte that came"} if args.gate == "1858" else {})
-    return {"bpb_of_the_network": float(nats.sum() / bits), "bpb_of_the_mixture": mixture / bits, "targets": used, "of_targets": len(tokens) - 1,
-            "gate": args.gate, "order": args.order, "share_of_bytes_left_to_the_network": alone, "verdicts": verdicts}
+    return {
+        "bpb_of_the_network": float(nats.sum() / bits),
+        "bpb_of_the_mixture": mixture / bits,
+        "targets": used,
+        "of_targets": len(tokens) - 1,
+        "gate": args.gate,
+        "order": args.order,
+        "share_of_bytes_left_to_the_network": alone,
+        "verdicts": verdicts,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         found = run(args)
-        subset = "" if found["targets"] == found["of_targets"] else f" on the first {found['targets']:,} of {found['of_targets']:,} targets"
-        print(f"network {found['bpb_of_the_network']:.6f} BPB, with the byte mixture of #{args.gate} {found['bpb_of_the_mixture']:.6f} BPB{subset}")
-        print(*(f"{condition} {verdict}" for condition, verdict in found["verdicts"].items()), "no val_bpb: no tool takes this number for a result", sep="\n")
+        subset = (
+            ""
+            if found["targets"] == found["of_targets"]
+            else f" on the first {found['targets']:,} of {found['of_targets']:,} targets"
+        )
+        print(
+            f"network {found['bpb_of_the_network']:.6f} BPB, with the byte mixture of #{args.gate} {found['bpb_of_the_mixture']:.6f} BPB{subset}"
+        )
+        print(
+            *(f"{condition} {verdict}" for condition, verdict in found["verdicts"].items()),
+            "no val_bpb: no tool takes this number for a result",
+            sep="\n",
+        )
         if args.out:
             write_file(args.out, (json.dumps(found, indent=1) + "\n").encode())
         return 0

@@ -1,4 +1,5 @@
 """Ending a process that leads a session, and all that it has started."""
+
 import contextlib
 import os
 import signal
@@ -37,7 +38,7 @@ def stop(child: subprocess.Popen, grace: float) -> None:
     for pid in filter(alive, family):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    child.kill()                                                        # where there is no /proc
+    child.kill()  # where there is no /proc
     child.wait()
-    while any(map(alive, family)):                                      # the next run must find the machine idle
+    while any(map(alive, family)):  # the next run must find the machine idle
         time.sleep(0.05)

@@ -14,6 +14,7 @@ run is scored on; the figures are kept as baselines.json in the folder of the ru
 and unless eval_result.json (the packed script, run alone) holds the same BPB as result.json to the last printed digit.
 audit.json in a run's folder (tools/audit.py) is joined with the run's own verdicts; a condition that either fails leaves no val_bpb.
 """
+
 import argparse
 import base64
 import html
@@ -36,11 +37,18 @@ from tools.runs import STAGES, ReportError, Run, bits_by_tensor, budget_parts, l
 
 # ---------------------------------------------------------------- tables
 
+
 def align(rows: list[tuple[str, ...]]) -> str:
     """Columns padded with spaces: numbers to the right, words to the left, the last column ragged."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     number = re.compile(r"[-+]?[\d,.]*\d%?")
-    padded = ((cell.rjust(width) if number.fullmatch(cell) else cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    padded = (
+        (
+            cell.rjust(width) if number.fullmatch(cell) else cell.ljust(width)
+            for cell, width in zip(row, widths, strict=True)
+        )
+        for row in rows
+    )
     return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
@@ -48,7 +56,11 @@ def one_run_table(run: Run) -> str:
     result, training = run.result, run.result["training"]
     verdicts = ", ".join(f"{name} {verdict}" for name, (verdict, _) in run.verdicts.items() if verdict != "NOT RUN")
     headline = f"val_bpb {run.val_bpb:.6f}" if run.val_bpb is not None else "no val_bpb: a condition failed"
-    steps = ("steps", f"{training.get('steps', 0):,}", f"{training.get('tokens', 0):,} tokens, {training.get('epochs', 0):.2f} passes over the training data")
+    steps = (
+        "steps",
+        f"{training.get('steps', 0):,}",
+        f"{training.get('tokens', 0):,} tokens, {training.get('epochs', 0):.2f} passes over the training data",
+    )
     table = align([*bpb_rows(run), *byte_rows(result), *second_rows(result), steps])
     return f"{run.folder}: {run.hardware}, seed {result['seed']}\n{run.documents}\n\n{table}\n\n{headline}; {verdicts}"
 
@@ -57,7 +69,13 @@ def bpb_rows(run: Run) -> list[tuple[str, str, str]]:
     rows = [("", "BPB", "")] + [(stage, f"{value:.6f}", STAGES.get(stage, "")) for stage, value in run.stages.items()]
     if run.rescored:
         stage, value = list(run.rescored["bpb"].items())[-1]
-        rows.append((f"{stage}, alone", f"{value:.6f}", f"train_gpt.py and model.bin scored by themselves: {'the same' if run.rescored_equal() else 'DIFFERENT'}"))
+        rows.append(
+            (
+                f"{stage}, alone",
+                f"{value:.6f}",
+                f"train_gpt.py and model.bin scored by themselves: {'the same' if run.rescored_equal() else 'DIFFERENT'}",
+            )
+        )
     if run.baselines:
         text = f"validation text, {run.baselines['text_bytes']:,} bytes as the tokenizer spells it"
         notes = dict.fromkeys(COMPRESSORS, text) | {"token bigram": run.baselines["bigram"]}
@@ -67,14 +85,19 @@ def bpb_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def byte_rows(result: dict) -> list[tuple[str, str, str]]:
     cap = result["settings"].get("artifact_cap", 0)
-    return [("", "bytes", "")] + [(name, f"{size:,}", f"limit {cap:,}" if name == "total" and cap else "") for name, size in result["bytes"].items()]
+    return [("", "bytes", "")] + [
+        (name, f"{size:,}", f"limit {cap:,}" if name == "total" and cap else "")
+        for name, size in result["bytes"].items()
+    ]
 
 
 def second_rows(result: dict) -> list[tuple[str, str, str]]:
     limit, rows = result["settings"].get("max_wallclock_seconds") or 0, [("", "seconds", "")]
     for budget in ("train", "eval"):
         if budget in result["seconds"]:
-            parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in budget_parts(result["seconds"], budget) if seconds >= 0.05)
+            parts = ", ".join(
+                f"{name} {seconds:.1f}" for name, seconds in budget_parts(result["seconds"], budget) if seconds >= 0.05
+            )
             rows.append((budget, f"{result['seconds'][budget]:.1f}", f"limit {limit:.0f}: {parts}" if limit else parts))
     return rows
 
@@ -86,19 +109,34 @@ def many_runs_table(runs: list[Run]) -> str:
     shown = lambda value: "-" if value is None else f"{value:.6f}"
     for run, score in zip(runs, scores, strict=True):
         r = run.result
-        rows.append((run.folder.name, str(r["seed"]), *map(shown, score), f"{r['bytes'].get('total', 0):,}", f"{r['training'].get('steps', 0):,}",
-                     f"{r['seconds'].get('train', 0):.1f}", f"{r['seconds'].get('eval', 0):.1f}"))
+        rows.append(
+            (
+                run.folder.name,
+                str(r["seed"]),
+                *map(shown, score),
+                f"{r['bytes'].get('total', 0):,}",
+                f"{r['training'].get('steps', 0):,}",
+                f"{r['seconds'].get('train', 0):.1f}",
+                f"{r['seconds'].get('eval', 0):.1f}",
+            )
+        )
     columns = [[value for value in column if value is not None] for column in zip(*scores, strict=True)]
     for name, function in (("mean", statistics.fmean), ("std", statistics.stdev)):
-        rows.append((name, "", *(shown(function(column) if len(column) > 1 else None) for column in columns), "", "", "", ""))
+        rows.append(
+            (name, "", *(shown(function(column) if len(column) > 1 else None) for column in columns), "", "", "", "")
+        )
     return align(rows)
 
 
 # ---------------------------------------------------------------- the page
 
 VERDICT_COLOURS = {"PASS": "#047857", "FAIL": "#b91c1c", "DISPUTED": "#b45309", "NOT RUN": "#7b8794"}
-CAPTIONS = {"loss": "Training loss", "phases": "Bits per byte through the phases, time budgets", "documents": "Bits per byte by document length and position",
-            "bits": "Bits per weight"}
+CAPTIONS = {
+    "loss": "Training loss",
+    "phases": "Bits per byte through the phases, time budgets",
+    "documents": "Bits per byte by document length and position",
+    "bits": "Bits per weight",
+}
 STYLE = f"""body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 76em; margin: 2em auto; padding: 0 1.5em }}
 h1 {{ font-size: 1.5em; margin-bottom: 0 }} h2 {{ font-size: 1.1em; margin-top: 2em }} .quiet {{ color: #616e7c; margin-top: 0.2em }}
 .headline {{ font-size: 2.2em; font-weight: 600; margin: 0.4em 0 0 }}
@@ -115,25 +153,45 @@ def headline_of(runs: list[Run]) -> tuple[str, str]:
         return "no val_bpb", "a condition failed: see the verdicts"
     if len(runs) == 1:
         interval = runs[0].result.get("bpb_interval")
-        return f"{scores[0]:.5f} BPB", "validation bits per byte" + (f", 95 % interval over documents {interval[0]:.5f} to {interval[1]:.5f}" if interval else "")
-    return f"{statistics.fmean(scores):.5f} BPB", f"mean of {len(runs)} runs, sample standard deviation {statistics.stdev(scores):.5f}"
+        return f"{scores[0]:.5f} BPB", "validation bits per byte" + (
+            f", 95 % interval over documents {interval[0]:.5f} to {interval[1]:.5f}" if interval else ""
+        )
+    return (
+        f"{statistics.fmean(scores):.5f} BPB",
+        f"mean of {len(runs)} runs, sample standard deviation {statistics.stdev(scores):.5f}",
+    )
 
 
 def verdict_rows(runs: list[Run]) -> str:
     cells = ((name, verdict, reason) for name, (verdict, reason) in handed.joined_verdicts(runs).items())
-    return "\n".join(f'<tr><td>{html.escape(name)}</td><td>{html.escape(handed.CONDITIONS.get(name, ""))}</td><td class="verdict" '
-                     f'style="color: {VERDICT_COLOURS[verdict]}">{verdict}</td><td>{html.escape(reason)}</td></tr>' for name, verdict, reason in cells)
+    return "\n".join(
+        f'<tr><td>{html.escape(name)}</td><td>{html.escape(handed.CONDITIONS.get(name, ""))}</td><td class="verdict" '
+        f'style="color: {VERDICT_COLOURS[verdict]}">{verdict}</td><td>{html.escape(reason)}</td></tr>'
+        for name, verdict, reason in cells
+    )
 
 
 def write_page(runs: list[Run], table: str, pictures: Iterable[Path], path: Path) -> None:
     """One HTML file with everything in it."""
     encoded = {picture.stem: base64.b64encode(picture.read_bytes()).decode() for picture in pictures}
-    images = "\n".join(f'<img alt="{CAPTIONS.get(name, name)}" src="data:image/png;base64,{data}">' for name, data in encoded.items())
-    texts = [(f"{run.folder}: {name}", text) for run in runs for name, text in (("result.json", json.dumps(run.result, indent=1)), ("train.log", run.log)) if text]
-    details = "\n".join(f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>" for title, text in texts)
+    images = "\n".join(
+        f'<img alt="{CAPTIONS.get(name, name)}" src="data:image/png;base64,{data}">' for name, data in encoded.items()
+    )
+    texts = [
+        (f"{run.folder}: {name}", text)
+        for run in runs
+        for name, text in (("result.json", json.dumps(run.result, indent=1)), ("train.log", run.log))
+        if text
+    ]
+    details = "\n".join(
+        f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
+        for title, text in texts
+    )
     title, (number, meaning) = html.escape(", ".join(run.folder.name for run in runs)), headline_of(runs)
     where = "<br>".join(html.escape(text) for text in dict.fromkeys(f"{run.hardware}; {run.documents}" for run in runs))
-    write_file(path, f"""<!doctype html>
+    write_file(
+        path,
+        f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>{STYLE}</style>
 <h1>{title}</h1>
@@ -150,10 +208,12 @@ def write_page(runs: list[Run], table: str, pictures: Iterable[Path], path: Path
 <h2>Results and logs, as written</h2>
 {details}
 </html>
-""".encode())
+""".encode(),
+    )
 
 
 # ---------------------------------------------------------------- command line
+
 
 def check(run: Run) -> list[str]:
     """What --check finds wrong with a run, one line each."""
@@ -162,27 +222,58 @@ def check(run: Run) -> list[str]:
         faults.append(f"{run.folder}: has no baselines.json; pass --baselines DATA_PATH")
     else:
         trained = run.result["bpb"].get("trained", math.inf)
-        faults += [f"{run.folder}: trained BPB {trained:.6f} is not below {name} {run.baselines['bpb'][name]:.6f}"
-                   for name in ("gzip -9", "token bigram") if not trained < run.baselines["bpb"][name]]
+        faults += [
+            f"{run.folder}: trained BPB {trained:.6f} is not below {name} {run.baselines['bpb'][name]:.6f}"
+            for name in ("gzip -9", "token bigram")
+            if not trained < run.baselines["bpb"][name]
+        ]
     if run.rescored is not None and not run.rescored_equal():
-        faults.append(f"{run.folder}: eval_result.json has BPB {run.rescored['bpb']}, result.json has {run.result['bpb']}")
+        faults.append(
+            f"{run.folder}: eval_result.json has BPB {run.rescored['bpb']}, result.json has {run.result['bpb']}"
+        )
     return faults
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="folder with a result.json")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the plots and report.html go (default: the folder of the run; of several: report)")
-    parser.add_argument("--baselines", type=Path, metavar="DATA_PATH", help="dataset of the runs: compute gzip, xz and n-gram BPB on its validation documents")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 unless the runs hold what they must (see above)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the plots and report.html go (default: the folder of the run; of several: report)",
+    )
+    parser.add_argument(
+        "--baselines",
+        type=Path,
+        metavar="DATA_PATH",
+        help="dataset of the runs: compute gzip, xz and n-gram BPB on its validation documents",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="exit with status 1 unless the runs hold what they must (see above)"
+    )
     parser.add_argument("--submission", type=Path, metavar="FILE", help="write submission.json there")
     parser.add_argument("--record", type=Path, metavar="DIR", help="make a folder for records/ there")
-    parser.add_argument("--verify", action="store_true", help="write nothing: make everything again and exit with status 1 on any difference")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="write nothing: make everything again and exit with status 1 on any difference",
+    )
     parser.add_argument("--settings", action="store_true", help="write the generated parts of --readme")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="default: README.md")
-    for word, text in (("author", "anonymous"), ("github-id", "anonymous"), ("name", "Parameter Golf in one file"), ("blurb", ""), ("date", f"{date.today()}")):
+    for word, text in (
+        ("author", "anonymous"),
+        ("github-id", "anonymous"),
+        ("name", "Parameter Golf in one file"),
+        ("blurb", ""),
+        ("date", f"{date.today()}"),
+    ):
         parser.add_argument(f"--{word}", default=text, help=f"for submission.json (default: {text or 'empty'})")
-    parser.add_argument("--baseline", metavar="PR:BPB", help="a published result to compare with, for example '#1855:1.06108'; on the contest's data only")
+    parser.add_argument(
+        "--baseline",
+        metavar="PR:BPB",
+        help="a published result to compare with, for example '#1855:1.06108'; on the contest's data only",
+    )
     args = parser.parse_args(argv)
     if not args.runs and not args.settings:
         parser.error("give the folders of runs, or --settings")
@@ -191,7 +282,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def words_of(args: argparse.Namespace) -> dict:
     """What submission.json says that no log knows."""
-    words = {"author": args.author, "github_id": args.github_id, "name": args.name, "blurb": args.blurb, "date": args.date}
+    words = {
+        "author": args.author,
+        "github_id": args.github_id,
+        "name": args.name,
+        "blurb": args.blurb,
+        "date": args.date,
+    }
     if args.baseline:
         pr, _, bpb = args.baseline.rpartition(":")
         try:
@@ -225,7 +322,10 @@ def hand_in(args: argparse.Namespace, runs: list[Run]) -> None:
     """submission.json and the folder for records/, from runs that hold together."""
     words = words_of(args)
     if (args.submission or args.record) and (faults := [fault for run in runs for fault in handed.verify_run(run)]):
-        raise ReportError(f"not handed in: {faults[0]}" + (f" (and {len(faults) - 1} more; --verify lists them)" if len(faults) > 1 else ""))
+        raise ReportError(
+            f"not handed in: {faults[0]}"
+            + (f" (and {len(faults) - 1} more; --verify lists them)" if len(faults) > 1 else "")
+        )
     if args.submission:
         write_file(args.submission, handed.as_json(handed.submission(runs, words)).encode())
         print(f"wrote {args.submission}")
@@ -247,8 +347,12 @@ def write_report(args: argparse.Namespace, runs: list[Run]) -> int:
     out = args.out or (runs[0].folder if len(runs) == 1 else Path("report"))
     out.mkdir(parents=True, exist_ok=True)
     bits_of = f"{runs[0].folder.name}, {runs[0].result['bytes'].get('model', 0):,} bytes"
-    drawn = (plot_loss(runs, out / "loss.png"), plot_phases(runs, out / "phases.png"), plot_documents(runs, out / "documents.png"),
-             plot_bits(bits_by_tensor(runs[0]), bits_of, out / "bits.png"))
+    drawn = (
+        plot_loss(runs, out / "loss.png"),
+        plot_phases(runs, out / "phases.png"),
+        plot_documents(runs, out / "documents.png"),
+        plot_bits(bits_by_tensor(runs[0]), bits_of, out / "bits.png"),
+    )
     pictures = [path for path in drawn if path]
     write_page(runs, table, pictures, out / "report.html")
     print("wrote " + ", ".join(str(path) for path in (*pictures, out / "report.html")))
@@ -260,7 +364,10 @@ def report(args: argparse.Namespace) -> int:
     if args.verify:
         return verify(args, runs)
     if args.settings:
-        write_file(args.readme, handed.with_blocks(args.readme.read_text(encoding="utf-8"), args.readme.resolve().parent).encode())
+        write_file(
+            args.readme,
+            handed.with_blocks(args.readme.read_text(encoding="utf-8"), args.readme.resolve().parent).encode(),
+        )
         print(f"wrote the generated parts of {args.readme}")
     if runs:
         hand_in(args, runs)

@@ -1,4 +1,5 @@
 """Finished runs of train_gpt.py as the other tools read them: result.json, the logs, and audit.json bound to the artifact by its hashes."""
+
 import hashlib
 import json
 import math
@@ -10,12 +11,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-REQUIRED = {"bpb": dict, "bytes": dict, "seconds": dict, "training": dict, "settings": dict, "data": dict, "verdicts": dict, "versions": dict,
-            "hardware": str, "seed": int}
-STAGES = {"trained": "weights in memory", "prequant": "weights trained on the validation set: no result", "quantized": "model.bin, read back from disk",
-          "adapted": "model.bin, with test-time training"}
-TRAIN_PHASES = ("steps", "calibrate", "quantize")                   # what counts against the training budget
-OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "write")         # in neither budget; every other phase is evaluation
+REQUIRED = {
+    "bpb": dict,
+    "bytes": dict,
+    "seconds": dict,
+    "training": dict,
+    "settings": dict,
+    "data": dict,
+    "verdicts": dict,
+    "versions": dict,
+    "hardware": str,
+    "seed": int,
+}
+STAGES = {
+    "trained": "weights in memory",
+    "prequant": "weights trained on the validation set: no result",
+    "quantized": "model.bin, read back from disk",
+    "adapted": "model.bin, with test-time training",
+}
+TRAIN_PHASES = ("steps", "calibrate", "quantize")  # what counts against the training budget
+OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "write")  # in neither budget; every other phase is evaluation
 
 
 RANK = {"NOT RUN": 0, "PASS": 1, "DISPUTED": 2, "FAIL": 3}
@@ -28,11 +43,11 @@ class ReportError(Exception):
 @dataclass
 class Run:
     folder: Path
-    result: dict                     # result.json
-    rescored: dict | None = None     # eval_result.json: the artifact scored again, by TTT_EVAL_ONLY=1
-    baselines: dict | None = None    # baselines.json
-    log: str = ""                    # train.log
-    audit: dict | None = None        # audit.json, of this very artifact
+    result: dict  # result.json
+    rescored: dict | None = None  # eval_result.json: the artifact scored again, by TTT_EVAL_ONLY=1
+    baselines: dict | None = None  # baselines.json
+    log: str = ""  # train.log
+    audit: dict | None = None  # audit.json, of this very artifact
 
     @property
     def verdicts(self) -> dict[str, tuple[str, str]]:
@@ -58,7 +73,9 @@ class Run:
     def stages(self) -> dict[str, float]:
         """BPB by stage, in the order of the pipeline."""
         bpb = self.result["bpb"]
-        return {stage: bpb[stage] for stage in STAGES if stage in bpb} | {stage: value for stage, value in bpb.items() if stage not in STAGES}
+        return {stage: bpb[stage] for stage in STAGES if stage in bpb} | {
+            stage: value for stage, value in bpb.items() if stage not in STAGES
+        }
 
     @property
     def hardware(self) -> str:
@@ -73,7 +90,9 @@ class Run:
     def rescored_equal(self) -> bool:
         """Whether every BPB of eval_result.json equals that of result.json as printed, to six decimals."""
         again = self.rescored["bpb"]
-        return bool(again) and all(f"{value:.6f}" == f"{self.result['bpb'].get(stage, math.nan):.6f}" for stage, value in again.items())
+        return bool(again) and all(
+            f"{value:.6f}" == f"{self.result['bpb'].get(stage, math.nan):.6f}" for stage, value in again.items()
+        )
 
 
 def read_json(path: Path) -> dict:
@@ -84,7 +103,9 @@ def read_json(path: Path) -> dict:
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise ReportError(f"{path}: not JSON ({error}); the file is damaged, run again") from None
     except OSError as error:
-        raise ReportError(f"{path}: cannot be read ({error.strerror}); give the folder of a finished run of train_gpt.py") from None
+        raise ReportError(
+            f"{path}: cannot be read ({error.strerror}); give the folder of a finished run of train_gpt.py"
+        ) from None
     if not isinstance(value, dict):
         raise ReportError(f"{path}: not a JSON object; the file is damaged, run again")
     return value
@@ -94,7 +115,9 @@ def check_result(result: dict, path: Path, required: dict[str, type]) -> dict:
     for key, kind in required.items():
         if not isinstance(result.get(key), kind):
             raise ReportError(f"{path}: holds no {key}; it is not a result of train_gpt.py, or damaged: run again")
-    if not result["bpb"] or not all(isinstance(value, float) and math.isfinite(value) for value in result["bpb"].values()):
+    if not result["bpb"] or not all(
+        isinstance(value, float) and math.isfinite(value) for value in result["bpb"].values()
+    ):
         raise ReportError(f"{path}: its bpb is empty or not finite; run again")
     return result
 
@@ -116,7 +139,11 @@ def load_run(folder: Path) -> Run:
 
 def check_audit(audit: dict, path: Path) -> dict:
     """An audit speaks for the files whose hashes it holds; beside other files it is refused."""
-    rows = [*audit.get("verdicts", {}).values(), *audit.get("checks", {}).values()] if isinstance(audit.get("verdicts"), dict) and isinstance(audit.get("checks"), dict) else []
+    rows = (
+        [*audit.get("verdicts", {}).values(), *audit.get("checks", {}).values()]
+        if isinstance(audit.get("verdicts"), dict) and isinstance(audit.get("checks"), dict)
+        else []
+    )
     if not rows or not all(isinstance(row, dict) and row.get("verdict") in RANK for row in rows):
         raise ReportError(f"{path}: holds no checks and verdicts; run tools/audit.py again")
     for name in ("train_gpt.py", "model.bin"):
@@ -157,7 +184,7 @@ def bits_by_tensor(run: Run) -> dict[str, dict]:
         return found["bits"]
     try:
         bits = measured_bits(model)
-    except Exception:                                               # another version's file: its own script reads it, this one shows no plot of it
+    except Exception:  # another version's file: its own script reads it, this one shows no plot of it
         return {}
     write_file(kept, json.dumps({"sha256": sha256, "bits": bits}, indent=1).encode())
     return bits
@@ -168,10 +195,15 @@ def measured_bits(model: Path) -> dict[str, dict]:
     import numpy as np
 
     import train_gpt
+
     head, arrays, bits = train_gpt.read_artifact(model)[0], train_gpt.load_artifact(model)[0], {}
     for _, _, members, centres in head["coded"]:
-        stack = np.stack([train_gpt.as_matrix(arrays[name].astype(np.int64) - centre) for name, centre in zip(members, centres)])
-        code, ridden = train_gpt.encode_stacks([stack], bytes(1 << 20))     # what would ride along for nothing is not charged
+        stack = np.stack(
+            [train_gpt.as_matrix(arrays[name].astype(np.int64) - centre) for name, centre in zip(members, centres)]
+        )
+        code, ridden = train_gpt.encode_stacks(
+            [stack], bytes(1 << 20)
+        )  # what would ride along for nothing is not charged
         entry = bits.setdefault(members[0].split(".")[0], {"bits": 0.0, "weights": 0})
         entry["bits"] += 8.0 * (len(code) - ridden)
         entry["weights"] += sum(arrays[name].size for name in members if name.endswith(".symbols"))

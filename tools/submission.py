@@ -3,6 +3,7 @@
 Everything but the words (author, name, blurb, date, the result it is compared with) comes from result.json, audit.json and the logs. Verification makes all of it again
 and compares; the words are taken from the file that is verified.
 """
+
 import difflib
 import hashlib
 import json
@@ -14,24 +15,50 @@ from pathlib import Path
 from tools.runs import ROOT, STAGES, ReportError, Run, load_run, read_json
 
 WORDS = ("author", "github_id", "name", "blurb", "date", "comparison_baseline_pr", "comparison_baseline_bpb")
-ATTRIBUTION = {"CaseOps": "#1729", "GPTQ of embeddings, clip by row deviation": "#1394", "Muon with Polar Express": "#1344", "XSA": "#265", "LoRA per document": "#1530",
-               "global SGD in phases": "#1626", "two-lane decoder": "#1529", "SmearGate": "#1667", "sparse attention gate": "#1787", "the stack it follows": "#1855"}
-CONDITIONS = {"C1": "causal", "C2": "normalised", "C3": "score before update", "C4": "single pass", "bytes": "artifact below the cap", "train_budget": "training time",
-              "eval_budget": "evaluation time", "packaging": "the packed files alone give the score", "data": "training and validation disjoint, bytes true"}
+ATTRIBUTION = {
+    "CaseOps": "#1729",
+    "GPTQ of embeddings, clip by row deviation": "#1394",
+    "Muon with Polar Express": "#1344",
+    "XSA": "#265",
+    "LoRA per document": "#1530",
+    "global SGD in phases": "#1626",
+    "two-lane decoder": "#1529",
+    "SmearGate": "#1667",
+    "sparse attention gate": "#1787",
+    "the stack it follows": "#1855",
+}
+CONDITIONS = {
+    "C1": "causal",
+    "C2": "normalised",
+    "C3": "score before update",
+    "C4": "single pass",
+    "bytes": "artifact below the cap",
+    "train_budget": "training time",
+    "eval_budget": "evaluation time",
+    "packaging": "the packed files alone give the score",
+    "data": "training and validation disjoint, bytes true",
+}
 
 
 # ---------------------------------------------------------------- several seeds, one system
+
 
 def check_together(runs: list[Run]) -> None:
     """Seeds of one system: different seeds, all else equal."""
     first = runs[0]
     without_seed = lambda run: {name: value for name, value in run.result["settings"].items() if name != "seed"}
     for run in runs[1:]:
-        if changed := sorted(name.upper() for name, value in without_seed(run).items() if without_seed(first).get(name) != value):
-            raise ReportError(f"{run.folder}: other settings than {first.folder} ({', '.join(changed)}); a mean is over seeds of one configuration")
+        if changed := sorted(
+            name.upper() for name, value in without_seed(run).items() if without_seed(first).get(name) != value
+        ):
+            raise ReportError(
+                f"{run.folder}: other settings than {first.folder} ({', '.join(changed)}); a mean is over seeds of one configuration"
+            )
         for what, value in (("source_sha256", "another train_gpt.py"), ("val_sha256", "other validation data")):
             if (run.result | run.result["data"]).get(what) != (first.result | first.result["data"]).get(what):
-                raise ReportError(f"{run.folder}: made with {value} than {first.folder}; a mean is over seeds of one configuration")
+                raise ReportError(
+                    f"{run.folder}: made with {value} than {first.folder}; a mean is over seeds of one configuration"
+                )
     if len({run.result["seed"] for run in runs}) < len(runs):
         raise ReportError("a seed is given twice; a mean is over different seeds")
 
@@ -39,7 +66,10 @@ def check_together(runs: list[Run]) -> None:
 def joined_verdicts(runs: list[Run]) -> dict[str, tuple[str, str]]:
     """The worst verdict of any run; PASS only if every run passes."""
     order = {"PASS": 0, "NOT RUN": 1, "DISPUTED": 2, "FAIL": 3}
-    return {condition: max((run.verdicts.get(condition, ("NOT RUN", "")) for run in runs), key=lambda v: order[v[0]]) for condition in runs[0].verdicts}
+    return {
+        condition: max((run.verdicts.get(condition, ("NOT RUN", "")) for run in runs), key=lambda v: order[v[0]])
+        for condition in runs[0].verdicts
+    }
 
 
 def spread(values: list[float]) -> float:
@@ -48,31 +78,61 @@ def spread(values: list[float]) -> float:
 
 # ---------------------------------------------------------------- submission.json
 
+
 def submission(runs: list[Run], words: dict) -> dict:
     """The union of the keys that merged records use. Refused where there is no val_bpb on the full validation set, so no null ever stands in it."""
     check_together(runs)
     for run in runs:
         if run.val_bpb is None:
-            failed = ", ".join(f"{name}: {reason}" for name, (verdict, reason) in run.verdicts.items() if verdict == "FAIL") or "the run has none"
+            failed = (
+                ", ".join(f"{name}: {reason}" for name, (verdict, reason) in run.verdicts.items() if verdict == "FAIL")
+                or "the run has none"
+            )
             raise ReportError(f"{run.folder}: no val_bpb to hand in ({failed})")
     runs = sorted(runs, key=lambda run: run.result["seed"])
-    first, bpb, loss, size = runs[0].result, [run.val_bpb for run in runs], [run.val_loss for run in runs], [run.result["bytes"]["total"] for run in runs]
+    first, bpb, loss, size = (
+        runs[0].result,
+        [run.val_bpb for run in runs],
+        [run.val_loss for run in runs],
+        [run.result["bytes"]["total"] for run in runs],
+    )
     contest = first["data"]["dataset"] == "contest"
     entry = {
         **{word: words[word] for word in ("author", "github_id", "name", "blurb", "date")},
-        "track": "track_10min_16mb" if contest and first["settings"]["max_wallclock_seconds"] == 600 else "track_non_record_16mb", "dataset": first["data"]["dataset"],
-        "val_loss": round(statistics.fmean(loss), 8), "val_bpb": round(statistics.fmean(bpb), 8),
-        "val_loss_std": round(spread(loss), 8), "val_bpb_std": round(spread(bpb), 8), "seeds": [run.result["seed"] for run in runs],
+        "track": "track_10min_16mb"
+        if contest and first["settings"]["max_wallclock_seconds"] == 600
+        else "track_non_record_16mb",
+        "dataset": first["data"]["dataset"],
+        "val_loss": round(statistics.fmean(loss), 8),
+        "val_bpb": round(statistics.fmean(bpb), 8),
+        "val_loss_std": round(spread(loss), 8),
+        "val_bpb_std": round(spread(bpb), 8),
+        "seeds": [run.result["seed"] for run in runs],
         "seed_results": {str(run.result["seed"]): seed_result(run) for run in runs},
-        "bytes_total": max(size), "bytes_code": max(run.result["bytes"]["code"] for run in runs),
-        "artifact_bytes_mean": round(statistics.fmean(size)), "artifact_bytes_max": max(size),
-        **{f"{stage}_bpb_mean": round(statistics.fmean(run.stages[stage] for run in runs), 8) for stage in runs[0].stages},
+        "bytes_total": max(size),
+        "bytes_code": max(run.result["bytes"]["code"] for run in runs),
+        "artifact_bytes_mean": round(statistics.fmean(size)),
+        "artifact_bytes_max": max(size),
+        **{
+            f"{stage}_bpb_mean": round(statistics.fmean(run.stages[stage] for run in runs), 8)
+            for stage in runs[0].stages
+        },
         "train_steps_mean": round(statistics.fmean(run.result["training"]["steps"] for run in runs), 1),
-        "val_targets": first["data"]["val_targets"], "val_bytes": first["data"]["val_bytes"], "val_documents": first["data"]["val_documents"],
-        "val_sha256": first["data"]["val_sha256"], "source_sha256": first["source_sha256"],
-        "hardware": first["hardware"], "pytorch_version": first["versions"]["torch"], "cuda_version": first["versions"].get("cuda") or "none",
-        "flash_attn_version": first.get("attention", "unknown"), "technique_summary": changed_settings(runs[0]),
-        "compliance": {name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in joined_verdicts(runs).items()}, "attribution": ATTRIBUTION}
+        "val_targets": first["data"]["val_targets"],
+        "val_bytes": first["data"]["val_bytes"],
+        "val_documents": first["data"]["val_documents"],
+        "val_sha256": first["data"]["val_sha256"],
+        "source_sha256": first["source_sha256"],
+        "hardware": first["hardware"],
+        "pytorch_version": first["versions"]["torch"],
+        "cuda_version": first["versions"].get("cuda") or "none",
+        "flash_attn_version": first.get("attention", "unknown"),
+        "technique_summary": changed_settings(runs[0]),
+        "compliance": {
+            name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in joined_verdicts(runs).items()
+        },
+        "attribution": ATTRIBUTION,
+    }
     if words.get("comparison_baseline_pr"):
         entry |= comparison(entry, words, contest)
     return entry
@@ -80,25 +140,40 @@ def submission(runs: list[Run], words: dict) -> dict:
 
 def seed_result(run: Run) -> dict:
     result, training = run.result, run.result["training"]
-    return {"val_loss": round(run.val_loss, 8), "val_bpb": round(run.val_bpb, 8), "artifact_bytes": result["bytes"]["total"], "steps": training["steps"],
-            "step_avg_ms": round(1e3 * training["seconds"] / max(training["steps"], 1), 2), "train_time_s": round(result["seconds"]["train"], 1),
-            "eval_time_s": round(result["seconds"]["eval"], 1), **{f"{stage}_bpb": round(value, 8) for stage, value in run.stages.items()}}
+    return {
+        "val_loss": round(run.val_loss, 8),
+        "val_bpb": round(run.val_bpb, 8),
+        "artifact_bytes": result["bytes"]["total"],
+        "steps": training["steps"],
+        "step_avg_ms": round(1e3 * training["seconds"] / max(training["steps"], 1), 2),
+        "train_time_s": round(result["seconds"]["train"], 1),
+        "eval_time_s": round(result["seconds"]["eval"], 1),
+        **{f"{stage}_bpb": round(value, 8) for stage, value in run.stages.items()},
+    }
 
 
 def comparison(entry: dict, words: dict, contest: bool) -> dict:
     if not contest:
-        raise ReportError("--baseline: the runs are not on the contest's validation set, so no published figure compares with them")
+        raise ReportError(
+            "--baseline: the runs are not on the contest's validation set, so no published figure compares with them"
+        )
     delta = entry["val_bpb"] - words["comparison_baseline_bpb"]
     nats = delta * math.log(2) * entry["val_bytes"] / entry["val_targets"]
-    return {"comparison_baseline_pr": words["comparison_baseline_pr"], "comparison_baseline_bpb": words["comparison_baseline_bpb"],
-            "delta_vs_baseline_bpb": round(delta, 8), "delta_vs_baseline_nats_per_token": round(nats, 8)}
+    return {
+        "comparison_baseline_pr": words["comparison_baseline_pr"],
+        "comparison_baseline_bpb": words["comparison_baseline_bpb"],
+        "delta_vs_baseline_bpb": round(delta, 8),
+        "delta_vs_baseline_nats_per_token": round(nats, 8),
+    }
 
 
 def changed_settings(run: Run) -> str:
     """The settings that differ from the script's defaults, as its log says."""
     found = re.search(r"changed from their defaults: (.*)", run.log)
     if not found:
-        raise ReportError(f"{run.folder}: its train.log is missing or does not name the changed settings; hand in runs with their logs")
+        raise ReportError(
+            f"{run.folder}: its train.log is missing or does not name the changed settings; hand in runs with their logs"
+        )
     names = [text for text in found[1].split() if not text.startswith("SEED=")]
     return " ".join(names) if names and names != ["none"] else "the defaults of train_gpt.py"
 
@@ -117,6 +192,7 @@ def as_json(value) -> str:
 
 # ---------------------------------------------------------------- Markdown
 
+
 def markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]) + "\n"
 
@@ -128,9 +204,18 @@ def results_table(runs: list[Run]) -> str:
     rows = [["seed", "steps", "ms/step", *stages, "**val_bpb**", "train s", "eval s", "bytes"]]
     for run in runs:
         result, training = run.result, run.result["training"]
-        rows.append([str(result["seed"]), f"{training['steps']:,}", f"{1e3 * training['seconds'] / max(training['steps'], 1):.1f}",
-                     *(f"{run.stages[stage]:.5f}" for stage in stages), f"**{run.val_bpb:.5f}**" if run.val_bpb is not None else "none, see the verdicts",
-                     f"{result['seconds']['train']:.1f}", f"{result['seconds']['eval']:.1f}", f"{result['bytes']['total']:,}"])
+        rows.append(
+            [
+                str(result["seed"]),
+                f"{training['steps']:,}",
+                f"{1e3 * training['seconds'] / max(training['steps'], 1):.1f}",
+                *(f"{run.stages[stage]:.5f}" for stage in stages),
+                f"**{run.val_bpb:.5f}**" if run.val_bpb is not None else "none, see the verdicts",
+                f"{result['seconds']['train']:.1f}",
+                f"{result['seconds']['eval']:.1f}",
+                f"{result['bytes']['total']:,}",
+            ]
+        )
     if len(runs) > 1:
         columns = [[run.stages[stage] for run in runs] for stage in stages] + [[run.val_bpb for run in runs]]
         for name, function in (("mean", statistics.fmean), ("std", statistics.stdev)):
@@ -140,15 +225,19 @@ def results_table(runs: list[Run]) -> str:
 
 def verdict_table(runs: list[Run]) -> str:
     rows = [["condition", "", "verdict", "evidence"]]
-    rows += [[name, CONDITIONS.get(name, ""), verdict, reason.replace("|", "\\|")] for name, (verdict, reason) in joined_verdicts(runs).items()]
+    rows += [
+        [name, CONDITIONS.get(name, ""), verdict, reason.replace("|", "\\|")]
+        for name, (verdict, reason) in joined_verdicts(runs).items()
+    ]
     return markdown(rows)
 
 
 def settings_table() -> str:
     """Every setting of train_gpt.py by group, from its source."""
     from train_gpt import SOURCE, Config
+
     rows, group, defaults = [], "", Config()
-    body = SOURCE[SOURCE.index("class Config:"):SOURCE.index("@classmethod", SOURCE.index("class Config:"))]
+    body = SOURCE[SOURCE.index("class Config:") : SOURCE.index("@classmethod", SOURCE.index("class Config:"))]
     for line in body.splitlines():
         if found := re.match(r"    # (.*)", line):
             group = found[1]
@@ -159,7 +248,10 @@ def settings_table() -> str:
             rows.append((group, [f"`{found[1].upper()}`", shown, meaning]))
     parts = []
     for group in dict.fromkeys(group for group, _ in rows):
-        parts.append(f"**{group[0].upper()}{group[1:]}**\n\n" + markdown([["setting", "default", "meaning"], *(row for g, row in rows if g == group)]))
+        parts.append(
+            f"**{group[0].upper()}{group[1:]}**\n\n"
+            + markdown([["setting", "default", "meaning"], *(row for g, row in rows if g == group)])
+        )
     return "\n".join(parts)
 
 
@@ -176,21 +268,31 @@ def with_blocks(text: str, folder: Path) -> str:
         if kind == "settings":
             return f"{match[1]}\n{settings_table()}\n{match[5]}"
         if kind not in makers or not paths:
-            raise ReportError(f"<!-- report: {kind}{match[3]} -->: must be settings, or results or verdicts with the folders of runs")
+            raise ReportError(
+                f"<!-- report: {kind}{match[3]} -->: must be settings, or results or verdicts with the folders of runs"
+            )
         return f"{match[1]}\n{makers[kind]([load_run(folder / path) for path in paths])}\n{match[5]}"
+
     return BLOCK.sub(made, text)
 
 
 # ---------------------------------------------------------------- a folder for records/
 
+
 def record_files(runs: list[Run], words: dict) -> dict[str, bytes]:
     """Name -> content of everything that is handed in."""
     runs = sorted(runs, key=lambda run: run.result["seed"])
     entry = submission(runs, words)
-    files = {"submission.json": as_json(entry).encode(), "README.md": record_readme(runs, entry).encode(), "requirements.txt": (ROOT / "requirements.txt").read_bytes()}
+    files = {
+        "submission.json": as_json(entry).encode(),
+        "README.md": record_readme(runs, entry).encode(),
+        "requirements.txt": (ROOT / "requirements.txt").read_bytes(),
+    }
     scripts = {(run.folder / "train_gpt.py").read_bytes() for run in runs}
     if len(scripts) > 1:
-        raise ReportError(f"{runs[0].folder.parent}: the seeds were packed into different train_gpt.py; hand in runs of one script")
+        raise ReportError(
+            f"{runs[0].folder.parent}: the seeds were packed into different train_gpt.py; hand in runs of one script"
+        )
     files["train_gpt.py"] = scripts.pop()
     for run in runs:
         seed = run.result["seed"]
@@ -210,13 +312,19 @@ def record_readme(runs: list[Run], entry: dict) -> str:
     changed = "" if entry["technique_summary"].startswith("the defaults") else entry["technique_summary"] + " "
     versus = ""
     if "comparison_baseline_pr" in entry:
-        versus = (f"Against {entry['comparison_baseline_pr']} ({entry['comparison_baseline_bpb']:.5f}): {entry['delta_vs_baseline_bpb']:+.5f} BPB, "
-                  f"{entry['delta_vs_baseline_nats_per_token']:+.5f} nats per token.\n\n")
-    disclosed = "`runs.jsonl` lists every run that was started in that folder, failed and bad ones too.\n" if len({r.folder.parent for r in runs}) == 1 else ""
-    return f"""# {entry['name']}
+        versus = (
+            f"Against {entry['comparison_baseline_pr']} ({entry['comparison_baseline_bpb']:.5f}): {entry['delta_vs_baseline_bpb']:+.5f} BPB, "
+            f"{entry['delta_vs_baseline_nats_per_token']:+.5f} nats per token.\n\n"
+        )
+    disclosed = (
+        "`runs.jsonl` lists every run that was started in that folder, failed and bad ones too.\n"
+        if len({r.folder.parent for r in runs}) == 1
+        else ""
+    )
+    return f"""# {entry["name"]}
 
-**val_bpb {entry['val_bpb']:.5f}** (mean of {len(runs)} seed(s), sample standard deviation {entry['val_bpb_std']:.5f}), {entry['val_loss']:.5f} nats per token,
-at most {entry['bytes_total']:,} bytes. {entry['blurb']}
+**val_bpb {entry["val_bpb"]:.5f}** (mean of {len(runs)} seed(s), sample standard deviation {entry["val_bpb_std"]:.5f}), {entry["val_loss"]:.5f} nats per token,
+at most {entry["bytes_total"]:,} bytes. {entry["blurb"]}
 
 {versus}{results_table(runs)}
 Every number here is read from the logs and `result_seed*.json` by `tools/report.py`, and `tools/report.py --verify` makes them again.
@@ -228,17 +336,17 @@ NOT RUN means that nobody has shown it; `tools/audit.py` does.
 
 ## Command
 
-    SEED={runs[0].result['seed']} {changed}{launcher(first['hardware'])} train_gpt.py
+    SEED={runs[0].result["seed"]} {changed}{launcher(first["hardware"])} train_gpt.py
 
-`train_gpt.py` is the file that was counted ({entry['bytes_code']:,} bytes, with `model.bin` {entry['bytes_total']:,}).
+`train_gpt.py` is the file that was counted ({entry["bytes_code"]:,} bytes, with `model.bin` {entry["bytes_total"]:,}).
 `python3 train_gpt.py --unpack train_gpt.py` prints its source without running it.
-Source SHA-256 {first['source_sha256']}, settings SHA-256 {first['settings_sha256']} (seed {first['seed']}).
+Source SHA-256 {first["source_sha256"]}, settings SHA-256 {first["settings_sha256"]} (seed {first["seed"]}).
 
 ## Data
 
-{data['val_documents']:,} validation documents, {data['val_targets']:,} targets, {data['val_bytes']:,} bytes, dataset: {data['dataset']},
-SHA-256 of the tokens {data['val_sha256']}.
-Training and validation disjoint: {'checked against manifest.json' if data.get('manifest') else 'unchecked, there was no manifest.json'}.
+{data["val_documents"]:,} validation documents, {data["val_targets"]:,} targets, {data["val_bytes"]:,} bytes, dataset: {data["dataset"]},
+SHA-256 of the tokens {data["val_sha256"]}.
+Training and validation disjoint: {"checked against manifest.json" if data.get("manifest") else "unchecked, there was no manifest.json"}.
 
 ## Files
 
@@ -258,6 +366,7 @@ def launcher(hardware: str) -> str:
 
 # ---------------------------------------------------------------- verification
 
+
 def verify_run(run: Run) -> list[str]:
     """Where result.json disagrees with the log, with itself, or with the files beside it; one line each."""
     result, lines, at = run.result, set(run.log.splitlines()), run.folder / "result.json"
@@ -266,15 +375,29 @@ def verify_run(run: Run) -> list[str]:
     told = [f"  {name + ' BPB':24s} {value:.6f}" for name, value in result["bpb"].items()]
     told += [f"  {name + ' bytes':24s} {size:,}" for name, size in result["bytes"].items()]
     told += [f"  {name + ' seconds':24s} {value:.1f}" for name, value in result["seconds"].items()]
-    told += [f"  {name:24s} {entry['verdict']:9s} {entry['reason']}".rstrip() for name, entry in result["verdicts"].items()]
+    told += [
+        f"  {name:24s} {entry['verdict']:9s} {entry['reason']}".rstrip() for name, entry in result["verdicts"].items()
+    ]
     failed = [name for name, entry in result["verdicts"].items() if entry["verdict"] == "FAIL"]
-    told.append(f"val_bpb {result.get('val_bpb', math.nan):.6f} on all {result['data']['val_targets']:,} targets, dataset {result['data']['dataset']}" if not failed
-                else f"no val_bpb: {', '.join(failed)} failed")
-    told += [f"source sha256 {result['source_sha256']}", "data: " + ", ".join(f"{k} {v}" for k, v in result["data"].items()), "all settings: " + json.dumps(result["settings"])]
+    told.append(
+        f"val_bpb {result.get('val_bpb', math.nan):.6f} on all {result['data']['val_targets']:,} targets, dataset {result['data']['dataset']}"
+        if not failed
+        else f"no val_bpb: {', '.join(failed)} failed"
+    )
+    told += [
+        f"source sha256 {result['source_sha256']}",
+        "data: " + ", ".join(f"{k} {v}" for k, v in result["data"].items()),
+        "all settings: " + json.dumps(result["settings"]),
+    ]
     stripped = {line.rstrip() for line in lines}
-    faults = [f"{at}: says '{line.strip()[:150]}', its train.log does not" for line in told if line.rstrip() not in stripped]
-    faults += [f"{at}: step {step} has a loss of {loss:.4f}, its train.log does not" for step, _, loss, _ in result["training"].get("curve", ())
-               if not re.search(rf"^step +{step}  .*loss {loss:.4f} ", run.log, re.M)]
+    faults = [
+        f"{at}: says '{line.strip()[:150]}', its train.log does not" for line in told if line.rstrip() not in stripped
+    ]
+    faults += [
+        f"{at}: step {step} has a loss of {loss:.4f}, its train.log does not"
+        for step, _, loss, _ in result["training"].get("curve", ())
+        if not re.search(rf"^step +{step}  .*loss {loss:.4f} ", run.log, re.M)
+    ]
     return faults + inner_faults(run, failed)
 
 
@@ -284,12 +407,20 @@ def inner_faults(run: Run, failed: list[str]) -> list[str]:
     size, cap = result["bytes"], result["settings"].get("artifact_cap", 0)
     headline = result["bpb"].get("adapted", result["bpb"].get("quantized"))
     tests = [
-        (hashlib.sha256(json.dumps(result["settings"], sort_keys=True).encode()).hexdigest() == result["settings_sha256"], "settings_sha256 is not the hash of its settings"),
+        (
+            hashlib.sha256(json.dumps(result["settings"], sort_keys=True).encode()).hexdigest()
+            == result["settings_sha256"],
+            "settings_sha256 is not the hash of its settings",
+        ),
         (size.get("total") == size.get("code", 0) + size.get("model", 0), "its bytes do not add up"),
-        (size.get("total", 0) <= cap or "bytes" in failed, f"{size.get('total', 0):,} bytes are over the cap of {cap:,} and nothing failed"),
+        (
+            size.get("total", 0) <= cap or "bytes" in failed,
+            f"{size.get('total', 0):,} bytes are over the cap of {cap:,} and nothing failed",
+        ),
         (("val_bpb" in result) == (not failed), "a val_bpb beside a FAIL" if failed else "no val_bpb and no FAIL"),
         ("val_bpb" not in result or result["val_bpb"] == headline, "val_bpb is not the BPB of its last stage"),
-        (result["seed"] == result["settings"].get("seed"), "seed is not the seed of its settings")]
+        (result["seed"] == result["settings"].get("seed"), "seed is not the seed of its settings"),
+    ]
     faults += [f"{at}: {what}" for holds, what in tests if not holds]
     for key, name in (("code", "train_gpt.py"), ("model", "model.bin")):
         if (file := run.folder / name).exists() and file.stat().st_size != size.get(key):
@@ -306,7 +437,11 @@ def difference(path: Path, found: str, wanted: str) -> list[str]:
     """The first line in which a file is not what the runs give."""
     if found == wanted:
         return []
-    lines = [line for line in difflib.unified_diff(found.splitlines(), wanted.splitlines(), lineterm="", n=0) if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    lines = [
+        line
+        for line in difflib.unified_diff(found.splitlines(), wanted.splitlines(), lineterm="", n=0)
+        if line[:1] in "+-" and line[:3] not in ("+++", "---")
+    ]
     has = next((line[1:] for line in lines if line[0] == "-"), "")
     ought = next((line[1:] for line in lines if line[0] == "+"), "")
     return [f"{path}: has '{has.strip()[:120]}', the runs give '{ought.strip()[:120]}'"]
@@ -315,8 +450,11 @@ def difference(path: Path, found: str, wanted: str) -> list[str]:
 def verify_submission(path: Path, runs: list[Run]) -> list[str]:
     found, wanted = read_json(path), submission(runs, words_of(path))
     shown = lambda entry, key: json.dumps(entry[key])[:100] if key in entry else "nothing"
-    faults = [f"{path}: {key} is {shown(found, key)}, the runs give {shown(wanted, key)}" for key in dict.fromkeys([*wanted, *found])
-              if shown(found, key) != shown(wanted, key) or found.get(key) != wanted.get(key)]
+    faults = [
+        f"{path}: {key} is {shown(found, key)}, the runs give {shown(wanted, key)}"
+        for key in dict.fromkeys([*wanted, *found])
+        if shown(found, key) != shown(wanted, key) or found.get(key) != wanted.get(key)
+    ]
     return faults or difference(path, path.read_text(encoding="utf-8"), as_json(wanted))
 
 
@@ -330,7 +468,9 @@ def verify_record(folder: Path, runs: list[Run]) -> list[str]:
         elif name == "submission.json":
             faults += verify_submission(folder / name, runs)
         elif (found := (folder / name).read_bytes()) != wanted[name]:
-            faults += difference(folder / name, found.decode("utf-8", "replace"), wanted[name].decode("utf-8", "replace")) or [f"{folder / name}: other bytes"]
+            faults += difference(
+                folder / name, found.decode("utf-8", "replace"), wanted[name].decode("utf-8", "replace")
+            ) or [f"{folder / name}: other bytes"]
     return faults
 
 

@@ -11,6 +11,7 @@ setting (TTT_CHUNKS=8,16;16,32) by semicolons. Exported paths, DEVICE and ATTENT
 Each run has a folder in --out. Every attempt, failed and bad ones too, is a line in runs.jsonl there, which only ever grows. The same command again goes on where it stopped:
 runs that ended well with these settings and this script are not repeated. Ctrl-C ends the current run cleanly and says how to go on.
 """
+
 import argparse
 import fcntl
 import hashlib
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from tools.processes import stop  # noqa: E402
 
-START_SECONDS = 180                                                 # start, compilation and diagnostics of one run at full size, from the logs of runs on an H200
+START_SECONDS = 180  # start, compilation and diagnostics of one run at full size, from the logs of runs on an H200
 PASSED_ON = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "ATTENTION", "FA3_LIBRARY")
 
 
@@ -43,12 +44,13 @@ class SweepError(Exception):
 
 # ---------------------------------------------------------------- what to run
 
+
 @dataclass
 class Planned:
-    name: str                   # of its folder
-    point: str                  # the settings that --set varies, as text: what its seeds have in common
+    name: str  # of its folder
+    point: str  # the settings that --set varies, as text: what its seeds have in common
     settings: dict[str, str]
-    key: str                    # hash of all that decides the result: settings, script, command
+    key: str  # hash of all that decides the result: settings, script, command
 
 
 def read_recipe(path: Path) -> dict[str, str]:
@@ -75,6 +77,7 @@ def grid_of(assignments: list[str]) -> list[dict[str, str]]:
     import dataclasses
 
     from train_gpt import Config
+
     texts = {f.name.upper() for f in dataclasses.fields(Config) if isinstance(f.default, str)}
     axes = []
     for text in assignments:
@@ -89,6 +92,7 @@ def grid_of(assignments: list[str]) -> list[dict[str, str]]:
 
 def plan(args: argparse.Namespace) -> list[Planned]:
     from train_gpt import Config, UserError
+
     base = {}
     for file in ([args.recipe] if args.recipe else []) + ([f"scale_{args.scale}"] if args.scale else []):
         base |= read_recipe(ROOT / "recipes" / f"{file}.env")
@@ -123,7 +127,9 @@ def script_of(args: argparse.Namespace) -> Path:
 def command_of(run: Planned, folder: Path, args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of one run. An artifact is copied into the run's folder, so that its own results stay as they are."""
     script = folder / "train_gpt.py" if args.eval_only else script_of(args)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] if args.nproc > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] if args.nproc > 1 else []
+    )
     inherited = {name: value for name, value in os.environ.items() if name not in foreign_settings()}
     mode = {"TTT_EVAL_ONLY": "1"} if args.eval_only else {}
     return [sys.executable, *launcher, str(script)], inherited | run.settings | mode | {"ARTIFACT_DIR": str(folder)}
@@ -134,11 +140,15 @@ def foreign_settings() -> list[str]:
     import dataclasses
 
     from train_gpt import OUR_PREFIXES, Config
+
     names = {f.name.upper() for f in dataclasses.fields(Config)}
-    return sorted(name for name in os.environ if (name in names or name.startswith(OUR_PREFIXES)) and name not in PASSED_ON)
+    return sorted(
+        name for name in os.environ if (name in names or name.startswith(OUR_PREFIXES)) and name not in PASSED_ON
+    )
 
 
 # ---------------------------------------------------------------- the list of all runs
+
 
 class Journal:
     """runs.jsonl: one line when a run starts and one when it ends, in whatever way. Lines are only ever appended; a lock keeps a second sweep out."""
@@ -154,7 +164,9 @@ class Journal:
         self.file.seek(0)
         self.entries = [entry for line in self.file if (entry := self.parsed(line))]
         if self.entries and not self.last_line_ends():
-            self.file.write("\n")                                   # a line that a kill cut off stays as it is, unreadable, and the next begins behind it
+            self.file.write(
+                "\n"
+            )  # a line that a kill cut off stays as it is, unreadable, and the next begins behind it
 
     @staticmethod
     def parsed(line: str) -> dict | None:
@@ -174,16 +186,23 @@ class Journal:
 
     def done(self, run: Planned, folder: Path) -> dict | None:
         """The line of a run that ended well and whose result is still there."""
-        found = [e for e in self.entries if e["key"] == run.key and e["event"] == "end" and e["status"] == "ok" and (folder / e["result"]).exists()]
+        found = [
+            e
+            for e in self.entries
+            if e["key"] == run.key and e["event"] == "end" and e["status"] == "ok" and (folder / e["result"]).exists()
+        ]
         return found[-1] if found else None
 
     def seconds_like(self, args: argparse.Namespace) -> list[float]:
         """Durations of earlier runs of this recipe, scale and number of processes."""
         shape = [args.recipe, args.scale, args.nproc, bool(args.eval_only)]
-        return [e["seconds"] for e in self.entries if e["event"] == "end" and e["status"] == "ok" and e["shape"] == shape]
+        return [
+            e["seconds"] for e in self.entries if e["event"] == "end" and e["status"] == "ok" and e["shape"] == shape
+        ]
 
 
 # ---------------------------------------------------------------- time and cost
+
 
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
@@ -196,6 +215,7 @@ def expected_seconds(run: Planned, journal: Journal, args: argparse.Namespace) -
     if earlier := journal.seconds_like(args):
         return statistics.fmean(earlier), f"mean of {len(earlier)} earlier run(s)"
     from train_gpt import Config
+
     budget = float(run.settings.get("MAX_WALLCLOCK_SECONDS", Config().max_wallclock_seconds))
     return START_SECONDS + budget * (1 if args.eval_only else 2), f"the budgets used up, {START_SECONDS} s to start"
 
@@ -211,13 +231,25 @@ def estimate(runs: list[Planned], journal: Journal, args: argparse.Namespace) ->
 
 # ---------------------------------------------------------------- running
 
+
 def execute(run: Planned, folder: Path, args: argparse.Namespace, status) -> int:
     """The run in a session of its own, its output kept in console.log; status(line) sees each line. Returns the exit status."""
     command, env = command_of(run, folder, args)
     with open(folder / "console.log", "a", encoding="utf-8") as log:
-        log.write(f"\n==== {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {' '.join(f'{k}={shlex.quote(v)}' for k, v in run.settings.items())} {shlex.join(command)}\n")
+        log.write(
+            f"\n==== {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {' '.join(f'{k}={shlex.quote(v)}' for k, v in run.settings.items())} {shlex.join(command)}\n"
+        )
         log.flush()
-        child = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+        child = subprocess.Popen(
+            command,
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         try:
             for line in child.stdout:
                 log.write(line)
@@ -239,13 +271,20 @@ class Status:
         if line.startswith(("error:", "Traceback")) or now - self.shown > 10:
             self.shown = now
             left = max(self.expected - (now - self.begun), 0) + self.later
-            print(f"{self.head} {duration(now - self.begun)}, about {duration(left)} left in all | {line.strip()[:110]}", flush=True)
+            print(
+                f"{self.head} {duration(now - self.begun)}, about {duration(left)} left in all | {line.strip()[:110]}",
+                flush=True,
+            )
 
 
 def run_all(runs: list[Planned], journal: Journal, args: argparse.Namespace) -> list[dict]:
     result_file, ends = "eval_result.json" if args.eval_only else "result.json", []
     waiting = [run for run in runs if not journal.done(run, args.out / run.name)]
-    print(f"{len(runs) - len(waiting)} of {len(runs)} run(s) done before" + (f"; {estimate(waiting, journal, args)}" if waiting else ""), flush=True)
+    print(
+        f"{len(runs) - len(waiting)} of {len(runs)} run(s) done before"
+        + (f"; {estimate(waiting, journal, args)}" if waiting else ""),
+        flush=True,
+    )
     for number, run in enumerate(runs, 1):
         folder, head = args.out / run.name, f"[{number}/{len(runs)}] {run.name}"
         if done := journal.done(run, folder):
@@ -257,15 +296,27 @@ def run_all(runs: list[Planned], journal: Journal, args: argparse.Namespace) -> 
         if args.eval_only:
             for file in ("train_gpt.py", "model.bin"):
                 shutil.copyfile(args.eval_only / file, folder / file)
-        (folder / result_file).unlink(missing_ok=True)              # what stands there later is this run's
-        shared = {"name": run.name, "point": run.point, "key": run.key, "shape": [args.recipe, args.scale, args.nproc, bool(args.eval_only)], "settings": run.settings}
+        (folder / result_file).unlink(missing_ok=True)  # what stands there later is this run's
+        shared = {
+            "name": run.name,
+            "point": run.point,
+            "key": run.key,
+            "shape": [args.recipe, args.scale, args.nproc, bool(args.eval_only)],
+            "settings": run.settings,
+        }
         journal.append(event="start", at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", **shared)
         begun, code = time.monotonic(), None
         try:
             code = execute(run, folder, args, Status(head, one, one * len(waiting)))
         finally:
             end = outcome(folder / result_file, code)
-            journal.append(event="end", at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", seconds=round(time.monotonic() - begun, 1), **end, **shared)
+            journal.append(
+                event="end",
+                at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+                seconds=round(time.monotonic() - begun, 1),
+                **end,
+                **shared,
+            )
         ends.append(journal.entries[-1])
         print(f"{head}: {end['status']}, {summary(end)}", flush=True)
     return ends
@@ -276,8 +327,14 @@ def outcome(path: Path, code: int | None) -> dict:
     entry = {"status": "interrupted" if code is None else "failed" if code else "ok", "exit": code, "result": path.name}
     if code == 0:
         result = json.loads(path.read_text(encoding="utf-8"))
-        entry |= {"val_bpb": result.get("val_bpb"), "bpb": result["bpb"], "bytes": result["bytes"].get("total"), "settings_sha256": result["settings_sha256"],
-                  "source_sha256": result["source_sha256"], "failed": [c for c, v in result["verdicts"].items() if v["verdict"] == "FAIL"]}
+        entry |= {
+            "val_bpb": result.get("val_bpb"),
+            "bpb": result["bpb"],
+            "bytes": result["bytes"].get("total"),
+            "settings_sha256": result["settings_sha256"],
+            "source_sha256": result["source_sha256"],
+            "failed": [c for c, v in result["verdicts"].items() if v["verdict"] == "FAIL"],
+        }
     return entry
 
 
@@ -285,7 +342,11 @@ def summary(end: dict) -> str:
     if end["status"] != "ok":
         return f"exit status {end['exit']}; see console.log in its folder"
     stages = ", ".join(f"{stage} {value:.5f}" for stage, value in end["bpb"].items())
-    return (f"val_bpb {end['val_bpb']:.6f}" if end["val_bpb"] is not None else f"no val_bpb, {', '.join(end['failed'])} FAIL") + f" ({stages}), {end['bytes'] or 0:,} bytes"
+    return (
+        f"val_bpb {end['val_bpb']:.6f}"
+        if end["val_bpb"] is not None
+        else f"no val_bpb, {', '.join(end['failed'])} FAIL"
+    ) + f" ({stages}), {end['bytes'] or 0:,} bytes"
 
 
 def closing_table(runs: list[Planned], ends: list[dict]) -> str:
@@ -295,27 +356,56 @@ def closing_table(runs: list[Planned], ends: list[dict]) -> str:
         mine = [end for run, end in zip(runs, ends) if run.point == point]
         values = [end["val_bpb"] for end in mine if end["status"] == "ok" and end["val_bpb"] is not None]
         spread = f" +- {statistics.stdev(values):.6f}" if len(values) > 1 else ""
-        lines.append(f"  {point or 'as the recipe says':40s} {len(values)} of {len(mine)} with a val_bpb" + (f", mean {statistics.fmean(values):.6f}{spread}" if values else ""))
+        lines.append(
+            f"  {point or 'as the recipe says':40s} {len(values)} of {len(mine)} with a val_bpb"
+            + (f", mean {statistics.fmean(values):.6f}{spread}" if values else "")
+        )
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- command line
 
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", help="name of a file in recipes/ (default: best; with --eval-only none: the artifact's own settings)")
+    parser.add_argument(
+        "--recipe",
+        help="name of a file in recipes/ (default: best; with --eval-only none: the artifact's own settings)",
+    )
     parser.add_argument("--scale", help="demo, rehearsal or full (default: full)")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: the script's; with --eval-only the artifact's")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=V1,V2", help="settings laid over the recipe; several values make a grid")
-    parser.add_argument("--eval-only", type=Path, metavar="ARTIFACT", help="folder with train_gpt.py and model.bin: score it, train nothing")
-    parser.add_argument("--nproc", type=int, help="processes, one for each GPU (default: all GPUs of this machine, 1 without or with DEVICE=cpu)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED", help="default: the script's; with --eval-only the artifact's"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="settings laid over the recipe; several values make a grid",
+    )
+    parser.add_argument(
+        "--eval-only",
+        type=Path,
+        metavar="ARTIFACT",
+        help="folder with train_gpt.py and model.bin: score it, train nothing",
+    )
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        help="processes, one for each GPU (default: all GPUs of this machine, 1 without or with DEVICE=cpu)",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
-    parser.add_argument("--gpu-hour-price", type=float, metavar="PRICE", help="of one GPU, for the estimate of the cost")
+    parser.add_argument(
+        "--gpu-hour-price", type=float, metavar="PRICE", help="of one GPU, for the estimate of the cost"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the runs and the estimate, and stop")
     args = parser.parse_args(argv)
     if args.eval_only:
         if missing := [name for name in ("train_gpt.py", "model.bin") if not (args.eval_only / name).is_file()]:
-            raise SweepError(f"--eval-only {args.eval_only}: has no {' and no '.join(missing)}; give the ARTIFACT_DIR of a finished run")
+            raise SweepError(
+                f"--eval-only {args.eval_only}: has no {' and no '.join(missing)}; give the ARTIFACT_DIR of a finished run"
+            )
     else:
         args.recipe, args.scale = args.recipe or "best", args.scale or "full"
     args.seeds = args.seeds or [None]
@@ -325,6 +415,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def processes(runs: list[Planned]) -> int:
     import torch
+
     device = runs[0].settings.get("DEVICE", "auto")
     return 1 if device == "cpu" else max(torch.cuda.device_count(), 1)
 
@@ -334,7 +425,7 @@ def sweep(args: argparse.Namespace) -> int:
     runs = plan(args)
     if given is None and (found := processes(runs)) > 1:
         args.nproc = found
-        runs = plan(args)                                           # the key of a run holds the number of processes
+        runs = plan(args)  # the key of a run holds the number of processes
     if ignored := [name for name in foreign_settings() if name in os.environ]:
         print(f"exported but not passed on: {', '.join(ignored)}; use --set", file=sys.stderr)
     if args.dry_run:
@@ -346,8 +437,14 @@ def sweep(args: argparse.Namespace) -> int:
     journal = Journal(args.out / "runs.jsonl")
     ends = run_all(runs, journal, args)
     here = lambda path: path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    folders = " ".join(shlex.quote(str(here(args.out / run.name))) for run, end in zip(runs, ends) if end["status"] == "ok")
-    print(closing_table(runs, ends), *([f"tables and plots: python tools/report.py {folders}"] if folders else []), sep="\n")
+    folders = " ".join(
+        shlex.quote(str(here(args.out / run.name))) for run, end in zip(runs, ends) if end["status"] == "ok"
+    )
+    print(
+        closing_table(runs, ends),
+        *([f"tables and plots: python tools/report.py {folders}"] if folders else []),
+        sep="\n",
+    )
     return 1 if any(end["status"] != "ok" for end in ends) else 0
 
 

@@ -1,4 +1,5 @@
 """The auditor itself: its command line, its clean processes, its statistics. What its checks find is in test_broken.py."""
+
 import base64
 import hashlib
 import json
@@ -21,7 +22,12 @@ def test_the_report_is_bound_to_the_files(tmp_path, capsys):
     report = json.loads((folder / "audit.json").read_text())
     for name in ("train_gpt.py", "model.bin"):
         assert report["artifact"][name]["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    assert {name: row["verdict"] for name, row in report["checks"].items()} == {"stream": "PASS", "bytes": "PASS", "size": "PASS", "seeds": "NOT RUN"}
+    assert {name: row["verdict"] for name, row in report["checks"].items()} == {
+        "stream": "PASS",
+        "bytes": "PASS",
+        "size": "PASS",
+        "seeds": "NOT RUN",
+    }
     assert report["verdicts"]["bytes"]["verdict"] == "PASS" and "C1" not in report["verdicts"]
     shown = capsys.readouterr().out
     assert all(name in shown for name in report["checks"]) and report["artifact"]["model.bin"]["sha256"][:12] in shown
@@ -44,7 +50,9 @@ def test_bad_arguments(tmp_path, capsys):
 
 def test_without_data_the_scorer_is_not_run(tmp_path):
     folder = copy_of(artifact(), tmp_path / "artifact")
-    found = audit.run_checks(audit.Audit(audit.Artifact(folder, tmp_path, "cpu", 60), None), ["future", "sum_to_one_64", "stream", "size"])
+    found = audit.run_checks(
+        audit.Audit(audit.Artifact(folder, tmp_path, "cpu", 60), None), ["future", "sum_to_one_64", "stream", "size"]
+    )
     assert [row["verdict"] for row in found.values()] == ["NOT RUN", "NOT RUN", "NOT RUN", "PASS"]
 
 
@@ -83,9 +91,15 @@ def test_a_process_that_hangs_is_ended(tmp_path):
 SOURCE = "def main():\n    return 'source'\n" * 20
 
 
-@pytest.mark.parametrize("script", (
-    SOURCE.encode(), f"import lzma,base64\nexec(lzma.decompress(base64.b85decode({base64.b85encode(lzma.compress(SOURCE.encode()))!r})))".encode(),
-    f"import zlib,base64\nexec(zlib.decompress(base64.b64decode({base64.b64encode(zlib.compress(SOURCE.encode())).decode()!r})))".encode()), ids=("plain", "lzma", "zlib"))
+@pytest.mark.parametrize(
+    "script",
+    (
+        SOURCE.encode(),
+        f"import lzma,base64\nexec(lzma.decompress(base64.b85decode({base64.b85encode(lzma.compress(SOURCE.encode()))!r})))".encode(),
+        f"import zlib,base64\nexec(zlib.decompress(base64.b64decode({base64.b64encode(zlib.compress(SOURCE.encode())).decode()!r})))".encode(),
+    ),
+    ids=("plain", "lzma", "zlib"),
+)
 def test_scripts_are_read_without_running_them(script):
     assert audit.unpack(script) == SOURCE
 
@@ -96,7 +110,9 @@ def test_the_shipped_script_is_read():
 
 def test_statistics():
     """Against tables of Student's t, and Welch's test against a simulation."""
-    assert audit.t_tail(2.015, 5) == pytest.approx(0.05, abs=1e-4) and audit.t_tail(-2.015, 5) == pytest.approx(0.95, abs=1e-4)
+    assert audit.t_tail(2.015, 5) == pytest.approx(0.05, abs=1e-4) and audit.t_tail(-2.015, 5) == pytest.approx(
+        0.95, abs=1e-4
+    )
     assert audit.t_quantile(0.01, 4) == pytest.approx(3.747, abs=2e-3)
     rng = np.random.default_rng(0)
     p = [audit.welch(rng.normal(0, 1, 4).tolist(), rng.normal(0, 3, 3).tolist())[2] for _ in range(400)]
@@ -109,7 +125,7 @@ def test_a_prefix_ends_in_a_phrase_that_it_holds_already(tmp_path):
     shared = audit.Audit(audit.Artifact(artifact(), tmp_path, "cpu", 60), data())
     prefix = audit.telling_prefix(shared, 200).tolist()
     assert prefix[0] == shared.data.bos and prefix.count(shared.data.bos) == 1 and 150 < len(prefix) <= 201
-    assert any(prefix[i:i + 2] == prefix[-2:] for i in range(1, len(prefix) - 2))
+    assert any(prefix[i : i + 2] == prefix[-2:] for i in range(1, len(prefix) - 2))
 
 
 def test_a_submission_of_several_seeds_needs_the_logs_of_all(tmp_path, capsys):
@@ -122,10 +138,19 @@ def test_a_submission_of_several_seeds_needs_the_logs_of_all(tmp_path, capsys):
     assert run(first, "--only", "evidence", "--seeds", str(second)) == 0
 
 
-@pytest.mark.parametrize("output,words", [
-    ("", "no output"), ("step 1\nerror: no data\n\n", "error: no data"), ("=====\n", "no output"),
-    ("score 1\n[rank1]: ValueError: bad\nW1121 22:04:06.240000 15224 .venv/torch/distributed/elastic/api.py:1028] Sending\n"
-     "E1121 22:04:06.273000 15224 .venv/torch/distributed/elastic/api.py:1002] failed (exitcode: -6) local_rank: 1 (pid: 15230) of binary: python\n"
-     "Traceback (most recent call last):\n=====\ntrain_gpt.py FAILED\n=====", "rank 1 ended with -6: [rank1]: ValueError: bad")])
+@pytest.mark.parametrize(
+    "output,words",
+    [
+        ("", "no output"),
+        ("step 1\nerror: no data\n\n", "error: no data"),
+        ("=====\n", "no output"),
+        (
+            "score 1\n[rank1]: ValueError: bad\nW1121 22:04:06.240000 15224 .venv/torch/distributed/elastic/api.py:1028] Sending\n"
+            "E1121 22:04:06.273000 15224 .venv/torch/distributed/elastic/api.py:1002] failed (exitcode: -6) local_rank: 1 (pid: 15230) of binary: python\n"
+            "Traceback (most recent call last):\n=====\ntrain_gpt.py FAILED\n=====",
+            "rank 1 ended with -6: [rank1]: ValueError: bad",
+        ),
+    ],
+)
 def test_a_failed_run_is_told_in_the_words_of_its_rank(output, words):
     assert audit.last_words(output) == words

@@ -1,4 +1,5 @@
 """A sound tiny artifact with its data, copies of both with one defect, and a launcher that runs them fast."""
+
 import contextlib
 import functools
 import hashlib
@@ -20,11 +21,26 @@ import train_gpt
 sys.path.insert(0, str(ROOT / "tools"))
 import audit  # noqa: E402
 
-audit.CHECKS["sum_to_one_20"] = lambda a: audit.sum_to_one(a, 20)           # the shortest that ends in a repeated phrase
+audit.CHECKS["sum_to_one_20"] = lambda a: audit.sum_to_one(a, 20)  # the shortest that ends in a repeated phrase
 
 # 50,000 parameters; test-time training with several chunks a document, two phases of global SGD, and steps large enough for a leak to show.
-SETTINGS = dict(RUN, vocab_size=384, iterations=12, ttt_chunks="4,4,8,16", ttt_eval_seq_len=48, ttt_lora_rank=4, ttt_lora_alpha=8, ttt_lora_lr=0.005, ttt_batch_size=128,
-                phased_ttt_num_phases=2, phased_ttt_prefix_docs=10, global_ttt_lr=0.02, global_ttt_chunk_tokens=128, ngram_enabled=True, ngram_min_order=2)
+SETTINGS = dict(
+    RUN,
+    vocab_size=384,
+    iterations=12,
+    ttt_chunks="4,4,8,16",
+    ttt_eval_seq_len=48,
+    ttt_lora_rank=4,
+    ttt_lora_alpha=8,
+    ttt_lora_lr=0.005,
+    ttt_batch_size=128,
+    phased_ttt_num_phases=2,
+    phased_ttt_prefix_docs=10,
+    global_ttt_lr=0.02,
+    global_ttt_chunk_tokens=128,
+    ngram_enabled=True,
+    ngram_min_order=2,
+)
 
 
 def prepared(folder: Path, texts: list[str]) -> Path:
@@ -32,7 +48,23 @@ def prepared(folder: Path, texts: list[str]) -> Path:
     source = folder.with_suffix(".jsonl")
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
-        assert prepare_data.main(["--source", str(source), "--out", str(folder), "--val-docs", "12", "--vocab-size", "384", "--workers", "1"]) == 0
+        assert (
+            prepare_data.main(
+                [
+                    "--source",
+                    str(source),
+                    "--out",
+                    str(folder),
+                    "--val-docs",
+                    "12",
+                    "--vocab-size",
+                    "384",
+                    "--workers",
+                    "1",
+                ]
+            )
+            == 0
+        )
     return folder
 
 
@@ -42,7 +74,9 @@ def data() -> Path:
     rng = random.Random(5)
     sizes = [30, 60, 12, 45, 25, 50, 8, 70, 20, 35, 55, 16, *(rng.randrange(10, 60) for _ in range(150))]
     texts = [sentence(rng, n).replace("river", "River").replace("stone", "STONE") for n in sizes]
-    return prepared(scratch() / "audit_data", [text + (" \u0416\u00f8 \u4e2d" if i < 12 else "") for i, text in enumerate(texts)])    # characters that training lacks
+    return prepared(
+        scratch() / "audit_data", [text + (" \u0416\u00f8 \u4e2d" if i < 12 else "") for i, text in enumerate(texts)]
+    )  # characters that training lacks
 
 
 @functools.cache
@@ -76,10 +110,21 @@ def record(folder: Path):
     """The papers of a submission, all of them true."""
     result = json.loads((folder / "result.json").read_text())
     bpb, total = result["val_bpb"], result["bytes"]["total"]
-    (folder / "submission.json").write_text(json.dumps({"name": "tiny", "val_bpb": bpb, "bytes_total": total, "seeds": [result["seed"]],
-                                                        "seed_results": {str(result["seed"]): {"val_bpb": bpb, "artifact_bytes": total}}}))
-    (folder / "README.md").write_text(f"# Tiny\n\nval_bpb {bpb:.5f}, {total} bytes\n\n| seed | BPB |\n|---|---|\n| {result['seed']} | {bpb:.4f} |\n\n"
-                                      "    ITERATIONS=12 python train_gpt.py\n")
+    (folder / "submission.json").write_text(
+        json.dumps(
+            {
+                "name": "tiny",
+                "val_bpb": bpb,
+                "bytes_total": total,
+                "seeds": [result["seed"]],
+                "seed_results": {str(result["seed"]): {"val_bpb": bpb, "artifact_bytes": total}},
+            }
+        )
+    )
+    (folder / "README.md").write_text(
+        f"# Tiny\n\nval_bpb {bpb:.5f}, {total} bytes\n\n| seed | BPB |\n|---|---|\n| {result['seed']} | {bpb:.4f} |\n\n"
+        "    ITERATIONS=12 python train_gpt.py\n"
+    )
 
 
 def on_write(body: str) -> str:
@@ -122,8 +167,16 @@ class Launcher:
 
     def __init__(self, processes: int = 2):
         self.idle = queue.Queue()
-        self.processes = [subprocess.Popen([sys.executable, str(Path(__file__).with_name("zygote.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                           env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(processes)]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for _ in range(processes)
+        ]
         for process in self.processes:
             self.idle.put(process)
 
@@ -131,7 +184,19 @@ class Launcher:
         output = folder.with_name(folder.name + "_output")
         process = self.idle.get()
         try:
-            process.stdin.write(json.dumps({"folder": str(folder), "env": env, "world": world, "output": str(output), "port": free_port(), "blocked": blocked}) + "\n")
+            process.stdin.write(
+                json.dumps(
+                    {
+                        "folder": str(folder),
+                        "env": env,
+                        "world": world,
+                        "output": str(output),
+                        "port": free_port(),
+                        "blocked": blocked,
+                    }
+                )
+                + "\n"
+            )
             process.stdin.flush()
             code = int(process.stdout.readline())
         finally:

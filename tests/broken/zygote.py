@@ -2,6 +2,7 @@
 
 One JSON request per line on stdin: {"folder", "env", "world", "blocked", "output", "port"}; the answer is the exit status of the worst rank.
 """
+
 import json
 import os
 import runpy
@@ -28,7 +29,13 @@ def rank_process(request: dict, rank: int) -> int:
     os.environ.clear()
     os.environ.update(request["env"])
     if request["world"] > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(request["port"]))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(request["world"]),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(request["port"]),
+        )
     if request["blocked"]:
         os.environ["PATH"] = request["folder"]
         socket.socket.connect = socket.socket.connect_ex = refuse
