@@ -145,16 +145,13 @@ class Config:
         "2,5,10", "layers whose attention reaches back over the whole span; numbers beyond NUM_LAYERS mean nothing"
     )
     qk_gain_init: float = setting(5.0, "initial gain of each normalised query head")
-    xsa_last_n: int = setting(11, "layers, from the last, whose heads drop the component along their own value")
     ln_scale: bool = setting(True, "scale sublayer inputs by 1/sqrt(layer + 1)")
     smear_gate_enabled: bool = setting(True, "add a gated copy of the previous token's embedding")
-    gate_window: int = setting(12, "leading channels that SmearGate and the attention gates read", POSITIVE)
     sparse_attn_gate_enabled: bool = setting(True, "gate each head's output by a sigmoid of the leading channels")
     sparse_attn_gate_scale: float = setting(0.5, "factor inside that sigmoid")
     attn_out_gate_enabled: bool = setting(
         False, "the gate of #1667 instead: twice that sigmoid, so that heads begin unchanged"
     )
-    skip_gates_enabled: bool = setting(True, "U-Net skips are merged by a learned gate (off: added)")
     num_loops: int = setting(2, "extra passes over the looped layers")
     loop_start: int = setting(3, "first looped layer")
     loop_end: int = setting(5, "last looped layer")
@@ -163,7 +160,6 @@ class Config:
     parallel_mode: str = setting(
         "lanes", "how: in two lanes of the decoder (#1529), or from one input, outputs added (#1493)", "lanes, gptj"
     )
-    parallel_final_lane: str = setting("mean", "what the two lanes end in", "mean, attn, mlp")
     # training
     max_wallclock_seconds: float = setting(
         600.0, "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read"
@@ -374,7 +370,6 @@ class Config:
                 self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
                 "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS",
             ),
-            ("gate_window", self.gate_window <= self.model_dim, "must be at most MODEL_DIM"),
             (
                 "attn_out_gate_enabled",
                 not (self.attn_out_gate_enabled and self.sparse_attn_gate_enabled),
@@ -437,6 +432,12 @@ NOT_SETTINGS = frozenset(
         "train_log_every",
     )
 )
+RETIRED = {  # settings that artifacts may still hold -> the value that is fixed now
+    "gate_window": 12,
+    "parallel_final_lane": "mean",
+    "skip_gates_enabled": True,
+    "xsa_last_n": 11,
+}
 OUR_PREFIXES = (
     "TRAIN_",
     "VAL_",
@@ -1837,20 +1838,41 @@ def embed(
     return embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype)
 
 
-# --- Sums of streams weighted channel by channel, and their RMSNorm ---
-ONE, NO = -1, -2  # in a form of mix(): the stream as it is; not at all
+# --- Weighted sums of streams, channel by channel, and the RMSNorm of each sum ---
+ONE = -1  # a weight of Sum: the stream as it is
+ABSENT = -2  # a weight of Sum: the stream is no part of this sum
+IS_ONE = tl.constexpr(ONE)  # a kernel reads only globals of this type
 
 
-def mix_reference(
-    weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor
-) -> tuple[Tensor, ...]:
-    """mix() in plain PyTorch."""
-    outputs = []
-    for row, scale, kept in zip(form, scales, keep):
-        terms = [x if r == ONE else weights[r] * x for r, x in zip(row, streams) if r != NO]
-        y = sum(terms[1:], terms[0]).to(streams[0].dtype)
-        outputs += [y] * kept + ([] if scale is None else [F.rms_norm(y, y.shape[1:], eps=eps) * scale])
-    return tuple(outputs)
+class Sum(NamedTuple):
+    """One weighted sum of streams, and what combine() returns of it."""
+
+    weights: tuple[int, ...]  # for each stream: the row of `rows` that multiplies it channel by channel, ONE or ABSENT
+    norm_scale: float | None = None  # factor of the sum's RMSNorm; None: no norm is wanted
+    keep: bool = True  # whether the sum itself is wanted
+
+    def handed_on(self) -> int | None:
+        """The stream that the sum is equal to, where it is a single one as it is."""
+        others = self.weights.count(ABSENT)
+        return self.weights.index(ONE) if ONE in self.weights and others == len(self.weights) - 1 else None
+
+
+class Combined(NamedTuple):
+    """One result of combine(); what its Sum did not ask for is None."""
+
+    sum: Tensor | None = None  # (T, d)
+    normed: Tensor | None = None  # (T, d)
+
+
+def combine_reference(streams: tuple, sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
+    """combine() in plain PyTorch."""
+    results = []
+    for weights, norm_scale, keep in sums:
+        terms = [x if w == ONE else rows[w] * x for w, x in zip(weights, streams) if w != ABSENT]
+        total = sum(terms[1:], terms[0]).to(streams[0].dtype)
+        normed = None if norm_scale is None else F.rms_norm(total, total.shape[1:], eps=eps) * norm_scale
+        results.append(Combined(total if keep else None, normed))
+    return results
 
 
 @triton.jit
@@ -1863,19 +1885,36 @@ def load_all(ptrs, at, ok):
 
 
 @triton.jit
-def mixture(xs, ws, FORM: tl.constexpr, m: tl.constexpr):
-    """The sum of tiles xs, each by the row of ws that row m of FORM names."""
+def load_rows(w_ptr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The R rows of weights, each (1, BLOCK)."""
+    col, ws = tl.arange(0, BLOCK)[None, :], ()
+    for r in tl.static_range(R):
+        ws = ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),)
+    return ws
+
+
+@triton.jit
+def tile_at(first, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """-> offsets of the tile of ROWS tokens that begins at token `first`, and which of its elements exist."""
+    col = tl.arange(0, BLOCK)[None, :]
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    return row * D + col, row < T if BLOCK == D else (row < T) & (col < D)
+
+
+@triton.jit
+def weighted_sum(xs, ws, WEIGHTS: tl.constexpr):
+    """The sum of tiles xs under one Sum's weights, fp32."""
     y = tl.zeros(xs[0].shape, tl.float32)
     for k in tl.static_range(len(xs)):
-        if FORM[m][k] == -1:
+        if WEIGHTS[k] == IS_ONE:
             y += xs[k]
-        elif FORM[m][k] >= 0:
-            y += ws[FORM[m][k]] * xs[k]
+        elif WEIGHTS[k] >= 0:
+            y += ws[WEIGHTS[k]] * xs[k]
     return y
 
 
 @triton.jit(do_not_specialize=["T"])
-def mix_kernel(
+def combine_kernel(
     streams,
     w_ptr,
     ys,
@@ -1889,17 +1928,15 @@ def mix_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Each of ys and ns may be None. BLOCK is D or the next power of two."""
-    col, ws = tl.arange(0, BLOCK)[None, :], ()
-    for r in tl.static_range(R):
-        ws = ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),)
+    """FORM holds the weights of every Sum. ys and ns receive the sums and their norms; each may be None.
+    BLOCK is D or the next power of two."""
+    ws = load_rows(w_ptr, R, D, BLOCK)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        at, ok = row * D + col, row < T if BLOCK == D else (row < T) & (col < D)
+        at, ok = tile_at(first, T, D, BLOCK, ROWS)
         xs = load_all(streams, at, ok)
         for m in tl.static_range(len(FORM)):
             if ys[m] is not None or ns[m] is not None:
-                y = mixture(xs, ws, FORM, m).to(streams[0].dtype.element_ty)
+                y = weighted_sum(xs, ws, FORM[m]).to(streams[0].dtype.element_ty)
                 if ys[m] is not None:
                     tl.store(ys[m] + at, y, mask=ok)
                 if ns[m] is not None:
@@ -1909,7 +1946,7 @@ def mix_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def mix_gradient_kernel(
+def combine_gradient_kernel(
     streams,
     w_ptr,
     dys,
@@ -1926,20 +1963,19 @@ def mix_gradient_kernel(
     ROWS: tl.constexpr,
 ):
     """Gradients of the streams; those of the weights are added to dw_ptr if given. Each of dys, dns and grads may be None."""
-    col, ws, sums = tl.arange(0, BLOCK)[None, :], (), ()
+    ws = load_rows(w_ptr, R, D, BLOCK)
+    row_sums = ()  # this program's part of the gradient of each row of weights
     for r in tl.static_range(R):
-        ws, sums = (
-            ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),),
-            sums + (tl.zeros((ROWS, BLOCK), tl.float32),),
-        )
+        row_sums = row_sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        at, ok = row * D + col, row < T if BLOCK == D else (row < T) & (col < D)
-        xs, gs, added = load_all(streams, at, ok), (), ()
+        at, ok = tile_at(first, T, D, BLOCK, ROWS)
+        xs = load_all(streams, at, ok)
+        gs = ()  # the gradient of each sum: through its norm, and directly
         for m in tl.static_range(len(FORM)):
             g = tl.zeros((ROWS, BLOCK), tl.float32)
             if dns[m] is not None:
-                y = mixture(xs, ws, FORM, m).to(streams[0].dtype.element_ty).to(tl.float32)
+                # n = scale y rstd, rstd = (mean(y^2) + eps)^(-1/2)  =>  dy = scale rstd (dn - y rstd^2 mean(y dn))
+                y = weighted_sum(xs, ws, FORM[m]).to(streams[0].dtype.element_ty).to(tl.float32)
                 dn = tl.load(dns[m] + at, mask=ok, other=0.0).to(tl.float32)
                 rstd = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
                 g = scales[m] * rstd * (dn - y * (rstd * rstd * tl.sum(y * dn, 1)[:, None] / D))
@@ -1948,109 +1984,103 @@ def mix_gradient_kernel(
             gs = gs + (g,)
         for k in tl.static_range(len(streams)):
             if grads[k] is not None:
+                # Every path by which stream k was used meets here, a stream handed on included: one store, no later addition.
                 d = tl.zeros((ROWS, BLOCK), tl.float32)
                 for m in tl.static_range(len(FORM)):
-                    if FORM[m][k] == -1:
+                    if FORM[m][k] == IS_ONE:
                         d += gs[m]
                     elif FORM[m][k] >= 0:
                         d += ws[FORM[m][k]] * gs[m]
                 tl.store(grads[k] + at, d.to(grads[k].dtype.element_ty), mask=ok)
+        added = ()
         for r in tl.static_range(R):
-            total = sums[r]
+            total = row_sums[r]
             for m in tl.static_range(len(FORM)):
                 for k in tl.static_range(len(streams)):
                     if FORM[m][k] == r:
                         total += gs[m] * xs[k]
             added = added + (total,)
-        sums = added
+        row_sums = added
     if dw_ptr is not None:
+        col = tl.arange(0, BLOCK)
         for r in tl.static_range(R):
-            tl.atomic_add(
-                dw_ptr + r * D + tl.arange(0, BLOCK), tl.sum(sums[r], 0), mask=tl.arange(0, BLOCK) < D, sem="relaxed"
-            )
+            tl.atomic_add(dw_ptr + r * D + col, tl.sum(row_sums[r], 0), mask=col < D, sem="relaxed")
 
 
-class Mix(torch.autograd.Function):
-    """mix() through the kernels. A row that is one stream as it is costs nothing forward: its gradient joins where the stream's others arise."""
+class Combine(torch.autograd.Function):
+    """combine() through the kernels. Its outputs are sum, norm, sum, norm, ..., None where not wanted."""
 
     @staticmethod
-    def forward(ctx, weights, form, scales, keep, eps, *streams):
-        weights, (T, d), R = (
-            (None, streams[0].shape, 0) if weights is None else (weights.contiguous(), streams[0].shape, len(weights))
-        )
+    def forward(ctx, rows, sums, eps, *streams):
+        rows = None if rows is None else rows.contiguous()
         streams = tuple(x.contiguous() for x in streams)
-        alias = [row.index(ONE) if sorted(row)[-2:] in ([ONE], [NO, ONE]) else None for row in form]
-        ys = tuple(torch.empty_like(streams[0]) if kept and a is None else None for a, kept in zip(alias, keep))
-        ns = tuple(None if scale is None else torch.empty_like(streams[0]) for scale in scales)
+        T, d = streams[0].shape
+        copied = [s.handed_on() for s in sums]  # nothing to compute: the output is a view of that stream
+        ys = tuple(torch.empty_like(streams[0]) if s.keep and c is None else None for s, c in zip(sums, copied))
+        ns = tuple(None if s.norm_scale is None else torch.empty_like(streams[0]) for s in sums)
+        form = tuple(s.weights for s in sums)
+        scales = tuple(s.norm_scale for s in sums)
+        height = 0 if rows is None else len(rows)
         if any(t is not None for t in ys + ns):
-            mix_kernel[(STREAM_PROGRAMS * processors(streams[0].device),)](
-                streams, weights, ys, ns, scales, T, eps, form, R, d, triton.next_power_of_2(d), STREAM_ROWS
-            )
-        ctx.save_for_backward(weights, *streams)
-        ctx.constants = form, scales, keep, eps
+            grid = (STREAM_PROGRAMS * processors(streams[0].device),)
+            block = triton.next_power_of_2(d)
+            combine_kernel[grid](streams, rows, ys, ns, scales, T, eps, form, height, d, block, STREAM_ROWS)
+        ctx.save_for_backward(rows, *streams)
+        ctx.constants = form, scales, eps
         ctx.set_materialize_grads(False)
-        outputs = (
-            (streams[a].view_as(streams[a]) if a is not None and kept else y, n)
-            for a, kept, y, n in zip(alias, keep, ys, ns)
-        )
-        return tuple(t for pair in outputs for t in pair if t is not None)
+        outputs = []
+        for s, c, y, n in zip(sums, copied, ys, ns):
+            outputs += [streams[c].view_as(streams[c]) if s.keep and c is not None else y, n]
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *d_outputs):
-        (weights, *streams), (form, scales, keep, eps) = ctx.saved_tensors, ctx.constants
-        arriving = iter(None if t is None else t.contiguous() for t in d_outputs)
-        dys, dns = zip(
-            *(
-                (next(arriving) if kept else None, next(arriving) if scale is not None else None)
-                for kept, scale in zip(keep, scales)
-            )
-        )
-        columns, need_w = list(zip(*form)), ctx.needs_input_grad[0]  # streams of equal columns have one gradient
+        rows, *streams = ctx.saved_tensors
+        form, scales, eps = ctx.constants
+        T, d = streams[0].shape
+        arriving = tuple(None if t is None else t.contiguous() for t in d_outputs)
+        need_rows, _, _, *need_streams = ctx.needs_input_grad
+        # Streams of equal weights in every sum, such as the terms of one residual stream, have one gradient: computed once.
+        columns = list(zip(*form))
         firsts = [columns.index(column) for column in columns]
-        needed = {first for first, need in zip(firsts, ctx.needs_input_grad[5:]) if need}
+        needed = {first for first, need in zip(firsts, need_streams) if need}
         grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(streams))
-        d_weights, (T, d), rows = (
-            torch.zeros_like(weights) if need_w else None,
-            streams[0].shape,
-            0 if weights is None else len(weights),
-        )
-        programs, tile = (
-            (6, STREAM_ROWS) if len(streams) < 4 else (8, 1)
-        )  # four rows of four streams do not fit into the registers
-        mix_gradient_kernel[(programs * processors(streams[0].device),)](
+        d_rows = torch.zeros_like(rows) if need_rows else None
+        height = 0 if rows is None else len(rows)
+        programs, tile = 6, STREAM_ROWS
+        if len(streams) >= 4:  # four rows of four streams do not fit into the registers
+            programs, tile = 8, 1
+        combine_gradient_kernel[(programs * processors(streams[0].device),)](
             tuple(streams),
-            weights,
-            dys,
-            dns,
+            rows,
+            arriving[::2],
+            arriving[1::2],
             scales,
             grads,
-            d_weights,
+            d_rows,
             T,
             eps,
             form,
-            rows,
+            height,
             d,
             triton.next_power_of_2(d),
             tile,
         )
-        return (
-            d_weights,
-            None,
-            None,
-            None,
-            None,
-            *(grads[k] if need else None for k, need in zip(firsts, ctx.needs_input_grad[5:])),
-        )
+        d_streams = [grads[first] if need else None for first, need in zip(firsts, need_streams)]
+        return d_rows, None, None, *d_streams
 
 
-def mix(
-    weights: Tensor | None, form: tuple, scales: tuple, keep: tuple, eps: float, *streams: Tensor
-) -> tuple[Tensor, ...]:
-    """Weighted sums of streams (T, d). For each row of ``form``: its sum (T, d) if kept, then the sum's RMSNorm times its scale (T, d) unless that is None.
-    A row names for each stream the row of weights (R, d) fp32 that multiplies it, ONE or NO. One with a single ONE hands a stream on, whose gradients then meet here."""
-    return (Mix.apply if use_kernels(streams[0].dtype, streams[0].device) else mix_reference)(
-        weights, form, scales, keep, eps, *streams
-    )
+def combine(streams: tuple[Tensor, ...], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
+    """Weighted sums of `streams`, each (T, d), all from one pass over memory: one Combined for each Sum.
+    `rows` (R, d) fp32 holds the weights that the sums name by number; None where all of them are ONE or ABSENT.
+
+    A Sum of a single ONE hands a stream on: forward it costs nothing, for it returns the stream itself. Use it where a stream
+    has later readers. If they read what is returned here, then their gradient arrives as that of this output, and the backward
+    kernel adds it to its own while it writes. Otherwise autograd would add the two (T, d) gradients in a kernel of its own."""
+    if not use_kernels(streams[0].dtype, streams[0].device):
+        return combine_reference(streams, sums, rows, eps)
+    outputs = Combine.apply(rows, tuple(sums), eps, *streams)
+    return [Combined(*pair) for pair in zip(outputs[::2], outputs[1::2])]
 
 
 # --- A product and the attention gate's, from one input ---
@@ -2299,35 +2329,48 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, backend: str)
     return Attention.apply(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window, backend).to(q.dtype)
 
 
-# ======== Model: one trunk, one head ==========================================================================================================================
+# ======== Model: one trunk, one head ==================================================================================
 
 NORM_EPS = 2.0**-23  # the embedding's mean square begins at 2.5e-5: bf16's epsilon would crush it
+GATE_CHANNELS = 12  # leading channels that SmearGate and the attention gates read
+FOLDED = {"attn_scale": "o", "mlp_scale": "down"}  # sublayer scales, and the matrices whose rows they multiply
 
 
 class Visit(NamedTuple):
-    """One stop of the trunk: which layer, which earlier visit is merged in by which skip, and whether two lanes run."""
+    """One stop of the trunk. A layer in the loop is visited several times."""
 
+    index: int
     layer: int
-    skip: int | None  # row of skip_weights and skip_gates
-    source: int | None  # index of the visit whose output is merged
-    lanes: bool
+    skip: int | None  # row of skip_weights and skip_gates, where an earlier output is merged in
+    source: int | None  # index of the visit whose output that is
+    keep: bool  # whether a later visit than the next one merges the output of this one
+    lanes: bool  # attention reads one lane, the MLP the other (#1529)
+    shared: bool  # the MLP reads what attention reads, as in GPT-J (#1493)
 
 
 def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
-    """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second half merges their outputs, last first."""
-    loop = list(range(cfg.loop_start, cfg.loop_end + 1)) * (cfg.num_loops + 1)
-    layers = (
-        [*range(cfg.loop_start), *loop, *range(cfg.loop_end + 1, cfg.num_layers)]
-        if looped and cfg.num_loops
-        else list(range(cfg.num_layers))
-    )
+    """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second merges their outputs, last first:
+    of 6 visits the fourth merges the output of the third, the fifth that of the second, the sixth that of the first."""
+    layers = list(range(cfg.num_layers))
+    if looped and cfg.num_loops:
+        loop = layers[cfg.loop_start : cfg.loop_end + 1]
+        layers = layers[: cfg.loop_start] + loop * (cfg.num_loops + 1) + layers[cfg.loop_end + 1 :]
     encoder = len(layers) // 2
     visits = []
     for i, layer in enumerate(layers):
-        j = i - encoder  # decoder visit
-        merges = 0 <= j < encoder
-        lanes = cfg.parallel_mode == "lanes" and j >= 0 and 0 < cfg.parallel_start_layer <= layer
-        visits.append(Visit(layer, j if merges else None, encoder - 1 - j if merges else None, lanes))
+        merges = encoder <= i < 2 * encoder
+        parallel = 0 < cfg.parallel_start_layer <= layer
+        visits.append(
+            Visit(
+                index=i,
+                layer=layer,
+                skip=i - encoder if merges else None,
+                source=2 * encoder - 1 - i if merges else None,
+                keep=i < encoder - 1,
+                lanes=parallel and i >= encoder and cfg.parallel_mode == "lanes",
+                shared=parallel and cfg.parallel_mode == "gptj",
+            )
+        )
     return tuple(visits)
 
 
@@ -2339,334 +2382,519 @@ class Cache(NamedTuple):
     last: Tensor  # (rows,) int64
 
 
-class Site(NamedTuple):
-    """What a visit computes with."""
+class Mix(NamedTuple):
+    """The coefficients of a visit, a number for each channel. With x0 the embedding, x the stream (with lanes: lane 0) and s the
+    output of an earlier visit that is merged in, attention reads the RMSNorm of
+        embedding x0 + stream x + skip s
+    and lane 0 becomes
+        lane_stream x + lane_skip s."""
 
-    layer: int
-    weights: tuple[Tensor, ...]  # qkv, o, up, down
-    rows: Tensor  # of GPT.mixing
-    rope: tuple[Tensor, Tensor]
+    embedding: Tensor | int
+    stream: Tensor | int
+    skip: Tensor | int
+    lane_stream: Tensor | int
+    lane_skip: Tensor | int
+
+
+ROW = Mix(*range(5))  # a visit's coefficients are stacked to (5, d) in the order of Mix; this names the rows
+
+
+class LayerWeights(NamedTuple):
+    """The matrices of a layer in the compute dtype; stacked over layers in layer_weights()."""
+
+    qkv: Tensor  # ((H + 2 KV) D, d)
+    o: Tensor  # (d, H D)
+    up: Tensor  # (hidden, d)
+    down: Tensor  # (d, hidden)
+    attn_gate: Tensor | None  # (H, GATE_CHANNELS)
+
+
+class LogitCalibration(NamedTuple):
+    """Correction of the softcapped logits of a quantised model: logits = scale softcap(z) + bias (#1924)."""
+
+    scale: Tensor  # ()
+    bias: Tensor  # (V,)
+
+
+class Scores(NamedTuple):
+    """What a model says of given tokens, fp32."""
+
+    nats: Tensor  # -log p of each target
+    hint_log_prob: Tensor | None = None  # log p of each hinted token, where hints were given
+
+
+def calibrated_scores(
+    z: Tensor, targets: Tensor, caps: Tensor, calibration: LogitCalibration, hint: Tensor | None = None
+) -> Scores:
+    """Scores of targets (T,) and hint (T,), both int64, from z (T, V), the logits before the softcap."""
+    logits = calibration.scale * softcap(z, caps) + calibration.bias
+    log_total = logits.logsumexp(-1)
+    logit_of = lambda tokens: logits.gather(1, tokens[:, None])[:, 0]
+    return Scores(log_total - logit_of(targets), None if hint is None else logit_of(hint) - log_total)
+
+
+class Site(NamedTuple):
+    """What a sublayer computes with at a visit, besides its input."""
+
+    visit: Visit
+    weights: LayerWeights
+    rope: tuple[Tensor, Tensor]  # cos, sin (T, rope_dims / 2)
     seq: Seq
-    delta: Callable  # kind -> low-rank delta or None
-    watch: Callable  # (kind, x): shows the input of a product to whoever taps it
-    past: tuple[Tensor, Tensor] | None  # cached keys and values
+    lora: "LoRA | None"
+    tap: Callable | None  # (kind, layer, x) sees the input of every product
+    past: tuple[Tensor, Tensor] | None  # cached keys and values (rows, length, KV, D)
+
+    def watch(self, kind: str, x: Tensor):
+        """Show the tap the input of a product."""
+        if self.tap is not None:
+            self.tap(kind, self.visit.layer, x)
+
+    def adapted(self, kind: str, y: Tensor, x: Tensor) -> Tensor:
+        """y (T, out) and what the adapter of that kind adds to it, a function of x (T, in)."""
+        return y if self.lora is None else self.lora.add_to(y, kind, self.visit.index, x)
+
+
+def add_and_norm(terms: tuple[Tensor, ...], scale: float, keep: bool = True) -> Combined:
+    """The sum of (T, d) terms, if it is to be kept, and its RMSNorm times scale."""
+    return combine(terms, [Sum((ONE,) * len(terms), scale, keep)], None, NORM_EPS)[0]
+
+
+class Residual:
+    """The residual stream of one forward pass by the equations of GPT: read() and write() it, or with two lanes read_lanes() and
+    write_lanes().
+
+    Additions wait. What is written stays a term of its own until the next read, where one kernel adds, mixes and norms.
+    x0 is handed on (see combine): each visit reads it, and so the gradient of one passes through the kernel of the one before."""
+
+    def __init__(self, model: "GPT", x0: Tensor, looped: bool):
+        self.norm_scales = model.norm_scales
+        self.mixes = model.mixes(looped)
+        self.x0 = x0
+        self.terms = ()  # the stream is their sum. At first it is x0, which `mixes` accounts for
+        self.outputs = {}  # index of a visit -> the stream after it, where a later visit merges it
+        self.before = None  # the visit before
+        self.lanes = ()  # streams whose weighted sums are the lanes: the lanes before, and both updates
+        self.lane_weights = None  # (3, 2): of the own lane, of attention and of the MLP, in each lane
+
+    def read(self, visit: Visit) -> Tensor:
+        """Mix x0 and the skip into the stream -> what attention reads (T, d)."""
+        skip = self.skip_of(visit)
+
+        def weights(x0: int = ABSENT, stream: int = ABSENT, skipped: int = ABSENT) -> tuple[int, ...]:
+            return x0, *[stream] * len(self.terms), *[skipped] * len(skip)
+
+        sums = [
+            Sum(weights(ROW.embedding, ROW.stream, ROW.skip), self.norm_scales[visit.layer]),
+            Sum(weights(x0=ONE)),
+        ]
+        keep = self.before is not None and self.before.keep
+        if keep:
+            sums.append(Sum(weights(stream=ONE)))
+        mixed, embedding, *output = combine((self.x0, *self.terms, *skip), sums, self.mixes[visit.index], NORM_EPS)
+        if keep:
+            self.outputs[self.before.index] = output[0].sum
+        self.x0 = embedding.sum
+        self.terms = (mixed.sum,)
+        self.before = visit
+        return mixed.normed
+
+    def write(self, update: Tensor):
+        """Add a sublayer's output (T, d) to the stream."""
+        self.terms += (update,)
+
+    def read_sum(self, visit: Visit) -> Tensor:
+        """-> what the MLP reads after attention has written (T, d)."""
+        added = add_and_norm(self.terms, self.norm_scales[visit.layer])
+        self.terms = (added.sum,)
+        return added.normed
+
+    def read_lanes(self, visit: Visit) -> tuple[Tensor, Tensor]:
+        """-> what attention reads of lane 0 and what the MLP reads of lane 1, both (T, d)."""
+        scale = self.norm_scales[visit.layer]
+        if self.lanes:
+            sums = [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), scale)]
+            first, second = combine(self.lanes, sums, self.lane_rows(self.lane_weights.flatten()), NORM_EPS)
+        else:  # both begin as the stream
+            first = second = add_and_norm(self.terms, scale)
+        skip = self.skip_of(visit)
+
+        def weights(x0: int = ABSENT, lane_0: int = ABSENT, lane_1: int = ABSENT, skipped: int = ABSENT):
+            return x0, lane_0, lane_1, *[skipped] * len(skip)
+
+        merged = weights(lane_0=ONE) if visit.skip is None else weights(lane_0=ROW.lane_stream, skipped=ROW.lane_skip)
+        sums = [
+            Sum(weights(ROW.embedding, ROW.stream, ABSENT, ROW.skip), scale, keep=False),
+            Sum(weights(x0=ONE)),
+            Sum(merged),
+            Sum(weights(lane_1=ONE)),
+        ]
+        streams = (self.x0, first.sum, second.sum, *skip)
+        mixed, embedding, lane_0, lane_1 = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
+        self.x0 = embedding.sum
+        self.lanes = lane_0.sum, lane_1.sum
+        return mixed.normed, second.normed
+
+    def write_lanes(self, attended: Tensor, transformed: Tensor, kept: Tensor, shares: Tensor):
+        """Weigh both lanes by kept (2,), and add attention's and the MLP's output by shares (2 from, 2 to)."""
+        self.lanes += attended, transformed
+        self.lane_weights = torch.cat((kept[None], shares))
+
+    def lane_rows(self, weights: Tensor) -> Tensor:
+        """One weight for all channels: (rows,) -> (rows, d)."""
+        return weights[:, None].expand(-1, self.x0.size(1))
+
+    def final(self) -> Tensor:
+        """The trunk's output (T, d): the RMSNorm of the stream or of the mean of the lanes."""
+        if not self.lanes:
+            return add_and_norm(self.terms, 1.0, keep=False).normed
+        own, shares = (0.5 * self.lane_weights).split((1, 2))
+        rows = self.lane_rows(torch.cat((own[0], shares.sum(1))))
+        return combine(self.lanes, [Sum((0, 1, 2, 3), 1.0, keep=False)], rows, NORM_EPS)[0].normed
+
+    def skip_of(self, visit: Visit) -> tuple[Tensor, ...]:
+        """What the visit merges in. The first to merge would find the stream itself there, which `mixes` accounts for."""
+        return (self.outputs[visit.source],) if visit.source in self.outputs else ()
+
+
+def parameter(*shape: int, value: float | None = None) -> nn.Parameter:
+    """fp32, all of that value; None: left for init_weights()."""
+    return nn.Parameter(torch.empty(shape) if value is None else torch.full(shape, float(value)))
 
 
 class GPT(nn.Module):
-    """The network of #1855. Matrices of all layers are stacked, so that optimizer and quantizer see one tensor of a kind.
-    tok_emb (V, d) | qkv (L, (H + 2 KV) D, d) | o (L, d, H D) | up (L, hidden, d) | down (L, d, hidden)
-    attn_scale, mlp_scale (L, d) | resid_mix (L, 2, d) | q_gain (L, H) | attn_gate (L, H, window) | skip_weights, skip_gates (skips, d)
-    parallel_post (L, 2 from, 2 to) | parallel_resid (L, 2) | smear_gate (window,) | smear_lambda () | caps (2,), positive and negative logits"""
+    """The network of #1855. Its equations, for the visits of visit_schedule() in order, each of some layer l:
 
-    def __init__(self, cfg: Config, attention: str, dtype: torch.dtype):
-        """attention: a name in BACKENDS; dtype: of activations and matrix products (parameters are fp32)."""
+        x = x0 = norm(smear(embedding of the tokens))
+        x = g x + (1 - g) skip_weights[j] s              where the visit merges s, the output of an earlier one, by skip j;
+                                                         g = sigmoid(skip_gates[j])                             (U-Net)
+        x = resid_mix[l, 0] x + resid_mix[l, 1] x0
+        x = x + attention(n)                             n = norm(x) / sqrt(l + 1)
+        x = x + mlp(norm(x) / sqrt(l + 1))               mlp(n) = mlp_scale[l] down leaky_relu(up n)^2
+        hidden = norm(x)
+
+    Where a visit's sublayers are `shared`, the MLP reads the n of attention (GPT-J, #1493):
+        x = x + attention(n) + mlp(n)
+
+    Where it has `lanes` (#1529), both of which begin as x, only lane x_0 receives the skip. Then
+        a = attention(norm(resid_mix[l, 0] x_0 + resid_mix[l, 1] x0) / sqrt(l + 1))
+        m = mlp(norm(x_1) / sqrt(l + 1))
+        x_k = parallel_resid[l, k] x_k + parallel_post[l, 0, k] a + parallel_post[l, 1, k] m          for k = 0, 1
+        hidden = norm((x_0 + x_1) / 2)
+
+    attention(n) = attn_scale[l] o y, of heads y = sigmoid(...) gate of each head, XSA, softmax(q k) v: see attention_sublayer().
+    norm is the RMSNorm; every product of a vector with x is one by channel. Matrices of all layers are stacked, so that optimizer
+    and quantizer see one tensor of a kind."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        attention_backend: str,
+        dtype: torch.dtype,
+        logit_calibration: LogitCalibration | None = None,
+    ):
+        """attention_backend: a name in BACKENDS; dtype: of activations and matrix products (parameters are fp32);
+        logit_calibration: the artifact's, on the device where the model will run."""
         super().__init__()
-        self.cfg, self.attention, self.dtype = cfg, attention, dtype
-        layers, d, self.head_dim = cfg.num_layers, cfg.model_dim, cfg.model_dim // cfg.num_heads
-        self.q_dim, self.kv_dim, hidden = (
-            cfg.num_heads * self.head_dim,
-            cfg.num_kv_heads * self.head_dim,
-            int(cfg.mlp_mult * d),
-        )
+        self.cfg = cfg
+        self.attention_backend = attention_backend
+        self.dtype = dtype
+        self.logit_calibration = logit_calibration
         self.schedules = {looped: visit_schedule(cfg, looped) for looped in (False, True)}
-        full = {int(n) for n in cfg.attn_full_layers.split(",") if n} if cfg.attn_window else range(layers)
-        self.norm_scales = [1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0 for layer in range(layers)]
-        self.gate_slope, self.gate_top = (
-            (cfg.sparse_attn_gate_scale, 1.0) if cfg.sparse_attn_gate_enabled else (1.0, 2.0)
-        )  # 2 sigmoid(0) = 1 without a gate
-        self.windows = [-1 if layer in full else cfg.attn_window for layer in range(layers)]
-        skips = max(sum(v.skip is not None for v in s) for s in self.schedules.values())
-        parameter = lambda *shape, value=None: nn.Parameter(
-            torch.empty(shape) if value is None else torch.full(shape, float(value))
-        )
-        self.tok_emb = parameter(cfg.vocab_size, d)
-        self.qkv = parameter(layers, self.q_dim + 2 * self.kv_dim, d)
-        self.o = parameter(layers, d, self.q_dim, value=0)
-        self.up = parameter(layers, hidden, d)
-        self.down = parameter(layers, d, hidden, value=0)
-        self.attn_scale, self.mlp_scale = parameter(layers, d, value=1), parameter(layers, d, value=1)
-        self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))
-        self.q_gain = parameter(layers, cfg.num_heads, value=cfg.qk_gain_init)
+
+        layers, d = cfg.num_layers, cfg.model_dim
+        heads = cfg.num_heads
+        self.head_dim = d // heads
+        self.q_dim = heads * self.head_dim
+        self.kv_dim = cfg.num_kv_heads * self.head_dim
+        hidden = int(cfg.mlp_mult * d)
+        channels = min(GATE_CHANNELS, d)
+        skips = max(sum(visit.skip is not None for visit in visits) for visits in self.schedules.values())
+
+        # matrices
+        self.tok_emb = parameter(cfg.vocab_size, d)  # (V, d), also the head
+        self.qkv = parameter(layers, self.q_dim + 2 * self.kv_dim, d)  # (L, (H + 2 KV) D, d)
+        self.o = parameter(layers, d, self.q_dim, value=0)  # (L, d, H D)
+        self.up = parameter(layers, hidden, d)  # (L, hidden, d)
+        self.down = parameter(layers, d, hidden, value=0)  # (L, d, hidden)
+
+        # scales and gates of the sublayers
+        self.attn_scale = parameter(layers, d, value=1)  # (L, d)
+        self.mlp_scale = parameter(layers, d, value=1)  # (L, d)
+        self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))  # (L, 2, d)
+        self.q_gain = parameter(layers, heads, value=cfg.qk_gain_init)  # (L, H)
         gated = cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled
-        self.attn_gate = parameter(layers, cfg.num_heads, cfg.gate_window, value=0) if gated else None
-        self.skip_weights = parameter(skips, d, value=1)
-        self.skip_gates = parameter(skips, d, value=0) if cfg.skip_gates_enabled else None
-        lanes = any(v.lanes for v in self.schedules[False])
-        self.parallel_post = parameter(layers, 2, 2, value=1) if lanes else None
-        self.parallel_resid = parameter(layers, 2, value=1.1) if lanes else None
-        self.smear_gate = parameter(cfg.gate_window, value=0) if cfg.smear_gate_enabled else None
-        self.smear_lambda = parameter(value=0) if cfg.smear_gate_enabled else None
-        inverse = cfg.rope_base ** -(torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32) / max(cfg.rope_dims, 1))
-        self.register_buffer("rope_frequency", inverse, persistent=False)
-        self.caps = (
-            parameter(2, value=cfg.logit_softcap)
-            if cfg.asym_logit_rescale
-            else nn.Buffer(torch.full((2,), cfg.logit_softcap), persistent=False)
-        )
-        self.calibration = None  # factor () and bias (V,) of the softcapped logits, where the artifact has them
+        self.attn_gate = parameter(layers, heads, channels, value=0) if gated else None  # (L, H, channels)
+        self.gate_slope, self.gate_top = 1.0, 2.0  # gate = top sigmoid(slope z); without attn_gate z = 0, a gate of 1
+        if cfg.sparse_attn_gate_enabled:
+            self.gate_slope, self.gate_top = cfg.sparse_attn_gate_scale, 1.0
+
+        # skips and lanes
+        self.skip_weights = parameter(skips, d, value=1)  # (skips, d)
+        self.skip_gates = parameter(skips, d, value=0)  # (skips, d)
+        lanes = any(visit.lanes for visit in self.schedules[False])
+        self.parallel_post = (
+            parameter(layers, 2, 2, value=1) if lanes else None
+        )  # (L, from: attention or MLP, to: lane)
+        self.parallel_resid = parameter(layers, 2, value=1.1) if lanes else None  # (L, lane)
+
+        # embedding and head
+        smear = cfg.smear_gate_enabled
+        self.smear_gate = parameter(channels, value=0) if smear else None  # (channels,)
+        self.smear_lambda = parameter(value=0) if smear else None  # ()
+        self.caps = nn.Buffer(torch.full((2,), cfg.logit_softcap), persistent=False)  # of positive and negative logits
+        if cfg.asym_logit_rescale:
+            self.caps = parameter(2, value=cfg.logit_softcap)
+
+        # constants of each layer
+        pairs = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32)
+        frequency = cfg.rope_base ** -(pairs / max(cfg.rope_dims, 1))
+        self.register_buffer("rope_frequency", frequency, persistent=False)  # (rope_dims / 2,)
+        full = {int(n) for n in cfg.attn_full_layers.split(",") if n} if cfg.attn_window else range(layers)
+        self.windows = [-1 if layer in full else cfg.attn_window for layer in range(layers)]
+        self.norm_scales = [1 / math.sqrt(layer + 1) for layer in range(layers)]
 
     @torch.no_grad()
     def init_weights(self, seed: int):
-        """Embedding N(0, TIED_EMBED_INIT_STD); Q, K, V and up orthogonal; o, down and gates zero; scales one. Drawn on the CPU: every machine starts equal."""
+        """Embedding N(0, TIED_EMBED_INIT_STD); Q, K, V and up orthogonal; o, down and gates zero; scales one.
+        Drawn on the CPU: every machine starts equal."""
         generator = torch.Generator().manual_seed(seed)
         self.tok_emb.copy_(torch.randn(self.tok_emb.shape, generator=generator) * self.cfg.tied_embed_init_std)
-        q, k = self.q_dim, self.q_dim + self.kv_dim
-        for layer in range(self.cfg.num_layers):
-            for matrix in (self.qkv[layer, :q], self.qkv[layer, q:k], self.qkv[layer, k:], self.up[layer]):
+        for qkv, up in zip(self.qkv, self.up):
+            for matrix in (*qkv.split((self.q_dim, self.kv_dim, self.kv_dim)), up):
                 matrix.copy_(nn.init.orthogonal_(torch.empty(matrix.shape), generator=generator))
 
-    def layer_weights(self) -> list[tuple[Tensor, ...]]:
-        """(qkv, o, up, down[, attn_gate]) of each layer in the compute dtype. The sublayer scales multiply rows of o and down: weights are smaller than data."""
-        stacks = (
-            self.qkv,
-            self.o * self.attn_scale[:, :, None],
-            self.up,
-            self.down * self.mlp_scale[:, :, None],
-            *([] if self.attn_gate is None else [self.attn_gate]),
+    def layer_weights(self) -> list[LayerWeights]:
+        """The weights of each layer. The sublayer scales multiply rows of `o` and `down`: weights are smaller than activations."""
+        stacks = LayerWeights(
+            qkv=self.qkv,
+            o=self.o * self.attn_scale[:, :, None],
+            up=self.up,
+            down=self.down * self.mlp_scale[:, :, None],
+            attn_gate=self.attn_gate,
         )
-        return list(zip(*(s.to(self.dtype).unbind(0) for s in stacks)))
+        absent = [None] * self.cfg.num_layers
+        return list(map(LayerWeights, *(absent if s is None else s.to(self.dtype).unbind(0) for s in stacks)))
 
     def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         """tokens (T,) -> x0 (T, d), normed."""
-        rows = tokens[None] if cache is None else tokens.unflatten(0, (len(cache.last), -1))
-        previous = torch.cat((rows[:, :1] if cache is None else cache.last[:, None], rows[:, :-1]), 1).flatten()
+        if cache is None:
+            rows = tokens[None]
+            first = rows[:, :1]  # at position 0, where nothing before is seen
+        else:
+            rows = tokens.unflatten(0, (len(cache.last), -1))
+            first = cache.last[:, None]
+        previous = torch.cat((first, rows[:, :-1]), 1).flatten()
         return embed(
             tokens, previous, positions, self.tok_emb, self.smear_gate, self.smear_lambda, NORM_EPS, self.dtype
         )
 
-    def mixing(self, looped: bool) -> tuple[Tensor, ...]:
-        """For each visit rows (5, d): attention reads row 0 of x0, row 1 of the stream and row 2 of an earlier visit's output that joins it; of the last two,
-        lane 0 becomes rows 3 and 4. A skip merges g stream + (1 - g) w joining with g = sigmoid(gate), or stream + w joining without gates (U-Net)."""
-        schedule, mixes = self.schedules[looped], self.resid_mix.unbind(0)
-        stay, begin = torch.stack([mixes[visit.layer] for visit in schedule]).unbind(1)
-        skips = [
-            i for i, visit in enumerate(schedule) if visit.skip is not None
-        ]  # consecutive, the first of them first
-        w = self.skip_weights[: len(skips)]
-        g = torch.ones_like(w) if self.skip_gates is None else torch.sigmoid(self.skip_gates[: len(skips)])
-        joining = w if self.skip_gates is None else (1 - g) * w
-        g = torch.cat((g[:1] + joining[:1], g[1:]))  # the first skip would join the visit before to itself
-        begin = torch.cat((begin[:1] + stay[:1], begin[1:]))  # the first visit finds x0 in the stream, too
-        before = skips[0] if skips else 0
-        around = 0, 0, before, len(schedule) - before - len(skips)
-        g, joining = F.pad(g - 1, around) + 1, F.pad(joining, around)
-        return torch.stack((begin, stay * g, stay * joining, g, joining), 1).unbind(0)
+    def mixes(self, looped: bool) -> tuple[Tensor, ...]:
+        """The Mix of each visit, stacked (5, d). Where x = g x + (1 - g) w s precedes x = stay x + begin x0, attention reads
+            begin x0 + (stay g) x + (stay (1 - g) w) s.
+        The first to merge is the visit after its source: it finds s = x, so its g becomes g + (1 - g) w and its s is left out.
+        The first visit finds x = x0, so its `begin` becomes begin + stay and its x is left out."""
+        schedule = self.schedules[looped]
+        layers = self.resid_mix.unbind(0)
+        stay, begin = torch.stack([layers[visit.layer] for visit in schedule]).unbind(1)  # (visits, d)
+        begin = torch.cat((begin[:1] + stay[:1], begin[1:]))
 
-    def trunk(self, tokens: Tensor, seq: Seq, *, looped: bool, lora=None, tap=None, cache: Cache | None = None):
+        merging = [visit.index for visit in schedule if visit.skip is not None]  # neighbours, by skips 0, 1, ...
+        w = self.skip_weights[: len(merging)]
+        g = torch.sigmoid(self.skip_gates[: len(merging)])
+        skip = (1 - g) * w
+        g = torch.cat((g[:1] + skip[:1], g[1:]))
+
+        before = merging[0] if merging else 0
+        around = 0, 0, before, len(schedule) - before - len(merging)
+        g = F.pad(g - 1, around) + 1  # (visits, d): 1 where nothing is merged
+        skip = F.pad(skip, around)
+        mix = Mix(embedding=begin, stream=stay * g, skip=stay * skip, lane_stream=g, lane_skip=skip)
+        return torch.stack(mix, 1).unbind(0)
+
+    def trunk(
+        self,
+        tokens: Tensor,
+        seq: Seq,
+        *,
+        looped: bool,
+        lora: "LoRA | None" = None,
+        tap: Callable | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor | tuple[Tensor, Cache]:
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
-        lora.at(kind, visit) gives a delta or None; tap(kind, layer, x) sees the input of every product. With lora or cache, tokens are rows of equal length, flattened."""
-        x0 = self.embed(tokens, seq.positions, cache)
+        tap(kind, layer, x) sees the input of every product. With lora or cache, tokens are rows of equal length, flattened."""
+        residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
         angle = seq.positions[:, None].float() * self.rope_frequency
-        schedule, weights, mixing, rope = (
-            self.schedules[looped],
-            self.layer_weights(),
-            self.mixing(looped),
-            (angle.cos(), angle.sin()),
-        )
-        sources = {visit.source for i, visit in enumerate(schedule) if visit.source != i - 1}
-        terms, lanes, outputs, fresh = (
-            (),
-            None,
-            {},
-            [],
-        )  # the residual stream is the sum of its terms: additions wait for the norm that reads them
-        for i, visit in enumerate(schedule):
-            delta = (lambda kind, i=i: lora.at(kind, i)) if lora is not None else lambda kind: None
-            watch = (
-                (lambda kind, x, layer=visit.layer: tap(kind, layer, x)) if tap is not None else lambda kind, x: None
-            )
-            site = Site(
-                visit.layer,
-                weights[visit.layer],
-                mixing[i],
-                rope,
-                seq,
-                delta,
-                watch,
-                None if cache is None else (cache.keys[i], cache.values[i]),
-            )
-            joining = (outputs[visit.source],) if visit.source in outputs else ()
-            if visit.lanes and lanes is None:
-                lane, normed = mix(
-                    None, ((ONE,) * len(terms),), (self.norm_scales[visit.layer],), (True,), NORM_EPS, *terms
-                )
-                lanes = lane, lane, normed
-            if lanes is None:
-                terms, x0, outputs[i - 1], kv = self.one_lane(site, x0, terms, joining, i - 1 in sources)
+        rope = angle.cos(), angle.sin()
+        weights = self.layer_weights()
+        new_keys, new_values = [], []
+        for visit in self.schedules[looped]:
+            layer = visit.layer
+            past = None if cache is None else (cache.keys[visit.index], cache.values[visit.index])
+            site = Site(visit, weights[layer], rope, seq, lora, tap, past)
+            if visit.lanes:
+                attention_input, mlp_input = residual.read_lanes(visit)
+                attended, keys, values = self.attention_sublayer(attention_input, site)
+                transformed = self.mlp_sublayer(mlp_input, site)
+                residual.write_lanes(attended, transformed, self.parallel_resid[layer], self.parallel_post[layer])
             else:
-                lanes, x0, kv = self.two_lanes(
-                    site,
-                    x0,
-                    lanes,
-                    joining,
-                    visit.skip is not None,
-                    schedule[i + 1].layer if i + 1 < len(schedule) else None,
-                )
-            if cache is not None:  # nobody else asks, and they are 0.2 GB a visit in training
-                fresh.append(kv)
-        hidden = mix(None, ((ONE,) * len(terms),), (1.0,), (False,), NORM_EPS, *terms)[0] if lanes is None else lanes[0]
+                normed = residual.read(visit)
+                attended, keys, values = self.attention_sublayer(normed, site)
+                residual.write(attended)
+                if not visit.shared:
+                    normed = residual.read_sum(visit)
+                residual.write(self.mlp_sublayer(normed, site))
+            if cache is not None:  # otherwise nobody reads them, and in training they are 0.2 GB a visit
+                new_keys.append(keys)
+                new_values.append(values)
+        hidden = residual.final()
         if cache is None:
             return hidden
-        keys, values = (torch.stack([kv[j].unflatten(0, (len(cache.last), -1)) for kv in fresh]) for j in (0, 1))
-        return hidden, Cache(keys, values, tokens.unflatten(0, (len(cache.last), -1))[:, -1])
+        by_row = lambda t: t.unflatten(0, (len(cache.last), -1))
+        keys, values = (torch.stack([by_row(t) for t in new]) for new in (new_keys, new_values))
+        return hidden, Cache(keys, values, by_row(tokens)[:, -1])
 
-    def one_lane(self, site: Site, x0: Tensor, terms: tuple, joining: tuple, keep: bool):
-        """-> terms of the stream after the visit, x0 as handed on, the stream before the visit if it is to be kept, new keys and values."""
-        row = lambda *r: (r[0], *[r[1]] * len(terms), *[r[2]] * len(joining))
-        scale, streams = self.norm_scales[site.layer], (x0, *terms, *joining)
-        form, scales = (row(0, 1, 2), row(ONE, NO, NO), row(NO, ONE, NO)), (scale, None, None)
-        x, n, x0, *before = mix(
-            site.rows, form[: 2 + keep], scales[: 2 + keep], (True,) * (2 + keep), NORM_EPS, *streams
-        )
-        a, kv = self.attn(n, site)
-        if self.cfg.parallel_mode == "gptj" and 0 < self.cfg.parallel_start_layer <= site.layer:
-            terms = x, a  # #1493: the MLP reads what the attention read
-        else:
-            x, n = mix(None, ((ONE, ONE),), (scale,), (True,), NORM_EPS, x, a)
-            terms = (x,)
-        return (*terms, self.mlp(n, site)), x0, before[0] if keep else None, kv
+    def attention_sublayer(self, n: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+        """n (T, d) -> output (T, d), and the new tokens' keys and values: (T, KV, D) with a cache, else (T, H, D).
 
-    def two_lanes(self, site: Site, x0: Tensor, lanes: tuple, joining: tuple, skips: bool, following: int | None):
-        """Attention reads lane 0, which alone receives the skip, the MLP reads lane 1, and both write both (#1529). lanes: both, and the norm of the second.
-        -> lanes for layer ``following``, or if that is None the final hidden states alone; x0 as handed on; new keys and values."""
-        row = lambda *r: (r[0], r[1], NO, *[r[2]] * len(joining))
-        form = (
-            row(0, 1, 2),
-            row(ONE, NO, NO),
-            row(NO, 3, 4) if skips else row(NO, ONE, NO),
-            (NO, NO, ONE, *[NO] * len(joining)),
-        )
-        n, x0, first, second = mix(
-            site.rows,
-            form,
-            (self.norm_scales[site.layer], None, None, None),
-            (False, True, True, True),
-            NORM_EPS,
-            x0,
-            *lanes[:2],
-            *joining,
-        )
-        (a, kv), m = self.attn(n, site), self.mlp(lanes[2], site)
-        stay, attn, mlp = torch.cat((self.parallel_resid[site.layer][None], self.parallel_post[site.layer])).unbind(
-            0
-        )  # each by the lane written
-        if following is None:
-            share = {"mean": (0.5, 0.5), "attn": (1.0, 0.0), "mlp": (0.0, 1.0)}[self.cfg.parallel_final_lane]
-            stay, attn, mlp = ((share[0] * t[:1], share[1] * t[1:]) for t in (stay, attn, mlp))
-            weights, form, scales, keep = (*stay, sum(attn), sum(mlp)), ((0, 1, 2, 3),), (1.0,), (False,)
-        else:
-            weights, form, scales, keep = (
-                (stay, attn, mlp),
-                ((0, NO, 2, 4), (NO, 1, 3, 5)),
-                (None, self.norm_scales[following]),
-                (True, True),
-            )
-        return (
-            mix(torch.cat(weights)[:, None].expand(-1, n.size(1)), form, scales, keep, NORM_EPS, first, second, a, m),
-            x0,
-            kv,
-        )
-
-    def attn(self, n: Tensor, site: Site) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """n (T, d) -> (T, d), and this visit's new keys and values (T, KV, D), or (T, H, D) where no cache is kept."""
-        cfg, layer, delta = self.cfg, site.layer, site.delta("qkv")
+        q, k = rope(norm(q)) q_gain, rope(norm(k))
+        y = softmax(q k / sqrt(D)) v             over the document's tokens so far, within the layer's window
+        y = y - (y v / |v|^2) v                  XSA: without the component along the token's own value
+        y = top sigmoid(slope z) y               z = attn_gate times the first channels of n, for each head"""
+        cfg, weights = self.cfg, site.weights
         site.watch("qkv", n)
-        qkv, z = (
-            (F.linear(n, site.weights[0]), n.new_zeros(len(n), cfg.num_heads))
-            if self.attn_gate is None
-            else gated_linear(n, site.weights[0], site.weights[4])
-        )
-        qkv = qkv if delta is None else qkv + delta(n)
-        copies = cfg.num_heads // cfg.num_kv_heads if site.past is None else 1
-        q, k, v, own = qkv_heads(qkv, self.q_gain[layer], *site.rope, cfg.num_kv_heads, copies, NORM_EPS)
-        past_and = lambda old, new: torch.cat((old, new.unflatten(0, (old.size(0), -1))), 1).flatten(0, 1)
-        all_k, all_v = (k, v) if site.past is None else map(past_and, site.past, (k, v))
-        y = attend(q, all_k, all_v, site.seq, self.windows[layer], self.attention)
-        if layer >= cfg.num_layers - cfg.xsa_last_n:
-            y = xsa_gate(y, own, z, self.gate_slope, self.gate_top)
+        if weights.attn_gate is None:
+            qkv, z = F.linear(n, weights.qkv), n.new_zeros(len(n), cfg.num_heads)
         else:
-            y = (y * (self.gate_top * torch.sigmoid(self.gate_slope * z.float()))[:, :, None]).to(self.dtype)
-        site.watch("o", y := y.flatten(1))
-        y, parallel = (
-            F.linear(y, site.weights[1]),
-            site.delta("o"),
-        )  # the adapter reads the sublayer's input, as #1855's does
-        return (y if parallel is None else y + parallel(n)), (k, v)
+            qkv, z = gated_linear(n, weights.qkv, weights.attn_gate)
+        qkv = site.adapted("qkv", qkv, n)
+        copies = cfg.num_heads // cfg.num_kv_heads if site.past is None else 1  # a cache holds each key once
+        gain = self.q_gain[site.visit.layer]
+        q, new_k, new_v, own_v = qkv_heads(qkv, gain, *site.rope, cfg.num_kv_heads, copies, NORM_EPS)
+        k, v = new_k, new_v
+        if site.past is not None:
+            k, v = (
+                torch.cat((old, new.unflatten(0, (len(old), -1))), 1).flatten(0, 1)
+                for old, new in zip(site.past, (new_k, new_v))
+            )
+        y = attend(q, k, v, site.seq, self.windows[site.visit.layer], self.attention_backend)
+        y = xsa_gate(y, own_v, z, self.gate_slope, self.gate_top).flatten(1)
+        site.watch("o", y)
+        # The adapter "o" reads the sublayer's input and not that of the product, as #1855's does.
+        return site.adapted("o", F.linear(y, weights.o), n), new_k, new_v
 
-    def mlp(self, n: Tensor, site: Site) -> Tensor:
+    def mlp_sublayer(self, n: Tensor, site: Site) -> Tensor:
         """n (T, d) -> (T, d)."""
-        out, hidden = mlp(n, *site.weights[2:4], self.cfg.leaky_relu_sq_slope)
+        out, hidden = mlp(n, site.weights.up, site.weights.down, self.cfg.leaky_relu_sq_slope)
         site.watch("up", n)
         site.watch("down", hidden)
-        parallel = site.delta("mlp")
-        return out if parallel is None else out + parallel(n)
+        return site.adapted("mlp", out, n)
 
-    def nll(self, hidden: Tensor, targets: Tensor, *, lora=None, hint: Tensor | None = None):
-        """hidden (T, d), targets (T,) int64 -> nats per token (T,) fp32; with hint (T,) int64 also the log-probability of the hinted token."""
-        z, delta = F.linear(hidden, self.tok_emb.to(self.dtype)), lora.at("head", 0) if lora is not None else None
-        z = z if delta is None else z + delta(hidden)
-        if self.calibration is not None:
-            logits = self.calibration[0] * softcap(z, self.caps) + self.calibration[1]
-            lse = logits.logsumexp(-1)
-            nats = lse - logits.gather(1, targets[:, None])[:, 0]
-            return nats if hint is None else (nats, logits.gather(1, hint[:, None])[:, 0] - lse)
-        nats, lse = softcap_nll(z, targets, self.caps)
-        return nats if hint is None else (nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - lse)
+    def logits(self, hidden: Tensor, lora: "LoRA | None" = None) -> Tensor:
+        """hidden (T, d) -> z (T, V) before the softcap, in the compute dtype."""
+        z = F.linear(hidden, self.tok_emb.to(self.dtype))
+        return z if lora is None else lora.add_to(z, "head", 0, hidden)
+
+    def nll(self, hidden: Tensor, targets: Tensor, *, lora: "LoRA | None" = None, hint: Tensor | None = None) -> Scores:
+        """Scores of targets (T,) int64, and of hint (T,) int64, after hidden (T, d)."""
+        z = self.logits(hidden, lora)
+        if self.logit_calibration is not None:
+            return calibrated_scores(z, targets, self.caps, self.logit_calibration, hint)
+        nats, log_total = softcap_nll(z, targets, self.caps)
+        if hint is None:
+            return Scores(nats)
+        return Scores(nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - log_total)
 
     def loss(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Sum of nll() times weight (T,) fp32."""
-        if self.calibration is not None:
-            return torch.dot(self.nll(hidden, targets), weight)
+        """Sum of the nats times weight (T,) fp32: a scalar."""
+        if self.logit_calibration is not None:
+            return torch.dot(self.nll(hidden, targets).nats, weight)
         return head_loss(hidden, self.tok_emb.to(self.dtype), targets, self.caps, weight)
 
 
-# ======== Adapters: LoRA stacked over visits and documents ====================================================================================================
+@torch.no_grad()
+def folded_state(model: GPT) -> dict[str, Tensor]:
+    """Parameters by name (fp32), the sublayer scales multiplied into the rows they scale and set to one."""
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for scale, matrix in FOLDED.items():
+        state[matrix] *= state[scale][:, :, None]
+        state[scale].fill_(1.0)
+    return state
+
+
+def score_batch(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None) -> Scores:
+    """Scores of every target of the batch (tokens,), and of hints (tokens,) int64."""
+    hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
+    return model.nll(hidden, batch.targets.clamp(min=0), hint=hint)
+
+
+def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
+    """Sum of nats over this micro-batch's targets / `total`, the tokens of the global batch."""
+    hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
+    weight = (batch.targets >= 0).float() / total  # padding has target -1
+    return model.loss(hidden, batch.targets.clamp(min=0), weight)
+
+
+# ======== Adapters: LoRA stacked over visits and documents ============================================================
 
 
 class LoRA(NamedTuple):
-    """One adapter for each visit and document: delta(x) = scale x A B. Leaves of autograd, never module parameters, so the model stays unaware.
-    In this order of dimensions their gradients come out of the products contiguous, as the fused optimizer needs them."""
+    """A low-rank adapter for each kind of product, visit and document, which adds to the product of that document's tokens x (n, in)
+
+        scale x A B          A (in, rank), B (rank, out)
+
+    The tensors are leaves of autograd and never module parameters, so the model stays unaware of them. They are stored in the order
+    of this product, so that their gradients come out of it contiguous, as the fused optimizer needs them."""
 
     a: dict[str, list[Tensor]]  # kind -> for each visit (documents, in, rank) fp32
     b: dict[str, list[Tensor]]  # kind -> for each visit (documents, rank, out) fp32
     widths: dict[str, int]  # kind -> out, of every kind, adapted or not
     scale: float  # alpha / rank
 
-    def at(self, kind: str, visit: int) -> Callable | None:
-        """The delta of one site as a function of its input (documents * n, in); None where nothing is adapted. "qkv" joins three kinds."""
+    def add_to(self, y: Tensor, kind: str, visit: int, x: Tensor) -> Tensor:
+        """y (documents * n, out) and the adapters' part, a function of x (documents * n, in). Kind "qkv" joins q, k and v."""
         kinds = ("q", "k", "v") if kind == "qkv" else (kind,)
         if not any(k in self.a for k in kinds):
-            return None
-        return lambda x: torch.cat(
-            [self.delta(k, visit, x) if k in self.a else x.new_zeros(x.size(0), self.widths[k]) for k in kinds], dim=-1
-        )
+            return y
+        return y + torch.cat([self.delta(k, visit, x) for k in kinds], dim=-1)
 
     def delta(self, kind: str, visit: int, x: Tensor) -> Tensor:
-        a, b = self.a[kind][visit].to(x.dtype), (self.scale * self.b[kind][visit]).to(x.dtype)
-        return (x.unflatten(0, (a.size(0), -1)) @ a @ b).flatten(0, 1)
+        """x (documents * n, in) -> (documents * n, out), zero where the kind is not adapted."""
+        if kind not in self.a:
+            return x.new_zeros(len(x), self.widths[kind])
+        a = self.a[kind][visit].to(x.dtype)
+        b = (self.scale * self.b[kind][visit]).to(x.dtype)
+        by_document = x.unflatten(0, (len(a), -1))  # (documents, n, in)
+        return (by_document @ a @ b).flatten(0, 1)
 
     def leaves(self) -> list[Tensor]:
+        """Every tensor that learns."""
         return [t for part in (self.a, self.b) for visits in part.values() for t in visits]
 
     def first(self, documents: int) -> "LoRA":
         """The adapters of the first documents: leaves of their own in the same memory."""
-        cut = lambda part: {
-            kind: [t.detach()[:documents].requires_grad_() for t in visits] for kind, visits in part.items()
-        }
+
+        def cut(part: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+            leaf = lambda t: t.detach()[:documents].requires_grad_()
+            return {kind: [leaf(t) for t in visits] for kind, visits in part.items()}
+
         return self._replace(a=cut(self.a), b=cut(self.b))
 
 
 def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
-    """A uniform in +-1/sqrt(in) and the same for every document, so that no score depends on the batch a document is in; B zero."""
-    d, visits = model.cfg.model_dim, len(model.schedules[model.cfg.looped])
+    """A uniform in +-1/sqrt(in) and the same for every document, so that no score depends on the batch a document is in; B zero.
+    Kinds in `masked` get no adapter; their A is drawn all the same, so that the others begin alike."""
+    d, device = model.cfg.model_dim, model.tok_emb.device
+    visits = len(model.schedules[model.cfg.looped])
     widths = {"q": model.q_dim, "k": model.kv_dim, "v": model.kv_dim, "o": d, "mlp": d, "head": model.cfg.vocab_size}
-    generator, device, a, b = torch.Generator().manual_seed(seed), model.tok_emb.device, {}, {}
+    generator = torch.Generator().manual_seed(seed)
+    a, b = {}, {}
     for kind, width in widths.items():
-        n = 1 if kind == "head" else visits
-        initial = (2 * torch.rand(n, 1, d, rank, generator=generator) - 1) / math.sqrt(d)
+        count = 1 if kind == "head" else visits
+        initial = (2 * torch.rand(count, 1, d, rank, generator=generator) - 1) / math.sqrt(d)
         if kind not in masked:
             a[kind] = [t.repeat(documents, 1, 1).requires_grad_() for t in initial.to(device)]
-            b[kind] = [torch.zeros(documents, rank, width, device=device).requires_grad_() for _ in range(n)]
+            b[kind] = [torch.zeros(documents, rank, width, device=device).requires_grad_() for _ in range(count)]
     return LoRA(a, b, widths, alpha / rank)
 
 
@@ -2868,17 +3096,6 @@ class Schedule:
         return 1.0 if changed_at is None or n == 0 else min((step - changed_at + 1) / n, 1.0)
 
 
-def batch_nats(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None):
-    """Nats of every target of the batch, fp32 (tokens,); with hints (tokens,) also their log-probabilities."""
-    return model.nll(model.trunk(batch.tokens, batch.seq, looped=looped), batch.targets.clamp(min=0), hint=hint)
-
-
-def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
-    """Sum of nats over this micro-batch's targets / ``total``, the tokens of the global batch."""
-    hidden, weight = model.trunk(batch.tokens, batch.seq, looped=looped), (batch.targets >= 0).float() / total
-    return model.loss(hidden, batch.targets.clamp(min=0), weight)
-
-
 class Trainer:
     """Everything a training run holds: data, optimizer, schedule, and the curve it leaves."""
 
@@ -2980,7 +3197,6 @@ MATRICES = {
     "down": MatrixKind("down", "matrix_bits", "mlp_clip_sigmas", "rate_rows"),
     "tok_emb": MatrixKind("head", "embed_bits", "embed_clip_sigmas", "rate_embed_rows"),
 }
-FOLDED = {"attn_scale": "o", "mlp_scale": "down"}  # vectors that become part of the rows of a matrix
 SYMBOL_MAX = 127
 SCALE_STEPS, COLUMN_STEPS = 16, 4  # codes per octave of the scales of rows, 4.4 % apart, and of columns, 19 %
 
@@ -3027,7 +3243,7 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
                 * 2
                 - 1
             )
-            nats = model.nll(hidden, batch.targets.clamp(min=0))
+            nats = model.nll(hidden, batch.targets.clamp(min=0)).nats
             gradients = torch.autograd.grad(
                 (nats * signs * (batch.targets >= 0)).sum(), [getattr(model, name) for name in MATRICES]
             )
@@ -3115,16 +3331,6 @@ def gptq(
         symbols[:, at] = found[0]
         w[:, rest].baddbmm_(upper[:, at, rest].mT, found[1], alpha=-1)
     return symbols.gather(1, order.argsort(dim=1)[:, :, None].expand_as(symbols)).mT.contiguous()
-
-
-@torch.no_grad()
-def folded_state(model: GPT) -> dict[str, Tensor]:
-    """Parameters by name (fp32), the sublayer scales multiplied into the rows they scale and set to one."""
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for vector, matrix in FOLDED.items():
-        state[matrix] *= state[vector][:, :, None]
-        state[vector].fill_(1.0)
-    return state
 
 
 class Steps(NamedTuple):
@@ -3358,11 +3564,6 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
         raise UserError(
             f"{origin}: holds {', '.join(sorted(unknown))}, which the settings do not use; use the settings it was made with"
         )
-    model.calibration = None
-    if "logit_calibration" in state:
-        model.calibration = calibration(
-            state["logit_calibration"].to(model.tok_emb.device), piece_features(model.cfg).to(model.tok_emb.device)
-        )
 
 
 def piece_features(cfg: Config) -> Tensor:
@@ -3396,9 +3597,20 @@ def piece_features(cfg: Config) -> Tensor:
     return features
 
 
-def calibration(values: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+def calibration(values: Tensor, features: Tensor) -> LogitCalibration:
     """15 numbers -> the factor of the softcapped logits, 0.9..1.1, and what is added to them (V,), +-0.5 for each category."""
-    return 0.9 + 0.2 * torch.sigmoid(values[0]), features @ values[1:].clamp(-0.5, 0.5)
+    return LogitCalibration(0.9 + 0.2 * torch.sigmoid(values[0]), features @ values[1:].clamp(-0.5, 0.5))
+
+
+def stored_calibration(model: GPT, state: dict[str, Tensor]) -> GPT:
+    """The model with the logit calibration of an artifact, where it has one."""
+    if "logit_calibration" not in state:
+        return model
+    device = model.tok_emb.device
+    fitted = calibration(state["logit_calibration"].to(device), piece_features(model.cfg).to(device))
+    calibrated = GPT(model.cfg, model.attention_backend, model.dtype, fitted).to(device)
+    calibrated.load_state_dict(model.state_dict())
+    return calibrated
 
 
 def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> np.ndarray:
@@ -3412,14 +3624,13 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
     optimizer = torch.optim.Adam([values], lr=0.003)
     for step in range(256):
         x, targets = parts[step % len(parts)]
-        model.calibration = scale, _ = calibration(values, features)
-        nats = model.nll(x, targets.clamp(min=0))
+        fitted = calibration(values, features)
+        nats = calibrated_scores(model.logits(x), targets.clamp(min=0), model.caps, fitted).nats
         loss = (nats * (targets >= 0)).sum() / (targets >= 0).sum().clamp_min(1) + 0.01 * (
-            values[1:].square().mean() + (scale - 1).square()
+            values[1:].square().mean() + (fitted.scale - 1).square()
         )
         (values.grad,) = torch.autograd.grad(loss, [values])
         optimizer.step()
-    model.calibration = None
     return ranks.broadcast_(values.detach().cpu()).numpy()
 
 
@@ -3905,7 +4116,7 @@ def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tup
 
 def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
     """Write the nats (or pair with the hints' log-probabilities) that a forward found at places ``at`` as the scores of ``targets``, improved by an NGram."""
-    parts = [t.detach()[at].double().cpu().numpy() for t in (found if isinstance(found, tuple) else (found,))]
+    parts = [t.detach()[at].double().cpu().numpy() for t in found if t is not None]
     ledger.write(targets, parts[0] if ngram is None else ngram.scored(targets, *parts))
 
 
@@ -3984,7 +4195,7 @@ class Scorer:
             book(
                 ledger,
                 targets,
-                batch_nats(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint),
+                score_batch(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint),
                 at,
                 self.ngram,
             )
@@ -4373,7 +4584,7 @@ class DocumentTTT:
         if keep:
             for ring, t in ((self.keys, fresh.keys), (self.values, fresh.values)):
                 ring[:, :rows].index_copy_(2, position % context, t.detach())
-        return tuple(t.unflatten(0, (rows, count)) for t in (found if isinstance(found, tuple) else (found,)))
+        return tuple(t.unflatten(0, (rows, count)) for t in found if t is not None)
 
     def learn(self, shape: Shape, nats: Tensor):
         """TTT_GRAD_STEPS of AdamW on the mean nats (rows, count) of the chunk, for rows with a later chunk. Rows do not mix: the loss is a sum and Adam is elementwise."""
@@ -4888,7 +5099,9 @@ def score_artifact(run: Run, model: GPT):
     cfg, path = run.cfg, run.folder / "model.bin"
     with run.phases("load"):
         arrays, meta = load_artifact(path)
-        load_state(model, dequantize(arrays), path)
+        state = dequantize(arrays)
+        load_state(model, state, path)
+        model = stored_calibration(model, state)
     others = sorted(k.upper() for k, v in cfg.settings().items() if v != meta["settings"].get(k))
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
