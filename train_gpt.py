@@ -1902,14 +1902,14 @@ def tile_at(first, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def weighted_sum(xs, ws, WEIGHTS: tl.constexpr):
-    """The sum of tiles xs under one Sum's weights, fp32."""
+def weighted_sum(xs, ws, FORM: tl.constexpr, m: tl.constexpr):
+    """Sum m of tiles xs, fp32."""
     y = tl.zeros(xs[0].shape, tl.float32)
     for k in tl.static_range(len(xs)):
-        if WEIGHTS[k] == IS_ONE:
+        if FORM[m][k] == IS_ONE:
             y += xs[k]
-        elif WEIGHTS[k] >= 0:
-            y += ws[WEIGHTS[k]] * xs[k]
+        elif FORM[m][k] >= 0:
+            y += ws[FORM[m][k]] * xs[k]
     return y
 
 
@@ -1936,7 +1936,7 @@ def combine_kernel(
         xs = load_all(streams, at, ok)
         for m in tl.static_range(len(FORM)):
             if ys[m] is not None or ns[m] is not None:
-                y = weighted_sum(xs, ws, FORM[m]).to(streams[0].dtype.element_ty)
+                y = weighted_sum(xs, ws, FORM, m).to(streams[0].dtype.element_ty)
                 if ys[m] is not None:
                     tl.store(ys[m] + at, y, mask=ok)
                 if ns[m] is not None:
@@ -1975,7 +1975,7 @@ def combine_gradient_kernel(
             g = tl.zeros((ROWS, BLOCK), tl.float32)
             if dns[m] is not None:
                 # n = scale y rstd, rstd = (mean(y^2) + eps)^(-1/2)  =>  dy = scale rstd (dn - y rstd^2 mean(y dn))
-                y = weighted_sum(xs, ws, FORM[m]).to(streams[0].dtype.element_ty).to(tl.float32)
+                y = weighted_sum(xs, ws, FORM, m).to(streams[0].dtype.element_ty).to(tl.float32)
                 dn = tl.load(dns[m] + at, mask=ok, other=0.0).to(tl.float32)
                 rstd = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
                 g = scales[m] * rstd * (dn - y * (rstd * rstd * tl.sum(y * dn, 1)[:, None] / D))

@@ -41,12 +41,10 @@ TINY = dict(
     num_kv_heads=2,
     mlp_mult=2.0,
     rope_dims=4,
-    gate_window=6,
     loop_start=1,
     loop_end=2,
     num_loops=1,
     parallel_start_layer=4,
-    xsa_last_n=4,
     attn_window=7,
     attn_full_layers="1,4",
 )

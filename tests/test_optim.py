@@ -44,7 +44,7 @@ def coverage(opt: Optimizer) -> dict[int, torch.Tensor]:
         {},
         {"num_kv_heads": 4},
         {"mlp_mult": 1.0},
-        {"smear_gate_enabled": False, "skip_gates_enabled": False, "parallel_start_layer": 0},
+        {"smear_gate_enabled": False, "parallel_start_layer": 0},
     ),
 )
 def test_every_element_has_exactly_one_rule(variant):

@@ -231,7 +231,6 @@ FIRST = "the settings are validated beside the defaults before the artifact's ar
         ("num_layers", 6),
         ("mlp_mult", 3.0),
         ("smear_gate_enabled", False),
-        ("skip_gates_enabled", False),
         ("num_kv_heads", 4),
     ),
 )

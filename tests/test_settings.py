@@ -100,8 +100,6 @@ BAD = {
     "ATTN_WINDOW": ("-1",),
     "VOCAB_SIZE": ("70000",),
     "LOOP_END": ("2", "11"),
-    "PARALLEL_FINAL_LANE": ("both",),
-    "GATE_WINDOW": ("0",),
     "DEVICE": ("tpu",),
     "ATTENTION": ("fa4000",),
     "MUON_BACKEND_STEPS": ("6",),

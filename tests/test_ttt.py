@@ -266,12 +266,12 @@ class Merged(train_gpt.GPT):
         }  # (visits, out, in)
         self.qkv += torch.cat([self.extra[kind] for kind in ("q", "k", "v")], 1)
 
-    def attn(self, n, site):
-        y, kv = super().attn(n, site)
-        return y + n @ self.extra["o"][site.layer].T, kv
+    def attention_sublayer(self, n, site):
+        y, *new = super().attention_sublayer(n, site)
+        return y + n @ self.extra["o"][site.visit.layer].T, *new
 
-    def mlp(self, n, site):
-        return super().mlp(n, site) + n @ self.extra["mlp"][site.layer].T
+    def mlp_sublayer(self, n, site):
+        return super().mlp_sublayer(n, site) + n @ self.extra["mlp"][site.visit.layer].T
 
 
 @torch.no_grad()
