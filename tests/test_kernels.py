@@ -152,7 +152,7 @@ def test_every_kernel_compiles(monkeypatch, capability, shared):
         (K.xsa_gate(q, own, leaf(T, H), 0.5, 1.0).sum() + k.sum() + v.sum()).backward()
     model = K.GPT(helpers.config(model_dim=512, num_heads=4, num_kv_heads=2, mlp_mult=4.0), "reference", torch.bfloat16)
     seq = helpers.packed_seq([T // 2, T // 2])
-    for looped in (False, True):  # every form of mix() that the network has
+    for looped in (False, True):  # every form of combine() that the network has
         model.trunk(torch.zeros(T, dtype=torch.int64), seq, looped=looped).sum().backward()
     assert compiled == {name for name in vars(K) if name.endswith("_kernel")} - (
         {"mlp_gemm_kernel"} if capability == 80 else set()
@@ -170,7 +170,7 @@ targets, caps = torch.tensor([0, 1, 2, 3, 4]), torch.full((2,), 30.0)
 (K.head_loss(out, up, targets, caps, torch.ones(5)) + K.softcap_nll(hidden, targets, caps)[0].sum()).backward()
 q, k, v, own = K.qkv_heads(torch.randn(5, 32, dtype=torch.bfloat16), torch.ones(2), torch.ones(5, 2), torch.zeros(5, 2), 1, 1, 1e-6)
 assert K.xsa_gate(q, own, torch.ones(5, 2), 1.0, 1.0).shape == q.shape == (5, 2, 8) and x.grad.isfinite().all()
-assert K.mix(torch.ones(2, 8), ((0, 1),), (1.0,), (False,), 1e-6, x, x)[0].shape == x.shape
+assert K.combine((x, x), [K.Sum((0, 1), 1.0)], torch.ones(2, 8), 1e-6)[0].normed.shape == x.shape
 """
     subprocess.run(
         [sys.executable, "-c", code],
@@ -382,88 +382,96 @@ def test_embed(device, T, channels):
     compare(how(K.embed, torch.bfloat16), how(K.embed_reference, torch.float32), inputs, (weight,), 0.015)
 
 
-# --- mixed streams ---
+# --- weighted sums of streams ---
 
-FORMS = {  # rows of weights, form, scales, kept sums
-    "norm of one stream": (0, ((K.ONE,),), (1.0,), (False,)),
-    "sum of two and its norm": (0, ((K.ONE, K.ONE),), (0.7,), (True,)),
-    "attention's input": (3, ((0, 1, 1, 2), (K.ONE, K.NO, K.NO, K.NO)), (0.7, None), (True, True)),
+ONE, ABSENT, Sum = K.ONE, K.ABSENT, K.Sum
+FORMS = {  # rows of weights, and the sums
+    "norm of one stream": (0, [Sum((ONE,), 1.0, keep=False)]),
+    "sum of two and its norm": (0, [Sum((ONE, ONE), 0.7)]),
+    "attention's input": (3, [Sum((0, 1, 1, 2), 0.7), Sum((ONE, ABSENT, ABSENT, ABSENT))]),
     "the same, and the stream": (
         2,
-        ((0, 1, 1), (K.ONE, K.NO, K.NO), (K.NO, K.ONE, K.ONE)),
-        (0.7, None, None),
-        (True, True, True),
+        [Sum((0, 1, 1), 0.7), Sum((ONE, ABSENT, ABSENT)), Sum((ABSENT, ONE, ONE))],
     ),
     "lane 0": (
         5,
-        ((0, 1, K.NO, 2), (K.ONE, K.NO, K.NO, K.NO), (K.NO, 3, K.NO, 4), (K.NO, K.NO, K.ONE, K.NO)),
-        (0.3, None, None, None),
-        (False, True, True, True),
+        [
+            Sum((0, 1, ABSENT, 2), 0.3, keep=False),
+            Sum((ONE, ABSENT, ABSENT, ABSENT)),
+            Sum((ABSENT, 3, ABSENT, 4)),
+            Sum((ABSENT, ABSENT, ONE, ABSENT)),
+        ],
     ),
-    "both lanes": (6, ((0, K.NO, 2, 4), (K.NO, 1, 3, 5)), (None, 0.9), (True, True)),
-    "a stream and its norm": (1, ((K.NO, K.ONE), (0, K.NO)), (1.0, None), (True, True)),
+    "both lanes": (6, [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), 0.9)]),
+    "a stream and its norm": (1, [Sum((ABSENT, ONE), 1.0), Sum((0, ABSENT))]),
 }
 
 
-def mixing(name, device, T, d=None):
-    """Inputs of mix(), a loss weight for each output, and mix and its reference as functions of the inputs."""
-    rows, *how = FORMS[name]
+def combining(name, device, T, d=None):
+    """Inputs of combine(), a loss weight for each output, and combine and its reference as functions of the inputs: to every sum and norm
+    that is not None."""
+    rows, sums = FORMS[name]
     d = d or (64 if device == "cpu" else 512)
-    streams = [randn(T, d, device=device, seed=i, scale=1 + i) for i in range(len(how[0][0]))]
+    streams = [randn(T, d, device=device, seed=i, scale=1 + i) for i in range(len(sums[0].weights))]
     w = [randn(rows, d, device=device, dtype=torch.float32)] if rows else []
-    weights = [
-        randn(T, d, device=device, seed=7 + i, dtype=torch.float32)
-        for i in range(sum(how[2]) + sum(scale is not None for scale in how[1]))
-    ]
-    call = lambda function: lambda *t: function(t[0] if rows else None, *how, 1e-6, *t[bool(rows) :])
-    return w + streams, weights, call(K.mix), call(K.mix_reference)
+    count = sum(s.keep + (s.norm_scale is not None) for s in sums)
+    weights = [randn(T, d, device=device, seed=7 + i, dtype=torch.float32) for i in range(count)]
+
+    def call(function):
+        def outputs(*tensors):
+            results = function(tensors[bool(rows) :], sums, tensors[0] if rows else None, 1e-6)
+            assert len(results) == len(sums)
+            for s, result in zip(sums, results):
+                assert (result.sum is not None) == s.keep and (result.normed is not None) == (s.norm_scale is not None)
+            return tuple(t for result in results for t in result if t is not None)
+
+        return outputs
+
+    return w + streams, weights, call(K.combine), call(K.combine_reference)
 
 
 @pytest.mark.parametrize("name", FORMS)
 @cases(21)
-def test_mix(device, T, name):
-    inputs, weights, ours, reference = mixing(name, device, T)
+def test_combine(device, T, name):
+    inputs, weights, ours, reference = combining(name, device, T)
     compare(ours, reference, inputs, weights, 0.01)
 
 
 @pytest.mark.parametrize("d", [1, 40, 384])
 @cases(6)
-def test_mix_of_any_width(device, T, d):
-    inputs, weights, ours, reference = mixing("lane 0", device, T, d)
+def test_combine_of_any_width(device, T, d):
+    inputs, weights, ours, reference = combining("lane 0", device, T, d)
     compare(ours, reference, inputs, weights, 0.01)
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2, 3), (0, 1, 2)])
 @cases(9)
-def test_mix_of_frozen_inputs(device, T, frozen):
-    inputs, weights, ours, reference = mixing("attention's input", device, T)
+def test_combine_of_frozen_inputs(device, T, frozen):
+    inputs, weights, ours, reference = combining("attention's input", device, T)
     compare(ours, reference, inputs, weights, 0.01, frozen=frozen)
 
 
 @cases(9)
-def test_mix_where_an_output_is_not_used(device, T):
-    inputs, weights, ours, reference = mixing("attention's input", device, T)
+def test_combine_where_an_output_is_not_used(device, T):
+    inputs, weights, ours, reference = combining("attention's input", device, T)
     for unused in ({0}, {1}, {2}, {1, 2}):
         some = lambda function: lambda *t: tuple(out for i, out in enumerate(function(*t)) if i not in unused)
-        compare(
-            some(ours), some(reference), inputs, [w for i, w in enumerate(weights) if i not in unused], 0.01, frozen=()
-        )
+        used = [w for i, w in enumerate(weights) if i not in unused]
+        compare(some(ours), some(reference), inputs, used, 0.01, frozen=())
 
 
 @cases(9)
 def test_a_stream_handed_on_is_no_copy(device, T):
-    inputs, _, ours, _ = mixing("attention's input", device, T)
+    inputs, _, ours, _ = combining("attention's input", device, T)
     assert ours(*inputs)[2].data_ptr() == inputs[1].data_ptr()
 
 
 @cases(5)
-def test_mix_of_one_stream_twice(device, T):
+def test_combine_of_one_stream_twice(device, T):
     x, w = randn(T, 32, device=device), randn(2, 32, device=device, dtype=torch.float32)
-    how, weights = (
-        (((0, 1),), (0.5,), (True,), 1e-6),
-        [randn(T, 32, device=device, seed=i, dtype=torch.float32) for i in range(2)],
-    )
-    compare(lambda w, x: K.mix(w, *how, x, x), lambda w, x: K.mix_reference(w, *how, x, x), (w, x), weights, 0.01)
+    weights = [randn(T, 32, device=device, seed=i, dtype=torch.float32) for i in range(2)]
+    call = lambda function: lambda w, x: tuple(function((x, x), [Sum((0, 1), 0.5)], w, 1e-6)[0])
+    compare(call(K.combine), call(K.combine_reference), (w, x), weights, 0.01)
 
 
 # --- a product and a gate ---
@@ -498,7 +506,7 @@ def test_gated_linear(device, T, frozen):
         {"model_dim": 48},
         {"parallel_start_layer": 0},
         {"parallel_mode": "gptj", "parallel_start_layer": 1},
-        {"num_layers": 5, "parallel_final_lane": "mlp"},
+        {"num_layers": 7, "parallel_start_layer": 4},
     ],
 )
 @pytest.mark.parametrize("train", (True, False))
@@ -511,7 +519,7 @@ def test_the_network_on_kernels_equals_the_plain_one(device, T, train, variant, 
     def result(dtype):
         model = helpers.randomize(K.GPT(cfg, "reference", dtype), 0).to(device)
         with torch.set_grad_enabled(train):
-            loss = model.nll(model.trunk(tokens, seq, looped=True), tokens.roll(-1)).mean()
+            loss = model.nll(model.trunk(tokens, seq, looped=True), tokens.roll(-1)).nats.mean()
         if train:
             loss.backward()
         return loss.detach(), {name: p.grad for name, p in model.named_parameters()}

@@ -263,7 +263,7 @@ def all_logprobs(documents, cfg) -> np.ndarray:
                 train_gpt.Seq(cu, cu, len(tokens), len(tokens), torch.arange(len(tokens), dtype=torch.int32)),
                 looped=True,
             )
-            rows.append(-torch.stack([model.nll(hidden, torch.full_like(tokens, x)) for x in range(VOCAB)], 1))
+            rows.append(-torch.stack([model.nll(hidden, torch.full_like(tokens, x)).nats for x in range(VOCAB)], 1))
     return torch.cat(rows).detach().double().numpy()
 
 

@@ -393,7 +393,7 @@ def test_row_gradients_are_sums_over_tokens():
     batch = TrainStream(cfg).micro_batch(0, 128, 48)
     found = sum(train_gpt.batch_moments(model, batch, seed, rows=True)["up.rows"] for seed in range(16))
     wanted = torch.zeros_like(model.up[..., 0])
-    nats = model.nll(model.trunk(batch.tokens, batch.seq, looped=True), batch.targets.clamp(min=0))
+    nats = model.nll(model.trunk(batch.tokens, batch.seq, looped=True), batch.targets.clamp(min=0)).nats
     for i in np.flatnonzero(batch.targets >= 0):
         wanted += torch.autograd.grad(nats[i], model.up, retain_graph=True)[0].square().sum(-1)
     ratio = found / 16 / wanted
@@ -512,29 +512,28 @@ def test_calibration_reads_training_data_only(tmp_path):
     batch = stream.micro_batch(0, 128, 48)
     assert batch.split == "train"
     with torch.no_grad():
-        loss = lambda: (
-            model.nll(model.trunk(batch.tokens, batch.seq, looped=True), batch.targets.clamp(min=0))
+        loss = lambda model: (
+            model.nll(model.trunk(batch.tokens, batch.seq, looped=True), batch.targets.clamp(min=0)).nats
             * (batch.targets >= 0)
         ).sum()
-        before = loss()
+        before = loss(model)
     values = train_gpt.fit_logit_calibration(model, stream, cfg, ranks(cfg))
-    assert values.shape == (15,) and model.calibration is None
-    load_state(model, {**folded_state(model), "logit_calibration": torch.from_numpy(values)}, "memory")
+    assert values.shape == (15,) and model.logit_calibration is None
+    calibrated = train_gpt.stored_calibration(model, {"logit_calibration": torch.from_numpy(values)})
     with torch.no_grad():
-        assert loss() < before
+        assert loss(calibrated) < before
 
 
 def test_calibrated_probabilities_sum_to_one():
     cfg = config(RUN, data_path=str(data()))
     model = gpt(cfg)
-    load_state(model, {**folded_state(model), "logit_calibration": torch.linspace(-1, 1, 15)}, "memory")
+    calibrated = train_gpt.stored_calibration(model, {"logit_calibration": torch.linspace(-1, 1, 15)})
     hidden = model.trunk(torch.tensor([BOS, 50, 60]), packed_seq([3]), looped=True)[2:].expand(VOCAB, -1)
     with torch.no_grad():
-        nats, hinted = model.nll(hidden, torch.arange(VOCAB), hint=torch.arange(VOCAB))
+        nats, hinted = calibrated.nll(hidden, torch.arange(VOCAB), hint=torch.arange(VOCAB))
         assert abs((-nats).exp().sum() - 1) < 1e-5 and torch.allclose(hinted, -nats, atol=1e-6)
-        assert torch.allclose(model.nll(hidden, torch.arange(VOCAB)), nats, atol=1e-6)
-        model.calibration = None
-        assert not torch.allclose(model.nll(hidden, torch.arange(VOCAB)), nats, atol=1e-2)
+        assert torch.allclose(calibrated.nll(hidden, torch.arange(VOCAB)).nats, nats, atol=1e-6)
+        assert not torch.allclose(model.nll(hidden, torch.arange(VOCAB)).nats, nats, atol=1e-2)
 
 
 def test_features_of_the_tokenizer_s_pieces():

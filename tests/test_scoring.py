@@ -93,7 +93,7 @@ def one_at_a_time(model, stream, seq_len: int, stride: int) -> np.ndarray:
             hidden = model.trunk(tokens, train_gpt.Seq(cu, cu, n, n, torch.arange(n, dtype=torch.int32)), looped=True)
             nats[position] = model.nll(
                 hidden[position - begin][None], torch.tensor([int(stream.tokens[position + 1])])
-            ).item()
+            ).nats.item()
     return nats
 
 

@@ -112,7 +112,7 @@ def plain_windows(model, tokens: torch.Tensor, cfg) -> np.ndarray:
     for begin, end in chunks_of(length, [int(s) for s in cfg.ttt_chunks.split(",")]):
         low, stop = max(0, end - cfg.ttt_eval_seq_len), min(end, length)
         hidden = model.trunk(tokens[low:stop], alone(tokens[low:stop]), looped=True)
-        nats.append(model.nll(hidden[begin - low :], tokens[begin + 1 : stop + 1]))
+        nats.append(model.nll(hidden[begin - low :], tokens[begin + 1 : stop + 1]).nats)
     return torch.cat(nats).double().numpy() if nats else np.empty(0)
 
 
@@ -179,7 +179,7 @@ def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
                 lora=adapters,
                 cache=Cache(keys[:, :, low:again], values[:, :, low:again], last),
             )
-            scores = model.nll(hidden[begin - again :], tokens[begin + 1 : stop + 1], lora=adapters)
+            scores = model.nll(hidden[begin - again :], tokens[begin + 1 : stop + 1], lora=adapters).nats
             if step == 0:
                 nats = np.append(nats, scores.detach().double().numpy())
                 fresh = new
@@ -240,7 +240,7 @@ def test_cached_windows_are_as_long_as_the_context(monkeypatch):
     for i in range(len(documents)):
         tokens = document(stream, i)
         with torch.no_grad():
-            wanted = model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).numpy()
+            wanted = model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).nats.numpy()
         assert largest(nats[stream.of(i)], wanted) < 1e-5
 
 
@@ -287,15 +287,18 @@ def test_adapters_sit_on_the_projections_and_beside_the_sublayers():
         model.trunk(tokens, Seq(cu, cu, n, n, torch.arange(n, dtype=torch.int32).repeat(3)), looped=False, lora=lora),
         targets,
         lora=lora,
-    )
+    ).nats
     for row in range(3):
         merged.set(model, lora, row)
         span = slice(row * n, row * n + n)
         hidden = merged.trunk(tokens[span], alone(tokens[span]), looped=False)
         merged.tok_emb += merged.extra["head"][0]  # of the head alone: the trunk has read its embedding
-        assert largest(found[span], merged.nll(hidden, targets[span])) < 1e-4
+        assert largest(found[span], merged.nll(hidden, targets[span]).nats) < 1e-4
         assert (
-            largest(found[span], model.nll(model.trunk(tokens[span], alone(tokens[span]), looped=False), targets[span]))
+            largest(
+                found[span],
+                model.nll(model.trunk(tokens[span], alone(tokens[span]), looped=False), targets[span]).nats,
+            )
             > 0.1
         )
 
@@ -582,7 +585,10 @@ def slow_sgd(model, stream, end: int, cfg):
         )
         for lo, hi in zip(cuts, cuts[1:]):
             tokens = torch.from_numpy(stream.tokens[lo : hi + 1].astype(np.int64))
-            loss = loss + model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).sum() / chunk
+            loss = (
+                loss
+                + model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).nats.sum() / chunk
+            )
         grads = [
             g if g is not None else torch.zeros_like(p)
             for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))
@@ -677,7 +683,7 @@ def slow_chunks(stream, cfg) -> np.ndarray:
                 tokens = torch.from_numpy(stream.tokens[low : stop + 1].astype(np.int64))
                 nats[first:stop] = model.nll(
                     model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True)[first - low :], tokens[1 + first - low :]
-                )
+                ).nats
         steps = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1) if chunk.phase_ends else 0
         edges = [int(begin + (end - begin) * i / steps) for i in range(steps + 1)] if steps else []
         for lo, hi in list(zip(edges, edges[1:])) * cfg.global_ttt_epochs:
@@ -687,9 +693,9 @@ def slow_chunks(stream, cfg) -> np.ndarray:
             )
             for a, b in zip(cuts, cuts[1:]):
                 tokens = torch.from_numpy(stream.tokens[a : b + 1].astype(np.int64))
-                loss = loss + model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).sum() / (
-                    hi - lo
-                )
+                loss = loss + model.nll(
+                    model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]
+                ).nats.sum() / (hi - lo)
             grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
             norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads))
             with torch.no_grad():

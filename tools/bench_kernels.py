@@ -142,14 +142,21 @@ def main():
     rope, v = (angle.cos(), angle.sin()), qkv.view(T, -1, HEAD)[:, -KV:]
     y, gate, row = randn(T, H, HEAD), randn(T, H), torch.full((T,), 1 / T, device="cuda")
     rows, streams = torch.rand(3, D, device="cuda"), [randn(T, D) for _ in range(3)]
-    one, no = K.ONE, K.NO
-    added, read = ((one, one),), ((0, 1, 1), (one, no, no))  # a sublayer's input, and the attention's
+    added = [K.Sum((K.ONE, K.ONE), 0.5)]  # a sublayer's input
+    read = [K.Sum((0, 1, 1), 0.5), K.Sum((K.ONE, K.ABSENT, K.ABSENT))]  # the attention's input
     tokens, positions = torch.randint(V, (T,), device="cuda"), torch.arange(T, device="cuda", dtype=torch.int32) % 1000
     smear = table.float(), torch.zeros(12, device="cuda"), torch.ones((), device="cuda")
     embed = lambda f: lambda *t: f(tokens, tokens.roll(1), positions, *t, 1e-6, torch.bfloat16)
-    mix = lambda f, form, scales, keep, rows=False: (
-        lambda *t: f(t[0] if rows else None, form, scales, keep, 1e-6, *t[rows:])
-    )
+
+    def combined(f, sums, weighted=False):
+        """f of streams, and of rows of weights before them -> every sum and norm that is wanted."""
+
+        def call(*t):
+            results = f(t[weighted:], sums, t[0] if weighted else None, 1e-6)
+            return tuple(x for result in results for x in result if x is not None)
+
+        return call
+
     like = lambda *tensors: [torch.randn_like(t) for t in tensors]
     copied = y, randn(T, H, HEAD), randn(T, H, HEAD), v.contiguous()
 
@@ -201,17 +208,17 @@ def main():
         ),
         ("embed", embed(K.embed), embed(K.embed_reference), smear, (0, 1, 2), [x], 2 * A * D / copy),
         (
-            "mix, a sublayer's input",
-            mix(K.mix, added, (0.5,), (True,)),
-            mix(K.mix_reference, added, (0.5,), (True,)),
+            "combine, a sublayer's input",
+            combined(K.combine, added),
+            combined(K.combine_reference, added),
             streams[:2],
             (0, 1),
             [x, x],
             (4 + 5) * A * D / copy,
         ),
         (
-            "mix, attention's input",
-            *(mix(f, read, (0.5, None), (True, True), True) for f in (K.mix, K.mix_reference)),
+            "combine, attention's input",
+            *(combined(f, read, weighted=True) for f in (K.combine, K.combine_reference)),
             (rows[:2], *streams),
             (0, 1, 2, 3),
             [x, x, x],
