@@ -1851,25 +1851,20 @@ class Sum(NamedTuple):
     norm_scale: float | None = None  # factor of the sum's RMSNorm; None: no norm is wanted
     keep: bool = True  # whether the sum itself is wanted
 
-    def handed_on(self) -> int | None:
-        """The stream that the sum is equal to, where it is a single one as it is."""
-        others = self.weights.count(ABSENT)
-        return self.weights.index(ONE) if ONE in self.weights and others == len(self.weights) - 1 else None
-
 
 class Combined(NamedTuple):
     """One result of combine(); what its Sum did not ask for is None."""
 
-    sum: Tensor | None = None  # (T, d)
-    normed: Tensor | None = None  # (T, d)
+    sum: Tensor | None  # (T, d)
+    normed: Tensor | None  # (T, d)
 
 
-def combine_reference(streams: tuple, sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
-    """combine() in plain PyTorch."""
+def combine_reference(terms: list[Tensor], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
+    """combine() in plain PyTorch; the sums have a weight for each term."""
     results = []
     for weights, norm_scale, keep in sums:
-        terms = [x if w == ONE else rows[w] * x for w, x in zip(weights, streams) if w != ABSENT]
-        total = sum(terms[1:], terms[0]).to(streams[0].dtype)
+        parts = [x if w == ONE else rows[w] * x for w, x in zip(weights, terms) if w != ABSENT]
+        total = sum(parts[1:], parts[0]).to(terms[0].dtype)
         normed = None if norm_scale is None else F.rms_norm(total, total.shape[1:], eps=eps) * norm_scale
         results.append(Combined(total if keep else None, normed))
     return results
@@ -1962,7 +1957,8 @@ def combine_gradient_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradients of the streams; those of the weights are added to dw_ptr if given. Each of dys, dns and grads may be None."""
+    """Gradients of the streams; those of the weights are added to dw_ptr if given.
+    Each of dys, dns and grads may be None."""
     ws = load_rows(w_ptr, R, D, BLOCK)
     row_sums = ()  # this program's part of the gradient of each row of weights
     for r in tl.static_range(R):
@@ -1984,7 +1980,7 @@ def combine_gradient_kernel(
             gs = gs + (g,)
         for k in tl.static_range(len(streams)):
             if grads[k] is not None:
-                # Every path by which stream k was used meets here, a stream handed on included: one store, no later addition.
+                # Every use of stream k meets here, handing it on included: one store, and no addition later.
                 d = tl.zeros((ROWS, BLOCK), tl.float32)
                 for m in tl.static_range(len(FORM)):
                     if FORM[m][k] == IS_ONE:
@@ -2007,79 +2003,81 @@ def combine_gradient_kernel(
             tl.atomic_add(dw_ptr + r * D + col, tl.sum(row_sums[r], 0), mask=col < D, sem="relaxed")
 
 
+def handed_on(weights: tuple[int, ...]) -> int | None:
+    """The term that a sum with these weights is equal to, where it is a single one as it is."""
+    alone = weights.count(ABSENT) == len(weights) - 1
+    return weights.index(ONE) if alone and ONE in weights else None
+
+
 class Combine(torch.autograd.Function):
     """combine() through the kernels. Its outputs are sum, norm, sum, norm, ..., None where not wanted."""
 
     @staticmethod
-    def forward(ctx, rows, sums, eps, *streams):
+    def forward(ctx, rows, sums, eps, *terms):
         rows = None if rows is None else rows.contiguous()
-        streams = tuple(x.contiguous() for x in streams)
-        T, d = streams[0].shape
-        copied = [s.handed_on() for s in sums]  # nothing to compute: the output is a view of that stream
-        ys = tuple(torch.empty_like(streams[0]) if s.keep and c is None else None for s, c in zip(sums, copied))
-        ns = tuple(None if s.norm_scale is None else torch.empty_like(streams[0]) for s in sums)
-        form = tuple(s.weights for s in sums)
-        scales = tuple(s.norm_scale for s in sums)
+        terms = tuple(x.contiguous() for x in terms)
+        T, d = terms[0].shape
+        form, scales, keep = zip(*sums)
+        views = [handed_on(weights) for weights in form]  # nothing to compute: the output is a view of that term
+        ys, ns = [], []
+        for view, scale, kept in zip(views, scales, keep):
+            ys.append(torch.empty_like(terms[0]) if kept and view is None else None)
+            ns.append(None if scale is None else torch.empty_like(terms[0]))
         height = 0 if rows is None else len(rows)
+        constants = T, eps, form, height, d, triton.next_power_of_2(d)
         if any(t is not None for t in ys + ns):
-            grid = (STREAM_PROGRAMS * processors(streams[0].device),)
-            block = triton.next_power_of_2(d)
-            combine_kernel[grid](streams, rows, ys, ns, scales, T, eps, form, height, d, block, STREAM_ROWS)
-        ctx.save_for_backward(rows, *streams)
-        ctx.constants = form, scales, eps
+            grid = (STREAM_PROGRAMS * processors(terms[0].device),)
+            combine_kernel[grid](terms, rows, tuple(ys), tuple(ns), scales, *constants, STREAM_ROWS)
+        ctx.save_for_backward(rows, *terms)
+        ctx.scales = scales
+        ctx.constants = constants
         ctx.set_materialize_grads(False)
         outputs = []
-        for s, c, y, n in zip(sums, copied, ys, ns):
-            outputs += [streams[c].view_as(streams[c]) if s.keep and c is not None else y, n]
+        for view, kept, y, n in zip(views, keep, ys, ns):
+            outputs += [terms[view].view_as(terms[view]) if kept and view is not None else y, n]
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *d_outputs):
-        rows, *streams = ctx.saved_tensors
-        form, scales, eps = ctx.constants
-        T, d = streams[0].shape
+        rows, *terms = ctx.saved_tensors
+        need_rows, _, _, *need_terms = ctx.needs_input_grad
+        _, _, form, *_ = ctx.constants
         arriving = tuple(None if t is None else t.contiguous() for t in d_outputs)
-        need_rows, _, _, *need_streams = ctx.needs_input_grad
-        # Streams of equal weights in every sum, such as the terms of one residual stream, have one gradient: computed once.
+        # Terms of equal weights in every sum, such as those of one stream, have one gradient: it is computed once.
         columns = list(zip(*form))
         firsts = [columns.index(column) for column in columns]
-        needed = {first for first, need in zip(firsts, need_streams) if need}
-        grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(streams))
+        needed = {first for first, need in zip(firsts, need_terms) if need}
+        grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(terms))
         d_rows = torch.zeros_like(rows) if need_rows else None
-        height = 0 if rows is None else len(rows)
-        programs, tile = 6, STREAM_ROWS
-        if len(streams) >= 4:  # four rows of four streams do not fit into the registers
-            programs, tile = 8, 1
-        combine_gradient_kernel[(programs * processors(streams[0].device),)](
-            tuple(streams),
-            rows,
-            arriving[::2],
-            arriving[1::2],
-            scales,
-            grads,
-            d_rows,
-            T,
-            eps,
-            form,
-            height,
-            d,
-            triton.next_power_of_2(d),
-            tile,
+        programs = 6
+        tile = STREAM_ROWS
+        if len(terms) >= 4:  # four rows of four streams do not fit into the registers
+            programs = 8
+            tile = 1
+        grid = (programs * processors(terms[0].device),)
+        d_sums = arriving[::2]
+        d_norms = arriving[1::2]
+        combine_gradient_kernel[grid](
+            tuple(terms), rows, d_sums, d_norms, ctx.scales, grads, d_rows, *ctx.constants, tile
         )
-        d_streams = [grads[first] if need else None for first, need in zip(firsts, need_streams)]
-        return d_rows, None, None, *d_streams
+        d_terms = [grads[first] if need else None for first, need in zip(firsts, need_terms)]
+        return d_rows, None, None, *d_terms
 
 
-def combine(streams: tuple[Tensor, ...], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
-    """Weighted sums of `streams`, each (T, d), all from one pass over memory: one Combined for each Sum.
-    `rows` (R, d) fp32 holds the weights that the sums name by number; None where all of them are ONE or ABSENT.
+def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
+    """Weighted sums of streams, all from one pass over memory: one Combined for each Sum. A stream is a tuple of terms (T, d),
+    whose sum it is; an empty one is no stream. `rows` (R, d) fp32 holds the weights that the sums name by number, or is None.
 
-    A Sum of a single ONE hands a stream on: forward it costs nothing, for it returns the stream itself. Use it where a stream
-    has later readers. If they read what is returned here, then their gradient arrives as that of this output, and the backward
-    kernel adds it to its own while it writes. Otherwise autograd would add the two (T, d) gradients in a kernel of its own."""
-    if not use_kernels(streams[0].dtype, streams[0].device):
-        return combine_reference(streams, sums, rows, eps)
-    outputs = Combine.apply(rows, tuple(sums), eps, *streams)
+    A Sum of a single term as it is hands the stream on: it returns the term itself, which costs nothing forward.
+    Use it where a stream has later readers, and let them read what is returned here. Their gradient then arrives here,
+    and the backward kernel adds it to the stream's gradient while it writes that. If they read the stream itself, autograd
+    adds the (T, d) gradients in a kernel of its own, a pass over memory for each reader."""
+    terms = [x for stream in streams for x in stream]
+    lengths = [len(stream) for stream in streams]
+    each = [s._replace(weights=tuple(w for w, n in zip(s.weights, lengths) for _ in range(n))) for s in sums]
+    if not use_kernels(terms[0].dtype, terms[0].device):
+        return combine_reference(terms, each, rows, eps)
+    outputs = Combine.apply(rows, each, eps, *terms)
     return [Combined(*pair) for pair in zip(outputs[::2], outputs[1::2])]
 
 
@@ -2349,8 +2347,8 @@ class Visit(NamedTuple):
 
 
 def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
-    """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second merges their outputs, last first:
-    of 6 visits the fourth merges the output of the third, the fifth that of the second, the sixth that of the first."""
+    """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second half merges their outputs, last
+    first: of 6 visits the fourth merges the output of the third, the fifth that of the second, the sixth that of the first."""
     layers = list(range(cfg.num_layers))
     if looped and cfg.num_loops:
         loop = layers[cfg.loop_start : cfg.loop_end + 1]
@@ -2360,22 +2358,17 @@ def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     for i, layer in enumerate(layers):
         merges = encoder <= i < 2 * encoder
         parallel = 0 < cfg.parallel_start_layer <= layer
-        visits.append(
-            Visit(
-                index=i,
-                layer=layer,
-                skip=i - encoder if merges else None,
-                source=2 * encoder - 1 - i if merges else None,
-                keep=i < encoder - 1,
-                lanes=parallel and i >= encoder and cfg.parallel_mode == "lanes",
-                shared=parallel and cfg.parallel_mode == "gptj",
-            )
-        )
+        skip = i - encoder if merges else None
+        source = 2 * encoder - 1 - i if merges else None
+        lanes = parallel and i >= encoder and cfg.parallel_mode == "lanes"
+        shared = parallel and cfg.parallel_mode == "gptj"
+        visits.append(Visit(i, layer, skip, source, i < encoder - 1, lanes, shared))
     return tuple(visits)
 
 
 class Cache(NamedTuple):
-    """What earlier tokens left behind, for rows of equal length: keys and values of each visit, and the last token for SmearGate."""
+    """What earlier tokens left behind, for rows of equal length: keys and values of each visit, and the last token for
+    SmearGate."""
 
     keys: Tensor  # (visits, rows, length, KV, D)
     values: Tensor  # (visits, rows, length, KV, D)
@@ -2383,20 +2376,22 @@ class Cache(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """The coefficients of a visit, a number for each channel. With x0 the embedding, x the stream (with lanes: lane 0) and s the
-    output of an earlier visit that is merged in, attention reads the RMSNorm of
+    """The coefficients of a visit, a number for each channel. With x0 the embedding, x the stream (with lanes: lane 0)
+    and s the output of an earlier visit that is merged in, attention reads the RMSNorm of
         embedding x0 + stream x + skip s
     and lane 0 becomes
         lane_stream x + lane_skip s."""
 
-    embedding: Tensor | int
-    stream: Tensor | int
-    skip: Tensor | int
-    lane_stream: Tensor | int
-    lane_skip: Tensor | int
+    embedding: Tensor
+    stream: Tensor
+    skip: Tensor
+    lane_stream: Tensor
+    lane_skip: Tensor
 
 
-ROW = Mix(*range(5))  # a visit's coefficients are stacked to (5, d) in the order of Mix; this names the rows
+ROW = Mix(
+    0, 1, 2, 3, 4
+)  # a visit's coefficients are stacked to (5, d) in the order of Mix: the number of each one's row
 
 
 class LayerWeights(NamedTuple):
@@ -2455,47 +2450,42 @@ class Site(NamedTuple):
 
 
 def add_and_norm(terms: tuple[Tensor, ...], scale: float, keep: bool = True) -> Combined:
-    """The sum of (T, d) terms, if it is to be kept, and its RMSNorm times scale."""
-    return combine(terms, [Sum((ONE,) * len(terms), scale, keep)], None, NORM_EPS)[0]
+    """The sum of terms (T, d), if it is to be kept, and its RMSNorm times scale."""
+    return combine([terms], [Sum((ONE,), scale, keep)], None, NORM_EPS)[0]
 
 
 class Residual:
-    """The residual stream of one forward pass by the equations of GPT: read() and write() it, or with two lanes read_lanes() and
+    """The residual stream of one forward pass by the equations of GPT: read(), write(), and with two lanes read_lanes(),
     write_lanes().
 
     Additions wait. What is written stays a term of its own until the next read, where one kernel adds, mixes and norms.
-    x0 is handed on (see combine): each visit reads it, and so the gradient of one passes through the kernel of the one before."""
+    x0 is handed on (see combine): a visit reads the x0 that the visit before returned."""
 
     def __init__(self, model: "GPT", x0: Tensor, looped: bool):
-        self.norm_scales = model.norm_scales
-        self.mixes = model.mixes(looped)
+        self.model = model
         self.x0 = x0
+        self.mixes = model.mixes(looped)
+        self.before = None  # the visit before
         self.terms = ()  # the stream is their sum. At first it is x0, which `mixes` accounts for
         self.outputs = {}  # index of a visit -> the stream after it, where a later visit merges it
-        self.before = None  # the visit before
-        self.lanes = ()  # streams whose weighted sums are the lanes: the lanes before, and both updates
-        self.lane_weights = None  # (3, 2): of the own lane, of attention and of the MLP, in each lane
+        self.lanes = None  # the lanes before the last update (T, d), and that update: attention's and the MLP's output
+        self.shares = None  # (3, 2): what the own lane, attention and the MLP give to each lane
 
     def read(self, visit: Visit) -> Tensor:
         """Mix x0 and the skip into the stream -> what attention reads (T, d)."""
-        skip = self.skip_of(visit)
-
-        def weights(x0: int = ABSENT, stream: int = ABSENT, skipped: int = ABSENT) -> tuple[int, ...]:
-            return x0, *[stream] * len(self.terms), *[skipped] * len(skip)
-
-        sums = [
-            Sum(weights(ROW.embedding, ROW.stream, ROW.skip), self.norm_scales[visit.layer]),
-            Sum(weights(x0=ONE)),
-        ]
+        streams = [(self.x0,), self.terms, self.merged(visit)]
         keep = self.before is not None and self.before.keep
-        if keep:
-            sums.append(Sum(weights(stream=ONE)))
-        mixed, embedding, *output = combine((self.x0, *self.terms, *skip), sums, self.mixes[visit.index], NORM_EPS)
+        sums = [
+            Sum((ROW.embedding, ROW.stream, ROW.skip), self.model.norm_scales[visit.layer]),
+            Sum((ONE, ABSENT, ABSENT)),
+            Sum((ABSENT, ONE, ABSENT)),
+        ]
+        mixed, x0, *output = combine(streams, sums[: 2 + keep], self.mixes[visit.index], NORM_EPS)
         if keep:
             self.outputs[self.before.index] = output[0].sum
-        self.x0 = embedding.sum
-        self.terms = (mixed.sum,)
         self.before = visit
+        self.x0 = x0.sum
+        self.terms = (mixed.sum,)
         return mixed.normed
 
     def write(self, update: Tensor):
@@ -2504,55 +2494,50 @@ class Residual:
 
     def read_sum(self, visit: Visit) -> Tensor:
         """-> what the MLP reads after attention has written (T, d)."""
-        added = add_and_norm(self.terms, self.norm_scales[visit.layer])
+        added = add_and_norm(self.terms, self.model.norm_scales[visit.layer])
         self.terms = (added.sum,)
         return added.normed
 
     def read_lanes(self, visit: Visit) -> tuple[Tensor, Tensor]:
-        """-> what attention reads of lane 0 and what the MLP reads of lane 1, both (T, d)."""
-        scale = self.norm_scales[visit.layer]
-        if self.lanes:
-            sums = [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), scale)]
-            first, second = combine(self.lanes, sums, self.lane_rows(self.lane_weights.flatten()), NORM_EPS)
-        else:  # both begin as the stream
+        """-> what attention reads of lane 0, and what the MLP reads of lane 1, both (T, d)."""
+        scale = self.model.norm_scales[visit.layer]
+        if self.lanes is None:  # both begin as the stream
             first = second = add_and_norm(self.terms, scale)
-        skip = self.skip_of(visit)
-
-        def weights(x0: int = ABSENT, lane_0: int = ABSENT, lane_1: int = ABSENT, skipped: int = ABSENT):
-            return x0, lane_0, lane_1, *[skipped] * len(skip)
-
-        merged = weights(lane_0=ONE) if visit.skip is None else weights(lane_0=ROW.lane_stream, skipped=ROW.lane_skip)
+        else:
+            sums = [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), scale)]  # rows of the flattened shares
+            first, second = self.combine_lanes(sums, self.shares.flatten())
+        streams = [(self.x0,), (first.sum,), (second.sum,), self.merged(visit)]
         sums = [
-            Sum(weights(ROW.embedding, ROW.stream, ABSENT, ROW.skip), scale, keep=False),
-            Sum(weights(x0=ONE)),
-            Sum(merged),
-            Sum(weights(lane_1=ONE)),
+            Sum((ROW.embedding, ROW.stream, ABSENT, ROW.skip), scale, keep=False),
+            Sum((ONE, ABSENT, ABSENT, ABSENT)),
+            Sum((ABSENT, ONE if visit.skip is None else ROW.lane_stream, ABSENT, ROW.lane_skip)),
+            Sum((ABSENT, ABSENT, ONE, ABSENT)),
         ]
-        streams = (self.x0, first.sum, second.sum, *skip)
-        mixed, embedding, lane_0, lane_1 = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
-        self.x0 = embedding.sum
-        self.lanes = lane_0.sum, lane_1.sum
+        mixed, x0, *lanes = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
+        self.x0 = x0.sum
+        self.lanes = [(lane.sum,) for lane in lanes]
         return mixed.normed, second.normed
 
-    def write_lanes(self, attended: Tensor, transformed: Tensor, kept: Tensor, shares: Tensor):
-        """Weigh both lanes by kept (2,), and add attention's and the MLP's output by shares (2 from, 2 to)."""
-        self.lanes += attended, transformed
-        self.lane_weights = torch.cat((kept[None], shares))
-
-    def lane_rows(self, weights: Tensor) -> Tensor:
-        """One weight for all channels: (rows,) -> (rows, d)."""
-        return weights[:, None].expand(-1, self.x0.size(1))
+    def write_lanes(self, visit: Visit, attended: Tensor, transformed: Tensor):
+        """Add attention's and the MLP's output, both (T, d), to both lanes."""
+        self.lanes += [(attended,), (transformed,)]
+        kept = self.model.parallel_resid[visit.layer]
+        self.shares = torch.cat((kept[None], self.model.parallel_post[visit.layer]))
 
     def final(self) -> Tensor:
         """The trunk's output (T, d): the RMSNorm of the stream or of the mean of the lanes."""
-        if not self.lanes:
+        if self.lanes is None:
             return add_and_norm(self.terms, 1.0, keep=False).normed
-        own, shares = (0.5 * self.lane_weights).split((1, 2))
-        rows = self.lane_rows(torch.cat((own[0], shares.sum(1))))
-        return combine(self.lanes, [Sum((0, 1, 2, 3), 1.0, keep=False)], rows, NORM_EPS)[0].normed
+        kept, added = (0.5 * self.shares).split((1, 2))
+        return self.combine_lanes([Sum((0, 1, 2, 3), 1.0, keep=False)], torch.cat((kept[0], added.sum(1))))[0].normed
 
-    def skip_of(self, visit: Visit) -> tuple[Tensor, ...]:
-        """What the visit merges in. The first to merge would find the stream itself there, which `mixes` accounts for."""
+    def combine_lanes(self, sums: list[Sum], weights: Tensor) -> list[Combined]:
+        """combine() by weights (rows,) that hold for all channels."""
+        return combine(self.lanes, sums, weights[:, None].expand(-1, self.x0.size(1)), NORM_EPS)
+
+    def merged(self, visit: Visit) -> tuple[Tensor, ...]:
+        """The output of an earlier visit that joins the stream. The first visit to merge one would find the stream itself,
+        which `mixes` accounts for."""
         return (self.outputs[visit.source],) if visit.source in self.outputs else ()
 
 
@@ -2581,9 +2566,8 @@ class GPT(nn.Module):
         x_k = parallel_resid[l, k] x_k + parallel_post[l, 0, k] a + parallel_post[l, 1, k] m          for k = 0, 1
         hidden = norm((x_0 + x_1) / 2)
 
-    attention(n) = attn_scale[l] o y, of heads y = sigmoid(...) gate of each head, XSA, softmax(q k) v: see attention_sublayer().
-    norm is the RMSNorm; every product of a vector with x is one by channel. Matrices of all layers are stacked, so that optimizer
-    and quantizer see one tensor of a kind."""
+    attention(n) = attn_scale[l] o y, with the heads y of attention_sublayer(). norm is the RMSNorm; a product of a vector
+    with x is one by channel. Matrices of all layers are stacked: optimizer and quantizer see one tensor of a kind."""
 
     def __init__(
         self,
@@ -2664,7 +2648,7 @@ class GPT(nn.Module):
                 matrix.copy_(nn.init.orthogonal_(torch.empty(matrix.shape), generator=generator))
 
     def layer_weights(self) -> list[LayerWeights]:
-        """The weights of each layer. The sublayer scales multiply rows of `o` and `down`: weights are smaller than activations."""
+        """The weights of each layer. The sublayer scales multiply rows of `o` and `down`, which are smaller than activations."""
         stacks = LayerWeights(
             qkv=self.qkv,
             o=self.o * self.attn_scale[:, :, None],
@@ -2722,21 +2706,20 @@ class GPT(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
-        tap(kind, layer, x) sees the input of every product. With lora or cache, tokens are rows of equal length, flattened."""
+        tap(kind, layer, x) sees the input of every product. With lora or cache, tokens are flattened rows of one length."""
         residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
         angle = seq.positions[:, None].float() * self.rope_frequency
         rope = angle.cos(), angle.sin()
         weights = self.layer_weights()
         new_keys, new_values = [], []
         for visit in self.schedules[looped]:
-            layer = visit.layer
             past = None if cache is None else (cache.keys[visit.index], cache.values[visit.index])
-            site = Site(visit, weights[layer], rope, seq, lora, tap, past)
+            site = Site(visit, weights[visit.layer], rope, seq, lora, tap, past)
             if visit.lanes:
                 attention_input, mlp_input = residual.read_lanes(visit)
                 attended, keys, values = self.attention_sublayer(attention_input, site)
                 transformed = self.mlp_sublayer(mlp_input, site)
-                residual.write_lanes(attended, transformed, self.parallel_resid[layer], self.parallel_post[layer])
+                residual.write_lanes(visit, attended, transformed)
             else:
                 normed = residual.read(visit)
                 attended, keys, values = self.attention_sublayer(normed, site)
@@ -2839,12 +2822,11 @@ def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
 
 
 class LoRA(NamedTuple):
-    """A low-rank adapter for each kind of product, visit and document, which adds to the product of that document's tokens x (n, in)
-
-        scale x A B          A (in, rank), B (rank, out)
-
-    The tensors are leaves of autograd and never module parameters, so the model stays unaware of them. They are stored in the order
-    of this product, so that their gradients come out of it contiguous, as the fused optimizer needs them."""
+    """Low-rank adapters, one for each kind of product, visit and document. To the product of a document's tokens x (n, in)
+    it adds
+        delta(x) = scale x A B          A (in, rank), B (rank, out), scale = alpha / rank
+    The tensors are leaves of autograd and never module parameters, so the model stays unaware of them. They are stored in
+    the order of this product: their gradients then come out of it contiguous, as the fused optimizer needs them."""
 
     a: dict[str, list[Tensor]]  # kind -> for each visit (documents, in, rank) fp32
     b: dict[str, list[Tensor]]  # kind -> for each visit (documents, rank, out) fp32
@@ -2873,17 +2855,14 @@ class LoRA(NamedTuple):
 
     def first(self, documents: int) -> "LoRA":
         """The adapters of the first documents: leaves of their own in the same memory."""
-
-        def cut(part: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-            leaf = lambda t: t.detach()[:documents].requires_grad_()
-            return {kind: [leaf(t) for t in visits] for kind, visits in part.items()}
-
-        return self._replace(a=cut(self.a), b=cut(self.b))
+        leaf = lambda t: t.detach()[:documents].requires_grad_()
+        a, b = ({kind: [leaf(t) for t in part[kind]] for kind in part} for part in (self.a, self.b))
+        return self._replace(a=a, b=b)
 
 
 def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
-    """A uniform in +-1/sqrt(in) and the same for every document, so that no score depends on the batch a document is in; B zero.
-    Kinds in `masked` get no adapter; their A is drawn all the same, so that the others begin alike."""
+    """B zero; A uniform in +-1/sqrt(in), the same for every document, so that no score depends on a document's batch.
+    Kinds in `masked` get no adapter. Their A is drawn all the same: the others begin as if nothing were masked."""
     d, device = model.cfg.model_dim, model.tok_emb.device
     visits = len(model.schedules[model.cfg.looped])
     widths = {"q": model.q_dim, "k": model.kv_dim, "v": model.kv_dim, "o": d, "mlp": d, "head": model.cfg.vocab_size}

@@ -170,7 +170,7 @@ targets, caps = torch.tensor([0, 1, 2, 3, 4]), torch.full((2,), 30.0)
 (K.head_loss(out, up, targets, caps, torch.ones(5)) + K.softcap_nll(hidden, targets, caps)[0].sum()).backward()
 q, k, v, own = K.qkv_heads(torch.randn(5, 32, dtype=torch.bfloat16), torch.ones(2), torch.ones(5, 2), torch.zeros(5, 2), 1, 1, 1e-6)
 assert K.xsa_gate(q, own, torch.ones(5, 2), 1.0, 1.0).shape == q.shape == (5, 2, 8) and x.grad.isfinite().all()
-assert K.combine((x, x), [K.Sum((0, 1), 1.0)], torch.ones(2, 8), 1e-6)[0].normed.shape == x.shape
+assert K.combine([(x,), (x,)], [K.Sum((0, 1), 1.0)], torch.ones(2, 8), 1e-6)[0].normed.shape == x.shape
 """
     subprocess.run(
         [sys.executable, "-c", code],
@@ -427,7 +427,8 @@ def combining(name, device, T, d=None):
 
         return outputs
 
-    return w + streams, weights, call(K.combine), call(K.combine_reference)
+    of_one_term = lambda streams, *rest: K.combine([(x,) for x in streams], *rest)
+    return w + streams, weights, call(of_one_term), call(K.combine_reference)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -470,8 +471,26 @@ def test_a_stream_handed_on_is_no_copy(device, T):
 def test_combine_of_one_stream_twice(device, T):
     x, w = randn(T, 32, device=device), randn(2, 32, device=device, dtype=torch.float32)
     weights = [randn(T, 32, device=device, seed=i, dtype=torch.float32) for i in range(2)]
+    of_one_term = lambda terms, *rest: K.combine([(x,) for x in terms], *rest)
     call = lambda function: lambda w, x: tuple(function((x, x), [Sum((0, 1), 0.5)], w, 1e-6)[0])
-    compare(call(K.combine), call(K.combine_reference), (w, x), weights, 0.01)
+    compare(call(of_one_term), call(K.combine_reference), (w, x), weights, 0.01)
+
+
+@cases(7)
+def test_a_stream_of_several_terms_is_their_sum(device, T):
+    a, b, c = (randn(T, 64, device=device, seed=i) for i in range(3))
+    w = randn(2, 64, device=device, dtype=torch.float32)
+    weights = [randn(T, 64, device=device, seed=i, dtype=torch.float32) for i in range(2)]
+    sums = [Sum((0, 1, ABSENT)), Sum((ABSENT, ONE, 0), keep=False, norm_scale=0.5)]
+
+    def ours(a, b, c, w):
+        total, normed = K.combine([(a,), (b, c), ()], sums, w, 1e-6)
+        return total.sum, normed.normed
+
+    def plain(a, b, c, w):
+        return w[0] * a + w[1] * (b + c), 0.5 * F.rms_norm(b + c, (64,), eps=1e-6)
+
+    compare(ours, plain, (a, b, c, w), weights, 0.01)
 
 
 # --- a product and a gate ---

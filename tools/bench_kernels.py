@@ -148,6 +148,8 @@ def main():
     smear = table.float(), torch.zeros(12, device="cuda"), torch.ones((), device="cuda")
     embed = lambda f: lambda *t: f(tokens, tokens.roll(1), positions, *t, 1e-6, torch.bfloat16)
 
+    kernel = lambda streams, *rest: K.combine([(x,) for x in streams], *rest)
+
     def combined(f, sums, weighted=False):
         """f of streams, and of rows of weights before them -> every sum and norm that is wanted."""
 
@@ -209,7 +211,7 @@ def main():
         ("embed", embed(K.embed), embed(K.embed_reference), smear, (0, 1, 2), [x], 2 * A * D / copy),
         (
             "combine, a sublayer's input",
-            combined(K.combine, added),
+            combined(kernel, added),
             combined(K.combine_reference, added),
             streams[:2],
             (0, 1),
@@ -218,7 +220,7 @@ def main():
         ),
         (
             "combine, attention's input",
-            *(combined(f, read, weighted=True) for f in (K.combine, K.combine_reference)),
+            *(combined(f, read, weighted=True) for f in (kernel, K.combine_reference)),
             (rows[:2], *streams),
             (0, 1, 2, 3),
             [x, x, x],
