@@ -2003,12 +2003,6 @@ def combine_gradient_kernel(
             tl.atomic_add(dw_ptr + r * D + col, tl.sum(row_sums[r], 0), mask=col < D, sem="relaxed")
 
 
-def handed_on(weights: tuple[int, ...]) -> int | None:
-    """The term that a sum with these weights is equal to, where it is a single one as it is."""
-    alone = weights.count(ABSENT) == len(weights) - 1
-    return weights.index(ONE) if alone and ONE in weights else None
-
-
 class Combine(torch.autograd.Function):
     """combine() through the kernels. Its outputs are sum, norm, sum, norm, ..., None where not wanted."""
 
@@ -2016,68 +2010,86 @@ class Combine(torch.autograd.Function):
     def forward(ctx, rows, sums, eps, *terms):
         rows = None if rows is None else rows.contiguous()
         terms = tuple(x.contiguous() for x in terms)
+        ys, ns, outputs = [], [], []
+        for weights, norm_scale, keep in sums:
+            y = n = total = None
+            if keep and [w for w in weights if w != ABSENT] == [ONE]:
+                term = terms[weights.index(ONE)]
+                total = term.view_as(term)  # handed on: nothing to compute
+            elif keep:
+                total = y = torch.empty_like(terms[0])
+            if norm_scale is not None:
+                n = torch.empty_like(terms[0])
+            ys.append(y)
+            ns.append(n)
+            outputs += [total, n]
         T, d = terms[0].shape
-        form, scales, keep = zip(*sums)
-        views = [handed_on(weights) for weights in form]  # nothing to compute: the output is a view of that term
-        ys, ns = [], []
-        for view, scale, kept in zip(views, scales, keep):
-            ys.append(torch.empty_like(terms[0]) if kept and view is None else None)
-            ns.append(None if scale is None else torch.empty_like(terms[0]))
+        form, scales, _ = zip(*sums)
         height = 0 if rows is None else len(rows)
         constants = T, eps, form, height, d, triton.next_power_of_2(d)
         if any(t is not None for t in ys + ns):
             grid = (STREAM_PROGRAMS * processors(terms[0].device),)
-            combine_kernel[grid](terms, rows, tuple(ys), tuple(ns), scales, *constants, STREAM_ROWS)
+            combine_kernel[grid](
+                terms,
+                rows,
+                tuple(ys),
+                tuple(ns),
+                scales,
+                *constants,
+                STREAM_ROWS,
+            )
         ctx.save_for_backward(rows, *terms)
+        ctx.form = form
         ctx.scales = scales
         ctx.constants = constants
         ctx.set_materialize_grads(False)
-        outputs = []
-        for view, kept, y, n in zip(views, keep, ys, ns):
-            outputs += [terms[view].view_as(terms[view]) if kept and view is not None else y, n]
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *d_outputs):
         rows, *terms = ctx.saved_tensors
         need_rows, _, _, *need_terms = ctx.needs_input_grad
-        _, _, form, *_ = ctx.constants
         arriving = tuple(None if t is None else t.contiguous() for t in d_outputs)
         # Terms of equal weights in every sum, such as those of one stream, have one gradient: it is computed once.
-        columns = list(zip(*form))
+        columns = list(zip(*ctx.form))
         firsts = [columns.index(column) for column in columns]
         needed = {first for first, need in zip(firsts, need_terms) if need}
         grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(terms))
         d_rows = torch.zeros_like(rows) if need_rows else None
-        programs = 6
-        tile = STREAM_ROWS
-        if len(terms) >= 4:  # four rows of four streams do not fit into the registers
-            programs = 8
-            tile = 1
-        grid = (programs * processors(terms[0].device),)
-        d_sums = arriving[::2]
-        d_norms = arriving[1::2]
-        combine_gradient_kernel[grid](
-            tuple(terms), rows, d_sums, d_norms, ctx.scales, grads, d_rows, *ctx.constants, tile
+        # Four rows of four streams do not fit into the registers.
+        programs, tile = (6, STREAM_ROWS) if len(terms) < 4 else (8, 1)
+        combine_gradient_kernel[(programs * processors(terms[0].device),)](
+            tuple(terms),
+            rows,
+            arriving[::2],  # gradients of the sums
+            arriving[1::2],  # and of their norms
+            ctx.scales,
+            grads,
+            d_rows,
+            *ctx.constants,
+            tile,
         )
         d_terms = [grads[first] if need else None for first, need in zip(firsts, need_terms)]
         return d_rows, None, None, *d_terms
 
 
 def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
-    """Weighted sums of streams, all from one pass over memory: one Combined for each Sum. A stream is a tuple of terms (T, d),
-    whose sum it is; an empty one is no stream. `rows` (R, d) fp32 holds the weights that the sums name by number, or is None.
+    """Weighted sums of streams, all from one pass over memory: one Combined for each Sum. A stream is a tuple of terms
+    (T, d), whose sum it is; an empty one is no stream. `rows` (R, d) fp32 holds the weights that sums name by number;
+    it may be None where all weights are ONE or ABSENT.
 
     A Sum of a single term as it is hands the stream on: it returns the term itself, which costs nothing forward.
     Use it where a stream has later readers, and let them read what is returned here. Their gradient then arrives here,
-    and the backward kernel adds it to the stream's gradient while it writes that. If they read the stream itself, autograd
-    adds the (T, d) gradients in a kernel of its own, a pass over memory for each reader."""
+    and the backward kernel adds it to the stream's gradient while it writes that. If they read the stream itself,
+    autograd adds the (T, d) gradients in a kernel of its own, a pass over memory for each reader."""
     terms = [x for stream in streams for x in stream]
-    lengths = [len(stream) for stream in streams]
-    each = [s._replace(weights=tuple(w for w, n in zip(s.weights, lengths) for _ in range(n))) for s in sums]
+    by_term = []  # the sums, with a weight for each term
+    for s in sums:
+        weights = [(w,) * len(stream) for w, stream in zip(s.weights, streams)]
+        by_term.append(s._replace(weights=sum(weights, ())))
     if not use_kernels(terms[0].dtype, terms[0].device):
-        return combine_reference(terms, each, rows, eps)
-    outputs = Combine.apply(rows, each, eps, *terms)
+        return combine_reference(terms, by_term, rows, eps)
+    outputs = Combine.apply(rows, by_term, eps, *terms)
     return [Combined(*pair) for pair in zip(outputs[::2], outputs[1::2])]
 
 
@@ -2327,7 +2339,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, backend: str)
     return Attention.apply(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window, backend).to(q.dtype)
 
 
-# ======== Model: one trunk, one head ==================================================================================
+# ======== Model: one trunk, one head ===================================================================================
 
 NORM_EPS = 2.0**-23  # the embedding's mean square begins at 2.5e-5: bf16's epsilon would crush it
 GATE_CHANNELS = 12  # leading channels that SmearGate and the attention gates read
@@ -2347,8 +2359,8 @@ class Visit(NamedTuple):
 
 
 def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
-    """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second half merges their outputs, last
-    first: of 6 visits the fourth merges the output of the third, the fifth that of the second, the sixth that of the first."""
+    """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second half merges their outputs,
+    last first: of 6 visits number 3 merges the output of number 2, number 4 that of number 1, number 5 that of 0."""
     layers = list(range(cfg.num_layers))
     if looped and cfg.num_loops:
         loop = layers[cfg.loop_start : cfg.loop_end + 1]
@@ -2356,13 +2368,20 @@ def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     encoder = len(layers) // 2
     visits = []
     for i, layer in enumerate(layers):
-        merges = encoder <= i < 2 * encoder
+        j = i - encoder  # decoder visit
+        merges = 0 <= j < encoder
         parallel = 0 < cfg.parallel_start_layer <= layer
-        skip = i - encoder if merges else None
-        source = 2 * encoder - 1 - i if merges else None
-        lanes = parallel and i >= encoder and cfg.parallel_mode == "lanes"
-        shared = parallel and cfg.parallel_mode == "gptj"
-        visits.append(Visit(i, layer, skip, source, i < encoder - 1, lanes, shared))
+        visits.append(
+            Visit(
+                index=i,
+                layer=layer,
+                skip=j if merges else None,
+                source=encoder - 1 - j if merges else None,
+                keep=i < encoder - 1,
+                lanes=parallel and j >= 0 and cfg.parallel_mode == "lanes",
+                shared=parallel and cfg.parallel_mode == "gptj",
+            )
+        )
     return tuple(visits)
 
 
@@ -2389,9 +2408,8 @@ class Mix(NamedTuple):
     lane_skip: Tensor
 
 
-ROW = Mix(
-    0, 1, 2, 3, 4
-)  # a visit's coefficients are stacked to (5, d) in the order of Mix: the number of each one's row
+# A visit's coefficients are stacked to (5, d) in the order of Mix; this names the row of each.
+ROW = Mix(0, 1, 2, 3, 4)
 
 
 class LayerWeights(NamedTuple):
@@ -2424,8 +2442,10 @@ def calibrated_scores(
     """Scores of targets (T,) and hint (T,), both int64, from z (T, V), the logits before the softcap."""
     logits = calibration.scale * softcap(z, caps) + calibration.bias
     log_total = logits.logsumexp(-1)
-    logit_of = lambda tokens: logits.gather(1, tokens[:, None])[:, 0]
-    return Scores(log_total - logit_of(targets), None if hint is None else logit_of(hint) - log_total)
+    nats = log_total - logits.gather(1, targets[:, None])[:, 0]
+    if hint is None:
+        return Scores(nats)
+    return Scores(nats, logits.gather(1, hint[:, None])[:, 0] - log_total)
 
 
 class Site(NamedTuple):
@@ -2455,21 +2475,23 @@ def add_and_norm(terms: tuple[Tensor, ...], scale: float, keep: bool = True) -> 
 
 
 class Residual:
-    """The residual stream of one forward pass by the equations of GPT: read(), write(), and with two lanes read_lanes(),
-    write_lanes().
+    """The residual stream of one forward pass, by the equations of GPT. Sublayers read() and write() it; where it has two
+    lanes, read_lanes() and write_lanes().
 
     Additions wait. What is written stays a term of its own until the next read, where one kernel adds, mixes and norms.
-    x0 is handed on (see combine): a visit reads the x0 that the visit before returned."""
+    x0 is handed on (see combine): a visit reads the x0 that the read before it returned."""
 
     def __init__(self, model: "GPT", x0: Tensor, looped: bool):
         self.model = model
         self.x0 = x0
         self.mixes = model.mixes(looped)
         self.before = None  # the visit before
-        self.terms = ()  # the stream is their sum. At first it is x0, which `mixes` accounts for
+        self.terms = ()  # the stream is their sum; at first it is x0, which `mixes` accounts for
         self.outputs = {}  # index of a visit -> the stream after it, where a later visit merges it
-        self.lanes = None  # the lanes before the last update (T, d), and that update: attention's and the MLP's output
-        self.shares = None  # (3, 2): what the own lane, attention and the MLP give to each lane
+        self.lanes = None  # four streams: both lanes as attention and the MLP read them, and what these two wrote
+        self.shares = (
+            None  # (3, 2): the weights of the lane itself, of attention and of the MLP in each lane's new value
+        )
 
     def read(self, visit: Visit) -> Tensor:
         """Mix x0 and the skip into the stream -> what attention reads (T, d)."""
@@ -2504,13 +2526,16 @@ class Residual:
         if self.lanes is None:  # both begin as the stream
             first = second = add_and_norm(self.terms, scale)
         else:
-            sums = [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), scale)]  # rows of the flattened shares
-            first, second = self.combine_lanes(sums, self.shares.flatten())
+            first, second = self.combine_lanes(
+                [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), scale)],  # rows of the flattened shares
+                self.shares.flatten(),
+            )
         streams = [(self.x0,), (first.sum,), (second.sum,), self.merged(visit)]
+        own = ONE if visit.skip is None else ROW.lane_stream
         sums = [
             Sum((ROW.embedding, ROW.stream, ABSENT, ROW.skip), scale, keep=False),
             Sum((ONE, ABSENT, ABSENT, ABSENT)),
-            Sum((ABSENT, ONE if visit.skip is None else ROW.lane_stream, ABSENT, ROW.lane_skip)),
+            Sum((ABSENT, own, ABSENT, ROW.lane_skip)),
             Sum((ABSENT, ABSENT, ONE, ABSENT)),
         ]
         mixed, x0, *lanes = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
@@ -2529,15 +2554,18 @@ class Residual:
         if self.lanes is None:
             return add_and_norm(self.terms, 1.0, keep=False).normed
         kept, added = (0.5 * self.shares).split((1, 2))
-        return self.combine_lanes([Sum((0, 1, 2, 3), 1.0, keep=False)], torch.cat((kept[0], added.sum(1))))[0].normed
+        weights = torch.cat((kept[0], added.sum(1)))  # of both lanes, of attention and of the MLP in the mean
+        (mean,) = self.combine_lanes([Sum((0, 1, 2, 3), 1.0, keep=False)], weights)
+        return mean.normed
 
     def combine_lanes(self, sums: list[Sum], weights: Tensor) -> list[Combined]:
         """combine() by weights (rows,) that hold for all channels."""
-        return combine(self.lanes, sums, weights[:, None].expand(-1, self.x0.size(1)), NORM_EPS)
+        rows = weights[:, None].expand(-1, self.x0.size(1))
+        return combine(self.lanes, sums, rows, NORM_EPS)
 
     def merged(self, visit: Visit) -> tuple[Tensor, ...]:
-        """The output of an earlier visit that joins the stream. The first visit to merge one would find the stream itself,
-        which `mixes` accounts for."""
+        """The output of an earlier visit that joins the stream. The first visit to merge one would find the stream
+        itself, which `mixes` accounts for."""
         return (self.outputs[visit.source],) if visit.source in self.outputs else ()
 
 
@@ -2550,12 +2578,12 @@ class GPT(nn.Module):
     """The network of #1855. Its equations, for the visits of visit_schedule() in order, each of some layer l:
 
         x = x0 = norm(smear(embedding of the tokens))
-        x = g x + (1 - g) skip_weights[j] s              where the visit merges s, the output of an earlier one, by skip j;
-                                                         g = sigmoid(skip_gates[j])                             (U-Net)
+        x = g x + (1 - g) skip_weights[j] s     where s, the output of an earlier visit, is merged by skip j (U-Net);
+                                                g = sigmoid(skip_gates[j])
         x = resid_mix[l, 0] x + resid_mix[l, 1] x0
-        x = x + attention(n)                             n = norm(x) / sqrt(l + 1)
-        x = x + mlp(norm(x) / sqrt(l + 1))               mlp(n) = mlp_scale[l] down leaky_relu(up n)^2
-        hidden = norm(x)
+        x = x + attention(n)                    n = norm(x) / sqrt(l + 1)
+        x = x + mlp(norm(x) / sqrt(l + 1))      mlp(n) = mlp_scale[l] down[l] leaky_relu(up[l] n)^2
+        hidden = norm(x)                        after the last visit
 
     Where a visit's sublayers are `shared`, the MLP reads the n of attention (GPT-J, #1493):
         x = x + attention(n) + mlp(n)
@@ -2563,11 +2591,11 @@ class GPT(nn.Module):
     Where it has `lanes` (#1529), both of which begin as x, only lane x_0 receives the skip. Then
         a = attention(norm(resid_mix[l, 0] x_0 + resid_mix[l, 1] x0) / sqrt(l + 1))
         m = mlp(norm(x_1) / sqrt(l + 1))
-        x_k = parallel_resid[l, k] x_k + parallel_post[l, 0, k] a + parallel_post[l, 1, k] m          for k = 0, 1
+        x_k = parallel_resid[l, k] x_k + parallel_post[l, 0, k] a + parallel_post[l, 1, k] m     for k = 0, 1
         hidden = norm((x_0 + x_1) / 2)
 
-    attention(n) = attn_scale[l] o y, with the heads y of attention_sublayer(). norm is the RMSNorm; a product of a vector
-    with x is one by channel. Matrices of all layers are stacked: optimizer and quantizer see one tensor of a kind."""
+    attention(n) = attn_scale[l] o[l] y, with the heads y of attention_sublayer(). norm is the RMSNorm; a product of two
+    vectors is one by channel. Matrices of all layers are stacked: optimizer and quantizer see one tensor of a kind."""
 
     def __init__(
         self,
@@ -2585,7 +2613,8 @@ class GPT(nn.Module):
         self.logit_calibration = logit_calibration
         self.schedules = {looped: visit_schedule(cfg, looped) for looped in (False, True)}
 
-        layers, d = cfg.num_layers, cfg.model_dim
+        layers = cfg.num_layers
+        d = cfg.model_dim
         heads = cfg.num_heads
         self.head_dim = d // heads
         self.q_dim = heads * self.head_dim
@@ -2608,17 +2637,15 @@ class GPT(nn.Module):
         self.q_gain = parameter(layers, heads, value=cfg.qk_gain_init)  # (L, H)
         gated = cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled
         self.attn_gate = parameter(layers, heads, channels, value=0) if gated else None  # (L, H, channels)
-        self.gate_slope, self.gate_top = 1.0, 2.0  # gate = top sigmoid(slope z); without attn_gate z = 0, a gate of 1
-        if cfg.sparse_attn_gate_enabled:
-            self.gate_slope, self.gate_top = cfg.sparse_attn_gate_scale, 1.0
+        # The gate of a head is top sigmoid(slope z). Without attn_gate z = 0, and top = 2 makes the gate 1.
+        self.gate_slope = cfg.sparse_attn_gate_scale if cfg.sparse_attn_gate_enabled else 1.0
+        self.gate_top = 1.0 if cfg.sparse_attn_gate_enabled else 2.0
 
         # skips and lanes
         self.skip_weights = parameter(skips, d, value=1)  # (skips, d)
         self.skip_gates = parameter(skips, d, value=0)  # (skips, d)
         lanes = any(visit.lanes for visit in self.schedules[False])
-        self.parallel_post = (
-            parameter(layers, 2, 2, value=1) if lanes else None
-        )  # (L, from: attention or MLP, to: lane)
+        self.parallel_post = parameter(layers, 2, 2, value=1) if lanes else None  # (L, of attention and MLP, to lane)
         self.parallel_resid = parameter(layers, 2, value=1.1) if lanes else None  # (L, lane)
 
         # embedding and head
@@ -2648,7 +2675,7 @@ class GPT(nn.Module):
                 matrix.copy_(nn.init.orthogonal_(torch.empty(matrix.shape), generator=generator))
 
     def layer_weights(self) -> list[LayerWeights]:
-        """The weights of each layer. The sublayer scales multiply rows of `o` and `down`, which are smaller than activations."""
+        """The weights of each layer. The sublayer scales multiply rows of `o` and `down`: smaller than activations."""
         stacks = LayerWeights(
             qkv=self.qkv,
             o=self.o * self.attn_scale[:, :, None],
@@ -2657,7 +2684,8 @@ class GPT(nn.Module):
             attn_gate=self.attn_gate,
         )
         absent = [None] * self.cfg.num_layers
-        return list(map(LayerWeights, *(absent if s is None else s.to(self.dtype).unbind(0) for s in stacks)))
+        columns = [absent if stack is None else stack.to(self.dtype).unbind(0) for stack in stacks]
+        return [LayerWeights(*layer) for layer in zip(*columns)]
 
     def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         """tokens (T,) -> x0 (T, d), normed."""
@@ -2669,30 +2697,43 @@ class GPT(nn.Module):
             first = cache.last[:, None]
         previous = torch.cat((first, rows[:, :-1]), 1).flatten()
         return embed(
-            tokens, previous, positions, self.tok_emb, self.smear_gate, self.smear_lambda, NORM_EPS, self.dtype
+            tokens,
+            previous,
+            positions,
+            self.tok_emb,
+            self.smear_gate,
+            self.smear_lambda,
+            NORM_EPS,
+            self.dtype,
         )
 
     def mixes(self, looped: bool) -> tuple[Tensor, ...]:
-        """The Mix of each visit, stacked (5, d). Where x = g x + (1 - g) w s precedes x = stay x + begin x0, attention reads
-            begin x0 + (stay g) x + (stay (1 - g) w) s.
-        The first to merge is the visit after its source: it finds s = x, so its g becomes g + (1 - g) w and its s is left out.
-        The first visit finds x = x0, so its `begin` becomes begin + stay and its x is left out."""
+        """The Mix of each visit, stacked (5, d). x = g x + (1 - g) w s and then x = stay x + begin x0 are together
+        x = begin x0 + (stay g) x + (stay (1 - g) w) s."""
         schedule = self.schedules[looped]
         layers = self.resid_mix.unbind(0)
         stay, begin = torch.stack([layers[visit.layer] for visit in schedule]).unbind(1)  # (visits, d)
+        # The first visit finds x = x0. Its stream is left out, and x0 gets both coefficients.
         begin = torch.cat((begin[:1] + stay[:1], begin[1:]))
 
         merging = [visit.index for visit in schedule if visit.skip is not None]  # neighbours, by skips 0, 1, ...
         w = self.skip_weights[: len(merging)]
         g = torch.sigmoid(self.skip_gates[: len(merging)])
         skip = (1 - g) * w
+        # The first to merge comes right after its source: s = x. Its s is left out, and x gets both coefficients.
         g = torch.cat((g[:1] + skip[:1], g[1:]))
 
         before = merging[0] if merging else 0
         around = 0, 0, before, len(schedule) - before - len(merging)
         g = F.pad(g - 1, around) + 1  # (visits, d): 1 where nothing is merged
         skip = F.pad(skip, around)
-        mix = Mix(embedding=begin, stream=stay * g, skip=stay * skip, lane_stream=g, lane_skip=skip)
+        mix = Mix(
+            embedding=begin,
+            stream=stay * g,
+            skip=stay * skip,
+            lane_stream=g,
+            lane_skip=skip,
+        )
         return torch.stack(mix, 1).unbind(0)
 
     def trunk(
@@ -2706,12 +2747,12 @@ class GPT(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
-        tap(kind, layer, x) sees the input of every product. With lora or cache, tokens are flattened rows of one length."""
+        With lora or cache, tokens are rows of one length, flattened. The tap sees the input of every product."""
         residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
         angle = seq.positions[:, None].float() * self.rope_frequency
         rope = angle.cos(), angle.sin()
         weights = self.layer_weights()
-        new_keys, new_values = [], []
+        new = []  # keys and values of each visit
         for visit in self.schedules[looped]:
             past = None if cache is None else (cache.keys[visit.index], cache.values[visit.index])
             site = Site(visit, weights[visit.layer], rope, seq, lora, tap, past)
@@ -2728,13 +2769,12 @@ class GPT(nn.Module):
                     normed = residual.read_sum(visit)
                 residual.write(self.mlp_sublayer(normed, site))
             if cache is not None:  # otherwise nobody reads them, and in training they are 0.2 GB a visit
-                new_keys.append(keys)
-                new_values.append(values)
+                new.append((keys, values))
         hidden = residual.final()
         if cache is None:
             return hidden
         by_row = lambda t: t.unflatten(0, (len(cache.last), -1))
-        keys, values = (torch.stack([by_row(t) for t in new]) for new in (new_keys, new_values))
+        keys, values = (torch.stack([by_row(t) for t in visits]) for visits in zip(*new))
         return hidden, Cache(keys, values, by_row(tokens)[:, -1])
 
     def attention_sublayer(self, n: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
@@ -2744,27 +2784,36 @@ class GPT(nn.Module):
         y = softmax(q k / sqrt(D)) v             over the document's tokens so far, within the layer's window
         y = y - (y v / |v|^2) v                  XSA: without the component along the token's own value
         y = top sigmoid(slope z) y               z = attn_gate times the first channels of n, for each head"""
-        cfg, weights = self.cfg, site.weights
+        cfg = self.cfg
+        layer = site.visit.layer
+        weights = site.weights
         site.watch("qkv", n)
         if weights.attn_gate is None:
-            qkv, z = F.linear(n, weights.qkv), n.new_zeros(len(n), cfg.num_heads)
+            qkv = F.linear(n, weights.qkv)
+            z = n.new_zeros(len(n), cfg.num_heads)
         else:
             qkv, z = gated_linear(n, weights.qkv, weights.attn_gate)
         qkv = site.adapted("qkv", qkv, n)
         copies = cfg.num_heads // cfg.num_kv_heads if site.past is None else 1  # a cache holds each key once
-        gain = self.q_gain[site.visit.layer]
-        q, new_k, new_v, own_v = qkv_heads(qkv, gain, *site.rope, cfg.num_kv_heads, copies, NORM_EPS)
-        k, v = new_k, new_v
+        q, *new, own_v = qkv_heads(
+            qkv,
+            self.q_gain[layer],
+            *site.rope,
+            cfg.num_kv_heads,
+            copies,
+            NORM_EPS,
+        )
+        k, v = new
         if site.past is not None:
             k, v = (
-                torch.cat((old, new.unflatten(0, (len(old), -1))), 1).flatten(0, 1)
-                for old, new in zip(site.past, (new_k, new_v))
+                torch.cat((cached, t.unflatten(0, (len(cached), -1))), 1).flatten(0, 1)
+                for cached, t in zip(site.past, new)
             )
-        y = attend(q, k, v, site.seq, self.windows[site.visit.layer], self.attention_backend)
+        y = attend(q, k, v, site.seq, self.windows[layer], self.attention_backend)
         y = xsa_gate(y, own_v, z, self.gate_slope, self.gate_top).flatten(1)
         site.watch("o", y)
         # The adapter "o" reads the sublayer's input and not that of the product, as #1855's does.
-        return site.adapted("o", F.linear(y, weights.o), n), new_k, new_v
+        return site.adapted("o", F.linear(y, weights.o), n), *new
 
     def mlp_sublayer(self, n: Tensor, site: Site) -> Tensor:
         """n (T, d) -> (T, d)."""
@@ -2818,15 +2867,15 @@ def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     return model.loss(hidden, batch.targets.clamp(min=0), weight)
 
 
-# ======== Adapters: LoRA stacked over visits and documents ============================================================
+# ======== Adapters: LoRA stacked over visits and documents =============================================================
 
 
 class LoRA(NamedTuple):
-    """Low-rank adapters, one for each kind of product, visit and document. To the product of a document's tokens x (n, in)
-    it adds
+    """Low-rank adapters, one for each kind of product, visit and document. To the product of a document's tokens x
+    (n, in) it adds
         delta(x) = scale x A B          A (in, rank), B (rank, out), scale = alpha / rank
-    The tensors are leaves of autograd and never module parameters, so the model stays unaware of them. They are stored in
-    the order of this product: their gradients then come out of it contiguous, as the fused optimizer needs them."""
+    The tensors are leaves of autograd and never module parameters, so the model stays unaware of them. They are stored
+    in the order of this product: their gradients then come out of it contiguous, as the fused optimizer needs them."""
 
     a: dict[str, list[Tensor]]  # kind -> for each visit (documents, in, rank) fp32
     b: dict[str, list[Tensor]]  # kind -> for each visit (documents, rank, out) fp32
@@ -2834,7 +2883,7 @@ class LoRA(NamedTuple):
     scale: float  # alpha / rank
 
     def add_to(self, y: Tensor, kind: str, visit: int, x: Tensor) -> Tensor:
-        """y (documents * n, out) and the adapters' part, a function of x (documents * n, in). Kind "qkv" joins q, k and v."""
+        """y (documents * n, out) plus delta(x) of x (documents * n, in). The kind "qkv" joins q, k and v."""
         kinds = ("q", "k", "v") if kind == "qkv" else (kind,)
         if not any(k in self.a for k in kinds):
             return y
