@@ -2339,7 +2339,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, backend: str)
     return Attention.apply(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window, backend).to(q.dtype)
 
 
-# ======== Model: one trunk, one head ===================================================================================
+# ======== Model: one trunk, one head =================================================================================
 
 NORM_EPS = 2.0**-23  # the embedding's mean square begins at 2.5e-5: bf16's epsilon would crush it
 GATE_CHANNELS = 12  # leading channels that SmearGate and the attention gates read
@@ -2353,9 +2353,10 @@ class Visit(NamedTuple):
     layer: int
     skip: int | None  # row of skip_weights and skip_gates, where an earlier output is merged in
     source: int | None  # index of the visit whose output that is
-    keep: bool  # whether a later visit than the next one merges the output of this one
+    keep: bool  # whether a later visit merges the stream that this one finds, the output of the visit before
     lanes: bool  # attention reads one lane, the MLP the other (#1529)
     shared: bool  # the MLP reads what attention reads, as in GPT-J (#1493)
+    norm_scale: float  # factor of the sublayers' inputs
 
 
 def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
@@ -2377,9 +2378,10 @@ def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
                 layer=layer,
                 skip=j if merges else None,
                 source=encoder - 1 - j if merges else None,
-                keep=i < encoder - 1,
+                keep=0 < i < encoder,
                 lanes=parallel and j >= 0 and cfg.parallel_mode == "lanes",
                 shared=parallel and cfg.parallel_mode == "gptj",
+                norm_scale=1 / math.sqrt(layer + 1),
             )
         )
     return tuple(visits)
@@ -2475,8 +2477,8 @@ def add_and_norm(terms: tuple[Tensor, ...], scale: float, keep: bool = True) -> 
 
 
 class Residual:
-    """The residual stream of one forward pass, by the equations of GPT. Sublayers read() and write() it; where it has two
-    lanes, read_lanes() and write_lanes().
+    """The residual stream of one forward pass, by the equations of GPT. Sublayers read() and write() it; where it has
+    two lanes, read_lanes() and write_lanes().
 
     Additions wait. What is written stays a term of its own until the next read, where one kernel adds, mixes and norms.
     x0 is handed on (see combine): a visit reads the x0 that the read before it returned."""
@@ -2485,7 +2487,6 @@ class Residual:
         self.model = model
         self.x0 = x0
         self.mixes = model.mixes(looped)
-        self.before = None  # the visit before
         self.terms = ()  # the stream is their sum; at first it is x0, which `mixes` accounts for
         self.outputs = {}  # index of a visit -> the stream after it, where a later visit merges it
         self.lanes = None  # four streams: both lanes as attention and the MLP read them, and what these two wrote
@@ -2496,16 +2497,14 @@ class Residual:
     def read(self, visit: Visit) -> Tensor:
         """Mix x0 and the skip into the stream -> what attention reads (T, d)."""
         streams = [(self.x0,), self.terms, self.merged(visit)]
-        keep = self.before is not None and self.before.keep
         sums = [
-            Sum((ROW.embedding, ROW.stream, ROW.skip), self.model.norm_scales[visit.layer]),
+            Sum((ROW.embedding, ROW.stream, ROW.skip), visit.norm_scale),
             Sum((ONE, ABSENT, ABSENT)),
             Sum((ABSENT, ONE, ABSENT)),
         ]
-        mixed, x0, *output = combine(streams, sums[: 2 + keep], self.mixes[visit.index], NORM_EPS)
-        if keep:
-            self.outputs[self.before.index] = output[0].sum
-        self.before = visit
+        mixed, x0, *output = combine(streams, sums[: 2 + visit.keep], self.mixes[visit.index], NORM_EPS)
+        if visit.keep:
+            self.outputs[visit.index - 1] = output[0].sum
         self.x0 = x0.sum
         self.terms = (mixed.sum,)
         return mixed.normed
@@ -2516,13 +2515,13 @@ class Residual:
 
     def read_sum(self, visit: Visit) -> Tensor:
         """-> what the MLP reads after attention has written (T, d)."""
-        added = add_and_norm(self.terms, self.model.norm_scales[visit.layer])
+        added = add_and_norm(self.terms, visit.norm_scale)
         self.terms = (added.sum,)
         return added.normed
 
     def read_lanes(self, visit: Visit) -> tuple[Tensor, Tensor]:
         """-> what attention reads of lane 0, and what the MLP reads of lane 1, both (T, d)."""
-        scale = self.model.norm_scales[visit.layer]
+        scale = visit.norm_scale
         if self.lanes is None:  # both begin as the stream
             first = second = add_and_norm(self.terms, scale)
         else:
@@ -2569,9 +2568,9 @@ class Residual:
         return (self.outputs[visit.source],) if visit.source in self.outputs else ()
 
 
-def parameter(*shape: int, value: float | None = None) -> nn.Parameter:
-    """fp32, all of that value; None: left for init_weights()."""
-    return nn.Parameter(torch.empty(shape) if value is None else torch.full(shape, float(value)))
+def parameter(*shape: int, value: float = 0) -> nn.Parameter:
+    """fp32, all of that value."""
+    return nn.Parameter(torch.full(shape, float(value)))
 
 
 class GPT(nn.Module):
@@ -2621,14 +2620,14 @@ class GPT(nn.Module):
         self.kv_dim = cfg.num_kv_heads * self.head_dim
         hidden = int(cfg.mlp_mult * d)
         channels = min(GATE_CHANNELS, d)
-        skips = max(sum(visit.skip is not None for visit in visits) for visits in self.schedules.values())
+        skips = max(len(visits) // 2 for visits in self.schedules.values())
 
         # matrices
         self.tok_emb = parameter(cfg.vocab_size, d)  # (V, d), also the head
         self.qkv = parameter(layers, self.q_dim + 2 * self.kv_dim, d)  # (L, (H + 2 KV) D, d)
-        self.o = parameter(layers, d, self.q_dim, value=0)  # (L, d, H D)
+        self.o = parameter(layers, d, self.q_dim)  # (L, d, H D)
         self.up = parameter(layers, hidden, d)  # (L, hidden, d)
-        self.down = parameter(layers, d, hidden, value=0)  # (L, d, hidden)
+        self.down = parameter(layers, d, hidden)  # (L, d, hidden)
 
         # scales and gates of the sublayers
         self.attn_scale = parameter(layers, d, value=1)  # (L, d)
@@ -2636,22 +2635,22 @@ class GPT(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))  # (L, 2, d)
         self.q_gain = parameter(layers, heads, value=cfg.qk_gain_init)  # (L, H)
         gated = cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled
-        self.attn_gate = parameter(layers, heads, channels, value=0) if gated else None  # (L, H, channels)
+        self.attn_gate = parameter(layers, heads, channels) if gated else None  # (L, H, channels)
         # The gate of a head is top sigmoid(slope z). Without attn_gate z = 0, and top = 2 makes the gate 1.
         self.gate_slope = cfg.sparse_attn_gate_scale if cfg.sparse_attn_gate_enabled else 1.0
         self.gate_top = 1.0 if cfg.sparse_attn_gate_enabled else 2.0
 
         # skips and lanes
         self.skip_weights = parameter(skips, d, value=1)  # (skips, d)
-        self.skip_gates = parameter(skips, d, value=0)  # (skips, d)
+        self.skip_gates = parameter(skips, d)  # (skips, d)
         lanes = any(visit.lanes for visit in self.schedules[False])
         self.parallel_post = parameter(layers, 2, 2, value=1) if lanes else None  # (L, of attention and MLP, to lane)
         self.parallel_resid = parameter(layers, 2, value=1.1) if lanes else None  # (L, lane)
 
         # embedding and head
         smear = cfg.smear_gate_enabled
-        self.smear_gate = parameter(channels, value=0) if smear else None  # (channels,)
-        self.smear_lambda = parameter(value=0) if smear else None  # ()
+        self.smear_gate = parameter(channels) if smear else None  # (channels,)
+        self.smear_lambda = parameter() if smear else None  # ()
         self.caps = nn.Buffer(torch.full((2,), cfg.logit_softcap), persistent=False)  # of positive and negative logits
         if cfg.asym_logit_rescale:
             self.caps = parameter(2, value=cfg.logit_softcap)
@@ -2662,7 +2661,6 @@ class GPT(nn.Module):
         self.register_buffer("rope_frequency", frequency, persistent=False)  # (rope_dims / 2,)
         full = {int(n) for n in cfg.attn_full_layers.split(",") if n} if cfg.attn_window else range(layers)
         self.windows = [-1 if layer in full else cfg.attn_window for layer in range(layers)]
-        self.norm_scales = [1 / math.sqrt(layer + 1) for layer in range(layers)]
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -2716,15 +2714,16 @@ class GPT(nn.Module):
         # The first visit finds x = x0. Its stream is left out, and x0 gets both coefficients.
         begin = torch.cat((begin[:1] + stay[:1], begin[1:]))
 
-        merging = [visit.index for visit in schedule if visit.skip is not None]  # neighbours, by skips 0, 1, ...
-        w = self.skip_weights[: len(merging)]
-        g = torch.sigmoid(self.skip_gates[: len(merging)])
+        encoder = (
+            len(schedule) // 2
+        )  # visits that merge nothing; as many then merge one output each, by skips 0, 1, ...
+        w = self.skip_weights[:encoder]
+        g = torch.sigmoid(self.skip_gates[:encoder])
         skip = (1 - g) * w
         # The first to merge comes right after its source: s = x. Its s is left out, and x gets both coefficients.
         g = torch.cat((g[:1] + skip[:1], g[1:]))
 
-        before = merging[0] if merging else 0
-        around = 0, 0, before, len(schedule) - before - len(merging)
+        around = 0, 0, encoder, len(schedule) - 2 * encoder
         g = F.pad(g - 1, around) + 1  # (visits, d): 1 where nothing is merged
         skip = F.pad(skip, around)
         mix = Mix(
@@ -2746,7 +2745,7 @@ class GPT(nn.Module):
         tap: Callable | None = None,
         cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
-        """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens' Cache.
+        """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache, also that of the new tokens.
         With lora or cache, tokens are rows of one length, flattened. The tap sees the input of every product."""
         residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
         angle = seq.positions[:, None].float() * self.rope_frequency
@@ -2867,7 +2866,7 @@ def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     return model.loss(hidden, batch.targets.clamp(min=0), weight)
 
 
-# ======== Adapters: LoRA stacked over visits and documents =============================================================
+# ======== Adapters: LoRA stacked over visits and documents ===========================================================
 
 
 class LoRA(NamedTuple):
@@ -2912,7 +2911,8 @@ class LoRA(NamedTuple):
 def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
     """B zero; A uniform in +-1/sqrt(in), the same for every document, so that no score depends on a document's batch.
     Kinds in `masked` get no adapter. Their A is drawn all the same: the others begin as if nothing were masked."""
-    d, device = model.cfg.model_dim, model.tok_emb.device
+    d = model.cfg.model_dim
+    device = model.tok_emb.device
     visits = len(model.schedules[model.cfg.looped])
     widths = {"q": model.q_dim, "k": model.kv_dim, "v": model.kv_dim, "o": d, "mlp": d, "head": model.cfg.vocab_size}
     generator = torch.Generator().manual_seed(seed)
