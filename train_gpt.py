@@ -1063,9 +1063,9 @@ def describe_data(cfg: Config, val: ValidationStream) -> dict:
         return found | {"transform": promised["transform"], "tokenizer_sha256": made_by}
 
 
-# ======== Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of them ===
-# A training step launches these kernels and cuBLAS; nothing else is compiled. Words of all kernels: `ok` masks the rows
-# beyond the last token, `col` counts the columns of a tile, and rows are int64, since row times width may pass 2^31.
+# ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
+# A training step launches these kernels and cuBLAS; nothing else is compiled. In every kernel `ok` excludes the rows
+# beyond the last token, `col` counts the columns of a tile, and rows are int64, since row times width may exceed 2^31.
 
 try:
     import triton
@@ -1095,8 +1095,8 @@ def processors(device: torch.device, least: int = 8) -> int:
 
 
 def use_kernels(dtype: torch.dtype, device: torch.device, width: int = 16, least: int = 8) -> bool:
-    """Whether the Triton kernels take activations of that dtype. `width`, of a head or of the stream, must be a power of
-    two; `least` is the compute capability that the kernel needs."""
+    """Whether the Triton kernels take activations of that dtype. `width`, of a head or of the stream, must be a power
+    of two; `least` is the compute capability that the kernel needs."""
     power_of_two = width & (width - 1) == 0
     return dtype == torch.bfloat16 and power_of_two and processors(device, least) > 0
 
@@ -1106,15 +1106,40 @@ def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
 
+@triton.jit
+def rows_from(first, ROWS: tl.constexpr):
+    """first .. first + ROWS - 1 (ROWS,) int64."""
+    return (first + tl.arange(0, ROWS)).to(tl.int64)
+
+
+@triton.jit
+def columns(WIDTH: tl.constexpr):
+    """0 .. WIDTH - 1 (1, WIDTH)."""
+    return tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def load_fp32(ptrs, ok):
+    """The numbers at `ptrs` in fp32; 0 where not `ok`."""
+    return tl.load(ptrs, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def inverse_rms(x, D: tl.constexpr, eps):
+    """1 / sqrt(mean(x^2) + eps) of each row of x (rows, D), as (rows,)."""
+    return tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+
+
 # --- MLP: down(leaky_relu(up(x))^2) ---
-# With p = x @ w_up.T, the pre-activation, and hidden = leaky_relu(p)^2:
+# With p = x @ w_up.T (the pre-activation) and hidden = leaky_relu(p)^2:
 #     d hidden / d p = 2 leaky_relu(p) leaky_relu'(p) = 2 sqrt(hidden)            where p >= 0
 #                                                     = -2 slope sqrt(hidden)     where p < 0
-# Backward so needs hidden and the sign of p, but not p. The sign takes the last of a bf16's 16 bits:
-# - A bf16 is the upper half of an fp32. Read as an integer t it counts units in the last place; cutting leaves
-#   t <= hidden < t + 1. Numbers whose last bit is the wanted one are two units apart.
-# - If t ends in that bit, t is the nearest of them, at most one unit below. Otherwise t + 1 is, at most one unit above.
-# - Either case is as likely as the other, so the errors are uniform in (-1, 1]: their mean is zero.
+# So backward needs hidden and the sign of p, not p itself. The kernel keeps the sign in the last bit of hidden's bf16:
+# - A bf16 is the upper half of an fp32. Let t be the upper half of hidden's fp32, read as an integer. In units of the
+#   last place, hidden lies in [t, t + 1).
+# - Numbers that end in the wanted bit are two units apart. If t ends in it, t is the nearest of them, less than one
+#   unit below; otherwise t + 1 is, at most one unit above.
+# - Both cases are equally likely, so the errors spread evenly over (-1, 1]: their mean is zero.
 
 
 def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
@@ -1133,8 +1158,8 @@ def upper_halves(first, second):
 
 @triton.jit
 def hidden_words(p0, p1, slope):
-    """Two tiles of pre-activations, fp32 -> both leaky_relu(p)^2 in bf16, each with the sign of its p as last bit, in one
-    tile of int32. 0 <= slope <= 1."""
+    """Two tiles of pre-activations, fp32 -> both leaky_relu(p)^2 in bf16, each with the sign of its p as last bit, in
+    one tile of int32. 0 <= slope <= 1."""
     LAST_BITS: tl.constexpr = 0x00010001  # of both halves
     leaky0 = tl.maximum(p0, slope * p0)
     leaky1 = tl.maximum(p1, slope * p1)
@@ -1173,7 +1198,8 @@ def mlp_gemm_kernel(
     epilogue, which works on two halves to leave them shared memory."""
     tiles_n: tl.constexpr = N // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=True):
+    tiles = tl.cdiv(T, BLOCK_M) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m = tile // tiles_n * BLOCK_M
         n = tile % tiles_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -1209,11 +1235,21 @@ class MLPTile(NamedTuple):
     programs: int  # per multiprocessor
 
 
-# Of 17 the fastest of either direction on an H200; `tools/bench_kernels.py` times them (logs/h200_tiles.log).
-MLP_TILES = {"forward": MLPTile(128, 128, 64, 8, 3, 2), "backward": MLPTile(128, 128, 32, 4, 5, 2)}
+# The fastest of those that `tools/bench_kernels.py` measured on an H200 (logs/h200_tiles.log).
+MLP_TILES = {
+    "forward": MLPTile(128, 128, 64, warps=8, stages=3, programs=2),
+    "backward": MLPTile(128, 128, 32, warps=4, stages=5, programs=2),
+}
 
 
-def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: float, tile: MLPTile | None = None):
+def mlp_gemm(
+    a: Tensor,
+    b: Tensor,
+    hidden: Tensor,
+    d_pre: Tensor | None,
+    slope: float,
+    tile: MLPTile | None = None,
+) -> None:
     """Launch `mlp_gemm_kernel`, backward if there is a `d_pre`: fill d_pre (T, N), otherwise hidden (T, N).
     a (T, K); b (N, K), backward (K, N); all bf16 and contiguous."""
     backward = d_pre is not None
@@ -1273,7 +1309,8 @@ class MLP(torch.autograd.Function):
 
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d) and hidden (T, h), for observers, without gradient.
+    """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d) and, for observers, hidden (T, h) without
+    gradient.
 
     The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of
     98,304 tokens."""
@@ -1305,7 +1342,8 @@ def softcap_nll_reference(z: Tensor, targets: Tensor, cap: float | Tensor) -> tu
     """`softcap_nll` in plain PyTorch."""
     logits = softcap(z, cap)
     lse = logits.logsumexp(-1)
-    return lse - logits.gather(1, targets[:, None])[:, 0], lse.detach()
+    nats = lse - logits.gather(1, targets[:, None])[:, 0]
+    return nats, lse.detach()
 
 
 @triton.jit
@@ -1330,7 +1368,7 @@ def softcap_nll_kernel(
     V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row per program, held in registers: z is read once and dz written once. BLOCK is the power of two from V on."""
+    """One row per program, held in registers: z is read once and dz written once. BLOCK: from V the next power of 2."""
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row).to(tl.int32)
@@ -1339,7 +1377,7 @@ def softcap_nll_kernel(
     z_target = tl.load(z_ptr + row * V + target).to(tl.float32)
     logit_target = cap * tanh_of(z_target * to_doubled)
     col = tl.arange(0, BLOCK)
-    z = tl.load(z_ptr + row * V + col, mask=col < V, other=0.0).to(tl.float32)
+    z = load_fp32(z_ptr + row * V + col, col < V)
     t = tanh_of(z * to_doubled)
     e = tl.exp2(t * to_log2)
     if V != BLOCK:
@@ -1352,26 +1390,34 @@ def softcap_nll_kernel(
         scale = 1.0 if row_grad_ptr is None else tl.load(row_grad_ptr + row)
         d_logit = e * (scale / total) - tl.where(col == target, scale, 0.0)
         dz = d_logit * (1.0 - t * t)
-        tl.store(dz_ptr + row * V + col, dz.to(dz_ptr.dtype.element_ty), mask=col < V)
+        tl.store(dz_ptr + row * V + col, dz, mask=col < V)
 
 
 def launch_softcap_nll(
-    z: Tensor, targets: Tensor, cap: float, row_grad: Tensor | None = None, dz: Tensor | None = None
+    z: Tensor,
+    targets: Tensor,
+    cap: float,
+    row_grad: Tensor | None = None,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> nll (T,), lse (T,), both fp32; fills dz if given. z (T, V) contiguous."""
     T, V = z.shape
     nll = torch.empty(T, dtype=torch.float32, device=z.device)
     lse = torch.empty_like(nll)
     block = triton.next_power_of_2(V)
+    inputs = (z, targets, row_grad)
+    outputs = (nll, lse, dz)
     warps = min(32, max(1, block // 1024))
-    softcap_nll_kernel[(T,)](z, targets, row_grad, nll, lse, dz, cap, V=V, BLOCK=block, num_warps=warps)
+    softcap_nll_kernel[(T,)](*inputs, *outputs, cap, V=V, BLOCK=block, num_warps=warps)
     return nll, lse
 
 
 def fuses_softcap(like: Tensor, vocab: int, cap: float | Tensor) -> bool:
-    """Whether the kernel serves logits of `like`'s dtype and device: there is one cap, and fp32 holds vocab exp(cap)."""
-    one_cap = not isinstance(cap, Tensor)
-    return one_cap and cap + math.log(vocab) < 88 and use_kernels(like.dtype, like.device)
+    """Whether the kernel serves logits of `like`'s dtype and device: one cap, and vocab exp(cap) within fp32."""
+    if isinstance(cap, Tensor):
+        return False
+    log_largest_sum = cap + math.log(vocab)
+    return log_largest_sum < 88 and use_kernels(like.dtype, like.device)
 
 
 class SoftcapNLL(torch.autograd.Function):
@@ -1395,8 +1441,10 @@ class SoftcapNLL(torch.autograd.Function):
 
 
 def softcap_nll(z: Tensor, targets: Tensor, cap: float | Tensor) -> tuple[Tensor, Tensor]:
-    """z (T, V) before the softcap, targets (T,) int64 -> nats (T,) and log-sum-exp (T,), both fp32. Gradients flow through
-    the nats; the log-sum-exp has none. A tensor `cap` as in `softcap` gets gradients, too, and always goes without kernel."""
+    """z (T, V) before the softcap, targets (T,) int64 -> nats (T,) and log-sum-exp (T,), both fp32.
+
+    Gradients reach z through the nats; the log-sum-exp has none. Two caps (a tensor, see `softcap`) have gradients,
+    too, and always take the plain path."""
     if fuses_softcap(z, z.size(1), cap):
         return SoftcapNLL.apply(z, targets, cap)
     return softcap_nll_reference(z, targets, cap)
@@ -1425,8 +1473,8 @@ class HeadLoss(torch.autograd.Function):
 def head_loss(x: Tensor, w: Tensor, targets: Tensor, cap: float | Tensor, weight: Tensor) -> Tensor:
     """The sum over rows of weight (T,) fp32 times `softcap_nll` of x (T, d) @ w (V, d).T; a scalar, for training.
 
-    The logits cross memory twice (one read, one write) instead of three times, and one (T, V) buffer lives instead of two
-    (1.6 GB each at T = 98,304)."""
+    The logits cross memory twice (one read, one write) instead of three times, and one (T, V) buffer lives instead of
+    two (1.6 GB each at T = 98,304)."""
     differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
     if differentiable and fuses_softcap(x, len(w), cap):
         return HeadLoss.apply(x, w, targets, cap, weight)
@@ -1463,8 +1511,8 @@ def qkv_heads_reference(
     D = heads.size(2)
     normed = F.rms_norm(heads[:, :-kv_heads].float(), (D,), eps=eps)
     a, b, rest = normed.split((n, n, D - 2 * n), dim=-1)
-    rotated = torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-    q, k = rotated.split((H, kv_heads), dim=1)
+    rotated = (a * cos + b * sin, b * cos - a * sin, rest)
+    q, k = torch.cat(rotated, dim=-1).split((H, kv_heads), dim=1)
     q = (q * gain[:, None]).to(qkv.dtype)
     k = k.to(qkv.dtype).repeat_interleave(copies, 1)
     v = heads[:, -kv_heads:]
@@ -1473,20 +1521,19 @@ def qkv_heads_reference(
 
 @triton.jit
 def head_and_rows(HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """-> the head and the BLOCK tokens (int64) of this program. Neighbouring programs share the tokens."""
+    """-> the head and the BLOCK tokens (int64) of this program. Neighbouring programs take heads of the same tokens."""
     pid = tl.program_id(0)
-    first = pid // HEADS * BLOCK
-    return pid % HEADS, (first + tl.arange(0, BLOCK)).to(tl.int64)
+    return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)
 
 
 @triton.jit
 def store_rotated(out_ptr, x, a, b, cos, sin, ok, D: tl.constexpr, N: tl.constexpr):
     """Store R x for rows x (BLOCK, D), whose first 2N columns stand apart in a and b (BLOCK, N)."""
-    col = tl.arange(0, D)[None, :]
-    pair = tl.arange(0, N)[None, :]
-    tl.store(out_ptr + col, x.to(out_ptr.dtype.element_ty), mask=ok & (col >= 2 * N))
-    tl.store(out_ptr + pair, (a * cos + b * sin).to(out_ptr.dtype.element_ty), mask=ok)
-    tl.store(out_ptr + N + pair, (b * cos - a * sin).to(out_ptr.dtype.element_ty), mask=ok)
+    col = columns(D)
+    pair = columns(N)
+    tl.store(out_ptr + col, x, mask=ok & (col >= 2 * N))
+    tl.store(out_ptr + pair, a * cos + b * sin, mask=ok)
+    tl.store(out_ptr + N + pair, b * cos - a * sin, mask=ok)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1509,50 +1556,54 @@ def qkv_heads_kernel(
     BLOCK: tl.constexpr,
 ):
     """One head of BLOCK tokens per program: y = g R n for q and k, v as it is."""
-    head, row = head_and_rows(H + 2 * KV, BLOCK)
+    HEADS: tl.constexpr = H + 2 * KV
+    head, row = head_and_rows(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
     token = row[:, None]
     ok = token < T
-    col = tl.arange(0, D)[None, :]
-    pair = tl.arange(0, N)[None, :]
-    x_ptr = qkv_ptr + (token * (H + 2 * KV) + head) * D
-    x = tl.load(x_ptr + col, mask=ok, other=0.0)
+    col = columns(D)
+    pair = columns(N)
+    x_ptr = qkv_ptr + (token * HEADS + head) * D
+    x = tl.load(x_ptr + col, mask=ok, other=0.0)  # not widened: v is stored as it is
     if is_value:
+        copies_ptr = v_ptr + (token * KV + head - H - KV) * COPIES * D
         for c in tl.static_range(COPIES):
-            tl.store(v_ptr + ((token * KV + head - H - KV) * COPIES + c) * D + col, x, mask=ok)
+            tl.store(copies_ptr + c * D + col, x, mask=ok)
     else:
         wide = x.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)
+        rstd = inverse_rms(wide, D, eps)
         tl.store(rstd_ptr + row * (H + KV) + head, rstd, mask=row < T)
-        scale = rstd[:, None] * (tl.load(gain_ptr + head) if is_query else 1.0)
-        # The halves are loaded again, from the L1 cache: columns of a tile in registers cannot change threads for free.
-        a = tl.load(x_ptr + pair, mask=ok, other=0.0) * scale
-        b = tl.load(x_ptr + N + pair, mask=ok, other=0.0) * scale
-        cos = tl.load(cos_ptr + token * N + pair, mask=ok, other=0.0)
-        sin = tl.load(sin_ptr + token * N + pair, mask=ok, other=0.0)
+        gain = tl.load(gain_ptr + head) if is_query else 1.0
+        scale = rstd[:, None] * gain
+        y = wide * scale
+        # The halves come once more, from the L1 cache: to cut them out of the tile would move data between threads.
+        a = load_fp32(x_ptr + pair, ok) * scale
+        b = load_fp32(x_ptr + N + pair, ok) * scale
+        cos = load_fp32(cos_ptr + token * N + pair, ok)
+        sin = load_fp32(sin_ptr + token * N + pair, ok)
         if is_query:
-            store_rotated(q_ptr + (token * H + head) * D, wide * scale, a, b, cos, sin, ok, D, N)
+            store_rotated(q_ptr + (token * H + head) * D, y, a, b, cos, sin, ok, D, N)
         else:
+            copies_ptr = k_ptr + (token * KV + head - H) * COPIES * D
             for c in tl.static_range(COPIES):
-                copy_ptr = k_ptr + ((token * KV + head - H) * COPIES + c) * D
-                store_rotated(copy_ptr, wide * scale, a, b, cos, sin, ok, D, N)
+                store_rotated(copies_ptr + c * D, y, a, b, cos, sin, ok, D, N)
 
 
 @triton.jit
 def load_sum(ptr, offset, ok, COPIES: tl.constexpr, D: tl.constexpr):
     """The sum of a tile's COPIES, D elements apart, fp32."""
-    total = tl.load(ptr + offset, mask=ok, other=0.0).to(tl.float32)
+    total = load_fp32(ptr + offset, ok)
     for c in tl.static_range(1, COPIES):
-        total += tl.load(ptr + c * D + offset, mask=ok, other=0.0).to(tl.float32)
+        total += load_fp32(ptr + c * D + offset, ok)
     return total
 
 
 @triton.jit
 def load_head(ptr, ok, COPIES: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
     """The sums of COPIES heads at ptr (BLOCK, 1): all D columns, and again, from the L1 cache, the halves a and b."""
-    pair = tl.arange(0, N)[None, :]
-    x = load_sum(ptr, tl.arange(0, D)[None, :], ok, COPIES, D)
+    pair = columns(N)
+    x = load_sum(ptr, columns(D), ok, COPIES, D)
     a = load_sum(ptr, pair, ok, COPIES, D)
     b = load_sum(ptr, N + pair, ok, COPIES, D)
     return x, a, b
@@ -1581,37 +1632,40 @@ def qkv_heads_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     """One head of BLOCK tokens per program: dx from y and dy; dv sums the gradients of v's copies and of its view."""
-    head, row = head_and_rows(H + 2 * KV, BLOCK)
+    HEADS: tl.constexpr = H + 2 * KV
+    head, row = head_and_rows(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
     token = row[:, None]
     ok = token < T
-    col = tl.arange(0, D)[None, :]
-    pair = tl.arange(0, N)[None, :]
-    dx_ptr = d_qkv_ptr + (token * (H + 2 * KV) + head) * D
+    col = columns(D)
+    pair = columns(N)
+    dx_ptr = d_qkv_ptr + (token * HEADS + head) * D
     if is_value:
-        own = (token * KV + head - H - KV) * D
-        d_own = tl.load(d_own_ptr + own + col, mask=ok, other=0.0)
-        dv = load_sum(dv_ptr + own * COPIES, col, ok, COPIES, D) + d_own
-        tl.store(dx_ptr + col, dv.to(dx_ptr.dtype.element_ty), mask=ok)
+        offset = (token * KV + head - H - KV) * D
+        d_own = load_fp32(d_own_ptr + offset + col, ok)
+        dv = load_sum(dv_ptr + offset * COPIES, col, ok, COPIES, D) + d_own
+        tl.store(dx_ptr + col, dv, mask=ok)
     else:
-        rstd = tl.load(rstd_ptr + row * (H + KV) + head, mask=row < T, other=0.0)
-        cos = tl.load(cos_ptr + token * N + pair, mask=ok, other=0.0)
-        sin = tl.load(sin_ptr + token * N + pair, mask=ok, other=0.0)
+        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)
+        cos = load_fp32(cos_ptr + token * N + pair, ok)
+        sin = load_fp32(sin_ptr + token * N + pair, ok)
         if is_query:
             gain = tl.load(gain_ptr + head)
-            y_ptr = q_ptr + (token * H + head) * D
-            dy, da, db = load_head(dq_ptr + (token * H + head) * D, ok, 1, D, N)
+            offset = (token * H + head) * D
+            y_ptr = q_ptr + offset
+            dy, da, db = load_head(dq_ptr + offset, ok, 1, D, N)
         else:
             gain = 1.0
-            y_ptr = k_ptr + (token * KV + head - H) * COPIES * D  # the first of equal copies
-            dy, da, db = load_head(dk_ptr + (token * KV + head - H) * COPIES * D, ok, COPIES, D, N)
-        y = tl.load(y_ptr + col, mask=ok, other=0.0).to(tl.float32)
+            offset = (token * KV + head - H) * COPIES * D  # of the first of equal copies
+            y_ptr = k_ptr + offset
+            dy, da, db = load_head(dk_ptr + offset, ok, COPIES, D, N)
+        y = load_fp32(y_ptr + col, ok)
         dot = tl.sum(y * dy, 1)
         by_dy = (rstd * gain)[:, None]
         by_y = (rstd * dot / (D * gain))[:, None]
-        a = by_dy * da - by_y * tl.load(y_ptr + pair, mask=ok, other=0.0)
-        b = by_dy * db - by_y * tl.load(y_ptr + N + pair, mask=ok, other=0.0)
+        a = by_dy * da - by_y * load_fp32(y_ptr + pair, ok)
+        b = by_dy * db - by_y * load_fp32(y_ptr + N + pair, ok)
         store_rotated(dx_ptr, by_dy * dy - by_y * y, a, b, cos, -sin, ok, D, N)
         if is_query and d_gain_ptr is not None:
             tl.atomic_add(d_gain_ptr + head, tl.sum(dot, 0) / gain, sem="relaxed")
@@ -1630,21 +1684,31 @@ class QKVHeads(torch.autograd.Function):
         q = qkv.new_empty(T, H, D)
         k, v = (qkv.new_empty(T, copies * kv_heads, D) for _ in range(2))
         rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
-        rows = max(HEAD_TILE // D, 1)
+        inputs = (qkv, gain, cos, sin)
+        outputs = (q, k, v, rstd)
+        rows = max(HEAD_TILE // D, 1)  # tokens per program
+        ctx.sizes = dict(
+            H=H,
+            KV=kv_heads,
+            COPIES=copies,
+            D=D,
+            N=cos.size(1),
+            BLOCK=rows,
+        )
         ctx.grid = (triton.cdiv(T, rows) * heads.size(1),)
-        ctx.sizes = dict(H=H, KV=kv_heads, COPIES=copies, D=D, N=cos.size(1), BLOCK=rows)
-        qkv_heads_kernel[ctx.grid](qkv, gain, cos, sin, q, k, v, rstd, T, eps, **ctx.sizes)
+        qkv_heads_kernel[ctx.grid](*inputs, *outputs, T, eps, **ctx.sizes)
         ctx.save_for_backward(q, k, gain, cos, sin, rstd)
         return q, k, v, heads[:, -kv_heads:]
 
     @staticmethod
     def backward(ctx, *grads):
-        q, k, gain, *rest = ctx.saved_tensors
-        grads = [t.contiguous() for t in grads]
+        q, _, gain, *_ = ctx.saved_tensors
         T, H, D = q.shape
         d_qkv = q.new_empty(T, (H + 2 * ctx.sizes["KV"]) * D)
         d_gain = torch.zeros_like(gain) if ctx.needs_input_grad[1] else None
-        qkv_heads_gradient_kernel[ctx.grid](*grads, q, k, gain, *rest, d_qkv, d_gain, T, **ctx.sizes)
+        grads = [t.contiguous() for t in grads]
+        outputs = (d_qkv, d_gain)
+        qkv_heads_gradient_kernel[ctx.grid](*grads, *ctx.saved_tensors, *outputs, T, **ctx.sizes)
         return d_qkv, d_gain, None, None, None, None, None
 
 
@@ -1654,9 +1718,9 @@ def qkv_heads(
     """qkv (T, (H + 2 KV) D), gain (H,) fp32 and nonzero, cos and sin (T, n) fp32
     -> q (T, H, D), k and v (T, copies KV, D), and v again as a view of qkv (T, KV, D).
 
-    q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain. Each head of k and v
-    comes `copies` times in a row: FlashAttention 3 takes 1.22 ms forward and backward for 4 heads of 128 with their own
-    keys, 1.41 ms where two share them (98,304 tokens, H200)."""
+    q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain. Each head of k
+    and v comes `copies` times in a row: FlashAttention 3 takes 1.22 ms forward and backward for 4 heads of 128 with
+    their own keys, 1.41 ms where two share them (98,304 tokens, H200)."""
     n = cos.size(1)
     head_dim = qkv.size(1) // (gain.numel() + 2 * kv_heads)
     rotates = n > 0 and n & (n - 1) == 0
@@ -1702,44 +1766,58 @@ def xsa_gate_kernel(
     BLOCK: tl.constexpr,
 ):
     """BLOCK rows (token, KV head) per program; the GROUP query heads that share a v pass one after another."""
-    row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    col = tl.arange(0, D)[None, :]
+    row = rows_from(tl.program_id(0) * BLOCK, BLOCK)
+    col = columns(D)
     ok = (row < T * KV)[:, None]
     v_row = row // KV * v_stride + row % KV * D
-    v = tl.load(v_ptr + v_row[:, None] + col, mask=ok, other=0.0).to(tl.float32)
+    v = load_fp32(v_ptr + v_row[:, None] + col, ok)
     inverse = 1.0 / tl.maximum(tl.sum(v * v, 1), 1e-12)[:, None]
     dv = tl.zeros((BLOCK, D), tl.float32)
     for g in tl.static_range(GROUP):
         head = row * GROUP + g
         cell = head[:, None] * D + col
-        y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + head, mask=row < T * KV, other=0.0).to(tl.float32)
+        y = load_fp32(y_ptr + cell, ok)
+        z = load_fp32(z_ptr + head, row < T * KV)
         opened = tl.sigmoid(slope * z)
         along = tl.sum(y * v, 1)[:, None] * inverse
         across = y - along * v
         if d_out_ptr is None:
             out = across * (top * opened)[:, None]
-            tl.store(out_ptr + cell, out.to(out_ptr.dtype.element_ty), mask=ok)
+            tl.store(out_ptr + cell, out, mask=ok)
         else:
-            d_out = tl.load(d_out_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-            dz = tl.sum(d_out * across, 1) * (top * slope) * opened * (1.0 - opened)
-            tl.store(dz_ptr + head, dz.to(dz_ptr.dtype.element_ty), mask=row < T * KV)
+            d_out = load_fp32(d_out_ptr + cell, ok)
+            d_gate = tl.sum(d_out * across, 1)
+            dz = d_gate * (top * slope) * opened * (1.0 - opened)
+            tl.store(dz_ptr + head, dz, mask=row < T * KV)
             d_across = d_out * (top * opened)[:, None]
             d_along = tl.sum(d_across * v, 1)[:, None] * inverse
             dy = d_across - d_along * v
-            tl.store(out_ptr + cell, dy.to(out_ptr.dtype.element_ty), mask=ok)
+            tl.store(out_ptr + cell, dy, mask=ok)
             dv += 2.0 * along * d_along * v - d_along * y - along * d_across
     if d_out_ptr is not None:
-        tl.store(dv_ptr + row[:, None] * D + col, dv.to(dv_ptr.dtype.element_ty), mask=ok)
+        tl.store(dv_ptr + row[:, None] * D + col, dv, mask=ok)
 
 
-def launch_xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float, d_out=None, out=None, dv=None, dz=None):
+def launch_xsa_gate(
+    y: Tensor,
+    v: Tensor,
+    z: Tensor,
+    slope: float,
+    top: float,
+    *,
+    out: Tensor,
+    d_out: Tensor | None = None,
+    dv: Tensor | None = None,
+    dz: Tensor | None = None,
+) -> None:
     """Forward fills out; with d_out backward fills out with the gradient of y, and dv and dz."""
     T, KV, D = v.shape
+    inputs = (y, v, z, d_out)
+    outputs = (out, dv, dz)
     rows = max(HEAD_TILE // D, 1)
     sizes = dict(KV=KV, GROUP=y.size(1) // KV, D=D, BLOCK=rows)
     grid = (triton.cdiv(T * KV, rows),)
-    xsa_gate_kernel[grid](y, v, z, d_out, out, dv, dz, T, v.stride(0), slope, top, **sizes)
+    xsa_gate_kernel[grid](*inputs, *outputs, T, v.stride(0), slope, top, **sizes)
 
 
 class XSAGate(torch.autograd.Function):
@@ -1749,10 +1827,8 @@ class XSAGate(torch.autograd.Function):
     def forward(ctx, y, v, z, slope, top):
         y = y.contiguous()
         z = z.contiguous()
-        if v.stride()[1:] != (
-            v.size(2),
-            1,
-        ):  # its heads must lie side by side, its tokens need not: it may be a view of qkv
+        heads_adjoin = v.stride()[1:] == (v.size(2), 1)
+        if not heads_adjoin:  # tokens may lie apart, as they do in a view of qkv
             v = v.contiguous()
         out = torch.empty_like(y)
         launch_xsa_gate(y, v, z, slope, top, out=out)
@@ -1763,13 +1839,13 @@ class XSAGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         dy, dv, dz = empty_like(*ctx.saved_tensors)
-        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, d_out.contiguous(), out=dy, dv=dv, dz=dz)
+        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, out=dy, d_out=d_out.contiguous(), dv=dv, dz=dz)
         return dy, dv, dz, None, None
 
 
 def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
-    """y (T, H, D), v (T, KV, D), z (T, H) -> top sigmoid(slope z) (y - (y . v) / (v . v) v) (T, H, D) in y's dtype, where v
-    is that of the head's group (#265, #1787)."""
+    """y (T, H, D), v (T, KV, D), z (T, H) -> top sigmoid(slope z) (y - (y . v) / (v . v) v) (T, H, D) in y's dtype,
+    where v is that of the head's group (#265, #1787)."""
     function = XSAGate.apply if use_kernels(y.dtype, y.device, y.size(2)) else xsa_gate_reference
     return function(y, v, z, slope, top)
 
@@ -1797,7 +1873,8 @@ def embed_reference(
     """`embed` in plain PyTorch."""
     x = F.embedding(tokens, table).to(dtype)
     if gate is not None:
-        z = F.linear(x[:, : len(gate)], gate[None].to(dtype)).float()
+        first = x[:, : len(gate)]
+        z = F.linear(first, gate[None].to(dtype)).float()
         smear = strength * torch.sigmoid(z) * (positions > 0)[:, None]
         x = (x + smear * F.embedding(previous, table).to(dtype)).to(dtype)
     return F.rms_norm(x, x.shape[1:], eps=eps)
@@ -1813,22 +1890,24 @@ def bf16(x):
 def smeared(row, inputs, T, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
     """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens, those before, c(e) (ROWS, GATE), of which C
     channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
-    inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,), strength (); the last two may be None."""
+    inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,), strength (); the last two or None."""
     tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr = inputs
     ok = row < T
-    channel = tl.arange(0, GATE)[None, :]
-    col = tl.arange(0, D)[None, :]
+    channel = columns(GATE)
+    col = columns(D)
     token = tl.load(tokens_ptr + row, mask=ok, other=0)
     before = tl.load(previous_ptr + row, mask=ok, other=0)
-    x = bf16(tl.load(table_ptr + token[:, None] * D + col))
-    first = bf16(tl.load(table_ptr + token[:, None] * D + channel, mask=channel < C, other=0.0))
+    token_row = table_ptr + token[:, None] * D
+    x = bf16(tl.load(token_row + col))
+    first = bf16(load_fp32(token_row + channel, channel < C))
     e_before = x
     opened = tl.zeros(row.shape, tl.float32)
     if gate_ptr is not None:
         e_before = bf16(tl.load(table_ptr + before[:, None] * D + col))
-        z = tl.sum(first * bf16(tl.load(gate_ptr + channel, mask=channel < C, other=0.0)), 1)
-        has_before = (tl.load(positions_ptr + row, mask=ok, other=0) > 0).to(tl.float32)
-        opened = tl.sigmoid(z) * has_before
+        gate = bf16(load_fp32(gate_ptr + channel, channel < C))
+        position = tl.load(positions_ptr + row, mask=ok, other=0)
+        has_before = (position > 0).to(tl.float32)
+        opened = tl.sigmoid(tl.sum(first * gate, 1)) * has_before
         x += (tl.load(strength_ptr) * opened)[:, None] * e_before
     return bf16(x), (token, before, first, opened, e_before)
 
@@ -1845,11 +1924,11 @@ def embed_kernel(
     ROWS: tl.constexpr,
 ):
     """ROWS smeared and normed embeddings per program."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = rows_from(tl.program_id(0) * ROWS, ROWS)
     x, _ = smeared(row, inputs, T, C, D, GATE)
-    n = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    out_ptr += row[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(out_ptr, n.to(out_ptr.dtype.element_ty), mask=(row < T)[:, None])
+    n = x * inverse_rms(x, D, eps)[:, None]
+    out_ptr += row[:, None] * D + columns(D)
+    tl.store(out_ptr, n, mask=(row < T)[:, None])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1868,18 +1947,19 @@ def embed_gradient_kernel(
 ):
     """Every program takes ROWS tokens at a time and sums the gradients of gate and strength in registers."""
     _, _, _, table_ptr, gate_ptr, strength_ptr = inputs
-    channel = tl.arange(0, GATE)[None, :]
-    col = tl.arange(0, D)[None, :]
+    channel = columns(GATE)
+    col = columns(D)
     d_gate = tl.zeros((ROWS, GATE), tl.float32)
     d_strength = tl.zeros((ROWS,), tl.float32)
     for begin in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        row = (begin + tl.arange(0, ROWS)).to(tl.int64)
+        row = rows_from(begin, ROWS)
         ok = (row < T)[:, None]
         x, parts = smeared(row, inputs, T, C, D, GATE)
         token, before, first, opened, e_before = parts
-        dn = tl.load(dn_ptr + row[:, None] * D + col, mask=ok, other=0.0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        dx = rstd * (dn - x * (rstd * rstd * tl.sum(x * dn, 1)[:, None] / D))
+        dn = load_fp32(dn_ptr + row[:, None] * D + col, ok)
+        rstd = inverse_rms(x, D, eps)[:, None]
+        along = rstd * rstd * tl.sum(x * dn, 1)[:, None] / D
+        dx = rstd * (dn - x * along)
         token_row = d_table_ptr + token[:, None] * D
         tl.atomic_add(token_row + col, dx, mask=ok, sem="relaxed")
         if gate_ptr is not None:
@@ -1889,8 +1969,9 @@ def embed_gradient_kernel(
             d_before = (strength * opened)[:, None] * dx
             tl.atomic_add(before_row + col, d_before, mask=ok & (opened > 0)[:, None], sem="relaxed")
             dz = strength * dot * opened * (1.0 - opened)
-            gate = bf16(tl.load(gate_ptr + channel, mask=channel < C, other=0.0))
-            tl.atomic_add(token_row + channel, dz[:, None] * gate, mask=ok & (channel < C), sem="relaxed")
+            gate = bf16(load_fp32(gate_ptr + channel, channel < C))
+            d_first = dz[:, None] * gate
+            tl.atomic_add(token_row + channel, d_first, mask=ok & (channel < C), sem="relaxed")
             d_gate += dz[:, None] * first
             d_strength += dot * opened
     if gate_ptr is not None:
@@ -1937,8 +2018,8 @@ def embed(
     dtype: torch.dtype,
 ) -> Tensor:
     """tokens, previous (T,) int64, positions (T,) int32, table (V, d), gate (c,) and strength () fp32
-    -> RMSNorm of e_t + strength sigmoid(gate . e_t) e_{t-1} (T, d) in `dtype`, without the second term at position 0 and
-    without gate (SmearGate, #1667)."""
+    -> RMSNorm of e_t + strength sigmoid(gate . e_t) e_{t-1} (T, d) in `dtype`, without the second term at position 0
+    and without gate (SmearGate, #1667)."""
     if use_kernels(dtype, table.device, table.size(1)):
         return Embed.apply(tokens, previous, positions, table, gate, strength, eps)
     return embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype)
@@ -2162,13 +2243,14 @@ def mix(
 
 # --- A product and the attention gate's, from one input ---
 class GatedLinear(torch.autograd.Function):
-    """`gated_linear`. Autograd's own gradient of the leading channels is padded to (T, d) before it is added to dx; this
-    one is added in place."""
+    """`gated_linear`. Autograd's own gradient of the leading channels is padded to (T, d) before it is added to dx;
+    this one is added in place."""
 
     @staticmethod
     def forward(ctx, x, w, gate):
         ctx.save_for_backward(x, w, gate)
-        return F.linear(x, w), F.linear(x[:, : gate.size(1)], gate)
+        leading = x[:, : gate.size(1)]
+        return F.linear(x, w), F.linear(leading, gate)
 
     @staticmethod
     def backward(ctx, dy, dz):
@@ -2188,28 +2270,33 @@ def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return GatedLinear.apply(x, w, gate)
 
 
-# ======== Attention backends: one function, found in the order FlashAttention 3, FlashAttention 4, torch's own, reference ==
-# Packed sequences, causal, softmax scale D^-0.5. All backends have the same two functions:
-#     forward(q, k, v, *where) -> out, lse                               q, out (Tq, H, D), k, v (Tk, KV, D), H = G KV
-#     backward(dout, q, k, v, out, lse, *where) -> dq, dk, dv            and, from some, more that nobody reads
-#     where = cu_q, cu_k, max_q, max_k, window: ends of the sequences (n + 1,) int32, from 0 on; the longest lengths; and how
-#     many tokens a query reaches back, -1: all
-# A sequence with fewer queries than keys has its queries at its end.
+# ======== Attention backends: one function, in the order FlashAttention 3, FlashAttention 4, torch's own, reference ===
+# Causal attention inside packed sequences, scores scaled by D^-0.5. Every backend has the same two functions:
+#     forward(q, k, v, *where) -> out, lse                       q, out (Tq, H, D); k, v (Tk, KV, D); H = G KV
+#     backward(dout, q, k, v, out, lse, *where) -> dq, dk, dv    (some return more)
+#     where = cu_q, cu_k, max_q, max_k, window
+# cu_q and cu_k (sequences + 1,) int32 hold where each sequence begins and the last one ends, max_q and max_k the
+# largest lengths; `window` is how many tokens a query reaches back, -1: all. The queries of a sequence are its last
+# tokens.
 
 
 def sequence_groups(cu_q: Tensor, cu_k: Tensor, window: int) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """Runs of consecutive sequences of equal lengths, n queries and m keys each: which queries, which keys, how many
-    sequences, and which keys each query sees, (n, m) bool."""
+    """Yield runs of consecutive sequences of equal lengths, n queries and m keys each, as (their queries, their keys,
+    how many sequences, mask): which keys a query sees, (n, m) bool."""
     lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
+    nonempty = (pair for pair in lengths if pair != (0, 0))
     queries = keys = slice(0, 0)
-    for (n, m), run in itertools.groupby(pair for pair in lengths if pair != (0, 0)):
+    for (n, m), run in itertools.groupby(nonempty):
         count = sum(1 for _ in run)
         queries = slice(queries.stop, queries.stop + count * n)
         keys = slice(keys.stop, keys.stop + count * m)
-        if n == 0:
+        if n == 0:  # keys that nobody asks for
             continue
-        mask = torch.ones(n, m, dtype=torch.bool, device=cu_q.device).tril(m - n)
-        yield queries, keys, count, mask if window < 0 else mask.triu(m - n - window)
+        mask = torch.ones(n, m, dtype=torch.bool, device=cu_q.device)
+        mask = mask.tril(m - n)  # query i sees the keys up to m - n + i
+        if window >= 0:
+            mask = mask.triu(m - n - window)
+        yield queries, keys, count, mask
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
@@ -2220,7 +2307,8 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
 def heads_first(t: Tensor, count: int, kv_heads: int) -> Tensor:
     """(count n, H, D) -> (count, KV, H / KV, n, D)."""
-    return t.unflatten(0, (count, -1)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    grouped = t.unflatten(0, (count, -1)).unflatten(2, (kv_heads, -1))  # (count, n, KV, H / KV, D)
+    return grouped.permute(0, 2, 3, 1, 4)
 
 
 def tokens_first(t: Tensor) -> Tensor:
@@ -2256,44 +2344,28 @@ def reference_backward(
         ds = heads_first(dout[queries], count, kv_heads)
         p = attention_weights(qs, ks, mask)
         dp = ds @ vs.mT
-        dscore = p * (dp - (dp * p).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
+        centred = dp - (dp * p).sum(-1, keepdim=True)
+        dscore = p * centred * q.size(-1) ** -0.5
         dq[queries] = tokens_first(dscore @ ks)
         dk[keys] = tokens_first((dscore.mT @ qs).sum(2, keepdim=True))
         dv[keys] = tokens_first((p.mT @ ds).sum(2, keepdim=True))
     return dq, dk, dv
 
 
-# fmt: off  the operators take up to 34 positional arguments, here one group of them a line
+# The operators of FlashAttention 3 take up to 34 positional arguments: one group of them a line.
+# fmt: off
 def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, Tensor]:
     """FlashAttention 3: out (Tq, H, D) and log-sum-exp (H, Tq) fp32."""
     out, lse, *_ = torch.ops.flash_attn_3.fwd(
-        q,
-        k,
-        v,
-        None,
-        None,
-        None,
-        None,  # k_new, v_new, qv, out: nothing is appended to k and v, out is allocated
-        cu_q,
-        cu_k,
-        None,  # cu_seqlens of q, k, k_new
-        None,
-        None,  # seqused of q, k: every sequence is used to its end
-        max_q,
-        max_k,
-        None,
-        None,
-        None,  # page_table, kv_batch_idx, leftpad_k: keys are not paged
-        None,
-        None,
-        None,  # rotary_cos, rotary_sin, seqlens_rotary: q and k are rotated
-        None,
-        None,
-        None,  # descale of q, k, v: for fp8
-        q.size(-1) ** -0.5,
-        True,
-        window,
-        0,  # softmax_scale, causal, window to the left, to the right
+        q, k, v,
+        None, None, None, None,  # k_new, v_new, qv, out: nothing is appended to k and v, out is allocated
+        cu_q, cu_k, None,  # cu_seqlens of q, k, k_new
+        None, None,  # seqused of q, k: every sequence is used to its end
+        max_q, max_k,
+        None, None, None,  # page_table, kv_batch_idx, leftpad_k: keys are not paged
+        None, None, None,  # rotary_cos, rotary_sin, seqlens_rotary: q and k are rotated
+        None, None, None,  # descale of q, k, v: for fp8
+        q.size(-1) ** -0.5, True, window, 0,  # softmax_scale, causal, window to the left, to the right
         num_splits=1,  # its own choice splits, and a combining kernel eats the gain
     )
     return out, lse
@@ -2303,27 +2375,13 @@ def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window) -> t
     """FlashAttention 3: gradients of q, k, v."""
     grads = empty_like(q, k, v)
     torch.ops.flash_attn_3.bwd(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
+        dout, q, k, v, out, lse,
         *grads,  # written in place; builds differ in what the operator returns
-        cu_q,
-        cu_k,
-        None,
-        None,  # cu_seqlens of q, k; seqused of q, k
-        max_q,
-        max_k,
-        q.size(-1) ** -0.5,
-        True,
-        window,
-        0,  # softmax_scale, causal, window to the left, to the right
+        cu_q, cu_k, None, None,  # cu_seqlens of q, k; seqused of q, k
+        max_q, max_k,
+        q.size(-1) ** -0.5, True, window, 0,  # softmax_scale, causal, window to the left, to the right
     )
     return grads
-
-
 # fmt: on
 
 
@@ -2376,7 +2434,8 @@ def torch_backward(dout, q, k, v, out, lse, *where) -> tuple[Tensor, Tensor, Ten
     """torch's own FlashAttention 2: gradients of q, k, v."""
     attention_gradient = torch.ops.aten._flash_attention_backward
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout, not used at rate 0
-    return attention_gradient(dout, q, k, v, out, lse, rng_state=seed, unused=seed[0], **torch_where(*where))
+    dropout = dict(rng_state=seed, unused=seed[0])
+    return attention_gradient(dout, q, k, v, out, lse, **dropout, **torch_where(*where))
 
 
 class Backend(NamedTuple):
@@ -2412,26 +2471,29 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
             check_backend(name, cfg, device)
             return name
         except Exception as e:  # whatever fails in a third party's library, the next backend is tried
-            first_line = str(e).splitlines()[0] if str(e) else type(e).__name__
-            reasons.append(f"{name}: {first_line}")
+            lines = str(e).splitlines() or [type(e).__name__]
+            reasons.append(f"{name}: {lines[0]}")
     raise UserError(f"ATTENTION={cfg.attention}: no backend works here ({'; '.join(reasons)})")
 
 
-def check_backend(name: str, cfg: Config, device: torch.device):
-    """Compare both directions with the reference on two documents, without a window and with one; both without a cache
-    and with cached keys, where fewer queries than keys stand at the end. RuntimeError from 2 % of difference on (bf16)."""
-    generator = torch.Generator(device).manual_seed(0)
+def check_backend(name: str, cfg: Config, device: torch.device) -> None:
+    """Compare both directions with the reference on two documents, without a window and with one; both
+    without cached keys and with them, which makes fewer queries than keys. RuntimeError if they differ by 2 %
+    (bf16)."""
+    backend = BACKENDS[name]
     head_dim = cfg.model_dim // cfg.num_heads
+    generator = torch.Generator(device).manual_seed(0)
     q, k, v, dout = (
         torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
         for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads)
     )
-    cu_k, cu_cached = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ([0, 100, 384], [0, 30, 130]))
+    cu_k = torch.tensor([0, 100, 384], dtype=torch.int32, device=device)
+    cu_cached = torch.tensor([0, 30, 130], dtype=torch.int32, device=device)
     for window, (cu_q, n) in itertools.product((-1, 64), ((cu_k, 384), (cu_cached, 130))):
         inputs = (q[:n], k, v)
         where = (cu_q, cu_k, 384, 384, window)
-        out, lse = BACKENDS[name].forward(*inputs, *where)
-        grads = BACKENDS[name].backward(dout[:n], *inputs, out, lse, *where)
+        out, lse = backend.forward(*inputs, *where)
+        grads = backend.backward(dout[:n], *inputs, out, lse, *where)
         exact = [t.float() for t in inputs]
         wanted_out, _ = reference_forward(*exact, *where)
         wanted_grads = reference_backward(dout[:n].float(), *exact, None, None, *where)
@@ -2459,11 +2521,13 @@ class Attention(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_backend: str) -> Tensor:
-    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype; window: how many tokens a query reaches back, -1: all."""
+    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype; window: how many tokens a query reaches back, -1:
+    all."""
     dtype = q.dtype
     if attention_backend != "reference":  # the flash kernels take no fp32
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
-    return Attention.apply(q, k, v, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window, attention_backend).to(dtype)
+    where = (seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window)
+    return Attention.apply(q, k, v, *where, attention_backend).to(dtype)
 
 
 # ======== Model: one trunk, one head ==========================================================================================================================
