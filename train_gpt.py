@@ -1309,8 +1309,8 @@ class MLP(torch.autograd.Function):
 
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d) and, for observers, hidden (T, h) without
-    gradient.
+    """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d) and hidden (T, h). Observers get hidden;
+    it has no gradient.
 
     The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of
     98,304 tokens."""
@@ -2276,8 +2276,7 @@ def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 #     backward(dout, q, k, v, out, lse, *where) -> dq, dk, dv    (some return more)
 #     where = cu_q, cu_k, max_q, max_k, window
 # cu_q and cu_k (sequences + 1,) int32 hold where each sequence begins and the last one ends, max_q and max_k the
-# largest lengths; `window` is how many tokens a query reaches back, -1: all. The queries of a sequence are its last
-# tokens.
+# largest lengths. `window` is how many tokens a query reaches back, -1: all. A sequence's queries are its last tokens.
 
 
 def sequence_groups(cu_q: Tensor, cu_k: Tensor, window: int) -> Iterator[tuple[slice, slice, int, Tensor]]:
@@ -2478,8 +2477,7 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
 
 def check_backend(name: str, cfg: Config, device: torch.device) -> None:
     """Compare both directions with the reference on two documents, without a window and with one; both
-    without cached keys and with them, which makes fewer queries than keys. RuntimeError if they differ by 2 %
-    (bf16)."""
+    without cached keys and with them: fewer queries than keys. Raise RuntimeError if they differ by 2 % (bf16)."""
     backend = BACKENDS[name]
     head_dim = cfg.model_dim // cfg.num_heads
     generator = torch.Generator(device).manual_seed(0)
@@ -2521,8 +2519,7 @@ class Attention(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_backend: str) -> Tensor:
-    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype; window: how many tokens a query reaches back, -1:
-    all."""
+    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype; `window`: tokens that a query reaches back, -1: all."""
     dtype = q.dtype
     if attention_backend != "reference":  # the flash kernels take no fp32
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
