@@ -39,7 +39,7 @@ import time
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -1064,8 +1064,9 @@ def describe_data(cfg: Config, val: ValidationStream) -> dict:
         return found | {"transform": promised["transform"], "tokenizer_sha256": made_by}
 
 
-# ======== Kernels: each Triton kernel stands below its plain PyTorch reference; every public function picks one of the two ====================================
-# Training runs eagerly: these kernels and cuBLAS are all that a step launches on (tokens, channels), and nothing is compiled but they.
+# ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
+# A training step launches these kernels and cuBLAS; nothing else is compiled. In every kernel `ok` excludes the rows
+# beyond the last token, `col` counts the columns of a tile, and rows are int64, since row times width may exceed 2^31.
 
 try:
     import triton
@@ -1073,32 +1074,32 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     INTERPRET = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
-except ImportError:  # without Triton only the references exist
-    triton, tl, INTERPRET = (
-        SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f)),
-        SimpleNamespace(constexpr=int),
-        None,
-    )
+except ImportError:  # without Triton only the references run; the kernels are defined and stay plain functions
+    tl = SimpleNamespace(constexpr=int)
+    triton = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f))
+    INTERPRET = None
 HEAD_TILE = 1024  # elements of heads per program of 4 warps
-STREAM_ROWS, STREAM_PROGRAMS = 4, 4  # rows of d elements per tile of 4 warps, programs per multiprocessor
-MLP_TILES = {
-    "forward": (128, 128, 64, 8, 3, 2),
-    "backward": (128, 128, 32, 4, 5, 2),
-}  # BLOCK_M, _N, _K, warps, stages, programs per multiprocessor
+STREAM_ROWS = 4  # rows of d elements per tile of 4 warps
+STREAM_PROGRAMS = 4  # programs per multiprocessor
 
 
 @functools.cache
 def processors(device: torch.device, least: int = 8) -> int:
-    """Multiprocessors of a GPU of compute capability ``least`` (8: Ampere, 9: Hopper) or more; 2 where Triton interprets; 0 where kernels cannot run."""
+    """The number of multiprocessors of a GPU of compute capability `least` (8: Ampere, 9: Hopper) or more.
+    2 where Triton interprets the kernels, 0 where they cannot run."""
     if INTERPRET:
         return 2
-    properties = torch.cuda.get_device_properties(device) if INTERPRET is not None and device.type == "cuda" else None
-    return properties.multi_processor_count if properties and properties.major >= least else 0
+    if INTERPRET is None or device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count if properties.major >= least else 0
 
 
 def use_kernels(dtype: torch.dtype, device: torch.device, width: int = 16, least: int = 8) -> bool:
-    """Whether activations of that dtype can go through the Triton kernels; ``width``, of a head or of the stream, must be a power of two."""
-    return dtype == torch.bfloat16 and width & (width - 1) == 0 and processors(device, least) > 0
+    """Whether the Triton kernels take activations of that dtype. `width`, of a head or of the stream, must be a power
+    of two; `least` is the compute capability that the kernel needs."""
+    power_of_two = width & (width - 1) == 0
+    return dtype == torch.bfloat16 and power_of_two and processors(device, least) > 0
 
 
 def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -1106,31 +1107,83 @@ def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
 
+@triton.jit
+def rows_from(first, ROWS: tl.constexpr):
+    """first .. first + ROWS - 1 (ROWS,) int64."""
+    return (first + tl.arange(0, ROWS)).to(tl.int64)
+
+
+@triton.jit
+def columns(WIDTH: tl.constexpr):
+    """0 .. WIDTH - 1 (1, WIDTH)."""
+    return tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def load_fp32(ptrs, ok):
+    """The numbers at `ptrs` in fp32; 0 where not `ok`."""
+    return tl.load(ptrs, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def inverse_rms(x, D: tl.constexpr, eps):
+    """1 / sqrt(mean(x^2) + eps) of each row of x (rows, D), as (rows,)."""
+    return tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+
+
 # --- MLP: down(leaky_relu(up(x))^2) ---
+# With p = x @ w_up.T (the pre-activation) and hidden = leaky_relu(p)^2:
+#     d hidden / d p = 2 leaky_relu(p) leaky_relu'(p) = 2 sqrt(hidden)            where p >= 0
+#                                                     = -2 slope sqrt(hidden)     where p < 0
+# So backward needs hidden and the sign of p, not p itself. The kernel keeps the sign in the last bit of hidden's bf16:
+# - A bf16 is the upper half of an fp32. Let t be the upper half of hidden's fp32, read as an integer. In units of the
+#   last place, hidden lies in [t, t + 1).
+# - Numbers that end in the wanted bit are two units apart. If t ends in it, t is the nearest of them, less than one
+#   unit below; otherwise t + 1 is, at most one unit above.
+# - Both cases are equally likely, so the errors spread evenly over (-1, 1]: their mean is zero.
+
+
 def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """mlp() in plain PyTorch."""
+    """`mlp` in plain PyTorch."""
     hidden = F.leaky_relu(F.linear(x, w_up), slope).square()
     return F.linear(hidden, w_down), hidden.detach()
 
 
 @triton.jit
+def upper_halves(first, second):
+    """Two tiles of fp32, both cut to bf16 -> one tile of int32, `first` in the lower half as in memory."""
+    first_bits = first.to(tl.int32, bitcast=True)
+    second_bits = second.to(tl.int32, bitcast=True)
+    return ((first_bits >> 16) & 0xFFFF) | (second_bits & -65536)  # -65536 is 0xFFFF0000
+
+
+@triton.jit
 def hidden_words(p0, p1, slope):
-    """Pairs of fp32 pre-activations -> pairs of bf16 leaky_relu(p)^2 in one int32, the sign of p in each least significant bit.
-    Of the bf16 numbers with the wanted last bit the nearest is taken: at most one unit in the last place off, without bias."""
-    l0, l1 = tl.maximum(p0, slope * p0), tl.maximum(p1, slope * p1)
-    h0, h1 = (l0 * l0).to(tl.int32, bitcast=True), (l1 * l1).to(tl.int32, bitcast=True)
-    s0, s1 = p0.to(tl.int32, bitcast=True), p1.to(tl.int32, bitcast=True)
-    high = ((h0 >> 16) & 0xFFFF) | (h1 & -65536)  # both upper halves: the squares cut to bf16
-    sign = ((((s0 >> 16) & 0xFFFF) | (s1 & -65536)) >> 15) & 0x00010001
-    return ((high + 0x00010001 - sign) & -65538) | sign  # -65538 clears both last bits
+    """Two tiles of pre-activations, fp32 -> both leaky_relu(p)^2 in bf16, each with the sign of its p as last bit, in
+    one tile of int32. 0 <= slope <= 1."""
+    LAST_BITS: tl.constexpr = 0x00010001  # of both halves
+    leaky0 = tl.maximum(p0, slope * p0)
+    leaky1 = tl.maximum(p1, slope * p1)
+    cut = upper_halves(leaky0 * leaky0, leaky1 * leaky1)
+    signs = (upper_halves(p0, p1) >> 15) & LAST_BITS
+    # t + 1 - s, its last bit cleared, is t or t + 1 rounded down to even (s = 1) or up to even (s = 0); then s is set.
+    # Squares are positive, so the lower half is at most 0x7FFF: adding 1 never carries into the upper one.
+    return ((cut + LAST_BITS - signs) & ~LAST_BITS) | signs
+
+
+@triton.jit
+def times_hidden_slope(d_hidden, hidden_bits, negative, slope):
+    """d_hidden * d hidden / d p, from the fp32 bits of hidden and the bit that is set where p < 0."""
+    root = tl.sqrt(hidden_bits.to(tl.float32, bitcast=True))
+    return d_hidden * root * tl.where(negative != 0, -2 * slope, 2.0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def mlp_gemm_kernel(
-    a_desc,
-    b_desc,
-    hidden_desc,
-    d_pre_desc,
+    a_desc,  # (T, K) bf16: x; backward: d_out
+    b_desc,  # (N, K) bf16: w_up; backward (K, N): w_down
+    hidden_desc,  # (T, N / 2) int32, pairs of bf16: written; backward: read
+    d_pre_desc,  # (T, N) bf16: written by backward only
     slope,
     T,
     N: tl.constexpr,
@@ -1140,12 +1193,16 @@ def mlp_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Forward: hidden = leaky_relu(a @ b.T)^2, b (N, K). Backward: d_pre = (a @ b) * d hidden / d pre, b (K, N). hidden as int32 pairs.
-    Persistent: the next tile's loads are under way during an epilogue, which works on two halves to leave them shared memory. 0 <= slope <= 1."""
+    """Forward: p = a @ b.T, hidden = leaky_relu(p)^2. Backward: d_pre = (a @ b) * d hidden / d p.
+
+    A program computes tiles (BLOCK_M, BLOCK_N), one after another: the next tile's loads are under way during the
+    epilogue, which works on two halves to leave them shared memory."""
     tiles_n: tl.constexpr = N // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=True):
-        m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
+    tiles = tl.cdiv(T, BLOCK_M) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m = tile // tiles_n * BLOCK_M
+        n = tile % tiles_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             a = a_desc.load([m, k])
@@ -1155,270 +1212,341 @@ def mlp_gemm_kernel(
                 acc = tl.dot(a, b_desc.load([n, k]).T, acc)
         halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         for i in tl.static_range(2):
-            p0, p1 = halves[i].reshape(BLOCK_M, HALF // 2, 2).split()  # neighbours sit in one thread: no data moves
-            at = n + i * HALF
+            # Neighbouring columns sit in one thread: splitting and joining them moves no data.
+            even, odd = halves[i].reshape(BLOCK_M, HALF // 2, 2).split()
+            col = n + i * HALF
             if BACKWARD:
-                word = hidden_desc.load([m, at // 2])
-                d0 = (
-                    p0 * tl.sqrt((word << 16).to(tl.float32, bitcast=True)) * tl.where((word & 1) != 0, -2 * slope, 2.0)
-                )
-                d1 = (
-                    p1
-                    * tl.sqrt((word & -65536).to(tl.float32, bitcast=True))
-                    * tl.where((word & 0x10000) != 0, -2 * slope, 2.0)
-                )
-                d_pre_desc.store([m, at], tl.join(d0, d1).reshape(BLOCK_M, HALF).to(tl.bfloat16))
+                word = hidden_desc.load([m, col // 2])
+                d_even = times_hidden_slope(even, word << 16, word & 1, slope)
+                d_odd = times_hidden_slope(odd, word & -65536, word & 0x10000, slope)
+                d_pre = tl.join(d_even, d_odd).reshape(BLOCK_M, HALF)
+                d_pre_desc.store([m, col], d_pre.to(tl.bfloat16))
             else:
-                hidden_desc.store([m, at // 2], hidden_words(p0, p1, slope))
+                hidden_desc.store([m, col // 2], hidden_words(even, odd, slope))
 
 
-def mlp_gemm(a: Tensor, b: Tensor, hidden: Tensor, d_pre: Tensor | None, slope: float, tile: tuple | None = None):
-    """Launch: fills hidden (d_pre None) or d_pre. a (T, K), hidden and d_pre (T, N), all bf16 and contiguous."""
+class MLPTile(NamedTuple):
+    """How a program of `mlp_gemm_kernel` works, and how many of them there are."""
+
+    block_m: int  # rows of the product
+    block_n: int  # columns of the product
+    block_k: int  # terms of its sums at a time
+    warps: int
+    stages: int  # loads under way at once
+    programs: int  # per multiprocessor
+
+
+# The fastest of those that `tools/bench_kernels.py` measured on an H200 (logs/h200_tiles.log).
+MLP_TILES = {
+    "forward": MLPTile(128, 128, 64, warps=8, stages=3, programs=2),
+    "backward": MLPTile(128, 128, 32, warps=4, stages=5, programs=2),
+}
+
+
+def mlp_gemm(
+    a: Tensor,
+    b: Tensor,
+    hidden: Tensor,
+    d_pre: Tensor | None,
+    slope: float,
+    tile: MLPTile | None = None,
+) -> None:
+    """Launch `mlp_gemm_kernel`, backward if there is a `d_pre`: fill d_pre (T, N), otherwise hidden (T, N).
+    a (T, K); b (N, K), backward (K, N); all bf16 and contiguous."""
     backward = d_pre is not None
-    (T, K), N = a.shape, hidden.size(1)
-    bm, bn, bk, warps, stages, per_sm = tile or MLP_TILES["backward" if backward else "forward"]
-    bn, bk = min(bn, N & -N), min(bk, K & -K)  # every model width has a tile, if not a fast one
-    programs = min(processors(a.device) * per_sm, triton.cdiv(T, bm) * (N // bn))
-    desc = TensorDescriptor.from_tensor
-    words = desc(hidden.view(torch.int32), [bm, bn // 4])
-    mlp_gemm_kernel[(programs,)](
-        desc(a, [bm, bk]),
-        desc(b, [bk, bn] if backward else [bn, bk]),
+    T, K = a.shape
+    N = hidden.size(1)
+    tile = tile or MLP_TILES["backward" if backward else "forward"]
+    block_m, block_n, block_k, warps, stages, programs = tile
+    block_n = min(block_n, N & -N)  # N & -N is the largest power of two that divides N:
+    block_k = min(block_k, K & -K)  # every width of a model has a tile, if not a fast one
+    tiles = triton.cdiv(T, block_m) * (N // block_n)
+    grid = (min(processors(a.device) * programs, tiles),)
+    describe = TensorDescriptor.from_tensor
+    words = describe(hidden.view(torch.int32), [block_m, block_n // 4])
+    mlp_gemm_kernel[grid](
+        describe(a, [block_m, block_k]),
+        describe(b, [block_k, block_n] if backward else [block_n, block_k]),
         words,
-        desc(d_pre, [bm, bn // 2]) if backward else words,
+        describe(d_pre, [block_m, block_n // 2]) if backward else words,
         slope,
         T,
-        N,
-        K,
-        backward,
-        bm,
-        bn,
-        bk,
+        N=N,
+        K=K,
+        BACKWARD=backward,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
         num_warps=warps,
         num_stages=stages,
     )
 
 
 class MLP(torch.autograd.Function):
-    """mlp() through the fused products and cuBLAS; bf16."""
+    """`mlp` through the fused products and cuBLAS; bf16."""
 
     @staticmethod
     def forward(ctx, x, w_up, w_down, slope):
-        x, w_up, w_down = x.contiguous(), w_up.contiguous(), w_down.contiguous()
+        x, w_up, w_down = (t.contiguous() for t in (x, w_up, w_down))
         hidden = x.new_empty(len(x), len(w_up))
         mlp_gemm(x, w_up, hidden, None, slope)
         ctx.save_for_backward(x, w_up, w_down, hidden)
-        ctx.mark_non_differentiable(hidden)
-        ctx.set_materialize_grads(False)  # else hidden's would be 0.4 GB of zeros
         ctx.slope = slope
+        ctx.mark_non_differentiable(hidden)
+        ctx.set_materialize_grads(False)  # else hidden's gradient would be 0.4 GB of zeros
         return F.linear(hidden, w_down), hidden
 
     @staticmethod
     def backward(ctx, d_out, _):
         x, w_up, w_down, hidden = ctx.saved_tensors
         need_x, need_up, need_down, _ = ctx.needs_input_grad  # test-time training freezes the weights
-        if need_x or need_up:  # d(pre-activation): d_out @ w_down times the slope that hidden remembers
+        if need_x or need_up:
             d_pre = torch.empty_like(hidden)
             mlp_gemm(d_out.contiguous(), w_down, hidden, d_pre, ctx.slope)
-        return (
-            d_pre @ w_up if need_x else None,
-            d_pre.T @ x if need_up else None,
-            d_out.T @ hidden if need_down else None,
-            None,
-        )
+        dx = d_pre @ w_up if need_x else None
+        d_up = d_pre.T @ x if need_up else None
+        d_down = d_out.T @ hidden if need_down else None
+        return dx, d_up, d_down, None
 
 
 def mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d), hidden (T, h); hidden is for observers and has no gradient.
-    The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of 98,304 tokens."""
-    fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0  # a tile's least sides
-    return (MLP.apply if fits and use_kernels(x.dtype, x.device, least=9) else mlp_reference)(
-        x, w_up, w_down, slope
-    )  # TMA, wgmma
+    """x (T, d), w_up (h, d), w_down (d, h), all of one dtype -> out (T, d) and hidden (T, h). Observers get hidden;
+    it has no gradient.
+
+    The kernel keeps one tensor for backward, hidden, instead of hidden and pre-activation: 0.4 GB less per layer of
+    98,304 tokens."""
+    fits = w_up.size(0) % 64 == 0 and w_up.size(1) % 16 == 0  # the least sides of a tile
+    if fits and use_kernels(x.dtype, x.device, least=9):  # tensor memory accelerator and wgmma: Hopper
+        return MLP.apply(x, w_up, w_down, slope)
+    return mlp_reference(x, w_up, w_down, slope)
 
 
 # --- Cross-entropy of softcapped logits ---
-def softcap(z: Tensor, caps: Tensor) -> Tensor:
-    """z -> caps[0] tanh(z / caps[0]) where positive, caps[1] tanh(z / caps[1]) elsewhere (#1923), fp32."""
+# For one row of logits z, target y and cap c:
+#     l_j = c tanh(z_j / c)
+#     nll = ln(sum_j exp(l_j)) - l_y
+#     d nll / d z_j = (exp(l_j) / sum_k exp(l_k) - [j = y]) (1 - tanh(z_j / c)^2)
+# The kernel subtracts no maximum from l: |l_j| <= c, so the sum of V terms is at most V exp(c), which fp32 holds
+# (up to exp(88.7)) for c <= 79 at V = 8,192.
+
+
+def softcap(z: Tensor, cap: float | Tensor) -> Tensor:
+    """z -> cap tanh(z / cap), fp32. A tensor `cap` (2,) holds one for positive z and one for the rest (#1923)."""
     z = z.float()
-    return torch.where(z > 0, caps[0] * torch.tanh(z / caps[0]), caps[1] * torch.tanh(z / caps[1]))
+    if not isinstance(cap, Tensor):
+        return cap * torch.tanh(z / cap)
+    above, below = (c * torch.tanh(z / c) for c in cap.unbind(0))
+    return torch.where(z > 0, above, below)
 
 
-def softcap_nll_reference(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
-    """softcap_nll() in plain PyTorch."""
-    logits = softcap(z, caps)
+def softcap_nll_reference(z: Tensor, targets: Tensor, cap: float | Tensor) -> tuple[Tensor, Tensor]:
+    """`softcap_nll` in plain PyTorch."""
+    logits = softcap(z, cap)
     lse = logits.logsumexp(-1)
-    return lse - logits.gather(1, targets[:, None])[:, 0], lse.detach()
+    nats = lse - logits.gather(1, targets[:, None])[:, 0]
+    return nats, lse.detach()
 
 
 @triton.jit
 def tanh_of(doubled):
-    """tanh(x) = 1 - 1 / (2^(doubled - 1) + 1/2) from doubled = 2 x log2(e), to 3e-7; rsqrt(y)^2 is 1/y without the range checks of a division."""
+    """tanh(x), to 3e-7, from doubled = 2 x log2(e), so that 2^doubled = exp(2x):
+
+    tanh(x) = 1 - 2 / (exp(2x) + 1) = 1 - 1 / (2^(doubled - 1) + 1/2).
+    rsqrt(y)^2 is 1 / y without the range checks of a division."""
     r = tl.rsqrt(tl.exp2(doubled - 1.0) + 0.5)
     return 1.0 - r * r
 
 
 @triton.jit
 def softcap_nll_kernel(
-    z_ptr, target_ptr, cap_ptr, row_grad_ptr, nll_ptr, lse_ptr, dz_ptr, d_cap_ptr, V: tl.constexpr, BLOCK: tl.constexpr
+    z_ptr,  # (T, V)
+    target_ptr,  # (T,) int64
+    row_grad_ptr,  # (T,) fp32: the gradients of nll; None: ones
+    nll_ptr,  # (T,) fp32, written
+    lse_ptr,  # (T,) fp32, written: ln(sum_j exp(l_j))
+    dz_ptr,  # (T, V), written; may be z itself; None: no gradient
+    cap,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One row of logits per program, held in registers: z is read once and dz (if dz_ptr; may be z itself) written once.
-    No running maximum: a logit is at most its cap, and exp(cap) fits fp32 up to caps of 80."""
+    """One row per program, held in registers: z is read once and dz written once. BLOCK: from V the next power of 2."""
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
-    cap_p, cap_n, target = tl.load(cap_ptr), tl.load(cap_ptr + 1), tl.load(target_ptr + row).to(tl.int32)
-    doubled_p, doubled_n, log2_p, log2_n = 2 * LOG2E / cap_p, 2 * LOG2E / cap_n, cap_p * LOG2E, cap_n * LOG2E
+    target = tl.load(target_ptr + row).to(tl.int32)
+    to_doubled = 2 * LOG2E / cap  # z to_doubled = 2 (z / cap) log2(e)
+    to_log2 = cap * LOG2E  # 2^(t to_log2) = exp(cap t)
     z_target = tl.load(z_ptr + row * V + target).to(tl.float32)
-    logit_target = tl.where(z_target > 0, cap_p, cap_n) * tanh_of(
-        z_target * tl.where(z_target > 0, doubled_p, doubled_n)
-    )
-    cols = tl.arange(0, BLOCK)
-    z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-    t = tanh_of(z * tl.where(z > 0, doubled_p, doubled_n))
-    e = tl.exp2(t * tl.where(z > 0, log2_p, log2_n))
+    logit_target = cap * tanh_of(z_target * to_doubled)
+    col = tl.arange(0, BLOCK)
+    z = load_fp32(z_ptr + row * V + col, col < V)
+    t = tanh_of(z * to_doubled)
+    e = tl.exp2(t * to_log2)
     if V != BLOCK:
-        e = tl.where(cols < V, e, 0.0)
+        e = tl.where(col < V, e, 0.0)
     total = tl.sum(e, 0)
     lse = tl.log(total)
     tl.store(nll_ptr + row, lse - logit_target)
     tl.store(lse_ptr + row, lse)
     if dz_ptr is not None:
         scale = 1.0 if row_grad_ptr is None else tl.load(row_grad_ptr + row)
-        d_logit = e * (scale / total) - tl.where(cols == target, scale, 0.0)
-        slope = 1.0 - t * t
-        tl.store(dz_ptr + row * V + cols, (d_logit * slope).to(dz_ptr.dtype.element_ty), mask=cols < V)
-        if d_cap_ptr is not None:
-            d_cap = d_logit * (t - z * tl.where(z > 0, 1.0 / cap_p, 1.0 / cap_n) * slope)
-            tl.store(d_cap_ptr + 2 * row, tl.sum(tl.where(z > 0, d_cap, 0.0), 0))
-            tl.store(d_cap_ptr + 2 * row + 1, tl.sum(tl.where(z > 0, 0.0, d_cap), 0))
+        d_logit = e * (scale / total) - tl.where(col == target, scale, 0.0)
+        dz = d_logit * (1.0 - t * t)
+        tl.store(dz_ptr + row * V + col, dz, mask=col < V)
 
 
 def launch_softcap_nll(
     z: Tensor,
     targets: Tensor,
-    caps: Tensor,
+    cap: float,
     row_grad: Tensor | None = None,
     dz: Tensor | None = None,
-    want_caps: bool = False,
-):
-    """-> nll (T,), lse (T,), gradient of each row by the caps (T, 2) or (0, 2); fills dz if given. z (T, V) contiguous."""
+) -> tuple[Tensor, Tensor]:
+    """-> nll (T,), lse (T,), both fp32; fills dz if given. z (T, V) contiguous."""
     T, V = z.shape
-    nll, lse = (torch.empty(T, dtype=torch.float32, device=z.device) for _ in range(2))
-    d_caps = torch.empty(T if want_caps else 0, 2, dtype=torch.float32, device=z.device)
+    nll = torch.empty(T, dtype=torch.float32, device=z.device)
+    lse = torch.empty_like(nll)
     block = triton.next_power_of_2(V)
-    softcap_nll_kernel[(T,)](
-        z,
-        targets,
-        caps,
-        row_grad,
-        nll,
-        lse,
-        dz,
-        d_caps if want_caps else None,
-        V,
-        block,
-        num_warps=min(32, max(1, block // 1024)),
-    )
-    return nll, lse, d_caps
+    inputs = (z, targets, row_grad)
+    outputs = (nll, lse, dz)
+    warps = min(32, max(1, block // 1024))
+    softcap_nll_kernel[(T,)](*inputs, *outputs, cap, V=V, BLOCK=block, num_warps=warps)
+    return nll, lse
+
+
+def fuses_softcap(like: Tensor, vocab: int, cap: float | Tensor) -> bool:
+    """Whether the kernel serves logits of `like`'s dtype and device: one cap, and vocab exp(cap) within fp32."""
+    if isinstance(cap, Tensor):
+        return False
+    log_largest_sum = cap + math.log(vocab)
+    return log_largest_sum < 88 and use_kernels(like.dtype, like.device)
 
 
 class SoftcapNLL(torch.autograd.Function):
-    """softcap_nll() through the kernel."""
+    """`softcap_nll` through the kernel."""
 
     @staticmethod
-    def forward(ctx, z, targets, caps):
+    def forward(ctx, z, targets, cap):
         z = z.contiguous()
-        nll, lse, _ = launch_softcap_nll(z, targets, caps)
-        ctx.save_for_backward(z, targets, caps)
+        nll, lse = launch_softcap_nll(z, targets, cap)
+        ctx.save_for_backward(z, targets)
+        ctx.cap = cap
         ctx.mark_non_differentiable(lse)
         return nll, lse
 
     @staticmethod
     def backward(ctx, d_nll, _):
-        z, targets, caps = ctx.saved_tensors
+        z, targets = ctx.saved_tensors
         dz = torch.empty_like(z)
-        d_caps = launch_softcap_nll(z, targets, caps, d_nll.float().contiguous(), dz, ctx.needs_input_grad[2])[2]
-        return dz, None, d_caps.sum(0) if ctx.needs_input_grad[2] else None
+        launch_softcap_nll(z, targets, ctx.cap, row_grad=d_nll.float().contiguous(), dz=dz)
+        return dz, None, None
 
 
-def softcap_nll(z: Tensor, targets: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
-    """z (T, V) before the softcap, targets (T,) int64, caps (2,) fp32 (positive, negative) -> nats (T,), log-sum-exp (T,), both fp32.
-    Gradients reach z and caps through the nats; the log-sum-exp has none."""
-    return (SoftcapNLL.apply if use_kernels(z.dtype, z.device) else softcap_nll_reference)(z, targets, caps)
+def softcap_nll(z: Tensor, targets: Tensor, cap: float | Tensor) -> tuple[Tensor, Tensor]:
+    """z (T, V) before the softcap, targets (T,) int64 -> nats (T,) and log-sum-exp (T,), both fp32.
+
+    Gradients reach z through the nats; the log-sum-exp has none. Two caps (a tensor, see `softcap`) have gradients,
+    too, and always take the plain path."""
+    if fuses_softcap(z, z.size(1), cap):
+        return SoftcapNLL.apply(z, targets, cap)
+    return softcap_nll_reference(z, targets, cap)
 
 
 class HeadLoss(torch.autograd.Function):
-    """head_loss() whose logits are overwritten by the loss's gradient in the forward pass."""
+    """`head_loss`: the forward pass overwrites the logits with the loss's gradient by them."""
 
     @staticmethod
-    def forward(ctx, x, w, targets, caps, weight):
+    def forward(ctx, x, w, targets, cap, weight):
         z = F.linear(x, w)
-        nll, _, d_caps = launch_softcap_nll(z, targets, caps, weight, z, ctx.needs_input_grad[3])
-        ctx.save_for_backward(x, w, z, d_caps)
+        nll, _ = launch_softcap_nll(z, targets, cap, row_grad=weight, dz=z)
+        ctx.save_for_backward(x, w, z)
         return torch.dot(nll, weight)
 
     @staticmethod
     def backward(ctx, d_loss):
-        x, w, dz, d_caps = ctx.saved_tensors
-        need_x, need_w, _, need_caps, _ = (
-            ctx.needs_input_grad
-        )  # a scalar commutes with the products: it multiplies what is small
-        return (
-            dz @ (w * d_loss) if need_x else None,
-            (dz.T @ x) * d_loss if need_w else None,
-            None,
-            d_caps.sum(0) * d_loss if need_caps else None,
-            None,
-        )
+        x, w, dz = ctx.saved_tensors
+        need_x, need_w, *_ = ctx.needs_input_grad
+        # The scalar d_loss commutes with the products: it multiplies (V, d) numbers instead of the (T, V) of dz.
+        dx = dz @ (w * d_loss) if need_x else None
+        dw = (dz.T @ x) * d_loss if need_w else None
+        return dx, dw, None, None, None
 
 
-def head_loss(x: Tensor, w: Tensor, targets: Tensor, caps: Tensor, weight: Tensor) -> Tensor:
-    """Sum over the rows of weight (T,) fp32 times softcap_nll of x (T, d) @ w (V, d).T; a scalar, for training. The logits cross memory twice (1 read,
-    1 write) instead of 3 times, and one (T, V) buffer lives instead of two (1.6 GB each at T = 98,304)."""
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or caps.requires_grad)
-    if use_kernels(x.dtype, x.device) and differentiable:
-        return HeadLoss.apply(x, w, targets, caps, weight)
-    return torch.dot(softcap_nll(F.linear(x, w), targets, caps)[0], weight)
+def head_loss(x: Tensor, w: Tensor, targets: Tensor, cap: float | Tensor, weight: Tensor) -> Tensor:
+    """The sum over rows of weight (T,) fp32 times `softcap_nll` of x (T, d) @ w (V, d).T; a scalar, for training.
+
+    The logits cross memory twice (one read, one write) instead of three times, and one (T, V) buffer lives instead of
+    two (1.6 GB each at T = 98,304)."""
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    if differentiable and fuses_softcap(x, len(w), cap):
+        return HeadLoss.apply(x, w, targets, cap, weight)
+    nats, _ = softcap_nll(F.linear(x, w), targets, cap)
+    return torch.dot(nats, weight)
 
 
 # --- Heads of a packed QKV product: RMSNorm of q and k, partial RoPE, gain of q ---
+# A row of qkv, that is one token, and the number of each head:
+#
+#     | q of head 0 | ... | q of head H-1 | k of head 0 | ... | k of head KV-1 | v of head 0 | ... | v of head KV-1 |
+#       0                   H-1             H                   H+KV-1           H+KV                H+2KV-1
+#
+# A head x of q or k, D wide, is normed, rotated by the angles of its token and scaled, where g = 1 for k:
+#
+#     | a: N | b: N | rest: D-2N |  ->  | a cos + b sin: N | b cos - a sin: N | rest: D-2N |      this is R x
+#     y = g R n   with   n = r x   and   r = 1 / rms(x) = 1 / sqrt(mean(x^2) + eps)
+#
+# Backward. R is a rotation: its inverse is its transpose R', the same with -sin. So n = R' y / g, and dn = g R' dy.
+# RMSNorm has dx = r (dn - n (n . dn) / D), and n . dn = (R' y) . (R' dy) = y . dy. Both terms are rotated back, thus
+#
+#     dx = R' (r g dy - r (y . dy) / (D g) y),   and for q   dg = sum over tokens of (R n) . dy = sum of (y . dy) / g
+
+
 def qkv_heads_reference(
     qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float
-) -> tuple[Tensor, ...]:
-    """qkv_heads() in plain PyTorch."""
-    H, n, cos, sin = gain.numel(), cos.size(1), cos[:, None], sin[:, None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`qkv_heads` in plain PyTorch."""
+    H = gain.numel()
+    n = cos.size(1)
+    cos = cos[:, None]
+    sin = sin[:, None]
     heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
-    x = F.rms_norm(heads[:, : H + kv_heads].float(), heads.shape[2:], eps=eps)
-    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    q, k = torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1).split((H, kv_heads), dim=1)
+    D = heads.size(2)
+    normed = F.rms_norm(heads[:, :-kv_heads].float(), (D,), eps=eps)
+    a, b, rest = normed.split((n, n, D - 2 * n), dim=-1)
+    rotated = (a * cos + b * sin, b * cos - a * sin, rest)
+    q, k = torch.cat(rotated, dim=-1).split((H, kv_heads), dim=1)
+    q = (q * gain[:, None]).to(qkv.dtype)
+    k = k.to(qkv.dtype).repeat_interleave(copies, 1)
     v = heads[:, -kv_heads:]
-    return (
-        (q * gain[:, None]).to(qkv.dtype),
-        k.to(qkv.dtype).repeat_interleave(copies, 1),
-        v.repeat_interleave(copies, 1),
-        v,
-    )
+    return q, k, v.repeat_interleave(copies, 1), v
 
 
 @triton.jit
-def store_turned(out_ptr, x, a, b, cos, sin, ok, D: tl.constexpr, N: tl.constexpr):
-    """Store rows x (BLOCK, D) with a, b (BLOCK, N), turned by an angle, in place of their first 2N columns."""
-    at, i = tl.arange(0, D)[None, :], tl.arange(0, N)[None, :]
-    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=ok & (at >= 2 * N))
-    tl.store(out_ptr + i, (a * cos + b * sin).to(out_ptr.dtype.element_ty), mask=ok)
-    tl.store(out_ptr + N + i, (b * cos - a * sin).to(out_ptr.dtype.element_ty), mask=ok)
+def head_and_rows(HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """-> the head and the BLOCK tokens (int64) of this program. Neighbouring programs take heads of the same tokens."""
+    pid = tl.program_id(0)
+    return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)
+
+
+@triton.jit
+def store_rotated(out_ptr, x, a, b, cos, sin, ok, D: tl.constexpr, N: tl.constexpr):
+    """Store R x for rows x (BLOCK, D), whose first 2N columns stand apart in a and b (BLOCK, N)."""
+    col = columns(D)
+    pair = columns(N)
+    tl.store(out_ptr + col, x, mask=ok & (col >= 2 * N))
+    tl.store(out_ptr + pair, a * cos + b * sin, mask=ok)
+    tl.store(out_ptr + N + pair, b * cos - a * sin, mask=ok)
 
 
 @triton.jit(do_not_specialize=["T"])
 def qkv_heads_kernel(
-    qkv_ptr,
-    gain_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    rstd_ptr,
+    qkv_ptr,  # (T, H + 2 KV, D)
+    gain_ptr,  # (H,) fp32
+    cos_ptr,  # (T, N) fp32
+    sin_ptr,  # (T, N) fp32
+    q_ptr,  # (T, H, D), written
+    k_ptr,  # (T, KV, COPIES, D), written
+    v_ptr,  # (T, KV, COPIES, D), written
+    rstd_ptr,  # (T, H + KV) fp32, written: r of the heads of q and k
     T,
     eps,
     H: tl.constexpr,
@@ -1428,61 +1556,74 @@ def qkv_heads_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One head, of q, k or v, of BLOCK tokens: normed, rotated and scaled rows, the 1 / rms of each kept for backward; v as it is."""
-    head, row = (
-        tl.program_id(0) % (H + 2 * KV),
-        (tl.program_id(0) // (H + 2 * KV) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64),
-    )
-    token, at, i = row[:, None], tl.arange(0, D)[None, :], tl.arange(0, N)[None, :]
+    """One head of BLOCK tokens per program: y = g R n for q and k, v as it is."""
+    HEADS: tl.constexpr = H + 2 * KV
+    head, row = head_and_rows(HEADS, BLOCK)
+    is_query = head < H
+    is_value = head >= H + KV
+    token = row[:, None]
     ok = token < T
-    x_ptr = qkv_ptr + (token * (H + 2 * KV) + head) * D
-    x = tl.load(x_ptr + at, mask=ok, other=0.0)
-    if head >= H + KV:
+    col = columns(D)
+    pair = columns(N)
+    x_ptr = qkv_ptr + (token * HEADS + head) * D
+    x = tl.load(x_ptr + col, mask=ok, other=0.0)  # not widened: v is stored as it is
+    if is_value:
+        copies_ptr = v_ptr + (token * KV + head - H - KV) * COPIES * D
         for c in tl.static_range(COPIES):
-            tl.store(v_ptr + ((token * KV + head - H - KV) * COPIES + c) * D + at, x, mask=ok)
+            tl.store(copies_ptr + c * D + col, x, mask=ok)
     else:
         wide = x.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)
+        rstd = inverse_rms(wide, D, eps)
         tl.store(rstd_ptr + row * (H + KV) + head, rstd, mask=row < T)
-        scale = rstd[:, None] * (tl.load(gain_ptr + head) if head < H else 1.0)
-        a, b = (
-            tl.load(x_ptr + i, mask=ok, other=0.0) * scale,
-            tl.load(x_ptr + N + i, mask=ok, other=0.0) * scale,
-        )  # L1 hits
-        cos, sin = (
-            tl.load(cos_ptr + token * N + i, mask=ok, other=0.0),
-            tl.load(sin_ptr + token * N + i, mask=ok, other=0.0),
-        )
-        if head < H:
-            store_turned(q_ptr + (token * H + head) * D, wide * scale, a, b, cos, sin, ok, D, N)
+        gain = tl.load(gain_ptr + head) if is_query else 1.0
+        scale = rstd[:, None] * gain
+        y = wide * scale
+        # The halves come once more, from the L1 cache: to cut them out of the tile would move data between threads.
+        a = load_fp32(x_ptr + pair, ok) * scale
+        b = load_fp32(x_ptr + N + pair, ok) * scale
+        cos = load_fp32(cos_ptr + token * N + pair, ok)
+        sin = load_fp32(sin_ptr + token * N + pair, ok)
+        if is_query:
+            store_rotated(q_ptr + (token * H + head) * D, y, a, b, cos, sin, ok, D, N)
         else:
+            copies_ptr = k_ptr + (token * KV + head - H) * COPIES * D
             for c in tl.static_range(COPIES):
-                store_turned(k_ptr + ((token * KV + head - H) * COPIES + c) * D, wide * scale, a, b, cos, sin, ok, D, N)
+                store_rotated(copies_ptr + c * D, y, a, b, cos, sin, ok, D, N)
 
 
 @triton.jit
-def load_sum(ptr, at, mask, COPIES: tl.constexpr, STRIDE: tl.constexpr):
-    """The sum of COPIES tiles, STRIDE elements apart, fp32."""
-    total = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(1, COPIES):
-        total += tl.load(ptr + i * STRIDE + at, mask=mask, other=0.0).to(tl.float32)
+def load_sum(ptr, offset, ok, COPIES: tl.constexpr, D: tl.constexpr):
+    """The sum of a tile's COPIES, D elements apart, fp32."""
+    total = load_fp32(ptr + offset, ok)
+    for c in tl.static_range(1, COPIES):
+        total += load_fp32(ptr + c * D + offset, ok)
     return total
+
+
+@triton.jit
+def load_head(ptr, ok, COPIES: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    """The sums of COPIES heads at ptr (BLOCK, 1): all D columns, and again, from the L1 cache, the halves a and b."""
+    pair = columns(N)
+    x = load_sum(ptr, columns(D), ok, COPIES, D)
+    a = load_sum(ptr, pair, ok, COPIES, D)
+    b = load_sum(ptr, N + pair, ok, COPIES, D)
+    return x, a, b
 
 
 @triton.jit(do_not_specialize=["T"])
 def qkv_heads_gradient_kernel(
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    d_own_ptr,
-    q_ptr,
-    k_ptr,
-    gain_ptr,
-    cos_ptr,
-    sin_ptr,
-    rstd_ptr,
-    d_qkv_ptr,
-    d_gain_ptr,
+    dq_ptr,  # (T, H, D)
+    dk_ptr,  # (T, KV, COPIES, D)
+    dv_ptr,  # (T, KV, COPIES, D)
+    d_own_ptr,  # (T, KV, D): of v as a view of qkv
+    q_ptr,  # (T, H, D): y of each head, as attention saved it
+    k_ptr,  # (T, KV, COPIES, D)
+    gain_ptr,  # (H,) fp32
+    cos_ptr,  # (T, N) fp32
+    sin_ptr,  # (T, N) fp32
+    rstd_ptr,  # (T, H + KV) fp32
+    d_qkv_ptr,  # (T, H + 2 KV, D), written
+    d_gain_ptr,  # (H,) fp32, added to; None: no gradient
     T,
     H: tl.constexpr,
     KV: tl.constexpr,
@@ -1491,115 +1632,131 @@ def qkv_heads_gradient_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One head of d(qkv), of q, k or v, of BLOCK tokens. The normed vectors come from q and k as attention saved them: q / gain, unrotated."""
-    head, row = (
-        tl.program_id(0) % (H + 2 * KV),
-        (tl.program_id(0) // (H + 2 * KV) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64),
-    )
-    token, at, i = row[:, None], tl.arange(0, D)[None, :], tl.arange(0, N)[None, :]
+    """One head of BLOCK tokens per program: dx from y and dy; dv sums the gradients of v's copies and of its view."""
+    HEADS: tl.constexpr = H + 2 * KV
+    head, row = head_and_rows(HEADS, BLOCK)
+    is_query = head < H
+    is_value = head >= H + KV
+    token = row[:, None]
     ok = token < T
-    dx_ptr = d_qkv_ptr + (token * (H + 2 * KV) + head) * D
-    if head >= H + KV:
-        own = (token * KV + head - H - KV) * D
-        dv = load_sum(dv_ptr + own * COPIES, at, ok, COPIES, D) + tl.load(d_own_ptr + own + at, mask=ok, other=0.0)
-        tl.store(dx_ptr + at, dv.to(dx_ptr.dtype.element_ty), mask=ok)
+    col = columns(D)
+    pair = columns(N)
+    dx_ptr = d_qkv_ptr + (token * HEADS + head) * D
+    if is_value:
+        offset = (token * KV + head - H - KV) * D
+        d_own = load_fp32(d_own_ptr + offset + col, ok)
+        dv = load_sum(dv_ptr + offset * COPIES, col, ok, COPIES, D) + d_own
+        tl.store(dx_ptr + col, dv, mask=ok)
     else:
-        rstd = tl.load(rstd_ptr + row * (H + KV) + head, mask=row < T, other=0.0)
-        cos, sin = (
-            tl.load(cos_ptr + token * N + i, mask=ok, other=0.0),
-            tl.load(sin_ptr + token * N + i, mask=ok, other=0.0),
-        )
-        if head < H:
-            gain, y_ptr, dy_ptr = (
-                tl.load(gain_ptr + head),
-                q_ptr + (token * H + head) * D,
-                dq_ptr + (token * H + head) * D,
-            )
-            dy, da, db = (
-                load_sum(dy_ptr, at, ok, 1, D),
-                load_sum(dy_ptr, i, ok, 1, D),
-                load_sum(dy_ptr, N + i, ok, 1, D),
-            )
+        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)
+        cos = load_fp32(cos_ptr + token * N + pair, ok)
+        sin = load_fp32(sin_ptr + token * N + pair, ok)
+        if is_query:
+            gain = tl.load(gain_ptr + head)
+            offset = (token * H + head) * D
+            y_ptr = q_ptr + offset
+            dy, da, db = load_head(dq_ptr + offset, ok, 1, D, N)
         else:
-            gain, y_ptr, dy_ptr = (
-                1.0,
-                k_ptr + (token * KV + head - H) * COPIES * D,
-                dk_ptr + (token * KV + head - H) * COPIES * D,
-            )
-            dy, da, db = (
-                load_sum(dy_ptr, at, ok, COPIES, D),
-                load_sum(dy_ptr, i, ok, COPIES, D),
-                load_sum(dy_ptr, N + i, ok, COPIES, D),
-            )
-        y = tl.load(y_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        dot = tl.sum(y * dy, 1)  # no rotation or gain changes it
-        keep, drop = (rstd * gain)[:, None], (rstd * dot / (D * gain))[:, None]
-        a = keep * da - drop * tl.load(y_ptr + i, mask=ok, other=0.0)  # L1 hits
-        b = keep * db - drop * tl.load(y_ptr + N + i, mask=ok, other=0.0)
-        store_turned(dx_ptr, keep * dy - drop * y, a, b, cos, -sin, ok, D, N)
-        if head < H and d_gain_ptr is not None:
+            gain = 1.0
+            offset = (token * KV + head - H) * COPIES * D  # of the first of equal copies
+            y_ptr = k_ptr + offset
+            dy, da, db = load_head(dk_ptr + offset, ok, COPIES, D, N)
+        y = load_fp32(y_ptr + col, ok)
+        dot = tl.sum(y * dy, 1)
+        by_dy = (rstd * gain)[:, None]
+        by_y = (rstd * dot / (D * gain))[:, None]
+        a = by_dy * da - by_y * load_fp32(y_ptr + pair, ok)
+        b = by_dy * db - by_y * load_fp32(y_ptr + N + pair, ok)
+        store_rotated(dx_ptr, by_dy * dy - by_y * y, a, b, cos, -sin, ok, D, N)
+        if is_query and d_gain_ptr is not None:
             tl.atomic_add(d_gain_ptr + head, tl.sum(dot, 0) / gain, sem="relaxed")
 
 
 class QKVHeads(torch.autograd.Function):
-    """qkv_heads() through the kernels."""
+    """`qkv_heads` through the kernels."""
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, kv_heads, copies, eps):
         qkv, gain, cos, sin = (t.contiguous() for t in (qkv, gain, cos, sin))
-        T, H, D = len(qkv), len(gain), qkv.size(1) // (len(gain) + 2 * kv_heads)
-        q, k, v = (qkv.new_empty(T, heads, D) for heads in (H, copies * kv_heads, copies * kv_heads))
-        rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)  # 1 / rms of the heads of q and k
-        rows = max(HEAD_TILE // D, 1)
-        qkv_heads_kernel[(triton.cdiv(T, rows) * (H + 2 * kv_heads),)](
-            qkv, gain, cos, sin, q, k, v, rstd, T, eps, H, kv_heads, copies, D, cos.size(1), rows
+        T = len(qkv)
+        H = len(gain)
+        heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
+        D = heads.size(2)
+        q = qkv.new_empty(T, H, D)
+        k, v = (qkv.new_empty(T, copies * kv_heads, D) for _ in range(2))
+        rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
+        inputs = (qkv, gain, cos, sin)
+        outputs = (q, k, v, rstd)
+        rows = max(HEAD_TILE // D, 1)  # tokens per program
+        ctx.sizes = dict(
+            H=H,
+            KV=kv_heads,
+            COPIES=copies,
+            D=D,
+            N=cos.size(1),
+            BLOCK=rows,
         )
+        ctx.grid = (triton.cdiv(T, rows) * heads.size(1),)
+        qkv_heads_kernel[ctx.grid](*inputs, *outputs, T, eps, **ctx.sizes)
         ctx.save_for_backward(q, k, gain, cos, sin, rstd)
-        return q, k, v, qkv.unflatten(1, (-1, D))[:, -kv_heads:]
+        return q, k, v, heads[:, -kv_heads:]
 
     @staticmethod
     def backward(ctx, *grads):
-        q, k, gain, cos, sin, rstd = ctx.saved_tensors
-        (T, H, D), KV, grads = q.shape, grads[3].size(1), [t.contiguous() for t in grads]
-        d_qkv, d_gain, rows = (
-            q.new_empty(T, (H + 2 * KV) * D),
-            torch.zeros_like(gain) if ctx.needs_input_grad[1] else None,
-            max(HEAD_TILE // D, 1),
-        )
-        qkv_heads_gradient_kernel[(triton.cdiv(T, rows) * (H + 2 * KV),)](
-            *grads, q, k, gain, cos, sin, rstd, d_qkv, d_gain, T, H, KV, k.size(1) // KV, D, cos.size(1), rows
-        )
+        q, _, gain, *_ = ctx.saved_tensors
+        T, H, D = q.shape
+        d_qkv = q.new_empty(T, (H + 2 * ctx.sizes["KV"]) * D)
+        d_gain = torch.zeros_like(gain) if ctx.needs_input_grad[1] else None
+        grads = [t.contiguous() for t in grads]
+        outputs = (d_qkv, d_gain)
+        qkv_heads_gradient_kernel[ctx.grid](*grads, *ctx.saved_tensors, *outputs, T, **ctx.sizes)
         return d_qkv, d_gain, None, None, None, None, None
 
 
 def qkv_heads(
     qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """qkv (T, (H + 2 KV) D), gain (H,) fp32 and nonzero, cos and sin (T, n) fp32 -> q (T, H, D), k and v (T, copies KV, D), and v again as a view of qkv (T, KV, D).
-    q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain. k and v come ``copies`` times in a row: FlashAttention 3
-    takes 1.22 ms forward and backward for 4 heads of 128 with their own keys, 1.41 ms where two share them (98,304 tokens, H200)."""
-    rotates = cos.size(1) > 0 and cos.size(1) & (cos.size(1) - 1) == 0
-    kernel = rotates and use_kernels(qkv.dtype, qkv.device, qkv.size(1) // (gain.numel() + 2 * kv_heads))
-    return (QKVHeads.apply if kernel else qkv_heads_reference)(qkv, gain, cos, sin, kv_heads, copies, eps)
+    """qkv (T, (H + 2 KV) D), gain (H,) fp32 and nonzero, cos and sin (T, n) fp32
+    -> q (T, H, D), k and v (T, copies KV, D), and v again as a view of qkv (T, KV, D).
+
+    q and k: RMSNorm over D, rotation of the pairs (i, i + n) for i < n, then q times its head's gain. Each head of k
+    and v comes `copies` times in a row: FlashAttention 3 takes 1.22 ms forward and backward for 4 heads of 128 with
+    their own keys, 1.41 ms where two share them (98,304 tokens, H200)."""
+    n = cos.size(1)
+    head_dim = qkv.size(1) // (gain.numel() + 2 * kv_heads)
+    rotates = n > 0 and n & (n - 1) == 0
+    function = QKVHeads.apply if rotates and use_kernels(qkv.dtype, qkv.device, head_dim) else qkv_heads_reference
+    return function(qkv, gain, cos, sin, kv_heads, copies, eps)
 
 
 # --- XSA and the gate of each head's output ---
+# For one head's y, the v of its group and the gate's input z:
+#     along = (y . v) / (v . v)                    across = y - along v               out = top sigmoid(slope z) across
+# Backward, from d_across = top sigmoid(slope z) d_out and d_along = (d_across . v) / (v . v):
+#     dz = (d_out . across) top slope sigmoid(slope z) (1 - sigmoid(slope z))
+#     dy = d_across - d_along v                    dv = 2 along d_along v - d_along y - along d_across
+
+
 def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
-    """xsa_gate() in plain PyTorch."""
-    grouped, v = y.unflatten(1, (v.size(1), -1)).float(), v[:, :, None].float()
-    along = (grouped * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp_min(1e-12)
-    return ((grouped - along * v).flatten(1, 2) * (top * torch.sigmoid(slope * z.float()))[:, :, None]).to(y.dtype)
+    """`xsa_gate` in plain PyTorch."""
+    y_grouped = y.unflatten(1, (v.size(1), -1)).float()  # (T, KV, H / KV, D)
+    v = v[:, :, None].float()
+    dot = (y_grouped * v).sum(-1, keepdim=True)
+    along = dot / (v * v).sum(-1, keepdim=True).clamp_min(1e-12)
+    across = (y_grouped - along * v).flatten(1, 2)
+    gate = top * torch.sigmoid(slope * z.float())
+    return (across * gate[:, :, None]).to(y.dtype)
 
 
 @triton.jit(do_not_specialize=["T"])
 def xsa_gate_kernel(
-    y_ptr,
-    v_ptr,
-    z_ptr,
-    d_out_ptr,
-    out_ptr,
-    dv_ptr,
-    dz_ptr,
+    y_ptr,  # (T, KV, GROUP, D)
+    v_ptr,  # (T, KV, D), its tokens v_stride elements apart
+    z_ptr,  # (T, KV, GROUP)
+    d_out_ptr,  # (T, KV, GROUP, D); None: forward
+    out_ptr,  # (T, KV, GROUP, D), written: out; backward: dy
+    dv_ptr,  # (T, KV, D), written by backward only
+    dz_ptr,  # (T, KV, GROUP), written by backward only
     T,
     v_stride,
     slope,
@@ -1609,68 +1766,101 @@ def xsa_gate_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rows are (token, KV head); the GROUP query heads that share a value pass one after another. With d_out_ptr backward: out is d(y)."""
-    row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    d, ok = tl.arange(0, D)[None, :], (row < T * KV)[:, None]
-    v = tl.load(v_ptr + (row // KV * v_stride + row % KV * D)[:, None] + d, mask=ok, other=0.0).to(tl.float32)
+    """BLOCK rows (token, KV head) per program; the GROUP query heads that share a v pass one after another."""
+    row = rows_from(tl.program_id(0) * BLOCK, BLOCK)
+    col = columns(D)
+    ok = (row < T * KV)[:, None]
+    v_row = row // KV * v_stride + row % KV * D
+    v = load_fp32(v_ptr + v_row[:, None] + col, ok)
     inverse = 1.0 / tl.maximum(tl.sum(v * v, 1), 1e-12)[:, None]
     dv = tl.zeros((BLOCK, D), tl.float32)
     for g in tl.static_range(GROUP):
         head = row * GROUP + g
-        at = head[:, None] * D + d
-        y = tl.load(y_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        opened = tl.sigmoid(slope * tl.load(z_ptr + head, mask=row < T * KV, other=0.0).to(tl.float32))
+        cell = head[:, None] * D + col
+        y = load_fp32(y_ptr + cell, ok)
+        z = load_fp32(z_ptr + head, row < T * KV)
+        opened = tl.sigmoid(slope * z)
         along = tl.sum(y * v, 1)[:, None] * inverse
-        kept = y - along * v
+        across = y - along * v
         if d_out_ptr is None:
-            tl.store(out_ptr + at, (kept * (top * opened)[:, None]).to(out_ptr.dtype.element_ty), mask=ok)
+            out = across * (top * opened)[:, None]
+            tl.store(out_ptr + cell, out, mask=ok)
         else:
-            d_out = tl.load(d_out_ptr + at, mask=ok, other=0.0).to(tl.float32)
-            dz = tl.sum(d_out * kept, 1) * (top * slope) * opened * (1.0 - opened)
-            tl.store(dz_ptr + head, dz.to(dz_ptr.dtype.element_ty), mask=row < T * KV)
-            d_kept = d_out * (top * opened)[:, None]
-            d_along = tl.sum(d_kept * v, 1)[:, None] * inverse
-            tl.store(out_ptr + at, (d_kept - d_along * v).to(out_ptr.dtype.element_ty), mask=ok)
-            dv += 2.0 * along * d_along * v - d_along * y - along * d_kept
+            d_out = load_fp32(d_out_ptr + cell, ok)
+            d_gate = tl.sum(d_out * across, 1)
+            dz = d_gate * (top * slope) * opened * (1.0 - opened)
+            tl.store(dz_ptr + head, dz, mask=row < T * KV)
+            d_across = d_out * (top * opened)[:, None]
+            d_along = tl.sum(d_across * v, 1)[:, None] * inverse
+            dy = d_across - d_along * v
+            tl.store(out_ptr + cell, dy, mask=ok)
+            dv += 2.0 * along * d_along * v - d_along * y - along * d_across
     if d_out_ptr is not None:
-        tl.store(dv_ptr + row[:, None] * D + d, dv.to(dv_ptr.dtype.element_ty), mask=ok)
+        tl.store(dv_ptr + row[:, None] * D + col, dv, mask=ok)
 
 
-def launch_xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float, *results: Tensor | None):
-    """results: None, out, None, None; or the gradient of out, and room for those of y, v and z."""
-    (T, KV, D), rows = v.shape, max(HEAD_TILE // v.size(2), 1)
-    xsa_gate_kernel[(triton.cdiv(T * KV, rows),)](
-        y, v, z, *results, T, v.stride(0), slope, top, KV, y.size(1) // KV, D, rows
-    )
+def launch_xsa_gate(
+    y: Tensor,
+    v: Tensor,
+    z: Tensor,
+    slope: float,
+    top: float,
+    *,
+    out: Tensor,
+    d_out: Tensor | None = None,
+    dv: Tensor | None = None,
+    dz: Tensor | None = None,
+) -> None:
+    """Forward fills out; with d_out backward fills out with the gradient of y, and dv and dz."""
+    T, KV, D = v.shape
+    inputs = (y, v, z, d_out)
+    outputs = (out, dv, dz)
+    rows = max(HEAD_TILE // D, 1)
+    sizes = dict(KV=KV, GROUP=y.size(1) // KV, D=D, BLOCK=rows)
+    grid = (triton.cdiv(T * KV, rows),)
+    xsa_gate_kernel[grid](*inputs, *outputs, T, v.stride(0), slope, top, **sizes)
 
 
 class XSAGate(torch.autograd.Function):
-    """xsa_gate() through the kernel. v's heads lie side by side, its tokens at any stride."""
+    """`xsa_gate` through the kernel."""
 
     @staticmethod
     def forward(ctx, y, v, z, slope, top):
-        inputs, out = (
-            (y.contiguous(), v if v.stride()[1:] == (v.size(2), 1) else v.contiguous(), z.contiguous()),
-            y.new_empty(y.shape),
-        )
-        launch_xsa_gate(*inputs, slope, top, None, out, None, None)
-        ctx.save_for_backward(*inputs)
-        ctx.constants = slope, top
+        y = y.contiguous()
+        z = z.contiguous()
+        heads_adjoin = v.stride()[1:] == (v.size(2), 1)
+        if not heads_adjoin:  # tokens may lie apart, as they do in a view of qkv
+            v = v.contiguous()
+        out = torch.empty_like(y)
+        launch_xsa_gate(y, v, z, slope, top, out=out)
+        ctx.save_for_backward(y, v, z)
+        ctx.constants = (slope, top)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        grads = empty_like(*ctx.saved_tensors)
-        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, d_out.contiguous(), *grads)
-        return *grads, None, None
+        dy, dv, dz = empty_like(*ctx.saved_tensors)
+        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, out=dy, d_out=d_out.contiguous(), dv=dv, dz=dz)
+        return dy, dv, dz, None, None
 
 
 def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
-    """y (T, H, D), v (T, KV, D), z (T, H) -> top sigmoid(slope z) (y - (y . v) / (v . v) v) in y's dtype, v that of the head's group (#265, #1787)."""
-    return (XSAGate.apply if use_kernels(y.dtype, y.device, y.size(2)) else xsa_gate_reference)(y, v, z, slope, top)
+    """y (T, H, D), v (T, KV, D), z (T, H) -> top sigmoid(slope z) (y - (y . v) / (v . v) v) (T, H, D) in y's dtype,
+    where v is that of the head's group (#265, #1787)."""
+    function = XSAGate.apply if use_kernels(y.dtype, y.device, y.size(2)) else xsa_gate_reference
+    return function(y, v, z, slope, top)
 
 
 # --- Embeddings, smeared and normed ---
+# With e_t the embedding of token t, c(e) its first channels, g the gate's weights and s the strength:
+#     open_t = sigmoid(g . c(e_t)), 0 at the first position of a document
+#     x_t = e_t + s open_t e_(t-1)                 out_t = n_t = r x_t   with   r = 1 / sqrt(mean(x_t^2) + eps)
+# Backward, from dx_t = r (dn_t - x_t r^2 (x_t . dn_t) / D):
+#     d e_t += dx_t                                d e_(t-1) += s open_t dx_t
+#     d s += open_t (e_(t-1) . dx_t)               dz_t = s (e_(t-1) . dx_t) open_t (1 - open_t)
+#     d c(e_t) += dz_t g                           d g += dz_t c(e_t)
+
+
 def embed_reference(
     tokens: Tensor,
     previous: Tensor,
@@ -1681,53 +1871,52 @@ def embed_reference(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """embed() in plain PyTorch."""
+    """`embed` in plain PyTorch."""
     x = F.embedding(tokens, table).to(dtype)
     if gate is not None:
-        z = F.linear(x[:, : len(gate)], gate[None].to(dtype)).float()
+        first = x[:, : len(gate)]
+        z = F.linear(first, gate[None].to(dtype)).float()
         smear = strength * torch.sigmoid(z) * (positions > 0)[:, None]
         x = (x + smear * F.embedding(previous, table).to(dtype)).to(dtype)
     return F.rms_norm(x, x.shape[1:], eps=eps)
 
 
 @triton.jit
-def smeared(
-    row,
-    tokens_ptr,
-    previous_ptr,
-    positions_ptr,
-    table_ptr,
-    gate_ptr,
-    strength_ptr,
-    T,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    GATE: tl.constexpr,
-):
-    """Of some rows: token and the one before it; its first GATE channels (of the gate's C); how far the gate is open, 0 at a start; the embedding before, the smeared one."""
-    ok, i, col = row < T, tl.arange(0, GATE)[None, :], tl.arange(0, D)[None, :]
-    token, before = tl.load(tokens_ptr + row, mask=ok, other=0), tl.load(previous_ptr + row, mask=ok, other=0)
-    x = tl.load(table_ptr + token[:, None] * D + col).to(tl.bfloat16).to(tl.float32)
-    first = tl.load(table_ptr + token[:, None] * D + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32)
-    p, opened = x, tl.zeros(row.shape, tl.float32)
+def bf16(x):
+    """fp32 numbers rounded to bf16, the dtype in which the reference holds them."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def smeared(row, inputs, T, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
+    """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens, those before, c(e) (ROWS, GATE), of which C
+    channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
+    inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,), strength (); the last two or None."""
+    tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr = inputs
+    ok = row < T
+    channel = columns(GATE)
+    col = columns(D)
+    token = tl.load(tokens_ptr + row, mask=ok, other=0)
+    before = tl.load(previous_ptr + row, mask=ok, other=0)
+    token_row = table_ptr + token[:, None] * D
+    x = bf16(tl.load(token_row + col))
+    first = bf16(load_fp32(token_row + channel, channel < C))
+    e_before = x
+    opened = tl.zeros(row.shape, tl.float32)
     if gate_ptr is not None:
-        p = tl.load(table_ptr + before[:, None] * D + col).to(tl.bfloat16).to(tl.float32)
-        z = tl.sum(first * tl.load(gate_ptr + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32), 1)
-        seen = (tl.load(positions_ptr + row, mask=ok, other=0) > 0).to(tl.float32)
-        opened = tl.sigmoid(z) * seen
-        x += (tl.load(strength_ptr) * opened)[:, None] * p
-    return token, before, first, opened, p, x.to(tl.bfloat16).to(tl.float32)
+        e_before = bf16(tl.load(table_ptr + before[:, None] * D + col))
+        gate = bf16(load_fp32(gate_ptr + channel, channel < C))
+        position = tl.load(positions_ptr + row, mask=ok, other=0)
+        has_before = (position > 0).to(tl.float32)
+        opened = tl.sigmoid(tl.sum(first * gate, 1)) * has_before
+        x += (tl.load(strength_ptr) * opened)[:, None] * e_before
+    return bf16(x), (token, before, first, opened, e_before)
 
 
 @triton.jit(do_not_specialize=["T"])
 def embed_kernel(
-    tokens_ptr,
-    previous_ptr,
-    positions_ptr,
-    table_ptr,
-    gate_ptr,
-    strength_ptr,
-    out_ptr,
+    inputs,  # of smeared()
+    out_ptr,  # (T, D), written
     T,
     eps,
     C: tl.constexpr,
@@ -1735,29 +1924,21 @@ def embed_kernel(
     GATE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ROWS smeared embeddings, normed."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    _, _, _, _, _, x = smeared(
-        row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C, D, GATE
-    )
-    n = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    tl.store(
-        out_ptr + row[:, None] * D + tl.arange(0, D)[None, :], n.to(out_ptr.dtype.element_ty), mask=(row < T)[:, None]
-    )
+    """ROWS smeared and normed embeddings per program."""
+    row = rows_from(tl.program_id(0) * ROWS, ROWS)
+    x, _ = smeared(row, inputs, T, C, D, GATE)
+    n = x * inverse_rms(x, D, eps)[:, None]
+    out_ptr += row[:, None] * D + columns(D)
+    tl.store(out_ptr, n, mask=(row < T)[:, None])
 
 
 @triton.jit(do_not_specialize=["T"])
 def embed_gradient_kernel(
-    dn_ptr,
-    tokens_ptr,
-    previous_ptr,
-    positions_ptr,
-    table_ptr,
-    gate_ptr,
-    strength_ptr,
-    d_table_ptr,
-    d_gate_ptr,
-    d_strength_ptr,
+    dn_ptr,  # (T, D)
+    inputs,  # of smeared()
+    d_table_ptr,  # (V, D) fp32, added to
+    d_gate_ptr,  # (C,) fp32, added to; None without gate
+    d_strength_ptr,  # () fp32, added to; None without gate
     T,
     eps,
     C: tl.constexpr,
@@ -1765,59 +1946,65 @@ def embed_gradient_kernel(
     GATE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Adds to the gradients of the table, the gate and the strength."""
-    i, col = tl.arange(0, GATE)[None, :], tl.arange(0, D)[None, :]
-    d_gate, d_strength = tl.zeros((ROWS, GATE), tl.float32), tl.zeros((ROWS,), tl.float32)
+    """Every program takes ROWS tokens at a time and sums the gradients of gate and strength in registers."""
+    _, _, _, table_ptr, gate_ptr, strength_ptr = inputs
+    channel = columns(GATE)
+    col = columns(D)
+    d_gate = tl.zeros((ROWS, GATE), tl.float32)
+    d_strength = tl.zeros((ROWS,), tl.float32)
     for begin in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        row = (begin + tl.arange(0, ROWS)).to(tl.int64)
+        row = rows_from(begin, ROWS)
         ok = (row < T)[:, None]
-        token, before, first, opened, p, x = smeared(
-            row, tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr, T, C, D, GATE
-        )
-        dn = tl.load(dn_ptr + row[:, None] * D + col, mask=ok, other=0.0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        dx = rstd * (dn - x * (rstd * rstd * tl.sum(x * dn, 1)[:, None] / D))
-        tl.atomic_add(d_table_ptr + token[:, None] * D + col, dx, mask=ok, sem="relaxed")
+        x, parts = smeared(row, inputs, T, C, D, GATE)
+        token, before, first, opened, e_before = parts
+        dn = load_fp32(dn_ptr + row[:, None] * D + col, ok)
+        rstd = inverse_rms(x, D, eps)[:, None]
+        along = rstd * rstd * tl.sum(x * dn, 1)[:, None] / D
+        dx = rstd * (dn - x * along)
+        token_row = d_table_ptr + token[:, None] * D
+        tl.atomic_add(token_row + col, dx, mask=ok, sem="relaxed")
         if gate_ptr is not None:
-            strength, along = tl.load(strength_ptr), tl.sum(p * dx, 1)
-            tl.atomic_add(
-                d_table_ptr + before[:, None] * D + col,
-                (strength * opened)[:, None] * dx,
-                mask=ok & (opened > 0)[:, None],
-                sem="relaxed",
-            )
-            dz = strength * along * opened * (1.0 - opened)
-            gate = tl.load(gate_ptr + i, mask=i < C, other=0.0).to(tl.bfloat16).to(tl.float32)
-            tl.atomic_add(d_table_ptr + token[:, None] * D + i, dz[:, None] * gate, mask=ok & (i < C), sem="relaxed")
+            strength = tl.load(strength_ptr)
+            dot = tl.sum(e_before * dx, 1)
+            before_row = d_table_ptr + before[:, None] * D
+            d_before = (strength * opened)[:, None] * dx
+            tl.atomic_add(before_row + col, d_before, mask=ok & (opened > 0)[:, None], sem="relaxed")
+            dz = strength * dot * opened * (1.0 - opened)
+            gate = bf16(load_fp32(gate_ptr + channel, channel < C))
+            d_first = dz[:, None] * gate
+            tl.atomic_add(token_row + channel, d_first, mask=ok & (channel < C), sem="relaxed")
             d_gate += dz[:, None] * first
-            d_strength += along * opened
+            d_strength += dot * opened
     if gate_ptr is not None:
-        tl.atomic_add(d_gate_ptr + tl.arange(0, GATE), tl.sum(d_gate, 0), mask=tl.arange(0, GATE) < C, sem="relaxed")
+        channel = tl.arange(0, GATE)
+        tl.atomic_add(d_gate_ptr + channel, tl.sum(d_gate, 0), mask=channel < C, sem="relaxed")
         tl.atomic_add(d_strength_ptr, tl.sum(d_strength, 0), sem="relaxed")
 
 
 class Embed(torch.autograd.Function):
-    """embed() through the kernels."""
+    """`embed` through the kernels."""
 
     @staticmethod
     def forward(ctx, tokens, previous, positions, table, gate, strength, eps):
-        T, d = len(tokens), table.size(1)
-        ctx.width = (0, d, 16) if gate is None else (len(gate), d, triton.next_power_of_2(len(gate)))
-        out = torch.empty(T, d, dtype=torch.bfloat16, device=table.device)
-        embed_kernel[(triton.cdiv(T, STREAM_ROWS),)](
-            tokens, previous, positions, table, gate, strength, out, T, eps, *ctx.width, STREAM_ROWS
-        )
-        ctx.save_for_backward(tokens, previous, positions, table, gate, strength)
+        T = len(tokens)
+        d = table.size(1)
+        channels = 0 if gate is None else len(gate)
+        block = 16 if gate is None else triton.next_power_of_2(channels)
+        ctx.sizes = dict(C=channels, D=d, GATE=block, ROWS=STREAM_ROWS)
         ctx.eps = eps
+        inputs = (tokens, previous, positions, table, gate, strength)
+        out = torch.empty(T, d, dtype=torch.bfloat16, device=table.device)
+        grid = (triton.cdiv(T, STREAM_ROWS),)
+        embed_kernel[grid](inputs, out, T, eps, **ctx.sizes)
+        ctx.save_for_backward(*inputs)
         return out
 
     @staticmethod
     def backward(ctx, dn):
-        grads = [None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors[3:]]
-        programs = 3 * processors(dn.device)  # more contend for the table
-        embed_gradient_kernel[(programs,)](
-            dn.contiguous(), *ctx.saved_tensors, *grads, len(dn), ctx.eps, *ctx.width, STREAM_ROWS
-        )
+        inputs = tuple(ctx.saved_tensors)
+        grads = [None if t is None else torch.zeros_like(t) for t in inputs[3:]]
+        grid = (3 * processors(dn.device),)  # with more they contend for the rows of the table
+        embed_gradient_kernel[grid](dn.contiguous(), inputs, *grads, len(dn), ctx.eps, **ctx.sizes)
         return None, None, None, *grads, None
 
 
@@ -1831,8 +2018,9 @@ def embed(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """tokens, previous (T,) int64, positions (T,) int32, table (V, d), gate (c,) and strength () fp32 -> RMSNorm of e_t + strength sigmoid(gate . e_t) e_{t-1}
-    (T, d) in ``dtype``, without the second term at position 0 (SmearGate, #1667)."""
+    """tokens, previous (T,) int64, positions (T,) int32, table (V, d), gate (c,) and strength () fp32
+    -> RMSNorm of e_t + strength sigmoid(gate . e_t) e_{t-1} (T, d) in `dtype`, without the second term at position 0
+    and without gate (SmearGate, #1667)."""
     if use_kernels(dtype, table.device, table.size(1)):
         return Embed.apply(tokens, previous, positions, table, gate, strength, eps)
     return embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype)
@@ -2095,21 +2283,26 @@ def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: flo
 
 # --- A product and the attention gate's, from one input ---
 class GatedLinear(torch.autograd.Function):
-    """gated_linear(): a Function, so that the gradient of the leading channels is added in place and not as a padded (T, d)."""
+    """`gated_linear`. Autograd's own gradient of the leading channels is padded to (T, d) before it is added to dx;
+    this one is added in place."""
 
     @staticmethod
     def forward(ctx, x, w, gate):
         ctx.save_for_backward(x, w, gate)
-        return F.linear(x, w), F.linear(x[:, : gate.size(1)], gate)
+        leading = x[:, : gate.size(1)]
+        return F.linear(x, w), F.linear(leading, gate)
 
     @staticmethod
     def backward(ctx, dy, dz):
         x, w, gate = ctx.saved_tensors
         need_x, need_w, need_gate = ctx.needs_input_grad
+        channels = gate.size(1)
         dx = dy @ w if need_x else None
         if need_x:
-            dx[:, : gate.size(1)].addmm_(dz, gate)
-        return dx, dy.T @ x if need_w else None, dz.T @ x[:, : gate.size(1)] if need_gate else None
+            dx[:, :channels].addmm_(dz, gate)
+        dw = dy.T @ x if need_w else None
+        d_gate = dz.T @ x[:, :channels] if need_gate else None
+        return dx, dw, d_gate
 
 
 def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -2117,105 +2310,122 @@ def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return GatedLinear.apply(x, w, gate)
 
 
-# ======== Attention backends: one function, found in the order FlashAttention 3, FlashAttention 4, torch's FlashAttention 2, masked reference ================
+# ======== Attention backends: one function, in the order FlashAttention 3, FlashAttention 4, torch's own, reference ===
+# Causal attention inside packed sequences, scores scaled by D^-0.5. Every backend has the same two functions:
+#     forward(q, k, v, *where) -> out, lse                       q, out (Tq, H, D); k, v (Tk, KV, D); H = G KV
+#     backward(dout, q, k, v, out, lse, *where) -> dq, dk, dv    (some return more)
+#     where = cu_q, cu_k, max_q, max_k, window
+# cu_q and cu_k (sequences + 1,) int32 hold where each sequence begins and the last one ends, max_q and max_k the
+# largest lengths. `window` is how many tokens a query reaches back, -1: all. A sequence's queries are its last tokens.
 
 
-def segment_groups(cu_q: Tensor, cu_k: Tensor, window: int):
-    """Runs of consecutive segments of equal lengths: (slices of queries and keys, segments, causal mask (n, m) aligned at its end, ``window`` keys back, -1: all)."""
-    end_q = end_k = 0
+def sequence_groups(cu_q: Tensor, cu_k: Tensor, window: int) -> Iterator[tuple[slice, slice, int, Tensor]]:
+    """Yield runs of consecutive sequences of equal lengths, n queries and m keys each, as (their queries, their keys,
+    how many sequences, mask): which keys a query sees, (n, m) bool."""
     lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
-    for (n, m), run in itertools.groupby(pair for pair in lengths if pair != (0, 0)):
-        segments = sum(1 for _ in run)
-        at_q, at_k, end_q, end_k = end_q, end_k, end_q + segments * n, end_k + segments * m
-        if n:
-            mask = torch.ones(n, m, dtype=torch.bool, device=cu_q.device).tril(m - n)
-            yield slice(at_q, end_q), slice(at_k, end_k), segments, mask if window < 0 else mask.triu(m - n - window)
+    nonempty = (pair for pair in lengths if pair != (0, 0))
+    queries = keys = slice(0, 0)
+    for (n, m), run in itertools.groupby(nonempty):
+        count = sum(1 for _ in run)
+        queries = slice(queries.stop, queries.stop + count * n)
+        keys = slice(keys.stop, keys.stop + count * m)
+        if n == 0:  # keys that nobody asks for
+            continue
+        mask = torch.ones(n, m, dtype=torch.bool, device=cu_q.device)
+        mask = mask.tril(m - n)  # query i sees the keys up to m - n + i
+        if window >= 0:
+            mask = mask.triu(m - n - window)
+        yield queries, keys, count, mask
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """q (B, KV, G, n, D), k (B, KV, 1, m, D) -> (B, KV, G, n, m), softmax over the keys that the mask allows."""
-    return (q @ k.mT * q.size(-1) ** -0.5).masked_fill_(~mask, -torch.inf).softmax(-1)
+    scores = q @ k.mT * q.size(-1) ** -0.5
+    return scores.masked_fill_(~mask, -torch.inf).softmax(-1)
 
 
-def heads_first(t: Tensor, segments: int, kv_heads: int) -> Tensor:
-    """(segments n, H, D) -> (segments, KV, H / KV, n, D)."""
-    return t.unflatten(0, (segments, -1)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+def heads_first(t: Tensor, count: int, kv_heads: int) -> Tensor:
+    """(count n, H, D) -> (count, KV, H / KV, n, D)."""
+    grouped = t.unflatten(0, (count, -1)).unflatten(2, (kv_heads, -1))  # (count, n, KV, H / KV, D)
+    return grouped.permute(0, 2, 3, 1, 4)
 
 
 def tokens_first(t: Tensor) -> Tensor:
-    """(segments, KV, H / KV, n, D) -> (segments n, H, D)."""
+    """(count, KV, H / KV, n, D) -> (count n, H, D)."""
     return t.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
 def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1) -> tuple[Tensor, Tensor]:
-    """Causal attention of packed segments in plain torch. The log-sum-exp is empty, since the backward pass recomputes."""
-    out, kv = torch.empty_like(q), k.size(1)
-    for at_q, at_k, segments, mask in segment_groups(cu_q, cu_k, window):
-        qs, ks, vs = (
-            heads_first(q[at_q], segments, kv),
-            heads_first(k[at_k], segments, kv),
-            heads_first(v[at_k], segments, kv),
-        )
-        out[at_q] = tokens_first(attention_weights(qs, ks, mask) @ vs)
+    """Attention in plain PyTorch. The log-sum-exp is empty, since the backward pass recomputes."""
+    out = torch.empty_like(q)
+    kv_heads = k.size(1)
+    for queries, keys, count, mask in sequence_groups(cu_q, cu_k, window):
+        qs = heads_first(q[queries], count, kv_heads)
+        ks = heads_first(k[keys], count, kv_heads)
+        vs = heads_first(v[keys], count, kv_heads)
+        out[queries] = tokens_first(attention_weights(qs, ks, mask) @ vs)
     return out, q.new_empty(0, dtype=torch.float32)
 
 
-def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1):
-    """Gradients of reference_forward by q, k, v, written out."""
-    dq, dk, dv, kv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), k.size(1)
-    for at_q, at_k, segments, mask in segment_groups(cu_q, cu_k, window):
-        qs, ds = heads_first(q[at_q], segments, kv), heads_first(dout[at_q], segments, kv)
-        ks, vs = heads_first(k[at_k], segments, kv), heads_first(v[at_k], segments, kv)
+def reference_backward(
+    dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `reference_forward`, from P = softmax(S), S = q k' / sqrt(D), where ' is the transpose:
+
+    dv = P' dout    dP = dout v'    dS = P (dP - rowsum(dP P)) / sqrt(D)    dq = dS k    dk = dS' q
+    Those of k and v sum over the G heads that share them."""
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    kv_heads = k.size(1)
+    for queries, keys, count, mask in sequence_groups(cu_q, cu_k, window):
+        qs = heads_first(q[queries], count, kv_heads)
+        ks = heads_first(k[keys], count, kv_heads)
+        vs = heads_first(v[keys], count, kv_heads)
+        ds = heads_first(dout[queries], count, kv_heads)
         p = attention_weights(qs, ks, mask)
         dp = ds @ vs.mT
-        dscore = p * (dp - (dp * p).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
-        dq[at_q] = tokens_first(dscore @ ks)
-        dk[at_k] = tokens_first((dscore.mT @ qs).sum(2, keepdim=True))
-        dv[at_k] = tokens_first((p.mT @ ds).sum(2, keepdim=True))
+        centred = dp - (dp * p).sum(-1, keepdim=True)
+        dscore = p * centred * q.size(-1) ** -0.5
+        dq[queries] = tokens_first(dscore @ ks)
+        dk[keys] = tokens_first((dscore.mT @ qs).sum(2, keepdim=True))
+        dv[keys] = tokens_first((p.mT @ ds).sum(2, keepdim=True))
     return dq, dk, dv
 
 
-def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
+# The operators of FlashAttention 3 take up to 34 positional arguments: one group of them a line.
+# fmt: off
+def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, Tensor]:
     """FlashAttention 3: out (Tq, H, D) and log-sum-exp (H, Tq) fp32."""
-    nothing = [None] * 4
     out, lse, *_ = torch.ops.flash_attn_3.fwd(
-        q,
-        k,
-        v,
-        *nothing,
-        cu_q,
-        cu_k,
-        None,
-        None,
-        None,
-        max_q,
-        max_k,
-        *nothing,
-        None,
-        None,
-        None,
-        None,
-        None,
-        q.size(-1) ** -0.5,
-        True,
-        window,
-        0,
-        num_splits=1,
-    )  # its own choice splits, and a combining kernel eats the gain
+        q, k, v,
+        None, None, None, None,  # k_new, v_new, qv, out: nothing is appended to k and v, out is allocated
+        cu_q, cu_k, None,  # cu_seqlens of q, k, k_new
+        None, None,  # seqused of q, k: every sequence is used to its end
+        max_q, max_k,
+        None, None, None,  # page_table, kv_batch_idx, leftpad_k: keys are not paged
+        None, None, None,  # rotary_cos, rotary_sin, seqlens_rotary: q and k are rotated
+        None, None, None,  # descale of q, k, v: for fp8
+        q.size(-1) ** -0.5, True, window, 0,  # softmax_scale, causal, window to the left, to the right
+        num_splits=1,  # its own choice splits, and a combining kernel eats the gain
+    )
     return out, lse
 
 
-def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
+def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, ...]:
     """FlashAttention 3: gradients of q, k, v."""
     grads = empty_like(q, k, v)
     torch.ops.flash_attn_3.bwd(
-        dout, q, k, v, out, lse, *grads, cu_q, cu_k, None, None, max_q, max_k, q.size(-1) ** -0.5, True, window, 0
+        dout, q, k, v, out, lse,
+        *grads,  # written in place; builds differ in what the operator returns
+        cu_q, cu_k, None, None,  # cu_seqlens of q, k; seqused of q, k
+        max_q, max_k,
+        q.size(-1) ** -0.5, True, window, 0,  # softmax_scale, causal, window to the left, to the right
     )
-    return grads  # written in place; builds differ in what the operator returns
+    return grads
+# fmt: on
 
 
-def fa4_arguments(cu_q, cu_k, max_q, max_k, window) -> dict:
-    """What both directions of FlashAttention 4 take; it has no -1 for a window that reaches back to the start."""
+def fa4_where(cu_q, cu_k, max_q, max_k, window) -> dict:
+    """The arguments that both directions of FlashAttention 4 share. It has None, not -1, for a window without bound."""
     return dict(
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
@@ -2226,57 +2436,64 @@ def fa4_arguments(cu_q, cu_k, max_q, max_k, window) -> dict:
     )
 
 
-def fa4_forward(q, k, v, *where):
+def fa4_forward(q, k, v, *where) -> tuple[Tensor, Tensor]:
     """FlashAttention 4 (CuTe DSL, compiled at first use): out and log-sum-exp (H, Tq)."""
-    return sys.modules[ATTENTION_MODULES["fa4"]]._flash_attn_fwd(q, k, v, return_lse=True, **fa4_arguments(*where))[:2]
+    module = sys.modules[ATTENTION_MODULES["fa4"]]
+    return module._flash_attn_fwd(q, k, v, return_lse=True, **fa4_where(*where))[:2]
 
 
-def fa4_backward(dout, q, k, v, out, lse, *where):
+def fa4_backward(dout, q, k, v, out, lse, *where) -> tuple[Tensor, ...]:
     """FlashAttention 4: gradients of q, k, v."""
-    return sys.modules[ATTENTION_MODULES["fa4"]]._flash_attn_bwd(q, k, v, out, dout, lse, **fa4_arguments(*where))
+    module = sys.modules[ATTENTION_MODULES["fa4"]]
+    return module._flash_attn_bwd(q, k, v, out, dout, lse, **fa4_where(*where))
 
 
-def torch_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
-    """torch's own FlashAttention 2: out and log-sum-exp."""
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, window_size_left=window, window_size_right=0
-    )
-    return out, lse
-
-
-def torch_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
-    """torch's own FlashAttention 2: gradients of q, k, v."""
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout state, unused at rate 0
-    return torch.ops.aten._flash_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
-        0.0,
-        True,
-        seed,
-        seed[0],
+def torch_where(cu_q, cu_k, max_q, max_k, window) -> dict:
+    """The arguments that both directions of torch's FlashAttention 2 share."""
+    return dict(
+        cum_seq_q=cu_q,
+        cum_seq_k=cu_k,
+        max_q=max_q,
+        max_k=max_k,
+        dropout_p=0.0,
+        is_causal=True,
         window_size_left=window,
         window_size_right=0,
     )
 
 
-BACKENDS = {
-    "fa3": (fa3_forward, fa3_backward),
-    "fa4": (fa4_forward, fa4_backward),
-    "torch": (torch_forward, torch_backward),
-    "reference": (reference_forward, reference_backward),
+def torch_forward(q, k, v, *where) -> tuple[Tensor, Tensor]:
+    """torch's own FlashAttention 2: out and log-sum-exp."""
+    attention = torch.ops.aten._flash_attention_forward
+    out, lse, *_ = attention(q, k, v, return_debug_mask=False, **torch_where(*where))
+    return out, lse
+
+
+def torch_backward(dout, q, k, v, out, lse, *where) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's own FlashAttention 2: gradients of q, k, v."""
+    attention_gradient = torch.ops.aten._flash_attention_backward
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout, not used at rate 0
+    dropout = dict(rng_state=seed, unused=seed[0])
+    return attention_gradient(dout, q, k, v, out, lse, **dropout, **torch_where(*where))
+
+
+class Backend(NamedTuple):
+    """The two directions of an attention."""
+
+    forward: Callable
+    backward: Callable
+
+
+BACKENDS = {  # in the order of preference
+    "fa3": Backend(fa3_forward, fa3_backward),
+    "fa4": Backend(fa4_forward, fa4_backward),
+    "torch": Backend(torch_forward, torch_backward),
+    "reference": Backend(reference_forward, reference_backward),
 }
-ATTENTION_MODULES = {
+ATTENTION_MODULES = {  # that of fa3 registers torch.ops.flash_attn_3
     "fa3": "flash_attn_interface",
     "fa4": "flash_attn.cute.interface",
-}  # the first registers torch.ops.flash_attn_3
+}
 
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
@@ -2292,51 +2509,62 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
                 importlib.import_module(ATTENTION_MODULES[name])
             check_backend(name, cfg, device)
             return name
-        except Exception as e:  # any fault of a third-party library only means: try the next
-            reasons.append(f"{name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
+        except Exception as e:  # whatever fails in a third party's library, the next backend is tried
+            lines = str(e).splitlines() or [type(e).__name__]
+            reasons.append(f"{name}: {lines[0]}")
     raise UserError(f"ATTENTION={cfg.attention}: no backend works here ({'; '.join(reasons)})")
 
 
-def check_backend(name: str, cfg: Config, device: torch.device):
-    """Forward and backward on two documents against the reference, whole and behind cached keys, with a window and without, relative error below 2 % (bf16)."""
-    generator, head_dim = torch.Generator(device).manual_seed(0), cfg.model_dim // cfg.num_heads
+def check_backend(name: str, cfg: Config, device: torch.device) -> None:
+    """Compare both directions with the reference on two documents, without a window and with one; both
+    without cached keys and with them: fewer queries than keys. Raise RuntimeError if they differ by 2 % (bf16)."""
+    backend = BACKENDS[name]
+    head_dim = cfg.model_dim // cfg.num_heads
+    generator = torch.Generator(device).manual_seed(0)
     q, k, v, dout = (
         torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
         for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads)
     )
-    forward, backward = BACKENDS[name]
-    cu_k, cached = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ([0, 100, 384], [0, 30, 130]))
-    for window, (cu_q, n) in itertools.product((-1, 64), ((cu_k, 384), (cached, 130))):
-        inputs, where = (q[:n], k, v, dout[:n]), (cu_q, cu_k, 384, 384, window)
-        out, lse = forward(*inputs[:3], *where)
-        found = (out, *backward(inputs[3], *inputs[:3], out, lse, *where)[:3])
-        *exact, d_exact = (t.float() for t in inputs)
-        wanted = (reference_forward(*exact, *where)[0], *reference_backward(d_exact, *exact, None, None, *where))
-        for have, want in zip(found, wanted):
+    cu_k = torch.tensor([0, 100, 384], dtype=torch.int32, device=device)
+    cu_cached = torch.tensor([0, 30, 130], dtype=torch.int32, device=device)
+    for window, (cu_q, n) in itertools.product((-1, 64), ((cu_k, 384), (cu_cached, 130))):
+        inputs = (q[:n], k, v)
+        where = (cu_q, cu_k, 384, 384, window)
+        out, lse = backend.forward(*inputs, *where)
+        grads = backend.backward(dout[:n], *inputs, out, lse, *where)
+        exact = [t.float() for t in inputs]
+        wanted_out, _ = reference_forward(*exact, *where)
+        wanted_grads = reference_backward(dout[:n].float(), *exact, None, None, *where)
+        for have, want in zip((out, *grads[:3]), (wanted_out, *wanted_grads)):
             error = ((have.float() - want).norm() / want.norm()).item()
-            if not error < 0.02:
+            if not error < 0.02:  # NaN is no agreement
                 raise RuntimeError(f"differs from the reference by {error:.1%}")
 
 
 class Attention(torch.autograd.Function):
-    """The chosen backend: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
+    """The backend of that name: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, window, backend):
-        out, lse = BACKENDS[backend][0](q, k, v, cu_q, cu_k, max_q, max_k, window)
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, window, name):
+        out, lse = BACKENDS[name].forward(q, k, v, cu_q, cu_k, max_q, max_k, window)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        ctx.constants, ctx.backend = (max_q, max_k, window), backend
+        ctx.constants = (max_q, max_k, window)
+        ctx.name = name
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        return *BACKENDS[ctx.backend][1](dout.contiguous(), *ctx.saved_tensors, *ctx.constants)[:3], *[None] * 6
+        grads = BACKENDS[ctx.name].backward(dout.contiguous(), *ctx.saved_tensors, *ctx.constants)
+        return *grads[:3], *[None] * 6
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, backend: str) -> Tensor:
-    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype; window: tokens reached back, -1: all. Flash kernels get bf16 whatever arrives (B68)."""
-    inputs = [t if backend == "reference" else t.to(torch.bfloat16) for t in (q, k, v)]
-    return Attention.apply(*inputs, seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window, backend).to(q.dtype)
+def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_backend: str) -> Tensor:
+    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype; `window`: tokens that a query reaches back, -1: all."""
+    dtype = q.dtype
+    if attention_backend != "reference":  # the flash kernels take no fp32
+        q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
+    where = (seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window)
+    return Attention.apply(q, k, v, *where, attention_backend).to(dtype)
 
 
 # ======== Model: one trunk, one head =================================================================================
@@ -2439,7 +2667,7 @@ class Scores(NamedTuple):
 
 
 def calibrated_scores(
-    z: Tensor, targets: Tensor, caps: Tensor, calibration: LogitCalibration, hint: Tensor | None = None
+    z: Tensor, targets: Tensor, caps: float | Tensor, calibration: LogitCalibration, hint: Tensor | None = None
 ) -> Scores:
     """Scores of targets (T,) and hint (T,), both int64, from z (T, V), the logits before the softcap."""
     logits = calibration.scale * softcap(z, caps) + calibration.bias
@@ -2651,9 +2879,8 @@ class GPT(nn.Module):
         smear = cfg.smear_gate_enabled
         self.smear_gate = parameter(channels) if smear else None  # (channels,)
         self.smear_lambda = parameter() if smear else None  # ()
-        self.caps = nn.Buffer(torch.full((2,), cfg.logit_softcap), persistent=False)  # of positive and negative logits
-        if cfg.asym_logit_rescale:
-            self.caps = parameter(2, value=cfg.logit_softcap)
+        # One cap of all logits, or learned ones of positive and of negative logits.
+        self.caps = parameter(2, value=cfg.logit_softcap) if cfg.asym_logit_rescale else cfg.logit_softcap
 
         # constants of each layer
         pairs = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32)
