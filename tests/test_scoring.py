@@ -1,5 +1,6 @@
 """Scoring: every target once, with the context the plan promises, against a slow one-window-at-a-time scorer; and a ledger that cannot be cheated."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Ledger, Scorer, ValidationStream, Verdicts, plan_windows
+from train_gpt import Ledger, ScoringPass, ValidationStream, Verdicts, plan_windows, score_stream
 
 
 class Stream:
@@ -30,11 +31,19 @@ def ledger_of(stream) -> Ledger:
 
 def score(model, stream, cfg, stride: int) -> tuple[float, np.ndarray]:
     ledger = ledger_of(stream)
-    bpb = Scorer(model, cfg, ranks(cfg), Silent()).score(stream, ledger, stride)
+    cfg = dataclasses.replace(cfg, eval_stride=stride)
+    bpb = score_stream(ScoringPass(model, cfg, ranks(cfg), Silent(), stream, ledger))
     return bpb, ledger.nats
 
 
 # ---- the plan ----
+
+
+def test_windows_of_the_docstring():
+    """A document of 7 tokens behind one of 2, windows of 4 tokens, 2 of them new."""
+    windows = plan_windows(np.array([0, 2]), 9, 4, 2)
+    assert windows.tolist() == [[0, 0, 2], [2, 2, 6], [4, 6, 8], [6, 8, 9]]
+
 
 documents_and_windows = given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=12), seq_len=st.integers(1, 40), data=st.data()
@@ -66,7 +75,7 @@ def test_every_target_once_in_its_own_document(lengths, seq_len, data):
 def test_buffers_hold_all_windows_in_order(lengths, seq_len, data):
     capacity = data.draw(st.integers(seq_len, 3 * seq_len))
     windows = plan_windows(np.cumsum([0, *lengths[:-1]]), sum(lengths) - 1, seq_len, data.draw(st.integers(1, seq_len)))
-    buffers = train_gpt.pack_windows(windows, capacity)
+    buffers = train_gpt.group_windows(windows, capacity)
     assert np.array_equal(np.concatenate([np.empty((0, 3), int), *buffers]), windows)
     assert all(0 < (b[:, 2] - b[:, 0]).sum() <= capacity for b in buffers)
 
@@ -91,9 +100,8 @@ def one_at_a_time(model, stream, seq_len: int, stride: int) -> np.ndarray:
             n = len(tokens)
             cu = torch.tensor([0, n], dtype=torch.int32)
             hidden = model.trunk(tokens, train_gpt.Seq(cu, cu, n, n, torch.arange(n, dtype=torch.int32)), looped=True)
-            nats[position] = model.nll(
-                hidden[position - begin][None], torch.tensor([int(stream.tokens[position + 1])])
-            ).item()
+            target = torch.tensor([int(stream.tokens[position + 1])])
+            nats[position] = model.nll(hidden[position - begin][None], target).nats.item()
     return nats
 
 
