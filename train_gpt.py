@@ -423,6 +423,13 @@ NOT_SETTINGS = frozenset(
         "train_log_every",
     )
 )
+# Settings of earlier versions -> the value that is fixed now.
+RETIRED = {
+    "ttt_grad_steps": 1,
+    "ngram_mode": "tilt",
+    "ngram_weight": 0.2,  # of the mixture: without effect on the tilt
+    "ngram_calibrate": False,
+}
 OUR_PREFIXES = (
     "TRAIN_",
     "VAL_",
@@ -457,6 +464,16 @@ OUR_PREFIXES = (
     "MICRO_",
     "GATE_",
 )
+
+
+def still_set(stored: dict) -> dict:
+    """An artifact's settings without those that are retired, where it had what is fixed now or its n-grams were off."""
+
+    def without_effect(name: str) -> bool:
+        idle = name.startswith("ngram_") and not stored["ngram_enabled"]
+        return name in RETIRED and (idle or stored[name] == RETIRED[name])
+
+    return {name: value for name, value in stored.items() if not without_effect(name)}
 
 
 def check_names(env, fields):
@@ -4065,7 +4082,8 @@ class NGram:
     """Improves the scored probabilities by what earlier segments and the document so far have shown.
 
     An order clears when its context was seen NGRAM_MIN_COUNT times and its commonest continuation has a share of
-    NGRAM_THRESHOLD. The longest order that clears hints at that token h, whose log-odds rise by b = NGRAM_BOOST (#1145):
+    NGRAM_THRESHOLD. The longest order that clears hints at that token h, whose log-odds rise by b = NGRAM_BOOST
+    (#1145):
 
         p'(x) = p(x) e^(b [x = h]) / (1 + p(h) (e^b - 1))
 
@@ -4384,7 +4402,7 @@ class AdapterState:
 
     def __init__(self, model: GPT, cfg: Config):
         self.cfg = cfg
-        # One memory for all batches: documents are put into it, never it around documents (CUDA graphs hold addresses).
+        # All batches use the same memory, because CUDA graphs hold its addresses.
         masked = frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(","))
         self.lora = new_lora(
             model,
@@ -5314,10 +5332,10 @@ def configure(env) -> Config:
     cfg, stored, path = Config.from_env(env, check=False), {}, None
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
-        stored = read_artifact(path)[0]["meta"]["settings"]
+        stored = still_set(read_artifact(path)[0]["meta"]["settings"])
     elif cfg.quantize_only:
         path = artifact_folder(cfg) / "trained.npz"
-        stored = read_trained(path)[1]["settings"]
+        stored = still_set(read_trained(path)[1]["settings"])
     others = sorted(set(stored) ^ set(cfg.settings())) if path else []
     require(
         not others,

@@ -1,5 +1,6 @@
 """Test-time training: the score of a token depends on earlier segments and its own prefix, whatever the batch, the ranks and the later tokens; and it learns what it says."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -26,6 +27,8 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from train_gpt import (
@@ -923,6 +926,84 @@ def test_the_shapes_of_a_gpu_give_the_same_scores(monkeypatch, mode, phases):
 
     monkeypatch.setattr(train_gpt, "plan_lockstep", rounded)
     assert largest(plain, adapt(documents, cfg)) < 1e-5 and all(shape.rows == 8 for shape in seen)
+
+
+# ---- CUDA graphs, on a CPU ----
+
+
+class Recorded:
+    """torch.cuda.CUDAGraph on a CPU: replay() runs the recorded operations again, into the memory of their first results."""
+
+    def __init__(self):
+        self.operations = []
+
+    def replay(self):
+        with torch.no_grad():
+            for function, arguments, keywords, results in self.operations:
+                again = function(*arguments, **keywords)
+                for old, new in zip(tree_leaves(results), tree_leaves(again)):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    """torch.cuda.graph on a CPU."""
+
+    def __init__(self, graph: Recorded, pool):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        results = function(*arguments, **(keywords or {}))
+        self.graph.operations.append((function, arguments, keywords or {}, results))
+        return results
+
+
+def masked_attend(q, k, v, seq, window, backend):
+    """Attention by one mask over all sequences, with no look at the values of cu_q and cu_k: what a graph can hold."""
+    queries, keys = (torch.arange(len(t)) for t in (q, k))
+    of_query = torch.searchsorted(seq.cu_q, queries.int(), right=True)
+    of_key = torch.searchsorted(seq.cu_k, keys.int(), right=True)
+    back = (seq.cu_q[of_query] - queries)[:, None] - (seq.cu_k[of_key] - keys)[None]  # both counted from the end
+    seen = (of_query[:, None] == of_key) & (back <= 0) & ((-back <= window) if window >= 0 else torch.tensor(True))
+    group = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.size(2))
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("mode, ngrams", (("cached", True), ("partial", False)))
+def test_replayed_graphs_give_the_same_scores(monkeypatch, mode, ngrams):
+    """Every batch through graphs that were captured on random tokens: all that a step reads lies in static memory."""
+    for name, stand_in in (
+        ("graph_pool_handle", lambda: None),
+        ("Stream", lambda: None),
+        ("stream", lambda stream: contextlib.nullcontext()),
+        ("synchronize", lambda: None),
+        ("CUDAGraph", Recorded),
+        ("graph", Recording),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(train_gpt, "attend", masked_attend)
+    documents = random_documents([9, 40, 1, 30, 2])
+    cfg = ttt_config(PHASES, ttt_batch_size=8, ttt_chunks="4,16", ngram_enabled=ngrams, **MODES[mode])
+    cfg = dataclasses.replace(cfg, phased_ttt_num_phases=1, phased_ttt_prefix_docs=3)
+    plain = adapt(documents, cfg)
+    scoring = passing(cfg, Stream(documents))
+    adaptation = TestTimeTraining(scoring)
+    adapted = adaptation.strategy.documents
+    adapted.prepare([batch for batches in adaptation.strategy.batches.values() for batch in batches])
+    lockstep = train_gpt.plan_lockstep
+    monkeypatch.setattr(train_gpt, "plan_lockstep", lambda lengths, cfg, exact: lockstep(lengths, cfg, False))
+    called = []
+    monkeypatch.setattr(
+        GlobalSGD, "learn", lambda self, *rest, learn=GlobalSGD.learn: called.append(learn(self, *rest))
+    )
+    adaptation.score()
+    assert len(adapted.graphs.steps) >= 3 and len(called) == 1
+    assert largest(plain, scoring.ledger.nats) < 1e-5
+    with pytest.raises(RuntimeError, match="no graph was captured"):
+        adapted.graphs.score(train_gpt.Shape(8, 0, 0, 5), adapted.score)
 
 
 def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
