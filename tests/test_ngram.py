@@ -1,4 +1,5 @@
-"""N-grams: exact counts of earlier segments and the document's own prefix, as a plain dictionary would find them, and probabilities that still sum to one."""
+"""N-grams: exact counts of earlier segments and the document's own prefix, as a plain dictionary would find them, and
+probabilities that still sum to one."""
 
 import dataclasses
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import NGram, Runs, ScoringPass, TestTimeTraining, continuations, plan_segments, score_stream
+from train_gpt import Runs, ScoringPass, TestTimeTraining, continuations, plan_segments, score_stream
 
 TestTimeTraining.__test__ = False
 VOCAB = 12
@@ -102,7 +103,8 @@ class Context:
 
 
 def slow(documents, sizes, orders: int) -> dict:
-    """counted(), one token after the other: what a document sees is a copy of the earlier segments' dictionary that it alone extends."""
+    """counted(), one token after the other: what a document sees is a copy of the earlier segments' dictionary that it
+    alone extends."""
     stream, table, frozen = Stream(documents), {}, {}
     borders = np.cumsum([0, *sizes])
     for first, last in zip(borders, borders[1:]):
@@ -143,7 +145,8 @@ def test_counts_equal_a_dictionary(data):
 
 
 def test_long_repeats_reach_the_longest_order():
-    """Two documents of a segment each, the second a copy of the first: from its second token on, every order knows the next one."""
+    """Two documents of a segment each, the second a copy of the first: from its second token on, every order knows the
+    next one."""
     text = np.concatenate([[BOS], np.random.default_rng(0).permutation(np.arange(2, 40))])
     found, last = counted([text, text], [1, 1], 16, 40), len(text) - 1
     for order in range(2, 17):
@@ -158,7 +161,8 @@ WORKED = [np.array([BOS, 5, 6, 5, 7]), np.array([BOS, 5, 6])]  # the eight token
 
 
 def test_the_worked_example():
-    """Its sorted list, what Runs counts there, and the hints; in one segment the second document sees nothing of the first."""
+    """Its sorted list, what Runs counts there, and the hints; in one segment the second document sees nothing of the
+    first."""
     as_tensor = lambda *values: torch.tensor(values, dtype=torch.int32)
     tokens, document, context = as_tensor(1, 5, 6, 5, 7, 1, 5, 6), as_tensor(0, 0, 0, 0, 0, 1, 1), [1, 1, 5, 5, 5]
     first, *_ = continuations(tokens, document, document, 3, 8)
@@ -194,7 +198,8 @@ def test_contexts_end_at_bos():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.data())
 def test_no_count_sees_its_target_or_later_tokens(seed, data):
-    """A token replaced: all that is known at earlier targets of the document, at its own target and in other documents of the segment stays."""
+    """A token replaced: all that is known at earlier targets of the document, at its own target and in other documents
+    of the segment stays."""
     documents, sizes = repetitive([30, 25, 40, 20], seed=seed), [1, 2, 1]
     which, stream = data.draw(st.integers(0, 2)), Stream(documents)
     at = data.draw(st.integers(1, len(documents[which]) - 1))
@@ -261,7 +266,8 @@ def longest(documents, cfg) -> dict[int, tuple[int, int]]:
 
 
 def test_the_tilt_is_what_it_says():
-    """p e^(b [x = h]) over its sum, written out over the vocabulary; targets without a hint keep the network's nats to the bit."""
+    """p e^(b [x = h]) over its sum, written out over the vocabulary; targets without a hint keep the network's nats to
+    the bit."""
     cfg, documents = (
         config(BASE, ttt_enabled=False, eval_seq_len=96, ngram_boost=1.7, ngram_threshold=0.6),
         repetitive(LENGTHS),
@@ -285,7 +291,8 @@ def test_the_tilt_is_what_it_says():
 @every_set
 @every_way
 def test_probabilities_sum_to_one(way, kind):
-    """Two prefixes before every token of the vocabulary, BOS as the next document's, after a segment that has filled the tables.
+    """Two prefixes before every token of the vocabulary, BOS as the next document's, after a segment that has filled
+    the tables.
 
     The prefixes fit one window: where a later window begins depends on where its document ends.
     """
@@ -313,7 +320,8 @@ def test_probabilities_sum_to_one(way, kind):
 @every_set
 @every_way
 def test_later_tokens_change_no_earlier_score(way, kind):
-    """Lengths kept, values replaced: earlier scores of the document, of the others in its segment and of earlier segments are equal to the bit."""
+    """Lengths kept, values replaced: earlier scores of the document, of the others in its segment and of earlier
+    segments are equal to the bit."""
     cfg, documents = config(BASE, **WAYS[way], **SETS[kind]), repetitive(LENGTHS)
     changed, stream = [d.copy() for d in documents], Stream(documents)
     changed[5][24:] = 2 + (changed[5][24:] - 1) % (VOCAB - 2)
@@ -352,7 +360,8 @@ def test_n_grams_help_on_repetition():
 
 
 def test_the_headline_has_n_grams_and_the_diagnostics_have_not(tmp_path):
-    """TTT off: "quantized" is the network alone, "adapted" the network with n-grams; the tables are counted from the first segment on."""
+    """TTT off: "quantized" is the network alone, "adapted" the network with n-grams; the tables are counted from the
+    first segment on."""
     run = {**RUN, "iterations": 3, "ttt_enabled": False, "segment_docs": 3, "ngram_enabled": True, "ngram_min_order": 2}
     main(run, tmp_path).ok()
     found = result(tmp_path)

@@ -1,4 +1,5 @@
-"""Scoring: every target once, with the context the plan promises, against a slow one-window-at-a-time scorer; and a ledger that cannot be cheated."""
+"""Scoring: every target once, with the context the plan promises, against a slow one-window-at-a-time scorer; and a
+ledger that cannot be cheated."""
 
 import dataclasses
 import math
@@ -53,7 +54,8 @@ documents_and_windows = given(
 @settings(max_examples=200, deadline=None)
 @documents_and_windows
 def test_every_target_once_in_its_own_document(lengths, seq_len, data):
-    """Each position is scored once; its window lies in its document, is no longer than seq_len, and gives seq_len - stride tokens of context, wherever the document ends."""
+    """Each position is scored once; its window lies in its document, is no longer than seq_len, and gives seq_len -
+    stride tokens of context, wherever the document ends."""
     stride = data.draw(st.integers(1, seq_len))
     starts = np.cumsum([0, *lengths[:-1]])
     inputs = sum(lengths) - 1
@@ -138,7 +140,8 @@ def test_buffers_do_not_change_scores():
 
 @pytest.mark.parametrize("stride", (0, 3))
 def test_later_tokens_and_other_documents_change_no_score(stride):
-    """Lengths kept, values replaced: earlier scores of the document and all of the other documents' are equal to the bit."""
+    """Lengths kept, values replaced: earlier scores of the document and all of the other documents' are equal to the
+    bit."""
     cfg = config(eval_seq_len=16, val_batch_tokens=64)
     model, documents = gpt(cfg), random_documents(LENGTHS)
     before = score(model, Stream(documents), cfg, stride)[1]
@@ -243,7 +246,8 @@ def test_ranks_join_their_entries():
 
 
 def test_the_ledger_file_gives_the_printed_number():
-    """LEDGER_PATH: one entry per target, the tail included; its sum over the sidecar's bytes is the headline to the last digit."""
+    """LEDGER_PATH: one entry per target, the tail included; its sum over the sidecar's bytes is the headline to the
+    last digit."""
     folder = base_run()
     nats, found = np.load(scratch() / "base_ledger.npy"), result(folder)
     sizes = np.concatenate(

@@ -1,4 +1,5 @@
-"""Test-time training: the score of a token depends on earlier segments and its own prefix, whatever the batch, the ranks and the later tokens; and it learns what it says."""
+"""Test-time training: the score of a token depends on earlier segments and its own prefix, whatever the batch, the
+ranks and the later tokens; and it learns what it says."""
 
 import contextlib
 import dataclasses
@@ -164,7 +165,8 @@ class PlainAdapters:
 
 
 def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
-    """One document: score a chunk, learn from it if another follows. Keys and values of all positions are kept; a window ends with its chunk."""
+    """One document: score a chunk, learn from it if another follows. Keys and values of all positions are kept; a
+    window ends with its chunk."""
     model.requires_grad_(False)
     length, context = len(tokens) - 1, cfg.ttt_eval_seq_len
     adapters, nats = PlainAdapters(model, cfg, cfg.ttt_mask.split(",")), np.empty(0)
@@ -218,7 +220,8 @@ def test_zero_adapters_give_the_base_models_scores(mode, batch_size):
 
 @pytest.mark.parametrize("mode", ("exact",))
 def test_longer_documents_get_a_whole_context(mode):
-    """The chunk and as much before it as TTT_EVAL_SEQ_LEN holds, run exactly. Without SmearGate, which looks one token further where a cache remembers it."""
+    """The chunk and as much before it as TTT_EVAL_SEQ_LEN holds, run exactly. Without SmearGate, which looks one token
+    further where a cache remembers it."""
     cfg = ttt_config(ttt_lora_lr=0.0, ttt_eval_seq_len=24, smear_gate_enabled=False, **MODES[mode])
     stream = Stream(random_documents([100, 61, 24, 25]))
     nats = adapt(random_documents([100, 61, 24, 25]), cfg)
@@ -227,7 +230,8 @@ def test_longer_documents_get_a_whole_context(mode):
 
 
 def test_cached_windows_are_as_long_as_the_context(monkeypatch):
-    """One forward of each whole document under a mask: from a chunk that ends at e, keys from e - TTT_EVAL_SEQ_LEN on are seen, and no others."""
+    """One forward of each whole document under a mask: from a chunk that ends at e, keys from e - TTT_EVAL_SEQ_LEN on
+    are seen, and no others."""
     cfg = ttt_config(ttt_lora_lr=0.0, ttt_eval_seq_len=24, ttt_chunks="4,4,8")
     documents, model = random_documents([100, 61, 24, 30]), network(cfg)
     stream, nats = Stream(documents), adapt(documents, cfg)
@@ -262,7 +266,8 @@ def random_lora(model, documents: int):
 
 
 class Merged(train_gpt.GPT):
-    """Adapters of one document of a model without loops, merged into weights where they sit on one, added as a matrix where they run beside a sublayer."""
+    """Adapters of one document of a model without loops, merged into weights where they sit on one, added as a matrix
+    where they run beside a sublayer."""
 
     def set(self, source, lora, row: int):
         self.load_state_dict(source.state_dict())
@@ -440,7 +445,8 @@ def other_values(documents, i: int, at: int):
 
 @every_mode
 def test_later_tokens_change_no_earlier_score(mode):
-    """To the bit: neither the document's earlier targets, nor those of any other document of its segment or of earlier ones."""
+    """To the bit: neither the document's earlier targets, nor those of any other document of its segment or of earlier
+    ones."""
     cfg, documents = (
         ttt_config(PHASES, phased_ttt_num_phases=1, phased_ttt_prefix_docs=3, segment_docs=100, **MODES[mode]),
         random_documents(LENGTHS),
@@ -455,7 +461,8 @@ def test_later_tokens_change_no_earlier_score(mode):
 
 @every_mode
 def test_scored_segments_teach_the_base_weights(mode):
-    """A document's values change no other score of its segment, to the bit, and nearly every score after a phase has ended behind it, or adapters begin warm."""
+    """A document's values change no other score of its segment, to the bit, and nearly every score after a phase has
+    ended behind it, or adapters begin warm."""
     documents = random_documents(LENGTHS)
     poisoned = other_values(documents, 1, 5)
     end = sum(LENGTHS[:3])
@@ -478,7 +485,8 @@ def test_scored_segments_teach_the_base_weights(mode):
 
 @every_mode
 def test_lengths_change_float_noise_only(mode):
-    """A document cut short, another gone: earlier scores and those of the others move by the rounding of other shapes."""
+    """A document cut short, another gone: earlier scores and those of the others move by the rounding of other
+    shapes."""
     cfg, documents = ttt_config(segment_docs=100, **MODES[mode]), random_documents(LENGTHS)
     stream, whole = Stream(documents), adapt(documents, cfg)
     shorter = [*documents[:4], documents[4][:50], *documents[5:6], *documents[7:]]
@@ -523,7 +531,8 @@ def test_no_chunk_begins_past_the_longest_document():
 @settings(max_examples=300, deadline=None)
 @given(documents=st.integers(1, 60), size=st.integers(1, 70), phases=st.integers(0, 4), prefix=st.integers(0, 70))
 def test_segments(documents, size, phases, prefix):
-    """All documents once, in order; a border at every phase and every SEGMENT_DOCS, nowhere else; learning follows the phases only, each before the last document."""
+    """All documents once, in order; a border at every phase and every SEGMENT_DOCS, nowhere else; learning follows the
+    phases only, each before the last document."""
     segments = plan_segments(
         documents, ttt_config(segment_docs=size, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=prefix)
     )
@@ -547,7 +556,8 @@ def test_a_chunk_fits_the_context():
 @pytest.mark.parametrize("base", (TTT, PHASES), ids=("adapted", "with phases"))
 @every_mode
 def test_probabilities_sum_to_one(mode, base):
-    """Two prefixes before every token of the vocabulary, BOS as the next document's: documents of one segment, scored after several updates.
+    """Two prefixes before every token of the vocabulary, BOS as the next document's: documents of one segment, scored
+    after several updates.
 
     One prefix ends inside a chunk, the other before the first token of one."""
     vocab, documents, ends = 12, random_documents([30, 41], 12, seed=1), {}
@@ -571,7 +581,8 @@ def test_probabilities_sum_to_one(mode, base):
 
 
 def slow_sgd(model, stream, end: int, cfg):
-    """Momentum SGD over whole chunks of targets 0..end; pieces of TTT_EVAL_SEQ_LEN, cut again at every BOS, one forward each."""
+    """Momentum SGD over whole chunks of targets 0..end; pieces of TTT_EVAL_SEQ_LEN, cut again at every BOS, one forward
+    each."""
     chunk, parameters = cfg.global_ttt_chunk_tokens, list(model.parameters())
     velocity = [torch.zeros_like(p) for p in parameters]
     steps = [i * chunk for _ in range(cfg.global_ttt_epochs) for i in range(end // chunk)]
@@ -625,7 +636,8 @@ def test_base_weights_learn_by_sgd(overrides):
 
 
 def test_phases_learn_from_the_scored_prefix(monkeypatch):
-    """What each phase is given: the targets of all documents so far, their last BOS included; and the model is frozen while documents adapt."""
+    """What each phase is given: the targets of all documents so far, their last BOS included; and the model is frozen
+    while documents adapt."""
     cfg = ttt_config(PHASES, phased_ttt_num_phases=3, phased_ttt_prefix_docs=6)
     stream, model = Stream(random_documents(LENGTHS)), network(cfg)
     scoring, seen = passing(cfg, stream, model), []
@@ -671,7 +683,8 @@ def test_chunks_are_whole_documents(lengths, tokens):
 
 
 def slow_chunks(stream, cfg) -> np.ndarray:
-    """Score the documents of a chunk window by window with the weights so far, then take GLOBAL_TTT_EPOCHS passes of SGD over its targets; the last chunk is only scored."""
+    """Score the documents of a chunk window by window with the weights so far, then take GLOBAL_TTT_EPOCHS passes of
+    SGD over its targets; the last chunk is only scored."""
     model, nats = network(cfg), np.full(stream.targets, np.nan)
     parameters, lengths = (
         list(model.parameters()),
@@ -833,7 +846,8 @@ def leaves_after(cfg):
 
 @pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_each_kind_learns_alone_at_every_visit(kind):
-    """All other kinds masked: they are gone, this one gets a gradient in A and B at every visit, and later scores move."""
+    """All other kinds masked: they are gone, this one gets a gradient in A and B at every visit, and later scores
+    move."""
     cfg = ttt_config(ttt_mask=",".join(k for k in ADAPTER_KINDS if k != kind))
     lora = leaves_after(cfg)
     assert set(lora.a) == set(lora.b) == {kind}
@@ -932,7 +946,8 @@ def test_the_shapes_of_a_gpu_give_the_same_scores(monkeypatch, mode, phases):
 
 
 class Recorded:
-    """torch.cuda.CUDAGraph on a CPU: replay() runs the recorded operations again, into the memory of their first results."""
+    """torch.cuda.CUDAGraph on a CPU: replay() runs the recorded operations again, into the memory of their first
+    results."""
 
     def __init__(self):
         self.operations = []
@@ -1007,7 +1022,8 @@ def test_replayed_graphs_give_the_same_scores(monkeypatch, mode, ngrams):
 
 
 def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
-    """By hand: each document's adapters after its last chunk, weighed by its tokens up to a context; the start moves there from segment to segment."""
+    """By hand: each document's adapters after its last chunk, weighed by its tokens up to a context; the start moves
+    there from segment to segment."""
     cfg = ttt_config(segment_docs=4, ttt_warm_start=0.5, ttt_eval_seq_len=32, ttt_batch_size=2)
     model, stream = network(cfg), Stream(random_documents(LENGTHS))
     documents = DocumentTTT(passing(cfg, stream, model))
