@@ -4061,10 +4061,10 @@ def continuations(
 
         # The commonest token led when the segment began, or occurs in the own document and has passed that leader.
         contexts = Runs.of(context, segments, documents)
-        old_top, old_place = leader(contexts.group, contexts.segment, in_stream + 1)
+        earlier_top, earlier_place = leader(contexts.group, contexts.segment, in_stream + 1)
         own_top, own_place = leader(contexts.document, place, visible + 1)
-        hint = follows[torch.where(own_top > old_top, own_place, old_place)]
-        top = torch.maximum(own_top, old_top)
+        hint = follows[torch.where(own_top > earlier_top, own_place, earlier_place)]
+        top = torch.maximum(own_top, earlier_top)
         yield Continuations(order, targets, hint, top, contexts.seen_before(place))
 
         # A pair is a context of the next order; it predicts the next target, if that is in the same document.
@@ -4104,13 +4104,12 @@ class NGram:
         self.device = device
         self.boost = cfg.ngram_boost
         self.gold = val.tokens[1:]  # uint16 (targets,): the realised tokens
-        starts = torch.from_numpy(val.starts[val.starts < val.targets])
-        document = torch.zeros(val.targets, dtype=torch.int32)
-        document[starts] = 1
-        document = document.to(device).cumsum(0, dtype=torch.int32) - 1
-        segment = torch.arange(len(sizes), dtype=torch.int32)  # of each document
-        segment = segment.repeat_interleave(torch.tensor(sizes))
-        segment = segment.to(device)[document]  # of each target
+        lengths = torch.from_numpy(val.lengths.astype(np.int32))
+        document = torch.repeat_interleave(
+            lengths.to(device)
+        )  # of each target: 0 for the first lengths[0], then 1, ...
+        segment_of_document = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int32, device=device))
+        segment = segment_of_document[document]
         tokens = torch.from_numpy(val.tokens.astype(np.int32))
         hint = torch.full_like(document, -1)
         for known in continuations(tokens.to(device), document, segment, cfg.ngram_order, cfg.vocab_size):
@@ -4276,11 +4275,12 @@ class Segment(NamedTuple):
     then_learn: bool  # the base weights learn from scored targets before the next segment
 
 
-def plan_segments(documents: int, cfg: Config) -> list[Segment]:
-    """Segments end where a phase of global SGD follows and otherwise every SEGMENT_DOCS.
+def plan_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
+    """Segments of documents of these lengths end where a phase of global SGD follows and otherwise every SEGMENT_DOCS.
 
     Phase p = 1, 2, ... follows document PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES, never the last one.
     """
+    documents = len(lengths)
     prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
     phases = cfg.phased_ttt_num_phases
     phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)} - {0}
@@ -4290,9 +4290,9 @@ def plan_segments(documents: int, cfg: Config) -> list[Segment]:
 
 
 def plan_sgd_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
-    """The segments of TTT_METHOD=sgd: as many documents as hold GLOBAL_TTT_CHUNK_TOKENS targets.
+    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
 
-    lengths: of all documents. All segments but the last are learnt from.
+    All segments but the last are learnt from.
     """
     documents = len(lengths)
     targets_before = np.append(0, np.cumsum(lengths))
@@ -4771,9 +4771,7 @@ class GlobalSGD:
 class AdaptDocuments:
     """TTT_METHOD=lora: adapters learn inside each document, base weights in phases from all that is scored so far."""
 
-    @staticmethod
-    def plan(val: ValidationStream, cfg: Config) -> list[Segment]:
-        return plan_segments(len(val.starts), cfg)
+    plan = staticmethod(plan_segments)
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         cfg = scoring.cfg
@@ -4823,10 +4821,7 @@ class AdaptDocuments:
 class Slide:
     """TTT_ENABLED=0 with n-grams: windows alone. Segments are those of AdaptDocuments: n-grams count between them."""
 
-    @staticmethod
-    def plan(val: ValidationStream, cfg: Config) -> list[Segment]:
-        segments = AdaptDocuments.plan(val, cfg)
-        return [segment._replace(then_learn=False) for segment in segments]
+    plan = staticmethod(plan_segments)
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         self.scoring = scoring
@@ -4837,6 +4832,9 @@ class Slide:
     def score(self, segment: Segment):
         score_documents(self.scoring, segment.first, segment.last)
 
+    def learn(self, segment: Segment):
+        """Nothing learns but the n-grams, which have counted already."""
+
 
 class SlideAndLearn(Slide):
     """TTT_METHOD=sgd: windows score a segment, then the base weights learn from it (#549).
@@ -4844,9 +4842,7 @@ class SlideAndLearn(Slide):
     One momentum and one half cosine span the stream.
     """
 
-    @staticmethod
-    def plan(val: ValidationStream, cfg: Config) -> list[Segment]:
-        return plan_sgd_segments(val.lengths, cfg)
+    plan = staticmethod(plan_sgd_segments)
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         super().__init__(scoring, segments)
@@ -4872,7 +4868,7 @@ class TestTimeTraining:
         log = scoring.log
         method = cfg.ttt_method if cfg.ttt_enabled else "none"
         strategy = self.STRATEGIES[method]
-        self.segments = strategy.plan(val, cfg)
+        self.segments = strategy.plan(val.lengths, cfg)
         sizes = [segment.last - segment.first for segment in self.segments]
         shown = sizes if len(sizes) < 30 else f"{min(sizes)}..{max(sizes)}"
         log(f"test-time training ({method}): {len(sizes)} segment(s) of {shown} documents")

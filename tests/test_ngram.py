@@ -258,7 +258,7 @@ def longest(documents, cfg) -> dict[int, tuple[int, int]]:
     """target -> (order, hint) of the longest order that clears, from the slow counts."""
     found = {}
     for (order, target), (hint, top, total, *_) in sorted(
-        slow(documents, [s.last - s.first for s in plan_segments(len(documents), cfg)], cfg.ngram_order).items()
+        slow(documents, [s.last - s.first for s in plan_segments(documents, cfg)], cfg.ngram_order).items()
     ):
         if order >= cfg.ngram_min_order and total >= cfg.ngram_min_count and top / total >= cfg.ngram_threshold:
             found[target] = order, hint

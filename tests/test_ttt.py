@@ -534,7 +534,7 @@ def test_segments(documents, size, phases, prefix):
     """All documents once, in order; a border at every phase and every SEGMENT_DOCS, nowhere else; learning follows the
     phases only, each before the last document."""
     segments = plan_segments(
-        documents, ttt_config(segment_docs=size, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=prefix)
+        range(documents), ttt_config(segment_docs=size, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=prefix)
     )
     assert [i for s in segments for i in range(s.first, s.last)] == list(range(documents)) and all(
         s.first < s.last for s in segments
