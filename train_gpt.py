@@ -11,7 +11,7 @@ Settings are environment variables. The same file runs on a CPU, one GPU, eight 
 prepare_data.py; shards of third parties in the same format load as they are.
 
 Sections, each using only those above it: Hyperparameters, Runtime, Data, Kernels, Attention, Model, Adapters, Optimizers, Training, Quantizer, Artifact,
-Scoring, N-gram, Test-time training, Packer, Main.
+N-gram, Scoring, Test-time training, Packer, Main.
 """
 
 import ast
@@ -295,7 +295,6 @@ class Config:
     ttt_warm_start: float = setting(
         1.0, "after each segment the adapters' start moves this far to the mean of its documents' adapters; 0: never"
     )
-    ttt_grad_steps: int = setting(1, "steps on each chunk after it is scored; 0: carried context only")
     phased_ttt_num_phases: int = setting(8, "times the base weights learn from the scored prefix; 0: never")
     phased_ttt_prefix_docs: int = setting(2500, "documents of that prefix, in stream order")
     global_ttt_lr: float = setting(
@@ -311,11 +310,6 @@ class Config:
     ngram_enabled: bool = setting(
         False, "let exact counts of earlier segments and of the document so far improve the scored probabilities"
     )
-    ngram_mode: str = setting(
-        "tilt",
-        "tilt: raise the hinted token's probability; mix: mix in the counts, the network as the lowest order",
-        "tilt, mix",
-    )
     ngram_order: int = setting(16, "longest n-gram, its last token included (TOKEN_ORDER of #2140)", "[2, 64]")
     ngram_min_order: int = setting(3, "shortest n-gram (#2140: 16)", "[2, 64]")
     ngram_threshold: float = setting(
@@ -323,10 +317,6 @@ class Config:
     )
     ngram_min_count: int = setting(2, "least number of times a context was seen (#2140: 1)", "[1, inf)")
     ngram_boost: float = setting(1.0, "log-odds added to the hinted token (TOKEN_BOOST of #2140: 2.625)", "[0, 12]")
-    ngram_calibrate: bool = setting(
-        True, "learn the boost of each order, count and share from scored segments (#2140: 0)"
-    )
-    ngram_weight: float = setting(0.2, "weight of each order in the mixture", "[0, 1)")
     # set by torchrun
     rank: int = setting(0, "rank of this process")
     local_rank: int = setting(0, "its GPU")
@@ -392,11 +382,7 @@ class Config:
             ("attn_full_layers", re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers), "must be layers like 2,5,10"),
             ("ngram_min_order", self.ngram_min_order <= self.ngram_order, "must be at most NGRAM_ORDER"),
             ("ttt_mask", masked <= set(ADAPTER_KINDS), f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
-            (
-                "ttt_mask",
-                self.ttt_grad_steps == 0 or masked != set(ADAPTER_KINDS),
-                "leaves no adapter to learn; set TTT_GRAD_STEPS=0",
-            ),
+            ("ttt_mask", masked != set(ADAPTER_KINDS), "leaves no adapter to learn; set TTT_ENABLED=0"),
         ):
             require(holds, f"{name.upper()}={getattr(self, name)} {rule}")
         context_schedule(self)
@@ -432,11 +418,16 @@ NOT_SETTINGS = frozenset(
         "train_log_every",
     )
 )
-RETIRED = {  # settings that artifacts may still hold -> the value that is fixed now
+# Settings of earlier versions -> the value that is fixed now.
+RETIRED = {
     "gate_window": 12,
     "parallel_final_lane": "mean",
     "skip_gates_enabled": True,
     "xsa_last_n": 11,
+    "ttt_grad_steps": 1,
+    "ngram_mode": "tilt",
+    "ngram_weight": 0.2,  # of the mixture: without effect on the tilt
+    "ngram_calibrate": False,
 }
 OUR_PREFIXES = (
     "TRAIN_",
@@ -472,6 +463,16 @@ OUR_PREFIXES = (
     "MICRO_",
     "GATE_",
 )
+
+
+def still_set(stored: dict) -> dict:
+    """An artifact's settings without those that are retired, where it had what is fixed now or its n-grams were off."""
+
+    def without_effect(name: str) -> bool:
+        idle = name.startswith("ngram_") and not stored["ngram_enabled"]
+        return name in RETIRED and (idle or stored[name] == RETIRED[name])
+
+    return {name: value for name, value in stored.items() if not without_effect(name)}
 
 
 def check_names(env, fields):
@@ -811,13 +812,65 @@ def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]
 
 
 class Seq(NamedTuple):
-    """Where the documents of a packed buffer lie. Attention is causal, aligned at the end, inside each (query, key) segment."""
+    """Where the sequences of a packed buffer lie. Attention is causal inside a sequence, whose last query and last key
+    are the same token."""
 
-    cu_q: Tensor  # int32 (segments + 1,): query offsets
-    cu_k: Tensor  # int32 (segments + 1,): key offsets; the same tensor unless a cache is read
-    max_q: int  # upper bounds of the segment lengths
-    max_k: int
+    cu_q: Tensor  # int32 (sequences + 1,): where the queries of each sequence begin, then where the last one ends
+    cu_k: Tensor  # int32 (sequences + 1,): the same for its keys; the same tensor unless a cache is read
+    max_q: int  # no sequence has more queries
+    max_k: int  # no sequence has more keys
     positions: Tensor  # int32 (tokens,): offset in the document; 0 means that no previous token may be seen
+
+    @classmethod
+    def packed(cls, starts: np.ndarray, span: int, longest: int, capacity: int) -> "Seq":
+        """Documents that begin at `starts` (starts[0] == 0) and fill a buffer of `capacity` tokens, on the CPU.
+
+        Each document is cut every `span` tokens; `longest` is the longest span of the run. Positions count from the
+        document's start, not from the cut.
+        """
+        lengths = np.diff(np.append(starts, capacity))
+        pieces = -(-lengths // span)  # of each document
+        first = np.cumsum(pieces) - pieces  # the first piece of each document, among all pieces of the buffer
+        number = np.arange(pieces.sum()) - np.repeat(first, pieces)  # of each piece in its document: 0, 1, ...
+        cuts = np.repeat(starts, pieces) + number * span
+        ends = np.append(cuts, capacity)
+        cu = torch.from_numpy(ends.astype(np.int32))
+        positions = np.arange(capacity) - np.repeat(starts, lengths)
+        positions = torch.from_numpy(positions.astype(np.int32))
+        return cls(cu, cu, longest, longest, positions)
+
+    @classmethod
+    def lockstep(
+        cls,
+        begin: Tensor,  # int64 (): position at which the chunk of every row begins
+        positions: Tensor,  # int64 (back + count,): of the tokens that every row runs
+        rows: int,  # documents, all at the same place
+        older: int,  # cached keys of each row, before the tokens that it runs
+        back: int,  # tokens before the chunk that are run again
+    ) -> "Seq":
+        """Rows of equal length for test-time training: each row runs its tokens and reads cached keys before them.
+
+        What would lie before position 0 is BOS, in a sequence of its own that no token of the document sees. So every
+        size is static, and how much lies outside is read from `begin` on the device. A row with older = 2, back = 4,
+        count = 3 and begin = 3 holds the sequences ^^^ and 012345:
+
+            keys      ^ ^ ^ 0 1 2 3 4 5        older + back - begin = 3 keys lie outside the document,
+            queries       ^ 0 1 2 3 4 5        back - begin = 1 query does
+        """
+        row = torch.arange(rows, dtype=torch.int32, device=begin.device)[:, None]
+
+        def offsets(before: int, length: int) -> Tensor:
+            """Where the two sequences of each row begin; `before` of its `length` tokens stand before the chunk."""
+            outside = (before - begin).clamp(min=0).int()
+            in_row = torch.stack((torch.zeros_like(outside), outside))
+            starts = row * length + in_row
+            return F.pad(starts.flatten(), (0, 1), value=rows * length)
+
+        queries = len(positions)
+        keys = older + queries
+        cu_q = offsets(back, queries)
+        cu_k = offsets(older + back, keys)
+        return cls(cu_q, cu_k, queries, keys, positions.int().repeat(rows))
 
 
 class Batch(NamedTuple):
@@ -829,45 +882,46 @@ class Batch(NamedTuple):
     split: str  # "train" or "val"
 
 
-def pack(
-    tokens: np.ndarray,
-    starts: np.ndarray,
-    span: int,
-    max_len: int,
+def pack_documents(
+    inputs: np.ndarray,  # (tokens,)
+    targets: np.ndarray,  # (tokens,): what follows each input
+    starts: np.ndarray,  # where documents begin; starts[0] == 0
+    span: int,  # documents are cut every so many tokens
+    longest: int,  # the longest span of the run
+    capacity: int,  # tokens of the buffer, at least those given
     split: str,
-    capacity: int,
-    targets: np.ndarray | None = None,
 ) -> Batch:
-    """Documents that begin at ``starts`` (starts[0] == 0) and are cut every ``span`` tokens -> a CPU batch padded to ``capacity``.
-    ``tokens`` holds one more token than there are inputs, unless ``targets`` are given. Padding is a document of its own, so it is never NaN and never seen."""
-    inputs = tokens if targets is not None else tokens[:-1]
-    targets = tokens[1:] if targets is None else targets
-    n = len(inputs)
-    if n < capacity:
-        starts = np.append(starts, n)
-    lengths = np.diff(np.append(starts, capacity))
-    pieces = -(-lengths // span)
-    offsets = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    cu = torch.from_numpy(np.append(np.repeat(starts, pieces) + offsets * span, capacity).astype(np.int32))
-    positions = (np.arange(capacity) - np.repeat(starts, lengths)).astype(np.int32)
-    padded_inputs, padded_targets = np.zeros(capacity, np.int64), np.full(capacity, -1, np.int64)
-    padded_inputs[:n], padded_targets[:n] = inputs, targets
-    return Batch(
-        torch.from_numpy(padded_inputs),
-        torch.from_numpy(padded_targets),
-        Seq(cu, cu, max_len, max_len, torch.from_numpy(positions)),
-        split,
-    )
+    """Documents -> one CPU batch, padded to `capacity`.
+
+    Padding is a document of its own: it attends to itself, so it is never NaN, no other token sees it, and its
+    targets are -1, so it is never scored.
+    """
+
+    def padded(values: np.ndarray, fill: int) -> Tensor:
+        buffer = np.full(capacity, fill, np.int64)
+        buffer[: len(values)] = values
+        return torch.from_numpy(buffer)
+
+    if len(inputs) < capacity:
+        starts = np.append(starts, len(inputs))
+    seq = Seq.packed(starts, span, longest, capacity)
+    return Batch(padded(inputs, 0), padded(targets, -1), seq, split)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy without waiting."""
-    move = lambda t: t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
-    cu = move(batch.seq.cu_q)
+
+    def move(t: Tensor) -> Tensor:
+        if device.type == "cpu":
+            return t
+        return t.pin_memory().to(device, non_blocking=True)
+
+    cu = move(batch.seq.cu_q)  # of queries and keys: without a cache both lie alike
+    positions = move(batch.seq.positions)
     return batch._replace(
         tokens=move(batch.tokens),
         targets=move(batch.targets),
-        seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=move(batch.seq.positions)),
+        seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=positions),
     )
 
 
@@ -920,7 +974,8 @@ class TrainStream:
         starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
         if not len(starts) or starts[0] != 0:
             starts = np.insert(starts, 0, 0)
-        return pack(tokens, starts, span, self.cfg.train_seq_len, "train", self.cfg.micro_batch_tokens)
+        capacity = self.cfg.micro_batch_tokens
+        return pack_documents(tokens[:-1], tokens[1:], starts, span, self.cfg.train_seq_len, capacity, "train")
 
     def step(self, step: int, span: int, rank: int, world: int) -> list[Batch]:
         """This rank's micro-batches of a step: the global batch cut every MICRO_BATCH_TOKENS, dealt to the ranks in turn."""
@@ -4326,150 +4381,20 @@ def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray
     return tensors
 
 
-# ======== Scoring =============================================================================================================================================
-
-
-def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
-    """Windows (begin, first, end) int64: tokens begin..end are read, targets of positions first..end are scored.
-    Every position 0..inputs is scored once. A document's first window scores all it reads; each later one scores ``stride`` new positions after seq_len -
-    stride tokens of context: a document's length decides nothing, or the context would tell where it ends (C1)."""
-    rows = []
-    for start, end in zip(starts, np.append(starts[1:], inputs)):
-        start, end = int(start), int(min(end, inputs))
-        first, reach = start, min(start + seq_len, end)
-        while first < end:
-            rows.append((max(start, first + stride - seq_len) if first > start else start, first, reach))
-            first, reach = reach, min(reach + stride, end)
-    return np.array(rows, dtype=np.int64).reshape(-1, 3)
-
-
-def pack_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Consecutive windows into buffers of at most ``capacity`` tokens."""
-    tokens, cuts = np.append(0, np.cumsum(windows[:, 2] - windows[:, 0])), [0]
-    while cuts[-1] < len(windows):
-        cuts.append(int(np.searchsorted(tokens, tokens[cuts[-1]] + capacity, side="right")) - 1)
-    return [windows[lo:hi] for lo, hi in zip(cuts, cuts[1:])]
-
-
-def window_batch(val: ValidationStream, windows: np.ndarray, cfg: Config) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """One buffer of windows -> (batch, places scored in the buffer, targets they score in the stream)."""
-    lengths = windows[:, 2] - windows[:, 0]
-    starts = np.cumsum(lengths) - lengths
-    index = np.arange(lengths.sum()) + np.repeat(windows[:, 0] - starts, lengths)
-    batch = pack(
-        val.tokens[index].astype(np.int64),
-        starts,
-        cfg.eval_seq_len,
-        cfg.eval_seq_len,
-        "val",
-        cfg.val_batch_tokens,
-        val.tokens[index + 1].astype(np.int64),
-    )
-    places = np.flatnonzero(index >= np.repeat(windows[:, 1], lengths))
-    return batch, places, index[places]
-
-
-def book(ledger: Ledger, targets: np.ndarray, found, at: Tensor, ngram=None):
-    """Write the nats (or pair with the hints' log-probabilities) that a forward found at places ``at`` as the scores of ``targets``, improved by an NGram."""
-    parts = [t.detach()[at].double().cpu().numpy() for t in found if t is not None]
-    ledger.write(targets, parts[0] if ngram is None else ngram.scored(targets, *parts))
-
-
-def anatomy(ledger: Ledger, val: ValidationStream) -> dict:
-    """Where the bits of a finished pass are: BPB by document length and by position, both in tokens, and a 95 % interval over documents.
-    The interval is the bootstrap's: 1,000 draws of as many documents as there are, each with its nats and bytes."""
-    ends = np.append(val.starts[1:], val.targets)
-    lengths = (ends - val.starts)[val.starts < val.targets]
-    document = np.repeat(np.arange(len(lengths)), lengths)
-    nats, size = (
-        np.bincount(document, values, len(lengths)) for values in (ledger.nats / math.log(2), val.target_bytes)
-    )
-    draws = np.random.default_rng(0).integers(0, len(lengths), (1000, len(lengths)))
-    interval = np.quantile(nats[draws].sum(1) / np.maximum(size[draws].sum(1), 1), (0.025, 0.975))
-    position, result = (
-        np.arange(val.targets) - val.starts[document],
-        {"bpb_interval": interval.tolist(), "bpb_by_length": [], "bpb_by_position": []},
-    )
-    for low, high in (
-        (0, 64),
-        (64, 256),
-        (256, 1024),
-        (1024, 2048),
-        (2048, 8192),
-        (8192, max(8193, int(lengths.max()))),
-    ):
-        for name, within in (
-            ("length", (lengths[document] > low) & (lengths[document] <= high)),
-            ("position", (position >= low) & (position < high)),
-        ):
-            if val.target_bytes[within].any():
-                result[f"bpb_by_{name}"].append(
-                    {
-                        "upto": high,
-                        "bpb": ledger.partial_bpb(within),
-                        "targets": int(within.sum()),
-                        "documents": int(len(np.unique(document[within]))),
-                    }
-                )
-    return result
-
-
-class Scorer:
-    """Document-bounded scoring: windows never cross a document's start, each validation target is scored once, whatever the number of ranks."""
-
-    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, ngram=None):
-        self.model, self.cfg, self.ranks, self.log, self.ngram = model, cfg, ranks, log, ngram
-
-    def score(self, val: ValidationStream, ledger: Ledger, stride: int) -> float:
-        """Fill the ledger and return its BPB."""
-        self.log(f"scoring {ledger.name}: {val.targets:,} targets over {self.ranks.world} rank(s)")
-        self.score_documents(val, ledger, stride, 0, len(val.starts))
-        return ledger.bpb()
-
-    @torch.no_grad()
-    def score_documents(self, val: ValidationStream, ledger: Ledger, stride: int, first: int, last: int):
-        """Score documents first..last (exclusive) and share the scores with all ranks."""
-        windows = plan_windows(
-            val.starts[first:last],
-            int(np.append(val.starts, val.targets)[last]),
-            self.cfg.eval_seq_len,
-            stride or self.cfg.eval_seq_len,
-        )
-        buffers = pack_windows(windows, self.cfg.val_batch_tokens)
-        for buffer in buffers[self.ranks.rank :: self.ranks.world]:
-            ledger.progress(self.ranks, self.log)
-            batch, places, targets = window_batch(val, buffer, self.cfg)
-            at, hint = torch.from_numpy(places).to(self.ranks.device), self.ngram and self.ngram.hints(targets)
-            hint = (
-                ()
-                if hint is None
-                else (
-                    torch.zeros(self.cfg.val_batch_tokens, dtype=torch.int64, device=at.device).index_copy(0, at, hint),
-                )
-            )
-            book(
-                ledger,
-                targets,
-                score_batch(self.model, to_device(batch, self.ranks.device), self.cfg.looped, *hint),
-                at,
-                self.ngram,
-            )
-        ledger.merge(self.ranks)
-
-
-# ======== N-gram: exact causal token statistics, and the tilt or mixture that they give the scored probabilities ==============================================
+# ======== N-gram: exact causal token statistics, and the tilt that they give the scored probabilities =================
 
 
 class Continuations(NamedTuple):
-    """What had followed the contexts of one order before each of ``targets``; all (n,) on the device. A context that occurs once in the stream is left out."""
+    """What had followed the contexts of one order before each of `targets`; all (n,) on the device.
+
+    A context that occurs once in the stream is left out.
+    """
 
     order: int  # tokens of the context and the one it predicts
-    targets: Tensor  # int64
-    hint: Tensor  # int32: the token seen most often, of equals the one that got there first
-    top: Tensor  # int64: how often it was seen
-    total: Tensor  # int64: how often the context was seen; 0: hint is meaningless
-    seen: Tensor  # int64: how often the realised target was seen
-    distinct: Tensor  # int64: how many different tokens were seen
+    targets: Tensor  # int64: indices of targets, in the order of their contexts
+    hint: Tensor  # int32: the token seen most often, of equals the one that got there first; anything if total is 0
+    top: Tensor  # int64: how often the hint was seen
+    total: Tensor  # int64: how often the context was seen
 
 
 def run_starts(*keys: Tensor) -> Tensor:
@@ -4487,165 +4412,313 @@ def latest(flags: Tensor) -> Tensor:
 
 
 def running_max(x: Tensor) -> Tensor:
-    """Cumulative maximum of x (n,), not negative, by rows: a scan over one long row would occupy a single block of the GPU."""
+    """Cumulative maximum of x (n,), not negative, by rows: a scan over one long row would occupy one block of a GPU."""
     width = max(math.isqrt(len(x)), 1)
-    rows = F.pad(x, (0, -len(x) % width)).view(-1, width).cummax(1).values
-    return torch.maximum(rows, F.pad(rows[:-1, -1].cummax(0).values, (1, 0))[:, None]).flatten()[: len(x)]
+    padding = -len(x) % width
+    rows = F.pad(x, (0, padding)).view(-1, width)
+    within = rows.cummax(1).values
+    to_row_end = within[:-1, -1].cummax(0).values
+    earlier_rows = F.pad(to_row_end, (1, 0))  # nothing stands before the first row
+    return torch.maximum(within, earlier_rows[:, None]).flatten()[: len(x)]
 
 
-def leader(start: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Inside groups that begin at ``start`` (n,): the highest of the counts (n,) so far, and where it was first reached."""
+class Runs(NamedTuple):
+    """Where the group, the segment and the document of each place of a sorted list begin; each (n,) int64.
+
+    The list is sorted by a key (a context, or a context and what followed it) and keeps the stream's order where keys
+    agree. So a group of equal keys is a row of segments, and a segment is a row of documents. What the target at a
+    place may know of its group lies in two stretches:
+
+        group            segment             document          place
+          | earlier segments | other documents   | its own document | this target, later ones
+          |     visible      |     hidden        |     visible      |     hidden
+    """
+
+    group: Tensor
+    segment: Tensor
+    document: Tensor
+
+    @classmethod
+    def of(cls, key: Tensor, segment: Tensor, document: Tensor) -> "Runs":
+        """key, segment and document of each place (n,); key is sorted, the others rise where it is constant."""
+        group_starts = run_starts(key)
+        segment_starts = run_starts(key, segment)
+        document_starts = run_starts(key, document)
+        return cls(latest(group_starts), latest(segment_starts), latest(document_starts))
+
+    def seen_before(self, place: Tensor) -> Tensor:
+        """How many members of its group the target at each place may know, (n,) int64; place: 0, 1, ..., n - 1."""
+        in_earlier_segments = self.segment - self.group
+        in_own_document = place - self.document
+        return in_earlier_segments + in_own_document
+
+
+def leader(start: Tensor, end: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For each place the highest of `counts` (n,) in the places start..end (exclusive), and where it was first reached.
+
+    Both int64 (n,); the count is 0 where there are no such places. `start` is the same for all places of a run and
+    rises from run to run, so one running maximum of the pair (start, count) serves all runs: it begins anew where
+    start rises. It grows exactly at the places that reach a higher count than those before them in the run.
+    """
     highest = running_max((start << 32) + counts)
-    return highest & 0xFFFFFFFF, latest(run_starts(highest))
+    reached = latest(run_starts(highest))
+    last = (end - 1).clamp(min=0)
+    count = highest[last] & 0xFFFFFFFF
+    return torch.where(end > start, count, 0), reached[last]
 
 
-def continuations(tokens: Tensor, document: Tensor, segment: Tensor, orders: int, vocab: int):
-    """Yield Continuations of order 2, 3, ..., ``orders``. tokens int32 (n + 1,); document and segment of each target int32 (n,), both rising.
-    A target sees the targets of earlier segments and the earlier ones of its own document, whose contexts lie inside their documents. Counts
-    are exact: a context is known by its rank among the sorted pairs (context one token shorter, its last token), never by a hash. One stable
-    sort by (context, target) serves an order, and shifted by one place it lists the contexts of the next; places run through those lists."""
-    at = (
-        tokens[:-1].sort(stable=True).indices
-    )  # targets in the order of their contexts, and of the stream where these agree
-    context = tokens[at].long()
+def continuations(
+    tokens: Tensor,  # int32 (n + 1,)
+    document: Tensor,  # int32 (n,): of each target, rising
+    segment: Tensor,  # int32 (n,): of each target, rising
+    orders: int,
+    vocab: int,
+) -> Iterator[Continuations]:
+    """Yield Continuations of order 2, 3, ..., `orders`.
+
+    A target sees the targets of earlier segments and the earlier ones of its own document, whose contexts lie inside
+    their documents. Counts are exact: a context is known by its rank among the sorted pairs (context one token shorter,
+    its last token), never by a hash. One stable sort by (context, what follows) serves an order, and shifted by one
+    place it lists the contexts of the next. Two documents, a segment each:
+
+        target    0 1 2 3 4   5 6          Sorted by contexts of one token; 6 and 7 occur once and are left out:
+        context   1 5 6 5 7   1 5
+        follows   5 6 5 7 1   5 6              place     0  1     2  3  4
+                                               context   1  1     5  5  5
+        Target 6 has seen 5 followed once      target    0  5     1  3  6
+        by 6 and once by 7. 6 was first,       follows   5  5     6  7  6
+        so it is the hint. In one segment      total     0  1     0  1  2      what Runs.seen_before counts
+        it would have seen neither.            hint      -  5     -  6  6      top is 1 at all three
+    """
+    targets = tokens[:-1].sort(stable=True).indices  # by context, and in the stream's order where contexts agree
+    context = tokens[targets].long()
     for order in range(2, orders + 1):
-        alone = run_starts(context)
-        alone = alone & F.pad(
-            alone[1:], (0, 1), value=True
-        )  # met once: it, and all longer ones that end in it, know nothing
-        at, context = at[~alone], context[~alone]
-        if not len(at):
+        starts = run_starts(context)
+        ends = F.pad(starts[1:], (0, 1), value=True)
+        alone = starts & ends  # met once: this context and every longer one that ends in it know nothing
+        targets = targets[~alone]
+        context = context[~alone]
+        if not len(targets):
             return
-        place, target, own, block = torch.arange(len(at), device=at.device), tokens[at + 1], document[at], segment[at]
-        pair, by_pair = (context * vocab + target).sort(stable=True)
-        whole, old, mine = (
-            latest(run_starts(pair)),
-            latest(run_starts(pair, block[by_pair])),
-            latest(run_starts(pair, own[by_pair])),
-        )
-        seen, rank = torch.empty_like(at), torch.empty_like(at)
-        seen[by_pair], rank[by_pair] = (
-            old - whole + place - mine,
-            place - whole,
-        )  # of this pair, before: visible from here; in the whole stream
-        whole, old, mine = (
-            latest(run_starts(context)),
-            latest(run_starts(context, block)),
-            latest(run_starts(context, own)),
-        )
-        frozen, frozen_at = (t[(old - 1).clamp(min=0)] for t in leader(whole, rank + 1))
-        top, top_at = (t[(place - 1).clamp(min=0)] for t in leader(mine, seen + 1))
-        frozen, top = torch.where(old > whole, frozen, 0), torch.where(place > mine, top, 0)
-        firsts, news = (F.pad((count == 0).cumsum(0), (1, 0)) for count in (rank, seen))
-        yield Continuations(
-            order,
-            at,
-            target[torch.where(top > frozen, top_at, frozen_at)],
-            torch.maximum(top, frozen),
-            old - whole + place - mine,
-            seen,
-            firsts[old] - firsts[whole] + news[place] - news[mine],
-        )
-        at, context = at[by_pair], run_starts(pair).cumsum(0)
-        goes_on = at + 1 < len(document)
-        goes_on[goes_on.clone()] = document[at[goes_on] + 1] == document[at[goes_on]]
-        at, context = at[goes_on] + 1, context[goes_on]
+        place = torch.arange(len(targets), device=targets.device)
+        follows = tokens[targets + 1]
+        segments = segment[targets]
+        documents = document[targets]
+        pair, by_pair = (context * vocab + follows).sort(stable=True)
+        pairs = Runs.of(pair, segments[by_pair], documents[by_pair])
+
+        # How often each target's own pair came before it: in the whole stream, and where the target may look.
+        in_stream = torch.empty_like(targets)
+        in_stream[by_pair] = place - pairs.group
+        visible = torch.empty_like(targets)
+        visible[by_pair] = pairs.seen_before(place)
+
+        # The commonest token led when the segment began, or occurs in the own document and has passed that leader.
+        contexts = Runs.of(context, segments, documents)
+        earlier_top, earlier_place = leader(contexts.group, contexts.segment, in_stream + 1)
+        own_top, own_place = leader(contexts.document, place, visible + 1)
+        hint = follows[torch.where(own_top > earlier_top, own_place, earlier_place)]
+        top = torch.maximum(own_top, earlier_top)
+        yield Continuations(order, targets, hint, top, contexts.seen_before(place))
+
+        # A pair is a context of the next order; it predicts the next target, if that is in the same document.
+        targets = targets[by_pair] + 1
+        context = run_starts(pair).cumsum(0)
+        inside = targets < len(document)
+        targets = targets[inside]
+        context = context[inside]
+        same = document[targets] == document[targets - 1]
+        targets = targets[same]
+        context = context[same]
 
 
 class NGram:
-    """Improves the scored probabilities by what earlier segments and the document so far have shown to follow the last tokens.
-    An order clears when its context was seen NGRAM_MIN_COUNT times and its commonest continuation has a share of NGRAM_THRESHOLD.
-    tilt: the longest order that clears hints at that token h, and p' = p e^(b [x = h]) / (1 + p(h) (e^b - 1)) (#1145). b is NGRAM_BOOST; with
-    NGRAM_CALIBRATE it is, for each bucket of (order, count, share), moved to the most probable value given the hits on scored segments.
-    mix: each order that clears takes NGRAM_WEIGHT from the distribution of the orders below, the lowest of which is the network:
-    p_n(x) = (1 - w) p_(n-1)(x) + w ((c(x) - 1/2)+ / total + distinct / (2 total) p_(n-1)(x)), PPM-D with its exact escape, so p sums to one."""
+    """Improves the scored probabilities by what earlier segments and the document so far have shown.
 
-    COUNTS, SHARES, PRIOR = (
-        6,
-        9,
-        20.0,
-    )  # buckets: powers of two, eighths; NGRAM_BOOST weighs as much as 80 targets of which half hit
+    An order clears when its context was seen NGRAM_MIN_COUNT times and its commonest continuation has a share of
+    NGRAM_THRESHOLD. The longest order that clears hints at that token h, whose log-odds rise by b = NGRAM_BOOST
+    (#1145):
 
-    def __init__(self, cfg: Config, ranks: Ranks, val: ValidationStream, sizes: list[int], log: Log):
-        """sizes: documents of each segment, in order. Every rank counts the whole stream: integers, so all agree."""
-        self.cfg, self.ranks, self.val, self.fresh, begun = cfg, ranks, val, [], time.perf_counter()
-        n, device, segments = (
-            val.targets,
-            ranks.device,
-            torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(sizes)),
-        )
-        tokens, document = torch.from_numpy(val.tokens.astype(np.int32)).to(device), torch.zeros(n, dtype=torch.int32)
-        document[torch.from_numpy(val.starts[val.starts < n])] = 1
-        document = document.to(device).cumsum(0, dtype=torch.int32) - 1
-        hint, bucket = (
-            torch.full((n,), -1, dtype=torch.int32, device=device),
-            torch.zeros(n, dtype=torch.int16, device=device),
-        )
-        mass, rest = torch.zeros(n, device=device), torch.ones(n, device=device)
-        for found in continuations(tokens, document, segments.to(device)[document], cfg.ngram_order, cfg.vocab_size):
-            share = found.top.double() / found.total
-            clears = ((found.total >= cfg.ngram_min_count) & (share >= cfg.ngram_threshold)).nonzero()[:, 0]
-            if found.order < cfg.ngram_min_order or not len(clears):
+        p'(x) = p(x) e^(b [x = h]) / (1 + p(h) (e^b - 1))
+
+    The divisor is the sum of the numerators, so p' sums to one; h depends on nothing but what came before x.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        ranks: Ranks,
+        val: ValidationStream,
+        sizes: list[int],  # documents of each segment, in order
+        log: Log,
+    ):
+        """Count the whole stream, on every rank: counts are integers, so all ranks agree."""
+        begun = time.perf_counter()
+        device = ranks.device
+        self.device = device
+        self.boost = cfg.ngram_boost
+        self.gold = val.tokens[1:]  # uint16 (targets,): the realised tokens
+        lengths = torch.from_numpy(val.lengths.astype(np.int32))
+        document = torch.repeat_interleave(
+            lengths.to(device)
+        )  # of each target: 0 for the first lengths[0], then 1, ...
+        segment_of_document = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int32, device=device))
+        segment = segment_of_document[document]
+        tokens = torch.from_numpy(val.tokens.astype(np.int32))
+        hint = torch.full_like(document, -1)
+        for known in continuations(tokens.to(device), document, segment, cfg.ngram_order, cfg.vocab_size):
+            if known.order < cfg.ngram_min_order:
                 continue
-            at, share, total, seen, distinct = (
-                found.targets[clears],
-                share[clears],
-                found.total[clears],
-                found.seen[clears],
-                found.distinct[clears],
-            )
-            level = total.double().log2().long().clamp(max=self.COUNTS - 1)
-            hint[at] = found.hint[clears]
-            bucket[at] = (
-                (found.order * self.COUNTS + level) * self.SHARES + (share * (self.SHARES - 1)).long()
-            ).short()
-            keep = 1 - cfg.ngram_weight + cfg.ngram_weight * distinct / (2 * total)
-            mass[at] = keep * mass[at] + cfg.ngram_weight * (seen - 0.5).clamp(min=0) / total
-            rest[at] *= keep
-        self.hint, self.bucket, self.mass, self.rest = (t.cpu().numpy() for t in (hint, bucket, mass, rest))
-        self.boost = np.full((cfg.ngram_order + 1) * self.COUNTS * self.SHARES, cfg.ngram_boost)
-        self.precision = np.full_like(self.boost, self.PRIOR)
-        log(
-            f"n-grams of order {cfg.ngram_min_order}..{cfg.ngram_order}: hints at {100 * (self.hint >= 0).mean():.2f} % of the targets, {time.perf_counter() - begun:.1f} s"
-        )
+            share = known.top.double() / known.total
+            often = known.total >= cfg.ngram_min_count
+            clears = often & (share >= cfg.ngram_threshold)
+            hint[known.targets[clears]] = known.hint[clears]  # a longer order comes later and replaces a shorter one
+        self.hint = hint.cpu().numpy()  # int32 (targets,): -1 where no order clears
+        hinted = 100 * (self.hint >= 0).mean()
+        seconds = time.perf_counter() - begun
+        orders = f"{cfg.ngram_min_order}..{cfg.ngram_order}"
+        log(f"n-grams of order {orders}: hints at {hinted:.2f} % of the targets, {seconds:.1f} s")
 
-    def hints(self, targets: np.ndarray) -> Tensor | None:
-        """The tokens whose log-probability scored() will ask for, int64 in the shape of ``targets``, on the device; None where it asks for none."""
-        tokens = np.maximum(self.hint[np.minimum(targets, self.val.targets - 1)], 0)
-        return (
-            torch.from_numpy(tokens.astype(np.int64)).to(self.ranks.device) if self.cfg.ngram_mode == "tilt" else None
-        )
+    def hints(self, targets: np.ndarray) -> Tensor:
+        """The tokens whose log-probabilities `tilted` asks for, int64 on the device; 0 where there is no hint."""
+        tokens = np.maximum(self.hint[targets], 0)
+        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
 
-    def scored(self, targets: np.ndarray, nats: np.ndarray, log_q: np.ndarray | None = None) -> np.ndarray:
-        """Nats of the network for ``targets`` (n,), and its log-probabilities of their hints -> the nats to be booked, float64."""
-        if log_q is None:
-            return -np.log(self.mass[targets] + self.rest[targets] * np.exp(-nats))
-        hinted, hit = self.hint[targets] >= 0, self.hint[targets] == self.val.tokens[targets + 1]
-        self.fresh.append((targets[hinted], hit[hinted], np.exp(log_q[hinted])))
-        boost = np.where(hinted, self.boost[self.bucket[targets]], 0.0)
-        return nats - boost * hit + np.log1p(np.exp(log_q) * np.expm1(boost))
-
-    def learn(self, ledger: Ledger):
-        """At a segment's end: Newton steps towards the boosts under which its hits are likeliest, given what earlier segments said."""
-        if not self.cfg.ngram_calibrate or self.cfg.ngram_mode != "tilt":
-            return
-        targets, hit, q = (
-            np.concatenate(parts) for parts in zip((np.empty(0, np.int64), np.empty(0), np.empty(0)), *self.fresh)
-        )
-        ledger.may_train(targets)
-        self.fresh, centre, bucket = [], self.boost, self.bucket[targets]
-        for _ in range(6):
-            odds = q * np.exp(self.boost[bucket])
-            p = odds / (1 - q + odds)
-            sums = np.stack([np.bincount(bucket, weights, len(self.boost)) for weights in (hit - p, p * (1 - p))])
-            slope, curvature = self.ranks.all_reduce_(torch.from_numpy(sums)).numpy()
-            self.boost = np.clip(
-                self.boost + (slope - self.precision * (self.boost - centre)) / (curvature + self.precision), 0, 12
-            )
-        self.precision = self.precision + curvature
+    def tilted(self, targets: np.ndarray, nats: np.ndarray, hint_log_prob: np.ndarray) -> np.ndarray:
+        """The network's nats of `targets` (n,) and its log-probabilities of their hints -> nats of p', float64 (n,)."""
+        hint = self.hint[targets]
+        boost = np.where(hint >= 0, self.boost, 0.0)
+        hit = hint == self.gold[targets]
+        divisor = np.exp(hint_log_prob) * np.expm1(boost)  # less 1
+        return nats - boost * hit + np.log1p(divisor)
 
 
-# ======== Test-time training: score a chunk, then learn from it; state crosses documents only between segments ================================================
+# ======== Scoring =====================================================================================================
+
+
+class ScoringPass(NamedTuple):
+    """One pass over the validation stream: what it scores with, what it scores, and where the scores go."""
+
+    model: GPT
+    cfg: Config
+    ranks: Ranks
+    log: Log
+    val: ValidationStream
+    ledger: Ledger  # of this pass alone
+    ngram: NGram | None = None  # tilts every score before it is written
+
+
+def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
+    """Windows (n, 3) int64, rows (begin, first, end): tokens begin..end are read, targets of first..end are scored.
+
+    Every position 0..inputs is scored once. The first window of a document scores all it reads; each later one scores
+    `stride` new positions after seq_len - stride tokens of context. A document of 7 tokens, seq_len = 4, stride = 2:
+
+        0 1 2 3                 scores 0 1 2 3
+            2 3 4 5             scores 4 5
+                4 5 6           scores 6
+
+    The last window begins where a full one would: a document's length decides nothing, or the context would tell where
+    it ends (C1).
+    """
+    windows = []
+    ends = np.append(starts[1:], inputs).clip(max=inputs)
+    for start, end in zip(starts.tolist(), ends.tolist()):
+        begin = start
+        first = start
+        reach = min(start + seq_len, end)  # where this window ends
+        while first < end:
+            windows.append((begin, first, reach))
+            first = reach  # the next window scores what follows
+            begin = max(start, first + stride - seq_len)
+            reach = min(first + stride, end)
+    return np.array(windows, dtype=np.int64).reshape(-1, 3)
+
+
+def group_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Consecutive windows, as many for each buffer as `capacity` tokens hold."""
+    lengths = windows[:, 2] - windows[:, 0]
+    tokens_before = np.append(0, np.cumsum(lengths))  # each window, and after the last one
+    cuts = [0]  # windows at which a buffer begins
+    while cuts[-1] < len(windows):
+        full = tokens_before[cuts[-1]] + capacity
+        # tokens_before[too_many] is the first that exceeds `full`, so the window before it no longer fits.
+        too_many = np.searchsorted(tokens_before, full, side="right")
+        cuts.append(int(too_many) - 1)
+    return [windows[low:high] for low, high in itertools.pairwise(cuts)]
+
+
+def window_batch(
+    val: ValidationStream,
+    windows: np.ndarray,  # (n, 3) of plan_windows, together at most VAL_BATCH_TOKENS tokens
+    cfg: Config,
+) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """One buffer of windows -> (batch, places in the buffer that are scored, the targets that they score)."""
+    begin, first, end = windows.T
+    lengths = end - begin
+    starts = np.cumsum(lengths) - lengths  # of the windows in the buffer: each is packed as a document
+    place = np.arange(lengths.sum())
+    position = place + np.repeat(begin - starts, lengths)  # in the stream
+    scored = position >= np.repeat(first, lengths)
+    batch = pack_documents(
+        val.tokens[position],
+        val.tokens[position + 1],
+        starts,
+        span=cfg.eval_seq_len,
+        longest=cfg.eval_seq_len,
+        capacity=cfg.val_batch_tokens,
+        split="val",
+    )
+    return batch, place[scored], position[scored]
+
+
+def book(scoring: ScoringPass, targets: np.ndarray, scores: Scores, places: Tensor):
+    """Write what a forward gave at `places` (indices or a mask) as the nats of `targets`, tilted by n-grams if any."""
+
+    def of_targets(values: Tensor) -> np.ndarray:
+        # In float64 from here on: the ledger's sums run over the whole stream.
+        return values.detach()[places].double().cpu().numpy()
+
+    nats = of_targets(scores.nats)
+    if scoring.ngram is not None:
+        hint_log_prob = of_targets(scores.hint_log_prob)
+        nats = scoring.ngram.tilted(targets, nats, hint_log_prob)
+    scoring.ledger.write(targets, nats)
+
+
+@torch.no_grad()
+def score_documents(scoring: ScoringPass, first: int, last: int):
+    """Score documents first..last (exclusive) by windows and share the scores with all ranks.
+
+    Windows never cross a document's start, and each target is scored once, whatever the number of ranks.
+    """
+    model, cfg, ranks, log, val, ledger, ngram = scoring
+    stride = cfg.eval_stride or cfg.eval_seq_len
+    end = int(np.append(val.starts, val.targets)[last])
+    windows = plan_windows(val.starts[first:last], end, cfg.eval_seq_len, stride)
+    buffers = group_windows(windows, cfg.val_batch_tokens)
+    for buffer in buffers[ranks.rank :: ranks.world]:  # dealt to the ranks in turn
+        ledger.progress(ranks, log)
+        batch, places, targets = window_batch(val, buffer, cfg)
+        batch = to_device(batch, ranks.device)
+        places = torch.from_numpy(places).to(ranks.device)
+        hint = None
+        if ngram is not None:  # places that are not scored ask for token 0, and nobody looks
+            hint = torch.zeros_like(batch.targets).index_copy(0, places, ngram.hints(targets))
+        scores = score_batch(model, batch, cfg.looped, hint)
+        book(scoring, targets, scores, places)
+    ledger.merge(ranks)
+
+
+def score_stream(scoring: ScoringPass) -> float:
+    """Score the whole stream by windows, without adaptation; returns the ledger's BPB."""
+    val = scoring.val
+    scoring.log(f"scoring {scoring.ledger.name}: {val.targets:,} targets over {scoring.ranks.world} rank(s)")
+    score_documents(scoring, 0, len(val.starts))
+    return scoring.ledger.bpb()
+
+
+# ======== Test-time training: score a chunk, then learn from it; state crosses documents only between segments ========
 
 
 class Segment(NamedTuple):
@@ -4653,35 +4726,53 @@ class Segment(NamedTuple):
 
     first: int  # documents first..last (exclusive)
     last: int
-    phase_ends: bool  # global SGD follows
+    then_learn: bool  # the base weights learn from scored targets before the next segment
 
 
-def plan_segments(documents: int, cfg: Config) -> list[Segment]:
-    """Segments end at the phase boundaries PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES and otherwise every SEGMENT_DOCS."""
-    prefix, phases = min(cfg.phased_ttt_prefix_docs, documents - 1), cfg.phased_ttt_num_phases
-    boundaries = {prefix * p // phases for p in range(1, phases + 1)} - {0} if phases else set()
-    ends = sorted({*boundaries, *range(cfg.segment_docs, documents, cfg.segment_docs), documents})
-    return [Segment(lo, hi, hi in boundaries) for lo, hi in zip([0, *ends], ends)]
+def plan_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
+    """Segments of documents of these lengths end where a phase of global SGD follows and otherwise every SEGMENT_DOCS.
+
+    Phase p = 1, 2, ... follows document PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES, never the last one.
+    """
+    documents = len(lengths)
+    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
+    phases = cfg.phased_ttt_num_phases
+    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)} - {0}
+    full = range(cfg.segment_docs, documents, cfg.segment_docs)
+    cuts = sorted({0, *phase_ends, *full, documents})
+    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(cuts)]
 
 
-def plan_chunks(lengths: np.ndarray, cfg: Config) -> list[Segment]:
-    """The segments of TTT_METHOD=sgd: whole documents of at least GLOBAL_TTT_CHUNK_TOKENS targets; all but the last are learnt from."""
-    targets, ends = np.append(0, np.cumsum(lengths)), [0]
-    while ends[-1] < len(lengths):
-        ends.append(min(int(np.searchsorted(targets, targets[ends[-1]] + cfg.global_ttt_chunk_tokens)), len(lengths)))
-    return [Segment(lo, hi, hi < len(lengths)) for lo, hi in zip(ends, ends[1:])]
+def plan_sgd_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
+    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
+
+    All segments but the last are learnt from.
+    """
+    documents = len(lengths)
+    targets_before = np.append(0, np.cumsum(lengths))
+    cuts = [0]
+    while cuts[-1] < documents:
+        filled = targets_before[cuts[-1]] + cfg.global_ttt_chunk_tokens
+        last = int(np.searchsorted(targets_before, filled))
+        cuts.append(min(last, documents))
+    return [Segment(first, last, last < documents) for first, last in itertools.pairwise(cuts)]
 
 
 def chunk_ends(longest: int, cfg: Config) -> list[int]:
-    """Ends of the chunks that cover ``longest`` positions: TTT_CHUNKS in order, its last size repeated. A function of position, never of a document's length."""
-    sizes, ends = [int(size) for size in cfg.ttt_chunks.split(",")], [0]
+    """Ends of the chunks that cover `longest` positions: sizes are TTT_CHUNKS in order, the last one repeated.
+
+    They are a function of position, never of a document's length (C1).
+    """
+    sizes = [int(size) for size in cfg.ttt_chunks.split(",")]
+    ends = [0]
     while ends[-1] < longest:
-        ends.append(ends[-1] + sizes[min(len(ends), len(sizes)) - 1])
+        chunk = min(len(ends), len(sizes)) - 1  # index of the next size
+        ends.append(ends[-1] + sizes[chunk])
     return ends[1:]
 
 
 class Shape(NamedTuple):
-    """All that a step of test-time training depends on besides the contents of its memory: one CUDA graph each."""
+    """All that a step depends on besides the contents of its memory: one CUDA graph each."""
 
     rows: int  # documents run together
     older: int  # cached tokens that may be attended to
@@ -4689,353 +4780,604 @@ class Shape(NamedTuple):
     count: int  # tokens of the chunk
 
 
-def lockstep(lengths: np.ndarray, cfg: Config, exact: bool):
-    """Chunks of documents of these lengths, longest first: yields (begin, end, Shape). Finished rows leave the batch.
-    Unless ``exact``, rows and context are rounded up to powers of two, so that few shapes serve every batch."""
-    ceil = (
-        (lambda n, least, most: min(n, most))
-        if exact
-        else lambda n, least, most: min(max(least, 1 << (n - 1).bit_length()), most) if n else 0
-    )
-    begin, context = 0, cfg.ttt_eval_seq_len
+def plan_lockstep(lengths: np.ndarray, cfg: Config, exact: bool) -> Iterator[tuple[int, int, Shape]]:
+    """Steps of documents of these lengths, longest first: yields (begin, end, Shape) of each chunk.
+
+    Finished rows leave the batch. Unless `exact`, rows and context are rounded up to powers of two, so that few shapes
+    serve every batch.
+    """
+
+    def rounded(needed: int, least: int, most: int) -> int:
+        if exact or needed == 0:
+            return min(needed, most)
+        power = 1 << (needed - 1).bit_length()  # the least that holds what is needed
+        return min(max(least, power), most)
+
+    begin = 0
     for end in chunk_ends(int(lengths.max(initial=0)), cfg):
         count = end - begin
-        back = ceil(begin, 64, min(cfg.ttt_backprop_tokens, context - count))
-        older = ceil(max(begin - back, 0), 256, context - count - back)
-        yield begin, end, Shape(ceil(int((lengths > begin).sum()), 8, cfg.ttt_batch_size), older, back, count)
+        room = cfg.ttt_eval_seq_len - count  # of the context, before the chunk
+        back = rounded(begin, 64, min(cfg.ttt_backprop_tokens, room))
+        older = rounded(max(begin - back, 0), 256, room - back)
+        running = int((lengths > begin).sum())
+        rows = rounded(running, 8, cfg.ttt_batch_size)
+        yield begin, end, Shape(rows, older, back, count)
         begin = end
 
 
-class DocumentTTT:
-    """Score-first adapters for batches of documents of one segment, in lockstep: every row is at the same position of its own document.
-    All memory is static and a step depends on its Shape alone, so a GPU replays CUDA graphs: its many small kernels cost no launches. Keys and values stay as
-    they were when their token was scored; a ring holds the last TTT_EVAL_SEQ_LEN of them."""
-
-    def __init__(self, model: GPT, cfg: Config, val: ValidationStream, ledger: Ledger, ngram: NGram | None = None):
-        self.model, self.cfg, self.val, self.ledger, self.ngram, self.device = (
-            model,
-            cfg,
-            val,
-            ledger,
-            ngram,
-            model.tok_emb.device,
-        )
-        rows, device, visits = cfg.ttt_batch_size, self.device, len(model.schedules[cfg.looped])
-        self.stream = torch.from_numpy(val.tokens.astype(np.int32)).to(device)
-        self.hints = None if ngram is None else ngram.hints(np.arange(val.targets))
-        self.begin, self.updates = torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), device=device)
-        self.row_starts, self.row_lengths = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-        self.lora = new_lora(
-            model,
-            rows,
-            frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(",")),
-            cfg.ttt_lora_rank,
-            cfg.ttt_lora_alpha,
-            cfg.seed,
-        )
-        self.start = [p[:1].detach().clone() for p in self.lora.leaves()]  # where every document's adapters begin
-        self.squares = [torch.zeros_like(p) for p in self.lora.leaves()]
-        ring = visits, rows, cfg.ttt_eval_seq_len, cfg.num_kv_heads, model.head_dim
-        self.keys, self.values = (torch.zeros(ring, dtype=model.dtype, device=device) for _ in range(2))
-        self.parts, self.graphs, self.pool = {}, {}, None
-        self.drift, self.documents = [torch.zeros_like(t) for t in self.start], 0.0
-
-    def prepare(self, batches: list[np.ndarray]):
-        """Capture every graph that these batches need, on random tokens (B29). Only lengths of documents are read."""
-        self.stream.random_(self.cfg.vocab_size, generator=torch.Generator(self.device).manual_seed(0))
-        self.pool = torch.cuda.graph_pool_handle()
-        for shape in sorted(
-            {
-                shape
-                for batch in batches
-                for *_, shape in lockstep(np.sort(self.val.lengths[batch])[::-1], self.cfg, False)
-            },
-            reverse=True,
-        ):
-            self.graphs[shape] = self.capture(shape)
-        self.stream.copy_(torch.from_numpy(self.val.tokens.astype(np.int32)))
-
-    def capture(self, shape: Shape):
-        """Graphs of score() and learn(), and where the first leaves its findings."""
-        with torch.cuda.stream(torch.cuda.Stream()):
-            self.learn(shape, self.score(shape)[0])  # libraries and Triton set themselves up outside of a capture
-        torch.cuda.synchronize()
-        scoring, learning = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(scoring, pool=self.pool):
-            found = self.score(shape)
-        with torch.cuda.graph(learning, pool=self.pool):
-            self.learn(shape, found[0])
-        return scoring, learning, [t.detach() for t in found]
-
-    @torch.no_grad()
-    def reset(self, documents: np.ndarray):
-        """Forget the last batch: adapters at their start, no second moments, no updates. Unused rows are documents of no length."""
-        for p, start, v in zip(self.lora.leaves(), self.start, self.squares):
-            p.copy_(start.expand_as(p))
-            v.zero_()
-        self.updates.zero_()
-        for memory, values in (
-            (self.row_starts, self.val.starts[documents]),
-            (self.row_lengths, self.val.lengths[documents]),
-        ):
-            memory.zero_()
-            memory[: len(documents)] = torch.from_numpy(values)
-
-    def run(self, documents: np.ndarray):
-        """documents: indices, at most TTT_BATCH_SIZE, in any order."""
-        documents = documents[np.argsort(-self.val.lengths[documents], kind="stable")]
-        starts, lengths = self.val.starts[documents], self.val.lengths[documents]
-        self.reset(documents)
-        for begin, end, shape in lockstep(lengths, self.cfg, self.device.type == "cpu"):
-            self.begin.fill_(begin)
-            scoring, learning, found = self.graphs.get(shape, (None, None, None))
-            if self.graphs and found is None:
-                raise RuntimeError(f"no graph was captured for {shape}")
-            scoring.replay() if scoring else (found := self.score(shape))
-            targets = starts[: shape.rows, None] + np.arange(begin, end)
-            valid = np.arange(begin, end) < lengths[: shape.rows, None]
-            book(
-                self.ledger,
-                targets[valid],
-                tuple(t[: len(valid)].cpu() for t in found),
-                torch.from_numpy(valid),
-                self.ngram,
-            )
-            goes_on = lengths[: shape.rows] > end
-            if goes_on.any() and self.cfg.ttt_grad_steps:
-                self.ledger.may_train(targets[goes_on].ravel())
-                learning.replay() if learning else self.learn(shape, found[0])
-        self.remember(lengths)
-
-    def score(self, shape: Shape, keep: bool = True) -> tuple[Tensor, ...]:
-        """Nats (rows, count) of the chunk at self.begin, and the log-probabilities of its hints where there are any.
-        Rows hold ``older`` cached keys and then ``back + count`` tokens. What would lie before a document is BOS in a segment of its own, seen by nobody."""
-        rows, older, back, count = shape
-        width, device, context = back + count, self.device, self.cfg.ttt_eval_seq_len
-        position = self.begin - back + torch.arange(width, device=device)
-        index = (self.row_starts[:rows, None] + position).clamp(0, len(self.stream) - 2)
-        tokens = torch.where(position >= 0, self.stream[index], self.cfg.bos_id).long()
-        before = self.stream[(index[:, 0] - 1).clamp(min=0)].long()
-        at = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
-        offsets = lambda length, outside: F.pad(
-            (at * length + torch.stack((torch.zeros_like(outside), outside))).flatten(), (0, 1), value=rows * length
-        )
-        outside = [(n - self.begin).clamp(min=0).int() for n in (back, older + back)]
-        seq = Seq(
-            offsets(width, outside[0]),
-            offsets(older + width, outside[1]),
-            width,
-            older + width,
-            position.int().repeat(rows),
-        )
-        slots = (self.begin - back - older + torch.arange(older, device=device)) % context
-        cache = Cache(*(t[:, :rows].index_select(2, slots) for t in (self.keys, self.values)), before)
-        lora = self.parts[rows] = self.parts.get(rows) or self.lora.first(rows)
-        with torch.set_grad_enabled(self.cfg.ttt_grad_steps > 0):
-            hidden, fresh = self.model.trunk(tokens.flatten(), seq, looped=self.cfg.looped, lora=lora, cache=cache)
-            hidden = hidden.unflatten(0, (rows, width))[:, back:].flatten(0, 1)  # only the chunk pays for the head
-            hint = None if self.hints is None else self.hints[index[:, back:]].flatten()
-            found = self.model.nll(hidden, self.stream[index[:, back:] + 1].flatten().long(), lora=lora, hint=hint)
-        if keep:
-            for ring, t in ((self.keys, fresh.keys), (self.values, fresh.values)):
-                ring[:, :rows].index_copy_(2, position % context, t.detach())
-        return tuple(t.unflatten(0, (rows, count)) for t in found if t is not None)
-
-    def learn(self, shape: Shape, nats: Tensor):
-        """TTT_GRAD_STEPS of AdamW on the mean nats (rows, count) of the chunk, for rows with a later chunk. Rows do not mix: the loss is a sum and Adam is elementwise."""
-        cfg, lora = self.cfg, self.parts[shape.rows]
-        lr, squares = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult, [v[: shape.rows] for v in self.squares]
-        goes_on = (self.row_lengths[: shape.rows] > self.begin + shape.count).float()
-        for step in range(cfg.ttt_grad_steps):
-            nats = self.score(shape, keep=False)[0] if step else nats
-            grads = [g.contiguous() for g in torch.autograd.grad((nats.mean(1) * goes_on).sum(), lora.leaves())]
-            self.updates += 1
-            with torch.no_grad():  # a finished row stays as it is: its gradient is zero, and it does not decay
-                for p in lora.leaves():
-                    p.mul_((1 - lr * cfg.ttt_weight_decay * goes_on)[:, None, None])
-                # With beta1 = 0 the first moment is the gradient, so the gradients' memory serves as its own.
-                torch._fused_adamw_(
-                    lora.leaves(),
-                    grads,
-                    grads,
-                    squares,
-                    [],
-                    [self.updates] * len(grads),
-                    lr=lr,
-                    beta1=0.0,
-                    beta2=cfg.ttt_beta2,
-                    weight_decay=0.0,
-                    eps=1e-10,
-                    amsgrad=False,
-                    maximize=False,
-                )
-
-    @torch.no_grad()
-    def remember(self, lengths: np.ndarray):
-        """Add up how far the batch's adapters have moved, each document by its tokens, at most a context of them."""
-        weight = torch.from_numpy(np.minimum(lengths, self.cfg.ttt_eval_seq_len).astype(np.float32)).to(self.device)
-        for drift, p, start in zip(self.drift, self.lora.leaves(), self.start):
-            drift += torch.tensordot(weight, p[: len(weight)], 1) - weight.sum() * start
-        self.documents += float(weight.sum())
-
-    @torch.no_grad()
-    def next_segment(self, ranks: Ranks):
-        """The adapters' start moves to the mean of the segment's adapters, scored tokens all of them (Reptile, arXiv 1803.02999)."""
-        total = ranks.all_reduce_(torch.tensor([self.documents], dtype=torch.float64)).item()
-        for start, drift in zip(self.start, self.drift):
-            start += self.cfg.ttt_warm_start / max(total, 1.0) * ranks.all_reduce_(drift)
-            drift.zero_()
-        self.documents = 0.0
-
-
 def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> list[list[np.ndarray]]:
-    """Documents of a segment by falling length in batches, dealt to the ranks by falling cost: a batch costs what its longest row takes."""
-    order = first + np.argsort(-lengths, kind="stable")
-    batches = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
-    load, dealt = np.zeros(world), [[] for _ in range(world)]
-    for batch in batches:
+    """For each rank its batches of the documents first, first + 1, ... that have these lengths.
+
+    Documents are taken by falling length. Each batch goes to the rank with the least work so far, counted in chunks of
+    a batch's longest document.
+    """
+    order = np.argsort(-lengths, kind="stable")  # a batch of alike documents has few idle rows
+    load = np.zeros(world)  # chunks in a row, of each rank
+    dealt = [[] for _ in range(world)]
+    for begin in range(0, len(order), cfg.ttt_batch_size):
+        batch = order[begin : begin + cfg.ttt_batch_size]
+        longest = int(lengths[batch].max())
         rank = int(load.argmin())
-        load[rank] += len(chunk_ends(int(lengths[batch - first].max()), cfg))
-        dealt[rank].append(batch)
+        load[rank] += len(chunk_ends(longest, cfg))
+        dealt[rank].append(first + batch)
     return dealt
 
 
-class BaseLearner:
-    """Gradients of the base weights from validation targets, for whoever may learn from them."""
+class KeyValueRing:
+    """Keys and values of each row's last `length` tokens, at every visit, as they were when their token was scored."""
 
-    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, val: ValidationStream):
-        self.model, self.cfg, self.ranks, self.val = model, cfg, ranks, val
-        self.width = cfg.ttt_eval_seq_len
-        self.tokens = (
-            -(-cfg.global_ttt_chunk_tokens // (self.width * ranks.world)) * self.width
-        )  # of one micro-batch on one rank
+    def __init__(self, model: GPT, rows: int, length: int):
+        cfg = model.cfg
+        visits = len(model.schedules[cfg.looped])
+        shape = (visits, rows, length, cfg.num_kv_heads, model.head_dim)
+        self.length = length  # the token at position p lies in slot p % length
+        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.tok_emb.device)
+        self.values = torch.zeros_like(self.keys)
 
-    def clipped_gradients(self, at: int, count: int):
-        """Gradients (.grad) of every parameter for the mean nats of targets at..at + count, summed over the ranks, clipped to GLOBAL_TTT_GRAD_CLIP."""
-        self.gradients(at, count)
-        parameters = list(self.model.parameters())
-        grads = self.ranks.all_reduce_flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        torch._foreach_mul_(
-            grads,
-            (self.cfg.global_ttt_grad_clip / (torch.stack(torch._foreach_norm(grads)).norm() + 1e-6)).clamp(max=1.0),
+    def read(self, rows: int, positions: Tensor, last: Tensor) -> Cache:
+        """What the first rows hold of `positions` (n,) int64; of a negative position, anything.
+
+        last (rows,) int64: the token before those that will be run.
+        """
+        slots = positions % self.length
+        keys = self.keys[:, :rows].index_select(2, slots)
+        values = self.values[:, :rows].index_select(2, slots)
+        return Cache(keys, values, last)
+
+    def write(self, rows: int, positions: Tensor, new: Cache):
+        """Store what the first rows have computed for `positions`; a position that is run again overwrites itself."""
+        slots = positions % self.length
+        for memory, computed in ((self.keys, new.keys), (self.values, new.values)):
+            memory[:, :rows].index_copy_(2, slots, computed.detach())
+
+
+class AdapterState:
+    """The adapters of a batch of documents, their second moments, and where the adapters of later documents start."""
+
+    def __init__(self, model: GPT, cfg: Config):
+        self.cfg = cfg
+        # All batches use the same memory, because CUDA graphs hold its addresses.
+        masked = frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(","))
+        self.lora = new_lora(
+            model,
+            documents=cfg.ttt_batch_size,
+            masked=masked,
+            rank=cfg.ttt_lora_rank,
+            alpha=cfg.ttt_lora_alpha,
+            seed=cfg.seed,
         )
-        for p, grad in zip(parameters, grads):
-            p.grad = grad
+        leaves = self.lora.leaves()
+        self.first_rows = {}  # number of rows -> their adapters, leaves that share the memory of self.lora
+        self.squares = [torch.zeros_like(p) for p in leaves]  # second moments
+        self.updates = torch.zeros((), device=model.tok_emb.device)  # of this batch, for Adam's bias correction
+        self.start = [p[:1].detach().clone() for p in leaves]  # (1, in, rank) and (1, rank, out), of every document
+        self.drift = [torch.zeros_like(p) for p in self.start]  # sum over tokens of how far their adapters moved
+        self.drift_tokens = 0.0  # that the sum holds
 
-    def gradients(self, at: int, count: int):
-        """Mean nats of targets at..at + count: the chunk is cut every TTT_EVAL_SEQ_LEN and each rank takes neighbouring pieces, so no sum depends on their number."""
-        share = -(-count // (self.width * self.ranks.world)) * self.width
-        first, last = at + self.ranks.rank * share, min(at + (self.ranks.rank + 1) * share, at + count)
-        for lo in range(first, last, self.tokens):
-            self.backward(self.val.tokens[lo : min(lo + self.tokens, last) + 1].astype(np.int64), count)
+    @torch.no_grad()
+    def reset(self):
+        """For the next batch: all adapters at their start, no second moments, no updates."""
+        for p, start in zip(self.lora.leaves(), self.start):
+            p.copy_(start.expand_as(p))
+        for square in self.squares:
+            square.zero_()
+        self.updates.zero_()
 
-    def backward(self, tokens: np.ndarray, count: int):
-        """Add the gradient of the summed nats of tokens[1:] over ``count``."""
-        starts = np.union1d(np.flatnonzero(tokens[:-1] == self.cfg.bos_id), np.arange(0, len(tokens) - 1, self.width))
-        batch = to_device(pack(tokens, starts, self.width, self.width, "val", len(tokens) - 1), self.ranks.device)
-        batch_loss(self.model, batch, count, self.cfg.looped).backward()
+    def first(self, rows: int) -> LoRA:
+        """The adapters of the first rows: the same leaves at every call, so that learning finds those of scoring."""
+        if rows not in self.first_rows:
+            self.first_rows[rows] = self.lora.first(rows)
+        return self.first_rows[rows]
 
-    def prequant(self, log: Log):
-        """AdamW over the whole validation set before any of it is scored (#1735, #1738): the published mistake, kept so that it can be measured."""
-        cfg, chunk, epochs = self.cfg, self.cfg.global_ttt_chunk_tokens, self.cfg.prequant_ttt_epochs
-        adam = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)
-        for epoch in range(epochs):
-            adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (
-                0.55 + 0.45 * math.cos(math.pi * epoch / max(epochs - 1, 1))
+    def step(self, rows: int, loss: Tensor, goes_on: Tensor):
+        """AdamW without a first moment on `loss` () for the first rows.
+
+        goes_on (rows,) float: 0 keeps a finished row as it is; its gradient is zero, and it does not decay.
+        """
+        cfg = self.cfg
+        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        leaves = self.first(rows).leaves()
+        grads = [grad.contiguous() for grad in torch.autograd.grad(loss, leaves)]
+        self.updates += 1
+        with torch.no_grad():
+            # Decoupled decay is done here, since the fused optimizer would apply it to finished rows, too.
+            decay = 1 - lr * cfg.ttt_weight_decay * goes_on
+            for p in leaves:
+                p.mul_(decay[:, None, None])
+            torch._fused_adamw_(
+                leaves,
+                grads,
+                grads,  # with beta1 = 0 the first moment is the gradient: one memory serves as both
+                [square[:rows] for square in self.squares],
+                [],
+                [self.updates] * len(leaves),
+                lr=lr,
+                beta1=0.0,
+                beta2=cfg.ttt_beta2,
+                weight_decay=0.0,
+                eps=1e-10,
+                amsgrad=False,
+                maximize=False,
             )
-            for at in range(0, self.val.targets, chunk):
-                self.clipped_gradients(at, min(chunk, self.val.targets - at))
-                self.model.tok_emb.grad = None  # Adam leaves alone what never had a gradient
-                for name, p in self.model.named_parameters():
-                    if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):  # stacked by layer
-                        p.grad[: cfg.prequant_ttt_freeze_blocks] = 0.0
-                adam.step()
-                adam.zero_grad()
-            log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
+
+    @torch.no_grad()
+    def remember(self, lengths: np.ndarray):
+        """Add up how far the batch's adapters have moved. lengths: of its documents, in the order of the rows.
+
+        A document counts by its tokens, at most a context of them.
+        """
+        tokens = np.minimum(lengths, self.cfg.ttt_eval_seq_len)
+        weight = torch.from_numpy(tokens.astype(np.float32)).to(self.updates.device)
+        total = weight.sum()
+        for drift, p, start in zip(self.drift, self.lora.leaves(), self.start):
+            # sum over documents of weight (adapters - start)
+            drift += torch.tensordot(weight, p[: len(weight)], 1) - total * start
+        self.drift_tokens += float(total)
+
+    @torch.no_grad()
+    def next_segment(self, ranks: Ranks):
+        """Move the start by TTT_WARM_START to the mean of the segment's adapters (Reptile, arXiv 1803.02999).
+
+        All that it learns from is scored: the segment is over.
+        """
+        tokens = torch.tensor([self.drift_tokens], dtype=torch.float64)
+        total = ranks.all_reduce_(tokens).item()
+        share = self.cfg.ttt_warm_start / max(total, 1.0)  # start += TTT_WARM_START (mean - start)
+        for start, drift in zip(self.start, self.drift):
+            start += share * ranks.all_reduce_(drift)
+            drift.zero_()
+        self.drift_tokens = 0.0
+
+
+def each(change: Callable[[Tensor], Tensor], scores: Scores) -> Scores:
+    """Scores of which every tensor is changed."""
+    return Scores(*[None if t is None else change(t) for t in scores])
+
+
+class CapturedStep(NamedTuple):
+    """The CUDA graphs of a Shape, and the memory in which the first leaves its scores."""
+
+    scoring: torch.cuda.CUDAGraph
+    learning: torch.cuda.CUDAGraph
+    scores: Scores
+
+
+class GraphPool:
+    """Runs the two halves of a step, score(shape) -> Scores and learn(shape, nats).
+
+    Once they are captured they are replayed as CUDA graphs, which share the memory of one pool; before, and on a CPU,
+    they are called.
+    """
+
+    def __init__(self):
+        self.steps = {}  # Shape -> CapturedStep
+
+    def capture(self, shapes: set[Shape], score: Callable, learn: Callable):
+        """Capture every shape, the largest first: smaller ones then find their memory in the pool."""
+        pool = torch.cuda.graph_pool_handle()
+        for shape in sorted(shapes, reverse=True):
+            self.steps[shape] = self.captured(shape, score, learn, pool)
+
+    @staticmethod
+    def captured(shape: Shape, score: Callable, learn: Callable, pool) -> CapturedStep:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            learn(shape, score(shape).nats)  # libraries and Triton set themselves up outside of a capture
+        torch.cuda.synchronize()
+        scoring = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(scoring, pool=pool):
+            scores = score(shape)
+        learning = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(learning, pool=pool):
+            learn(shape, scores.nats)
+        # Detached, so that what autograd kept for learn() is free for the next capture.
+        return CapturedStep(scoring, learning, each(Tensor.detach, scores))
+
+    def score(self, shape: Shape, call: Callable) -> Scores:
+        """Replay, or else call(shape)."""
+        if not self.steps:
+            return call(shape)
+        if shape not in self.steps:  # prepare() was given other batches
+            raise RuntimeError(f"no graph was captured for {shape}")
+        step = self.steps[shape]
+        step.scoring.replay()
+        return step.scores
+
+    def learn(self, shape: Shape, scores: Scores, call: Callable):
+        """Replay, or else call(shape, nats). scores: what score() returned for this chunk."""
+        if self.steps:
+            self.steps[shape].learning.replay()
+        else:
+            call(shape, scores.nats)
+
+
+class DocumentTTT:
+    """Scores documents of one segment and adapts to each, in lockstep: every row is at the same position of its own.
+
+    All memory is static and a step depends on its Shape alone, so a GPU replays CUDA graphs: its many small kernels
+    cost no launches.
+    """
+
+    def __init__(self, scoring: ScoringPass):
+        cfg = scoring.cfg
+        val = scoring.val
+        ngram = scoring.ngram
+        device = scoring.ranks.device
+        rows = cfg.ttt_batch_size
+        self.scoring = scoring
+        self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(device)  # of the whole stream
+        self.hints = None if ngram is None else ngram.hints(np.arange(val.targets))
+        self.begin = torch.zeros((), dtype=torch.int64, device=device)  # position at which the chunk begins
+        self.row_starts = torch.zeros(rows, dtype=torch.int64, device=device)  # of the documents in the stream
+        self.row_lengths = torch.zeros_like(self.row_starts)
+        self.adapters = AdapterState(scoring.model, cfg)
+        self.ring = KeyValueRing(scoring.model, rows, cfg.ttt_eval_seq_len)
+        self.graphs = GraphPool()
+
+    def prepare(self, batches: list[np.ndarray]):
+        """Capture every graph that these batches need, on random tokens: only lengths of documents are read (B29)."""
+        cfg = self.scoring.cfg
+        val = self.scoring.val
+        shapes = set()
+        for batch in batches:
+            falling = np.sort(val.lengths[batch])[::-1]
+            shapes.update(shape for _, _, shape in plan_lockstep(falling, cfg, exact=False))
+        generator = torch.Generator(self.tokens.device).manual_seed(0)
+        self.tokens.random_(cfg.vocab_size, generator=generator)
+        self.graphs.capture(shapes, self.score, self.learn)
+        tokens = torch.from_numpy(val.tokens.astype(np.int32))
+        self.tokens.copy_(tokens)
+
+    def run(self, documents: np.ndarray):
+        """Score every target of `documents` (indices, at most TTT_BATCH_SIZE, in any order), learning in between."""
+        cfg = self.scoring.cfg
+        val = self.scoring.val
+        falling = np.argsort(-val.lengths[documents], kind="stable")
+        documents = documents[falling]
+        starts = val.starts[documents]
+        lengths = val.lengths[documents]
+        self.seat(starts, lengths)
+        on_cpu = self.tokens.device.type == "cpu"
+        for begin, end, shape in plan_lockstep(lengths, cfg, exact=on_cpu):
+            self.begin.fill_(begin)
+            scores = self.graphs.score(shape, self.score)  # (shape.rows, count)
+            row_starts = starts[: shape.rows, None]
+            row_lengths = lengths[: shape.rows, None]  # (documents, 1); the shape may have more rows than documents
+            position = np.arange(begin, end)
+            targets = row_starts + position
+            valid = position < row_lengths  # (documents, count): chunks reach beyond the end of a document
+            on_host = each(lambda t: t[: len(valid)].cpu(), scores)
+            book(self.scoring, targets[valid], on_host, torch.from_numpy(valid))
+            goes_on = row_lengths[:, 0] > end
+            if goes_on.any():  # a last chunk teaches nobody
+                learnt = targets[goes_on]
+                self.scoring.ledger.may_train(learnt.ravel())
+                self.graphs.learn(shape, scores, self.learn)
+        self.adapters.remember(lengths)
+
+    def seat(self, starts: np.ndarray, lengths: np.ndarray):
+        """Put documents into the rows, with new adapters. Rows that are left over are documents of no length."""
+        self.adapters.reset()
+        for memory, values in ((self.row_starts, starts), (self.row_lengths, lengths)):
+            memory.zero_()
+            memory[: len(values)] = torch.from_numpy(values)
+
+    def score(self, shape: Shape) -> Scores:
+        """Scores (rows, count) of the chunk at `self.begin`, with the log-probabilities of hints if there are n-grams.
+
+        The last `back` tokens before the chunk are run again together with it, and before those `older` tokens are
+        read as cached keys and values. Positions before a document are BOS, which Seq.lockstep hides.
+        """
+        rows, older, back, count = shape
+        width = back + count
+        model = self.scoring.model
+        cfg = self.scoring.cfg
+        device = self.tokens.device
+        first = self.begin - back
+        position = first + torch.arange(width, device=device)  # (width,): in the document
+        index = self.row_starts[:rows, None] + position  # (rows, width): in the stream
+        index = index.clamp(0, len(self.tokens) - 2)  # outside the document anything will do: nobody sees it
+        tokens = torch.where(position >= 0, self.tokens[index], cfg.bos_id).long()
+        before = (index[:, 0] - 1).clamp(min=0)  # SmearGate looks one token back
+        cached = first - older + torch.arange(older, device=device)
+        cache = self.ring.read(rows, cached, last=self.tokens[before].long())
+        seq = Seq.lockstep(self.begin, position, rows, older, back)
+        lora = self.adapters.first(rows)
+        hidden, new = model.trunk(
+            tokens.flatten(),
+            seq,
+            looped=cfg.looped,
+            lora=lora,
+            cache=cache,
+        )
+        chunk = index[:, back:]
+        hidden = hidden.unflatten(0, (rows, width))[:, back:]  # only the chunk pays for the head
+        targets = self.tokens[chunk + 1].flatten()
+        scores = model.nll(
+            hidden.flatten(0, 1),
+            targets.long(),
+            lora=lora,
+            hint=None if self.hints is None else self.hints[chunk].flatten(),
+        )
+        self.ring.write(rows, position, new)
+        return each(lambda t: t.unflatten(0, (rows, count)), scores)
+
+    def learn(self, shape: Shape, nats: Tensor):
+        """A step on the mean nats (rows, count) of the chunk, for rows with a later chunk.
+
+        Rows do not mix: the loss is a sum over them and AdamW is elementwise.
+        """
+        end = self.begin + shape.count
+        goes_on = (self.row_lengths[: shape.rows] > end).float()
+        loss = (nats.mean(1) * goes_on).sum()
+        self.adapters.step(shape.rows, loss, goes_on)
+
+
+def base_gradients(
+    model: GPT,
+    cfg: Config,
+    ranks: Ranks,
+    val: ValidationStream,
+    begin: int,  # targets begin..end (exclusive)
+    end: int,
+):
+    """Leave in .grad of every parameter the gradient of the mean nats of the targets, summed over the ranks.
+
+    Its norm is at most GLOBAL_TTT_GRAD_CLIP. The targets are cut every TTT_EVAL_SEQ_LEN and each rank takes
+    neighbouring pieces, so no sum depends on the number of ranks.
+    """
+    span = cfg.ttt_eval_seq_len
+
+    def rank_share(targets: int) -> int:
+        """Of so many targets, those of one rank: whole pieces."""
+        return -(-targets // (span * ranks.world)) * span
+
+    share = rank_share(end - begin)
+    micro_batch = rank_share(cfg.global_ttt_chunk_tokens)
+    first = begin + ranks.rank * share
+    last = min(first + share, end)
+    for low in range(first, last, micro_batch):
+        high = min(low + micro_batch, last)
+        tokens = val.tokens[low : high + 1]
+        inputs = tokens[:-1]
+        document_starts = np.flatnonzero(inputs == cfg.bos_id)
+        starts = np.union1d(document_starts, np.arange(0, len(inputs), span))
+        batch = pack_documents(
+            inputs,
+            tokens[1:],
+            starts,
+            span=span,
+            longest=span,
+            capacity=len(inputs),
+            split="val",
+        )
+        loss = batch_loss(model, to_device(batch, ranks.device), end - begin, cfg.looped)
+        loss.backward()
+    parameters = list(model.parameters())
+    for p in parameters:
+        if p.grad is None:  # a rank without a piece, or a parameter outside the loss
+            p.grad = torch.zeros_like(p)
+    # Clipped after the sum over the ranks, so that all take the same step.
+    grads = ranks.all_reduce_flat([p.grad for p in parameters])
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    factor = cfg.global_ttt_grad_clip / (norm + 1e-6)
+    torch._foreach_mul_(grads, factor.clamp(max=1.0))
+    for p, grad in zip(parameters, grads):
+        p.grad = grad
+
+
+class GlobalSGD:
+    """SGD of all base weights on scored targets. lr(x) = GLOBAL_TTT_LR (1 + cos(pi x)) / 2 at progress x in 0..1."""
+
+    def __init__(self, scoring: ScoringPass):
+        self.scoring = scoring
+        momentum = scoring.cfg.global_ttt_momentum
+        self.optimizer = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)
+
+    def learn(self, begin: int, end: int, progress: float, progress_after: float) -> int:
+        """GLOBAL_TTT_EPOCHS passes over targets begin..end, all of them scored; returns the number of steps.
+
+        Each step takes about GLOBAL_TTT_CHUNK_TOKENS in stream order. Progress rises evenly from `progress` to
+        `progress_after`.
+        """
+        model = self.scoring.model
+        cfg = self.scoring.cfg
+        ranks = self.scoring.ranks
+        val = self.scoring.val
+        self.scoring.ledger.may_train(np.arange(begin, end))
+        model.requires_grad_(True)
+        count = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1)
+        edges = np.linspace(begin, end, count + 1).astype(int)
+        chunks = list(itertools.pairwise(edges.tolist())) * cfg.global_ttt_epochs
+        for i, (low, high) in enumerate(chunks):
+            base_gradients(model, cfg, ranks, val, low, high)
+            # From 0 to 1 x is i / len(chunks) to the bit, and from x to x it stays x.
+            x = progress + (progress_after - progress) * (i / len(chunks))
+            cosine = math.cos(math.pi * x)
+            (group,) = self.optimizer.param_groups
+            group["lr"] = cfg.global_ttt_lr * 0.5 * (1 + cosine)
+            self.optimizer.step()
+            self.optimizer.zero_grad()  # to None: the next chunk starts anew
+        model.requires_grad_(False)
+        ranks.synchronize()
+        return len(chunks)
+
+
+class AdaptDocuments:
+    """TTT_METHOD=lora: adapters learn inside each document, base weights in phases from all that is scored so far."""
+
+    plan = staticmethod(plan_segments)
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        cfg = scoring.cfg
+        ranks = scoring.ranks
+        self.scoring = scoring
+        self.documents = DocumentTTT(scoring)
+        self.batches = {}  # Segment -> this rank's batches
+        serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
+        for segment in segments:
+            lengths = scoring.val.lengths[segment.first : segment.last]
+            dealt = deal_batches(lengths, segment.first, cfg, ranks.world)
+            self.batches[segment] = dealt[ranks.rank]
+            serial += len(chunk_ends(int(lengths.max()), cfg))
+        scoring.log(f"  critical path {serial:,} chunks in a row, the longest documents of the segments")
+
+    def prepare(self):
+        """On a GPU, capture whatever the timed part will replay."""
+        if self.scoring.ranks.device.type != "cuda":
+            return
+        begun = time.perf_counter()
+        batches = itertools.chain(*self.batches.values())
+        self.documents.prepare(list(batches))
+        seconds = time.perf_counter() - begun
+        captured = len(self.documents.graphs.steps)
+        self.scoring.log(f"  captured {captured} graphs in {seconds:.1f} s")
+
+    def score(self, segment: Segment):
+        """Score the segment's documents on all ranks; the adapters of the next segment start where these have led."""
+        ranks = self.scoring.ranks
+        ledger = self.scoring.ledger
+        for batch in self.batches[segment]:
+            ledger.progress(ranks, self.scoring.log)
+            self.documents.run(batch)
+        ledger.merge(ranks)
+        self.documents.adapters.next_segment(ranks)
+
+    def learn(self, segment: Segment):
+        """A phase: the base weights learn from the stream up to the segment's end, with a cosine and a momentum of its
+        own."""
+        begun = time.perf_counter()
+        end = int(self.scoring.val.starts[segment.last])
+        steps = GlobalSGD(self.scoring).learn(0, end, 0.0, 1.0)
+        seconds = time.perf_counter() - begun
+        self.scoring.log(f"  base weights learnt from {end:,} scored targets in {steps} steps, {seconds:.1f} s")
+
+
+class Slide:
+    """TTT_ENABLED=0 with n-grams: windows alone. Segments are those of AdaptDocuments: n-grams count between them."""
+
+    plan = staticmethod(plan_segments)
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        self.scoring = scoring
+
+    def prepare(self):
+        """Windows need no preparation."""
+
+    def score(self, segment: Segment):
+        score_documents(self.scoring, segment.first, segment.last)
+
+    def learn(self, segment: Segment):
+        """Nothing learns but the n-grams, which have counted already."""
+
+
+class SlideAndLearn(Slide):
+    """TTT_METHOD=sgd: windows score a segment, then the base weights learn from it (#549).
+
+    One momentum and one half cosine span the stream.
+    """
+
+    plan = staticmethod(plan_sgd_segments)
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        super().__init__(scoring, segments)
+        self.sgd = GlobalSGD(scoring)
+        self.progress = {segment: i / len(segments) for i, segment in enumerate(segments)}
+
+    def learn(self, segment: Segment):
+        starts = self.scoring.val.starts
+        begin = int(starts[segment.first])
+        end = int(starts[segment.last])
+        progress = self.progress[segment]  # constant in a segment
+        self.sgd.learn(begin, end, progress, progress)
 
 
 class TestTimeTraining:
-    """Scores the validation stream segment by segment, adapting within documents and, at phase boundaries, the base weights."""
+    """Scores the validation stream segment by segment; a strategy adapts the model inside and between them."""
 
-    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
-        self.model, self.cfg, self.ranks, self.log, self.val, self.ledger = model, cfg, ranks, log, val, ledger
-        self.method = cfg.ttt_method if cfg.ttt_enabled else "none"
-        self.segments = plan_chunks(val.lengths, cfg) if self.method == "sgd" else plan_segments(len(val.lengths), cfg)
-        self.learner, self.sgd = BaseLearner(model, cfg, ranks, val), None
-        sizes = [s.last - s.first for s in self.segments]
-        serial = sum(len(chunk_ends(int(val.lengths[s.first : s.last].max()), cfg)) for s in self.segments)
-        log(
-            f"test-time training ({self.method}): {len(sizes)} segment(s) of {sizes if len(sizes) < 30 else f'{min(sizes)}..{max(sizes)}'} documents"
-            + (
-                f"; critical path {serial:,} chunks in a row, the longest documents of the segments"
-                if self.method == "lora"
-                else ""
-            )
-        )
-        self.ngram = NGram(cfg, ranks, val, sizes, log) if cfg.ngram_enabled else None
-        if self.method == "lora":
-            self.adapters = DocumentTTT(model, cfg, val, ledger, self.ngram)
-            self.batches = [
-                deal_batches(val.lengths[s.first : s.last], s.first, cfg, ranks.world)[ranks.rank]
-                for s in self.segments
-            ]
-        else:
-            self.scorer = Scorer(model, cfg, ranks, log, self.ngram)
+    STRATEGIES = {"lora": AdaptDocuments, "sgd": SlideAndLearn, "none": Slide}
+
+    def __init__(self, scoring: ScoringPass):
+        cfg = scoring.cfg
+        val = scoring.val
+        log = scoring.log
+        method = cfg.ttt_method if cfg.ttt_enabled else "none"
+        strategy = self.STRATEGIES[method]
+        self.segments = strategy.plan(val.lengths, cfg)
+        sizes = [segment.last - segment.first for segment in self.segments]
+        shown = sizes if len(sizes) < 30 else f"{min(sizes)}..{max(sizes)}"
+        log(f"test-time training ({method}): {len(sizes)} segment(s) of {shown} documents")
+        if cfg.ngram_enabled:
+            ngram = NGram(cfg, scoring.ranks, val, sizes, log)
+            scoring = scoring._replace(ngram=ngram)
+        scoring.model.requires_grad_(False)  # only adapters learn, until global SGD asks for more
+        self.scoring = scoring
+        self.strategy = strategy(scoring, self.segments)
 
     def prepare(self):
-        """On a GPU, capture on random tokens whatever the timed part will replay: no validation token is read before (B29)."""
-        begun = time.perf_counter()
-        self.model.requires_grad_(False)
-        if self.method == "lora" and self.ranks.device.type == "cuda":
-            self.adapters.prepare([batch for mine in self.batches for batch in mine])
-            self.log(f"  captured {len(self.adapters.graphs)} graphs in {time.perf_counter() - begun:.1f} s")
+        """Everything that takes time before the first score; no validation token is read for it (B29)."""
+        self.strategy.prepare()
 
     def score(self) -> float:
+        """Score a segment, learn from it, go on; returns the ledger's BPB."""
         begun = time.perf_counter()
-        self.model.requires_grad_(False)
-        for i, segment in enumerate(self.segments):
-            if self.method == "lora":
-                for batch in self.batches[i]:
-                    self.ledger.progress(self.ranks, self.log)
-                    self.adapters.run(batch)
-                self.ledger.merge(self.ranks)
-                self.adapters.next_segment(self.ranks)
-            else:
-                self.scorer.score_documents(self.val, self.ledger, self.cfg.eval_stride, segment.first, segment.last)
-            if self.ngram:
-                self.ngram.learn(self.ledger)
-            if segment.phase_ends and self.method != "none":
-                begin, end = (int(self.val.starts[j]) for j in (segment.first, segment.last))
-                self.global_sgd(end, *((begin, i / len(self.segments)) if self.method == "sgd" else ()))
+        for segment in self.segments:
+            self.strategy.score(segment)
+            if segment.then_learn:
+                self.strategy.learn(segment)
         seconds = time.perf_counter() - begun
-        self.log(
-            f"  {self.val.targets:,} targets in {seconds:.1f} s: {self.val.targets / seconds:,.0f} targets/s over {self.ranks.world} rank(s)"
+        targets = self.scoring.val.targets
+        world = self.scoring.ranks.world
+        self.scoring.log(
+            f"  {targets:,} targets in {seconds:.1f} s: {targets / seconds:,.0f} targets/s over {world} rank(s)"
         )
-        return self.ledger.bpb()
+        return self.scoring.ledger.bpb()
 
-    def global_sgd(self, end: int, begin: int = 0, progress: float | None = None):
-        """All base parameters learn from targets begin..end, every one of them scored: SGD on chunks in stream order, documents kept apart.
-        The learning rate is the half cosine at ``progress`` in 0..1; without it this call is a phase, with a whole half cosine and a momentum of its own."""
-        cfg, steps = self.cfg, max(round((end - begin) / self.cfg.global_ttt_chunk_tokens), 1)
-        self.ledger.may_train(np.arange(begin, end))
-        self.model.requires_grad_(True)
-        if progress is None or self.sgd is None:
-            self.sgd = torch.optim.SGD(self.model.parameters(), momentum=cfg.global_ttt_momentum)
-        edges = np.linspace(begin, end, steps + 1).astype(int).tolist()
-        chunks = list(zip(edges, edges[1:])) * cfg.global_ttt_epochs
-        begun = time.perf_counter()
-        for i, (lo, hi) in enumerate(chunks):
-            self.learner.clipped_gradients(lo, hi - lo)
-            share = i / len(chunks) if progress is None else progress
-            self.sgd.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * share))
-            self.sgd.step()
-            self.sgd.zero_grad()
-        self.model.requires_grad_(False)
-        self.ranks.synchronize()
-        if progress is None:
-            self.log(
-                f"  base weights learnt from {end - begin:,} scored targets in {len(chunks)} steps, {time.perf_counter() - begun:.1f} s"
-            )
+
+def train_on_validation_set(model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream):
+    """AdamW over the whole validation set before any of it is scored (#1735, #1738), which breaks C3.
+
+    The published mistake, kept so that it can be measured: no ledger is asked, and scoring the artifact fails C3. The
+    embedding and the first PREQUANT_TTT_FREEZE_BLOCKS layers stay as they are.
+    """
+    adam = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    chunk = cfg.global_ttt_chunk_tokens
+    epochs = cfg.prequant_ttt_epochs
+    by_layer = []  # the parameters that are stacked by layer
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):
+            by_layer.append(p)
+    for epoch in range(epochs):
+        cosine = math.cos(math.pi * epoch / max(epochs - 1, 1))
+        adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * cosine)
+        for begin in range(0, val.targets, chunk):
+            end = min(begin + chunk, val.targets)
+            base_gradients(model, cfg, ranks, val, begin, end)
+            model.tok_emb.grad = None  # Adam leaves alone what never had a gradient
+            for p in by_layer:
+                p.grad[: cfg.prequant_ttt_freeze_blocks] = 0.0
+            adam.step()
+            adam.zero_grad()  # to None: base_gradients starts anew
+        log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
 
 
 # ======== Packer ==============================================================================================================================================
@@ -5182,8 +5524,10 @@ class Run:
         if not self.data["manifest"]:
             log("data: no manifest.json, so documents and hashes are unchecked")
 
-    def ledger(self, name: str) -> Ledger:
-        return Ledger(name, self.val.target_bytes, self.verdicts)
+    def scoring(self, model: GPT, name: str) -> ScoringPass:
+        """A pass over the validation stream, with a ledger of its own."""
+        ledger = Ledger(name, self.val.target_bytes, self.verdicts)
+        return ScoringPass(model, self.cfg, self.ranks, self.log, self.val, ledger)
 
 
 def artifact_folder(cfg: Config) -> Path:
@@ -5288,9 +5632,7 @@ def load_trained(run: Run, model: GPT):
 def diagnose(run: Run, model: GPT, name: str):
     """BPB of the weights in memory, in a ledger and a time of its own."""
     with run.phases("diagnostic"):
-        run.result["bpb"][name] = Scorer(model, run.cfg, run.ranks, run.log).score(
-            run.val, run.ledger(name), run.cfg.eval_stride
-        )
+        run.result["bpb"][name] = score_stream(run.scoring(model, name))
     run.log(f"{name}: {run.result['bpb'][name]:.5f} BPB")
 
 
@@ -5360,33 +5702,30 @@ def score_artifact(run: Run, model: GPT):
     others = sorted(k.upper() for k, v in cfg.settings().items() if v != meta["settings"].get(k))
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
-    ledger, run.result["segments"] = run.ledger("quantized"), [len(run.val.starts)]
+    scoring = run.scoring(model, "quantized")
+    run.result["segments"] = [len(run.val.starts)]
     if meta["settings"].get("prequant_ttt_enabled"):
-        ledger.break_condition(
-            "C3", "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
-        )
+        reason = "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
+        scoring.ledger.break_condition("C3", reason)
     if cfg.ttt_enabled or cfg.ngram_enabled:
         diagnose(run, model, "quantized")
-        ledger = run.ledger("adapted")
+        scoring = run.scoring(model, "adapted")
         with run.phases("prepare"):
-            adaptation = TestTimeTraining(model, cfg, run.ranks, run.log, run.val, ledger)
+            adaptation = TestTimeTraining(scoring)
             adaptation.prepare()
         with run.phases("adapt"):
-            run.result["bpb"]["adapted"] = adaptation.score()
-        run.result["segments"] = [
-            s.last - s.first for s in adaptation.segments
-        ]  # what the audit may hold us to: documents of a segment are independent
+            bpb = adaptation.score()
+        # What the audit may hold us to: documents of a segment are independent.
+        run.result["segments"] = [segment.last - segment.first for segment in adaptation.segments]
     else:
         with run.phases("score"):
-            run.result["bpb"]["quantized"] = Scorer(model, cfg, run.ranks, run.log).score(
-                run.val, ledger, cfg.eval_stride
-            )
-    run.log(f"{ledger.name}: {run.result['bpb'][ledger.name]:.5f} BPB")
-    run.headline = ledger.name
-    run.result.update(anatomy(ledger, run.val))
+            bpb = score_stream(scoring)
+    run.headline = scoring.ledger.name
+    run.result["bpb"][run.headline] = bpb
+    run.log(f"{run.headline}: {bpb:.5f} BPB")
     if cfg.ledger_path and run.ranks.main:
         with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
-            np.save(f, ledger.nats)
+            np.save(f, scoring.ledger.nats)
         run.log(f"ledger written to {cfg.ledger_path}")
 
 
@@ -5445,10 +5784,10 @@ def configure(env) -> Config:
     cfg, stored, path = Config.from_env(env, check=False), {}, None
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
-        stored = read_artifact(path)[0]["meta"]["settings"]
+        stored = still_set(read_artifact(path)[0]["meta"]["settings"])
     elif cfg.quantize_only:
         path = artifact_folder(cfg) / "trained.npz"
-        stored = read_trained(path)[1]["settings"]
+        stored = still_set(read_trained(path)[1]["settings"])
     others = sorted(set(stored) ^ set(cfg.settings())) if path else []
     require(
         not others,
@@ -5473,7 +5812,7 @@ def execute(cfg: Config):
             diagnose(run, model, "trained")
             if cfg.prequant_ttt_enabled:  # scoring the artifact opens the door that keeps its number out of val_bpb
                 with run.phases("prequant"):
-                    BaseLearner(model, cfg, run.ranks, run.val).prequant(run.log)
+                    train_on_validation_set(model, cfg, run.ranks, run.log, run.val)
                 diagnose(run, model, "prequant")
             write_artifact(run, model)
         score_artifact(run, model)

@@ -1,4 +1,5 @@
-"""N-grams: exact counts of earlier segments and the document's own prefix, as a plain dictionary would find them, and probabilities that still sum to one."""
+"""N-grams: exact counts of earlier segments and the document's own prefix, as a plain dictionary would find them, and
+probabilities that still sum to one."""
 
 import dataclasses
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Ledger, NGram, Scorer, TestTimeTraining, Verdicts, continuations, plan_segments
+from train_gpt import Runs, ScoringPass, TestTimeTraining, continuations, plan_segments, score_stream
 
 TestTimeTraining.__test__ = False
 VOCAB = 12
@@ -42,7 +43,7 @@ WAYS = {
     "exact": dict(ttt_backprop_tokens=10**6),
     "phases": dict(phased_ttt_num_phases=2, phased_ttt_prefix_docs=6),
 }
-SETS = {"tilt": dict(), "fixed tilt": dict(ngram_calibrate=False, ngram_boost=2.625), "mix": dict(ngram_mode="mix")}
+SETS = {"weak": dict(), "strong": dict(ngram_boost=2.625)}
 every_way = pytest.mark.parametrize("way", WAYS)
 every_set = pytest.mark.parametrize("kind", SETS)
 
@@ -69,21 +70,16 @@ LENGTHS = [30, 9, 40, 1, 30, 60, 2, 33, 1, 20]
 
 
 def counted(documents, sizes, orders: int, vocab: int = VOCAB) -> dict:
-    """(order, target) -> (hint, top, total, seen, distinct), hint None where nothing was seen."""
+    """(order, target) -> (hint, top, total), hint None where nothing was seen."""
     stream, table = Stream(documents), {}
     document = np.repeat(np.arange(len(documents)), [len(d) for d in documents])[:-1]
     segment = np.repeat(np.arange(len(sizes)), sizes)[document]
     as_tensor = lambda a: torch.from_numpy(a.astype(np.int32))
     for found in continuations(as_tensor(stream.tokens), as_tensor(document), as_tensor(segment), orders, vocab):
-        rows = zip(*(t.tolist() for t in found[1:]))
-        table.update(
-            {
-                (found.order, target): (hint if total else None, top, total, seen, distinct)
-                for target, hint, top, total, seen, distinct in rows
-            }
-        )
+        for target, hint, top, total in zip(*(t.tolist() for t in found[1:])):
+            table[found.order, target] = (hint if total else None, top, total)
     return {
-        (order, target): table.get((order, target), (None, 0, 0, 0, 0))
+        (order, target): table.get((order, target), (None, 0, 0))
         for order in range(2, orders + 1)
         for target in range(stream.targets)
     }
@@ -107,7 +103,8 @@ class Context:
 
 
 def slow(documents, sizes, orders: int) -> dict:
-    """counted(), one token after the other: what a document sees is a copy of the earlier segments' dictionary that it alone extends."""
+    """counted(), one token after the other: what a document sees is a copy of the earlier segments' dictionary that it
+    alone extends."""
     stream, table, frozen = Stream(documents), {}, {}
     borders = np.cumsum([0, *sizes])
     for first, last in zip(borders, borders[1:]):
@@ -121,19 +118,13 @@ def slow(documents, sizes, orders: int) -> dict:
                         int(stream.tokens[target + 1]),
                     )
                     state = own.setdefault(key, frozen.get(key, Context()).copy())
-                    table[order, target] = (
-                        state.hint,
-                        state.top,
-                        sum(state.counts.values()),
-                        state.counts.get(token, 0),
-                        len(state.counts),
-                    )
+                    table[order, target] = (state.hint, state.top, sum(state.counts.values()))
                     state.add(token)
                     events.append((key, token))
         for key, token in events:
             frozen.setdefault(key, Context()).add(token)
     return {
-        (order, target): table.get((order, target), (None, 0, 0, 0, 0))
+        (order, target): table.get((order, target), (None, 0, 0))
         for order in range(2, orders + 1)
         for target in range(stream.targets)
     }
@@ -154,22 +145,44 @@ def test_counts_equal_a_dictionary(data):
 
 
 def test_long_repeats_reach_the_longest_order():
-    """Two documents of a segment each, the second a copy of the first: from its second token on, every order knows the next one."""
+    """Two documents of a segment each, the second a copy of the first: from its second token on, every order knows the
+    next one."""
     text = np.concatenate([[BOS], np.random.default_rng(0).permutation(np.arange(2, 40))])
     found, last = counted([text, text], [1, 1], 16, 40), len(text) - 1
     for order in range(2, 17):
         assert all(
-            found[order, target][:3] == (int(text[target + 1 - len(text)]), 1, 1)
+            found[order, target] == (int(text[target + 1 - len(text)]), 1, 1)
             for target in range(len(text) + order - 2, len(text) + last)
         )
     assert all(found[order, target][2] == 0 for order in range(2, 17) for target in range(len(text)))
 
 
+WORKED = [np.array([BOS, 5, 6, 5, 7]), np.array([BOS, 5, 6])]  # the eight tokens in the docstring of continuations()
+
+
+def test_the_worked_example():
+    """Its sorted list, what Runs counts there, and the hints; in one segment the second document sees nothing of the
+    first."""
+    as_tensor = lambda *values: torch.tensor(values, dtype=torch.int32)
+    tokens, document, context = as_tensor(1, 5, 6, 5, 7, 1, 5, 6), as_tensor(0, 0, 0, 0, 0, 1, 1), [1, 1, 5, 5, 5]
+    first, *_ = continuations(tokens, document, document, 3, 8)
+    assert first.order == 2 and first.targets.tolist() == [0, 5, 1, 3, 6]
+    assert tokens[first.targets].tolist() == context and tokens[first.targets + 1].tolist() == [5, 5, 6, 7, 6]
+    assert first.total.tolist() == [0, 1, 0, 1, 2] and first.top.tolist() == [0, 1, 0, 1, 1]
+    assert first.hint[first.total > 0].tolist() == [5, 6, 6]
+    runs = Runs.of(as_tensor(*context), as_tensor(0, 1, 0, 0, 1), as_tensor(0, 1, 0, 0, 1))
+    assert [t.tolist() for t in runs] == [[0, 0, 2, 2, 2], [0, 1, 2, 2, 4], [0, 1, 2, 2, 4]]
+    assert runs.seen_before(torch.arange(5)).tolist() == [0, 1, 0, 1, 2]
+    together = counted(WORKED, [2], 2, 8)
+    assert counted(WORKED, [1, 1], 2, 8)[2, 6] == (6, 1, 2) and together[2, 6] == (None, 0, 0)
+    assert together[2, 3] == (6, 1, 1)
+
+
 def test_documents_of_a_segment_do_not_see_each_other():
     text = np.array([BOS, 5, 6, 7, 5, 6, 7])
     together, apart = (counted([text, text], sizes, 4) for sizes in ([2], [1, 1]))
-    assert together[3, 2][2] == together[3, 9][2] == 0 and together[3, 5] == together[3, 12] == (7, 1, 1, 1, 1)
-    assert apart[3, 9] == (7, 2, 2, 2, 1) and apart[3, 12] == (7, 3, 3, 3, 1)
+    assert together[3, 2][2] == together[3, 9][2] == 0 and together[3, 5] == together[3, 12] == (7, 1, 1)
+    assert apart[3, 9] == (7, 2, 2) and apart[3, 12] == (7, 3, 3)
 
 
 def test_contexts_end_at_bos():
@@ -177,34 +190,31 @@ def test_contexts_end_at_bos():
     found = counted(
         [np.array([BOS, 4, 5]), np.array([BOS, 6]), np.array([BOS, 4, 5]), np.array([BOS, 6, 7])], [1, 1, 1, 1], 5
     )
-    assert found[2, 8] == (4, 2, 3, 1, 2)  # BOS was followed by 4 twice and 6 once
+    assert found[2, 8] == (4, 2, 3)  # BOS was followed by 4 twice and 6 once
     assert all(found[order, 8][2] == 0 for order in (3, 4, 5))  # "5 BOS -> 6" is no trigram, although it occurred
-    assert found[2, 7][:3] == (BOS, 1, 1) and found[4, 7][:3] == (BOS, 1, 1)  # the end of a document is a continuation
+    assert found[2, 7] == (BOS, 1, 1) and found[4, 7] == (BOS, 1, 1)  # the end of a document is a continuation
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.data())
 def test_no_count_sees_its_target_or_later_tokens(seed, data):
-    """A token replaced: all that is known at earlier targets of the document, at its own target and in other documents of the segment stays."""
+    """A token replaced: all that is known at earlier targets of the document, at its own target and in other documents
+    of the segment stays."""
     documents, sizes = repetitive([30, 25, 40, 20], seed=seed), [1, 2, 1]
     which, stream = data.draw(st.integers(0, 2)), Stream(documents)
     at = data.draw(st.integers(1, len(documents[which]) - 1))
     changed = [d.copy() for d in documents]
     changed[which][at:] = 2 + (changed[which][at:] - 2 + data.draw(st.integers(1, VOCAB - 3))) % (VOCAB - 2)
     before, after = counted(documents, sizes, 6), counted(changed, sizes, 6)
-    known = lambda found, order, target: (
-        *found[order, target][:3],
-        found[order, target][4],
-    )  # all but the realised token's own count
     kept = [
         t
         for i in range(3)
         for t in range(stream.of(i).start, stream.of(i).stop)
         if i < which or (i == which and t < stream.starts[which] + at) or ({i, which} == {1, 2} and i != which)
     ]
-    assert all(known(before, order, t) == known(after, order, t) for order in range(2, 7) for t in kept)
+    assert all(before[order, t] == after[order, t] for order in range(2, 7) for t in kept)
     assert (
-        any(known(before, order, t) != known(after, order, t) for order in range(2, 7) for t in range(stream.targets))
+        any(before[order, t] != after[order, t] for order in range(2, 7) for t in range(stream.targets))
         or at == len(documents[which]) - 1
     )
 
@@ -222,32 +232,9 @@ def score(documents, cfg, group=None) -> np.ndarray:
     """Nats of every target."""
     stream = Stream(documents)
     ledger = stream.ledger()
-    TestTimeTraining(network(cfg), cfg, group or ranks(cfg), Silent(), stream, ledger).score()
+    scoring = ScoringPass(network(cfg), cfg, group or ranks(cfg), Silent(), stream, ledger)
+    TestTimeTraining(scoring).score()
     return ledger.nats
-
-
-def mixed(p: np.ndarray, documents, cfg) -> np.ndarray:
-    """The network's probabilities of the realised tokens, mixed as the docstring of NGram says, from the slow counts."""
-    table, p, w = (
-        slow(documents, [s.last - s.first for s in plan_segments(len(documents), cfg)], cfg.ngram_order),
-        p.copy(),
-        cfg.ngram_weight,
-    )
-    for (order, target), (_, top, total, seen, distinct) in sorted(table.items()):
-        if order >= cfg.ngram_min_order and total >= cfg.ngram_min_count and top / total >= cfg.ngram_threshold:
-            p[target] = (1 - w) * p[target] + w * (max(seen - 0.5, 0) / total + distinct / (2 * total) * p[target])
-    return p
-
-
-@pytest.mark.parametrize(
-    "overrides", (dict(), dict(ngram_threshold=0.8, ngram_min_count=2, ngram_min_order=4, ngram_weight=0.7)), ids=str
-)
-@every_way
-def test_the_mixture_is_what_it_says(way, overrides):
-    cfg, documents = config(BASE, ngram_mode="mix", **WAYS[way], **overrides), repetitive(LENGTHS)
-    plain, found = score(documents, dataclasses.replace(cfg, ngram_enabled=False)), score(documents, cfg)
-    assert np.abs(np.exp(-found) - mixed(np.exp(-plain), documents, cfg)).max() < 1e-5
-    assert (np.abs(found - plain) > 0.01).mean() > 0.05
 
 
 def all_logprobs(documents, cfg) -> np.ndarray:
@@ -271,7 +258,7 @@ def longest(documents, cfg) -> dict[int, tuple[int, int]]:
     """target -> (order, hint) of the longest order that clears, from the slow counts."""
     found = {}
     for (order, target), (hint, top, total, *_) in sorted(
-        slow(documents, [s.last - s.first for s in plan_segments(len(documents), cfg)], cfg.ngram_order).items()
+        slow(documents, [s.last - s.first for s in plan_segments(documents, cfg)], cfg.ngram_order).items()
     ):
         if order >= cfg.ngram_min_order and total >= cfg.ngram_min_count and top / total >= cfg.ngram_threshold:
             found[target] = order, hint
@@ -279,9 +266,10 @@ def longest(documents, cfg) -> dict[int, tuple[int, int]]:
 
 
 def test_the_tilt_is_what_it_says():
-    """p e^(b [x = h]) over its sum, written out over the vocabulary; targets without a hint keep the network's nats to the bit."""
+    """p e^(b [x = h]) over its sum, written out over the vocabulary; targets without a hint keep the network's nats to
+    the bit."""
     cfg, documents = (
-        config(BASE, ttt_enabled=False, eval_seq_len=96, ngram_calibrate=False, ngram_boost=1.7, ngram_threshold=0.6),
+        config(BASE, ttt_enabled=False, eval_seq_len=96, ngram_boost=1.7, ngram_threshold=0.6),
         repetitive(LENGTHS),
     )
     stream, logp, found, plain = (
@@ -303,7 +291,8 @@ def test_the_tilt_is_what_it_says():
 @every_set
 @every_way
 def test_probabilities_sum_to_one(way, kind):
-    """Two prefixes before every token of the vocabulary, BOS as the next document's, after a segment that has filled tables and boosts.
+    """Two prefixes before every token of the vocabulary, BOS as the next document's, after a segment that has filled
+    the tables.
 
     The prefixes fit one window: where a later window begins depends on where its document ends.
     """
@@ -318,7 +307,6 @@ def test_probabilities_sum_to_one(way, kind):
         BASE,
         **{**WAYS[way], **SETS[kind], "segment_docs": 100, "phased_ttt_num_phases": 1, "phased_ttt_prefix_docs": 3},
         eval_seq_len=64,
-        ngram_weight=0.6,
     )
     stream = Stream(documents)
     plain, found = (score(documents, dataclasses.replace(cfg, ngram_enabled=on)) for on in (False, True))
@@ -332,7 +320,8 @@ def test_probabilities_sum_to_one(way, kind):
 @every_set
 @every_way
 def test_later_tokens_change_no_earlier_score(way, kind):
-    """Lengths kept, values replaced: earlier scores of the document, of the others in its segment and of earlier segments are equal to the bit."""
+    """Lengths kept, values replaced: earlier scores of the document, of the others in its segment and of earlier
+    segments are equal to the bit."""
     cfg, documents = config(BASE, **WAYS[way], **SETS[kind]), repetitive(LENGTHS)
     changed, stream = [d.copy() for d in documents], Stream(documents)
     changed[5][24:] = 2 + (changed[5][24:] - 1) % (VOCAB - 2)
@@ -352,7 +341,7 @@ def score_on(rank: int, world: int, folder, way: str, kind: str):
 
 
 @pytest.mark.parametrize(
-    "way, kind", (("windows, stride", "tilt"), ("cached", "tilt"), ("phases", "tilt"), ("cached", "mix"))
+    "way, kind", (("windows, stride", "weak"), ("cached", "weak"), ("phases", "weak"), ("cached", "strong"))
 )
 def test_ranks_change_float_noise_only(way, kind, tmp_path):
     forked(score_on, 2, tmp_path, way, kind)
@@ -367,65 +356,12 @@ def test_n_grams_help_on_repetition():
         assert score(documents, cfg).sum() < score(documents, dataclasses.replace(cfg, ngram_enabled=False)).sum() - 20
 
 
-# ---- boosts ----
-
-
-def tables(cfg, documents=None):
-    stream = Stream(documents or repetitive([60] * 10))
-    return (
-        NGram(cfg, ranks(cfg), stream, [s.last - s.first for s in plan_segments(len(stream.starts), cfg)], Silent()),
-        stream,
-        Ledger("test", stream.target_bytes, Verdicts()),
-    )
-
-
-def test_boosts_move_to_the_likeliest_value():
-    """Hits at random with odds of q / (1 - q) times e^2: with many of them the prior is forgotten, in one segment or in four."""
-    cfg = config(BASE, ngram_threshold=0.0)
-    for parts in (1, 4):
-        ngram, stream, ledger = tables(cfg)
-        targets, rng = np.flatnonzero(ngram.hint >= 0), np.random.default_rng(0)
-        ngram.bucket[targets] = rng.integers(0, 2, len(targets))
-        ledger.write(np.arange(stream.targets), np.ones(stream.targets))
-        for _ in range(parts):
-            many = rng.choice(targets, 40000 // parts)
-            q = rng.uniform(0.01, 0.9, len(many))
-            truth = np.where(ngram.bucket[many] == 0, 2.0, 0.5)
-            hit = rng.random(len(many)) < q * np.exp(truth) / (1 - q + q * np.exp(truth))
-            ngram.fresh.append((many, hit, q))
-            ngram.learn(ledger)
-        assert (
-            ngram.boost[0] == pytest.approx(2.0, abs=0.1)
-            and ngram.boost[1] == pytest.approx(0.5, abs=0.1)
-            and (ngram.boost[2:] == cfg.ngram_boost).all()
-        )
-
-
-def test_a_boost_is_never_below_zero():
-    """Hints that always miss are ignored in the end, never inverted."""
-    ngram, stream, ledger = tables(config(BASE))
-    targets = np.flatnonzero(ngram.hint >= 0)
-    ledger.write(np.arange(stream.targets), np.ones(stream.targets))
-    for _ in range(30):
-        ngram.fresh.append((targets, np.zeros(len(targets), bool), np.full(len(targets), 0.5)))
-        ngram.learn(ledger)
-    assert (ngram.boost >= 0).all() and ngram.boost[
-        np.bincount(ngram.bucket[targets], minlength=len(ngram.boost)).argmax()
-    ] == 0
-
-
-def test_boosts_learn_from_scored_targets_only():
-    ngram, stream, ledger = tables(config(BASE))
-    targets = np.flatnonzero(ngram.hint >= 0)
-    ledger.write(targets[:-1], np.ones(len(targets) - 1))
-    ngram.fresh.append((targets, np.ones(len(targets), bool), np.full(len(targets), 0.5)))
-    with pytest.raises(RuntimeError, match="not scored"):
-        ngram.learn(ledger)
-    assert ledger.verdicts.failed() == ["C3"]
+# ---- runs ----
 
 
 def test_the_headline_has_n_grams_and_the_diagnostics_have_not(tmp_path):
-    """TTT off: "quantized" is the network alone, "adapted" the network with n-grams; the tables are counted from the first segment on."""
+    """TTT off: "quantized" is the network alone, "adapted" the network with n-grams; the tables are counted from the
+    first segment on."""
     run = {**RUN, "iterations": 3, "ttt_enabled": False, "segment_docs": 3, "ngram_enabled": True, "ngram_min_order": 2}
     main(run, tmp_path).ok()
     found = result(tmp_path)
@@ -438,14 +374,12 @@ def test_the_headline_has_n_grams_and_the_diagnostics_have_not(tmp_path):
 def test_hints_are_off_unless_asked_for():
     assert not train_gpt.Config().ngram_enabled
     for name, value in (
-        ("mode", "ppm"),
         ("order", 1),
         ("order", 65),
         ("min_order", 1),
         ("min_order", 17),
         ("threshold", 1.5),
         ("min_count", 0),
-        ("weight", 1.0),
         ("boost", 13.0),
     ):
         with pytest.raises(train_gpt.UserError, match=f"NGRAM_{name.upper()}="):
@@ -456,10 +390,10 @@ def test_hints_are_off_unless_asked_for():
 def test_the_scorer_asks_for_hints_where_it_scores(stride):
     """The windows' own check: with a boost of zero, n-grams change nothing at all."""
     cfg, documents = (
-        config(BASE, ttt_enabled=False, eval_stride=stride, ngram_boost=0.0, ngram_calibrate=False),
+        config(BASE, ttt_enabled=False, eval_stride=stride, ngram_boost=0.0),
         repetitive(LENGTHS),
     )
     stream = Stream(documents)
     ledger = stream.ledger()
-    Scorer(network(cfg), cfg, ranks(cfg), Silent()).score(stream, ledger, stride)
+    score_stream(ScoringPass(network(cfg), cfg, ranks(cfg), Silent(), stream, ledger))
     assert np.abs(ledger.nats - score(documents, cfg)).max() < 1e-5

@@ -110,7 +110,6 @@ def test_a_scale_fits_every_recipe_and_leaves_its_switches(name, scale):
             "muon_coefficients",
             "ttt_mask",
             "ttt_method",
-            "ngram_mode",
         ):
             assert getattr(scaled, f.name) == getattr(plain, f.name), f.name
     count = sum(p.numel() for p in model_of(scaled).parameters())
@@ -166,7 +165,7 @@ def test_first_layers_and_the_embedding_stay_frozen():
     model.init_weights(0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     stream = Stream(random_documents([60, 40, 90]))
-    train_gpt.BaseLearner(model, cfg, ranks(cfg), stream).prequant(Silent())
+    train_gpt.train_on_validation_set(model, cfg, ranks(cfg), Silent(), stream)
     moved = {n: (p.detach() != before[n]) for n, p in model.named_parameters()}
     assert not moved["tok_emb"].any()
     for name in ("qkv", "o", "up", "down", "q_gain", "resid_mix"):

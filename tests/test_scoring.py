@@ -1,5 +1,7 @@
-"""Scoring: every target once, with the context the plan promises, against a slow one-window-at-a-time scorer; and a ledger that cannot be cheated."""
+"""Scoring: every target once, with the context the plan promises, against a slow one-window-at-a-time scorer; and a
+ledger that cannot be cheated."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Ledger, Scorer, ValidationStream, Verdicts, plan_windows
+from train_gpt import Ledger, ScoringPass, ValidationStream, Verdicts, plan_windows, score_stream
 
 
 class Stream:
@@ -30,11 +32,19 @@ def ledger_of(stream) -> Ledger:
 
 def score(model, stream, cfg, stride: int) -> tuple[float, np.ndarray]:
     ledger = ledger_of(stream)
-    bpb = Scorer(model, cfg, ranks(cfg), Silent()).score(stream, ledger, stride)
+    cfg = dataclasses.replace(cfg, eval_stride=stride)
+    bpb = score_stream(ScoringPass(model, cfg, ranks(cfg), Silent(), stream, ledger))
     return bpb, ledger.nats
 
 
 # ---- the plan ----
+
+
+def test_windows_of_the_docstring():
+    """A document of 7 tokens behind one of 2, windows of 4 tokens, 2 of them new."""
+    windows = plan_windows(np.array([0, 2]), 9, 4, 2)
+    assert windows.tolist() == [[0, 0, 2], [2, 2, 6], [4, 6, 8], [6, 8, 9]]
+
 
 documents_and_windows = given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=12), seq_len=st.integers(1, 40), data=st.data()
@@ -44,7 +54,8 @@ documents_and_windows = given(
 @settings(max_examples=200, deadline=None)
 @documents_and_windows
 def test_every_target_once_in_its_own_document(lengths, seq_len, data):
-    """Each position is scored once; its window lies in its document, is no longer than seq_len, and gives seq_len - stride tokens of context, wherever the document ends."""
+    """Each position is scored once; its window lies in its document, is no longer than seq_len, and gives seq_len -
+    stride tokens of context, wherever the document ends."""
     stride = data.draw(st.integers(1, seq_len))
     starts = np.cumsum([0, *lengths[:-1]])
     inputs = sum(lengths) - 1
@@ -66,7 +77,7 @@ def test_every_target_once_in_its_own_document(lengths, seq_len, data):
 def test_buffers_hold_all_windows_in_order(lengths, seq_len, data):
     capacity = data.draw(st.integers(seq_len, 3 * seq_len))
     windows = plan_windows(np.cumsum([0, *lengths[:-1]]), sum(lengths) - 1, seq_len, data.draw(st.integers(1, seq_len)))
-    buffers = train_gpt.pack_windows(windows, capacity)
+    buffers = train_gpt.group_windows(windows, capacity)
     assert np.array_equal(np.concatenate([np.empty((0, 3), int), *buffers]), windows)
     assert all(0 < (b[:, 2] - b[:, 0]).sum() <= capacity for b in buffers)
 
@@ -91,9 +102,8 @@ def one_at_a_time(model, stream, seq_len: int, stride: int) -> np.ndarray:
             n = len(tokens)
             cu = torch.tensor([0, n], dtype=torch.int32)
             hidden = model.trunk(tokens, train_gpt.Seq(cu, cu, n, n, torch.arange(n, dtype=torch.int32)), looped=True)
-            nats[position] = model.nll(
-                hidden[position - begin][None], torch.tensor([int(stream.tokens[position + 1])])
-            ).nats.item()
+            target = torch.tensor([int(stream.tokens[position + 1])])
+            nats[position] = model.nll(hidden[position - begin][None], target).nats.item()
     return nats
 
 
@@ -130,7 +140,8 @@ def test_buffers_do_not_change_scores():
 
 @pytest.mark.parametrize("stride", (0, 3))
 def test_later_tokens_and_other_documents_change_no_score(stride):
-    """Lengths kept, values replaced: earlier scores of the document and all of the other documents' are equal to the bit."""
+    """Lengths kept, values replaced: earlier scores of the document and all of the other documents' are equal to the
+    bit."""
     cfg = config(eval_seq_len=16, val_batch_tokens=64)
     model, documents = gpt(cfg), random_documents(LENGTHS)
     before = score(model, Stream(documents), cfg, stride)[1]
@@ -235,7 +246,8 @@ def test_ranks_join_their_entries():
 
 
 def test_the_ledger_file_gives_the_printed_number():
-    """LEDGER_PATH: one entry per target, the tail included; its sum over the sidecar's bytes is the headline to the last digit."""
+    """LEDGER_PATH: one entry per target, the tail included; its sum over the sidecar's bytes is the headline to the
+    last digit."""
     folder = base_run()
     nats, found = np.load(scratch() / "base_ledger.npy"), result(folder)
     sizes = np.concatenate(

@@ -130,10 +130,11 @@ def tried(cfg: Config):
     train_gpt.quantize(model, train_gpt.collect_hessians(model, trainer.stream, cfg, group), cfg, group)
     val = train_gpt.ValidationStream(cfg)
     ledger = train_gpt.Ledger("test", val.target_bytes, train_gpt.Verdicts())
+    scoring = train_gpt.ScoringPass(model, cfg, group, log, val, ledger)
     if cfg.ngram_enabled:
-        train_gpt.TestTimeTraining(model, cfg, group, log, val, ledger).score()
+        train_gpt.TestTimeTraining(scoring).score()
     else:
-        train_gpt.Scorer(model, cfg, group, log).score(val, ledger, cfg.eval_stride)
+        train_gpt.score_stream(scoring)
 
 
 EXTREMES = {

@@ -96,7 +96,9 @@ def test_packing(lengths, span, padding):
     documents = [[BOS, *range(100, 99 + n)] for n in lengths]
     tokens = np.array([*sum(documents, []), BOS])
     n = len(tokens) - 1
-    batch = train_gpt.pack(tokens, np.flatnonzero(tokens[:-1] == BOS), span, 64, "train", n + padding)
+    batch = train_gpt.pack_documents(
+        tokens[:-1], tokens[1:], np.flatnonzero(tokens[:-1] == BOS), span, 64, n + padding, "train"
+    )
     segments, positions = [], []
     for length in [*lengths, *([padding] if padding else [])]:
         segments += [span] * (length // span) + ([length % span] if length % span else [])
@@ -132,7 +134,8 @@ def test_padding_has_no_weight():
     tokens = np.array([BOS, 5, 6, 7, 8, BOS, 9, 10, 11])
     losses, gradients = [], []
     for capacity in (8, 8 + 13):
-        batch = train_gpt.to_device(train_gpt.pack(tokens, np.array([0, 5]), 16, 16, "train", capacity), CPU)
+        batch = train_gpt.pack_documents(tokens[:-1], tokens[1:], np.array([0, 5]), 16, 16, capacity, "train")
+        batch = train_gpt.to_device(batch, CPU)
         model.zero_grad()
         loss = train_gpt.batch_loss(model, batch, 8, True)
         loss.backward()

@@ -1,5 +1,7 @@
-"""Test-time training: the score of a token depends on earlier segments and its own prefix, whatever the batch, the ranks and the later tokens; and it learns what it says."""
+"""Test-time training: the score of a token depends on earlier segments and its own prefix, whatever the batch, the
+ranks and the later tokens; and it learns what it says."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -26,13 +28,17 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from train_gpt import (
     ADAPTER_KINDS,
     Cache,
     DocumentTTT,
+    GlobalSGD,
     Ledger,
+    ScoringPass,
     Seq,
     TestTimeTraining,
     Verdicts,
@@ -70,11 +76,16 @@ def ttt_config(base: dict = TTT, **overrides):
     return config(base, **overrides)
 
 
+def passing(cfg, stream, model=None, ledger=None) -> ScoringPass:
+    """A pass over the stream on one rank."""
+    return ScoringPass(model or network(cfg), cfg, ranks(cfg), Silent(), stream, ledger or stream.ledger())
+
+
 def adapt(documents, cfg, model=None) -> np.ndarray:
     """Nats of every target, float64."""
     stream = Stream(documents)
     ledger = stream.ledger()
-    bpb = TestTimeTraining(model or network(cfg), cfg, ranks(cfg), Silent(), stream, ledger).score()
+    bpb = TestTimeTraining(passing(cfg, stream, model, ledger)).score()
     assert bpb == pytest.approx(ledger.nats.sum() / math.log(2) / stream.target_bytes.sum(dtype=int))
     return ledger.nats
 
@@ -154,7 +165,8 @@ class PlainAdapters:
 
 
 def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
-    """One document: score a chunk, learn from it if another follows. Keys and values of all positions are kept; a window ends with its chunk."""
+    """One document: score a chunk, learn from it if another follows. Keys and values of all positions are kept; a
+    window ends with its chunk."""
     model.requires_grad_(False)
     length, context = len(tokens) - 1, cfg.ttt_eval_seq_len
     adapters, nats = PlainAdapters(model, cfg, cfg.ttt_mask.split(",")), np.empty(0)
@@ -162,32 +174,28 @@ def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
     for begin, end in chunks_of(length, [int(s) for s in cfg.ttt_chunks.split(",")]):
         stop, low = min(end, length), max(0, end - context)  # the window, its first position
         again = max(low, begin - cfg.ttt_backprop_tokens)  # first position that is run
-        for step in range(cfg.ttt_grad_steps + 1):
-            n = stop - again
-            seq = Seq(
-                torch.tensor([0, n], dtype=torch.int32),
-                torch.tensor([0, stop - low], dtype=torch.int32),
-                n,
-                stop - low,
-                torch.arange(again, stop, dtype=torch.int32),
-            )
-            last = tokens[again - 1 if again else 0][None]
-            hidden, new = model.trunk(
-                tokens[again:stop],
-                seq,
-                looped=True,
-                lora=adapters,
-                cache=Cache(keys[:, :, low:again], values[:, :, low:again], last),
-            )
-            scores = model.nll(hidden[begin - again :], tokens[begin + 1 : stop + 1], lora=adapters).nats
-            if step == 0:
-                nats = np.append(nats, scores.detach().double().numpy())
-                fresh = new
-            if end >= length or step == cfg.ttt_grad_steps:
-                break
+        n = stop - again
+        seq = Seq(
+            torch.tensor([0, n], dtype=torch.int32),
+            torch.tensor([0, stop - low], dtype=torch.int32),
+            n,
+            stop - low,
+            torch.arange(again, stop, dtype=torch.int32),
+        )
+        last = tokens[again - 1 if again else 0][None]
+        hidden, new = model.trunk(
+            tokens[again:stop],
+            seq,
+            looped=True,
+            lora=adapters,
+            cache=Cache(keys[:, :, low:again], values[:, :, low:again], last),
+        )
+        scores = model.nll(hidden[begin - again :], tokens[begin + 1 : stop + 1], lora=adapters).nats
+        nats = np.append(nats, scores.detach().double().numpy())
+        if end < length:
             adapters.step(scores.mean(), cfg)
         keys, values = (
-            torch.cat((old[:, :, :again], t.detach()), 2) for old, t in ((keys, fresh.keys), (values, fresh.values))
+            torch.cat((old[:, :, :again], t.detach()), 2) for old, t in ((keys, new.keys), (values, new.values))
         )
     return nats
 
@@ -199,7 +207,7 @@ def slow_document(model, tokens: torch.Tensor, cfg) -> np.ndarray:
 @every_mode
 def test_zero_adapters_give_the_base_models_scores(mode, batch_size):
     """The context covers every document."""
-    cfg = ttt_config(ttt_grad_steps=0, ttt_batch_size=batch_size, **MODES[mode])
+    cfg = ttt_config(ttt_lora_lr=0.0, ttt_batch_size=batch_size, **MODES[mode])
     stream = Stream(random_documents(LENGTHS))
     nats = adapt(random_documents(LENGTHS), cfg)
     for i in range(len(LENGTHS)):
@@ -212,8 +220,9 @@ def test_zero_adapters_give_the_base_models_scores(mode, batch_size):
 
 @pytest.mark.parametrize("mode", ("exact",))
 def test_longer_documents_get_a_whole_context(mode):
-    """The chunk and as much before it as TTT_EVAL_SEQ_LEN holds, run exactly. Without SmearGate, which looks one token further where a cache remembers it."""
-    cfg = ttt_config(ttt_grad_steps=0, ttt_eval_seq_len=24, smear_gate_enabled=False, **MODES[mode])
+    """The chunk and as much before it as TTT_EVAL_SEQ_LEN holds, run exactly. Without SmearGate, which looks one token
+    further where a cache remembers it."""
+    cfg = ttt_config(ttt_lora_lr=0.0, ttt_eval_seq_len=24, smear_gate_enabled=False, **MODES[mode])
     stream = Stream(random_documents([100, 61, 24, 25]))
     nats = adapt(random_documents([100, 61, 24, 25]), cfg)
     for i in range(4):
@@ -221,8 +230,9 @@ def test_longer_documents_get_a_whole_context(mode):
 
 
 def test_cached_windows_are_as_long_as_the_context(monkeypatch):
-    """One forward of each whole document under a mask: from a chunk that ends at e, keys from e - TTT_EVAL_SEQ_LEN on are seen, and no others."""
-    cfg = ttt_config(ttt_grad_steps=0, ttt_eval_seq_len=24, ttt_chunks="4,4,8")
+    """One forward of each whole document under a mask: from a chunk that ends at e, keys from e - TTT_EVAL_SEQ_LEN on
+    are seen, and no others."""
+    cfg = ttt_config(ttt_lora_lr=0.0, ttt_eval_seq_len=24, ttt_chunks="4,4,8")
     documents, model = random_documents([100, 61, 24, 30]), network(cfg)
     stream, nats = Stream(documents), adapt(documents, cfg)
 
@@ -256,7 +266,8 @@ def random_lora(model, documents: int):
 
 
 class Merged(train_gpt.GPT):
-    """Adapters of one document of a model without loops, merged into weights where they sit on one, added as a matrix where they run beside a sublayer."""
+    """Adapters of one document of a model without loops, merged into weights where they sit on one, added as a matrix
+    where they run beside a sublayer."""
 
     def set(self, source, lora, row: int):
         self.load_state_dict(source.state_dict())
@@ -294,13 +305,8 @@ def test_adapters_sit_on_the_projections_and_beside_the_sublayers():
         hidden = merged.trunk(tokens[span], alone(tokens[span]), looped=False)
         merged.tok_emb += merged.extra["head"][0]  # of the head alone: the trunk has read its embedding
         assert largest(found[span], merged.nll(hidden, targets[span]).nats) < 1e-4
-        assert (
-            largest(
-                found[span],
-                model.nll(model.trunk(tokens[span], alone(tokens[span]), looped=False), targets[span]).nats,
-            )
-            > 0.1
-        )
+        unadapted = model.nll(model.trunk(tokens[span], alone(tokens[span]), looped=False), targets[span]).nats
+        assert largest(found[span], unadapted) > 0.1
 
 
 def test_adapters_begin_equal_for_every_document():
@@ -322,12 +328,11 @@ def test_adapters_begin_equal_for_every_document():
 
 LEARNING = {
     "exact": MODES["exact"],
-    "exact, two steps": dict(ttt_backprop_tokens=128, ttt_grad_steps=2),
     "exact, short context": dict(ttt_backprop_tokens=24, ttt_eval_seq_len=24),
     "cached": MODES["cached"],
-    "cached, short context, two steps": dict(ttt_backprop_tokens=0, ttt_eval_seq_len=24, ttt_grad_steps=2),
+    "cached, short context": dict(ttt_backprop_tokens=0, ttt_eval_seq_len=24),
     "partial, short context": dict(ttt_eval_seq_len=24, ttt_backprop_tokens=5),
-    "partial, two steps, masked": dict(ttt_backprop_tokens=5, ttt_grad_steps=2, ttt_mask="k,o"),
+    "partial, masked": dict(ttt_backprop_tokens=5, ttt_mask="k,o"),
 }
 
 
@@ -337,7 +342,7 @@ def test_documents_learn_as_one_alone_would(how):
     cfg = ttt_config(ttt_batch_size=9, ttt_weight_decay=0.5, ttt_local_lr_mult=0.7, **LEARNING[how])
     documents, model = random_documents(LENGTHS), network(cfg)
     stream, nats = Stream(documents), adapt(documents, cfg)
-    unadapted = adapt(documents, dataclasses.replace(cfg, ttt_grad_steps=0))
+    unadapted = adapt(documents, dataclasses.replace(cfg, ttt_lora_lr=0.0))
     assert largest(nats, unadapted) > 0.03
     for i in range(len(LENGTHS)):
         if LENGTHS[i] > 1:
@@ -347,7 +352,7 @@ def test_documents_learn_as_one_alone_would(how):
 def test_learning_lowers_the_loss_of_repetition():
     """A document that repeats three tokens: later chunks score better with adaptation than without."""
     documents = [np.array([BOS, *[7, 8, 9] * 30])]
-    still, learning = (adapt(documents, ttt_config(ttt_grad_steps=steps)) for steps in (0, 1))
+    still, learning = (adapt(documents, ttt_config(ttt_lora_lr=lr)) for lr in (0.0, 0.01))
     assert np.array_equal(still[:4], learning[:4]) and learning[60:].mean() < still[60:].mean() - 0.5
 
 
@@ -368,7 +373,8 @@ def test_the_order_in_a_batch_changes_float_noise_only():
     stream = Stream(random_documents(LENGTHS))
     for order in (np.arange(9), np.array([4, 0, 8, 2, 6, 1, 7, 3, 5])):
         ledger = stream.ledger()
-        DocumentTTT(network(cfg), dataclasses.replace(cfg, ttt_batch_size=9), stream, ledger).run(order)
+        scoring = passing(dataclasses.replace(cfg, ttt_batch_size=9), stream, network(cfg), ledger)
+        DocumentTTT(scoring).run(order)
         found.append(ledger.nats)
     assert not np.isnan(found[0]).any() and largest(*found) < 1e-5
 
@@ -389,7 +395,7 @@ def adapt_on(rank: int, world: int, folder):
     cfg = ttt_config(SHARED, rank=rank, world_size=world)
     group, model, stream = train_gpt.Ranks(cfg), network(cfg), Stream(random_documents(LENGTHS))
     ledger = stream.ledger()
-    TestTimeTraining(model, cfg, group, Silent(), stream, ledger).score()
+    TestTimeTraining(ScoringPass(model, cfg, group, Silent(), stream, ledger)).score()
     np.savez(
         folder / f"{world}_{rank}",
         nats=ledger.nats,
@@ -439,7 +445,8 @@ def other_values(documents, i: int, at: int):
 
 @every_mode
 def test_later_tokens_change_no_earlier_score(mode):
-    """To the bit: neither the document's earlier targets, nor those of any other document of its segment or of earlier ones."""
+    """To the bit: neither the document's earlier targets, nor those of any other document of its segment or of earlier
+    ones."""
     cfg, documents = (
         ttt_config(PHASES, phased_ttt_num_phases=1, phased_ttt_prefix_docs=3, segment_docs=100, **MODES[mode]),
         random_documents(LENGTHS),
@@ -454,7 +461,8 @@ def test_later_tokens_change_no_earlier_score(mode):
 
 @every_mode
 def test_scored_segments_teach_the_base_weights(mode):
-    """A document's values change no other score of its segment, to the bit, and nearly every score after a phase has ended behind it, or adapters begin warm."""
+    """A document's values change no other score of its segment, to the bit, and nearly every score after a phase has
+    ended behind it, or adapters begin warm."""
     documents = random_documents(LENGTHS)
     poisoned = other_values(documents, 1, 5)
     end = sum(LENGTHS[:3])
@@ -477,7 +485,8 @@ def test_scored_segments_teach_the_base_weights(mode):
 
 @every_mode
 def test_lengths_change_float_noise_only(mode):
-    """A document cut short, another gone: earlier scores and those of the others move by the rounding of other shapes."""
+    """A document cut short, another gone: earlier scores and those of the others move by the rounding of other
+    shapes."""
     cfg, documents = ttt_config(segment_docs=100, **MODES[mode]), random_documents(LENGTHS)
     stream, whole = Stream(documents), adapt(documents, cfg)
     shorter = [*documents[:4], documents[4][:50], *documents[5:6], *documents[7:]]
@@ -522,14 +531,15 @@ def test_no_chunk_begins_past_the_longest_document():
 @settings(max_examples=300, deadline=None)
 @given(documents=st.integers(1, 60), size=st.integers(1, 70), phases=st.integers(0, 4), prefix=st.integers(0, 70))
 def test_segments(documents, size, phases, prefix):
-    """All documents once, in order; a border at every phase and every SEGMENT_DOCS, nowhere else; learning follows the phases only, each before the last document."""
+    """All documents once, in order; a border at every phase and every SEGMENT_DOCS, nowhere else; learning follows the
+    phases only, each before the last document."""
     segments = plan_segments(
-        documents, ttt_config(segment_docs=size, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=prefix)
+        range(documents), ttt_config(segment_docs=size, phased_ttt_num_phases=phases, phased_ttt_prefix_docs=prefix)
     )
     assert [i for s in segments for i in range(s.first, s.last)] == list(range(documents)) and all(
         s.first < s.last for s in segments
     )
-    ends, learns = {s.last for s in segments}, {s.last for s in segments if s.phase_ends}
+    ends, learns = {s.last for s in segments}, {s.last for s in segments if s.then_learn}
     share = min(prefix, documents - 1)
     assert learns == {share * p // phases for p in range(1, phases + 1)} - {0} if phases else not learns
     assert ends == learns | {i for i in range(1, documents) if i % size == 0} | {documents}
@@ -546,7 +556,8 @@ def test_a_chunk_fits_the_context():
 @pytest.mark.parametrize("base", (TTT, PHASES), ids=("adapted", "with phases"))
 @every_mode
 def test_probabilities_sum_to_one(mode, base):
-    """Two prefixes before every token of the vocabulary, BOS as the next document's: documents of one segment, scored after several updates.
+    """Two prefixes before every token of the vocabulary, BOS as the next document's: documents of one segment, scored
+    after several updates.
 
     One prefix ends inside a chunk, the other before the first token of one."""
     vocab, documents, ends = 12, random_documents([30, 41], 12, seed=1), {}
@@ -558,19 +569,20 @@ def test_probabilities_sum_to_one(mode, base):
         base, vocab_size=vocab, segment_docs=100, phased_ttt_prefix_docs=2, ttt_batch_size=7, **MODES[mode]
     )
     stream, found = Stream(documents), {}
-    for steps in (0, 1):
-        nats = adapt(documents, dataclasses.replace(cfg, ttt_grad_steps=steps))
-        found[steps] = {length: np.exp(-nats[stream.starts[which] + length - 1]) for length, which in ends.items()}
+    for learns in (False, True):
+        nats = adapt(documents, dataclasses.replace(cfg, ttt_lora_lr=cfg.ttt_lora_lr if learns else 0.0))
+        found[learns] = {length: np.exp(-nats[stream.starts[which] + length - 1]) for length, which in ends.items()}
     for length in ends:
-        assert found[1][length].sum() == pytest.approx(1, abs=1e-5) and found[1][length].min() > 0
-        assert largest(found[0][length], found[1][length]) > 1e-3  # the updates were not in vain
+        assert found[True][length].sum() == pytest.approx(1, abs=1e-5) and found[True][length].min() > 0
+        assert largest(found[False][length], found[True][length]) > 1e-3  # the updates were not in vain
 
 
 # ---- global SGD ----
 
 
 def slow_sgd(model, stream, end: int, cfg):
-    """Momentum SGD over whole chunks of targets 0..end; pieces of TTT_EVAL_SEQ_LEN, cut again at every BOS, one forward each."""
+    """Momentum SGD over whole chunks of targets 0..end; pieces of TTT_EVAL_SEQ_LEN, cut again at every BOS, one forward
+    each."""
     chunk, parameters = cfg.global_ttt_chunk_tokens, list(model.parameters())
     velocity = [torch.zeros_like(p) for p in parameters]
     steps = [i * chunk for _ in range(cfg.global_ttt_epochs) for i in range(end // chunk)]
@@ -585,10 +597,8 @@ def slow_sgd(model, stream, end: int, cfg):
         )
         for lo, hi in zip(cuts, cuts[1:]):
             tokens = torch.from_numpy(stream.tokens[lo : hi + 1].astype(np.int64))
-            loss = (
-                loss
-                + model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).nats.sum() / chunk
-            )
+            nats = model.nll(model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]).nats
+            loss = loss + nats.sum() / chunk
         grads = [
             g if g is not None else torch.zeros_like(p)
             for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))
@@ -617,7 +627,7 @@ def test_base_weights_learn_by_sgd(overrides):
     stream = Stream(random_documents([50, 1, 90, 59, 30]))
     ledger, found, wanted, start = stream.ledger(), network(cfg), network(cfg), network(cfg)
     ledger.write(np.arange(200), np.ones(200))
-    TestTimeTraining(found, cfg, ranks(cfg), Silent(), stream, ledger).global_sgd(200)
+    GlobalSGD(passing(cfg, stream, found, ledger)).learn(0, 200, 0.0, 1.0)
     slow_sgd(wanted, stream, 200, cfg)
     for (name, a), b, before in zip(found.named_parameters(), wanted.parameters(), start.parameters()):
         assert largest(a.detach(), b.detach()) < 2e-6 + 1e-3 * largest(b.detach(), before.detach()), name
@@ -625,17 +635,23 @@ def test_base_weights_learn_by_sgd(overrides):
         assert a.grad is None and not a.requires_grad
 
 
-def test_phases_learn_from_the_scored_prefix():
-    """What each phase is given: the targets of all documents so far, their last BOS included; and the model is frozen while documents adapt."""
+def test_phases_learn_from_the_scored_prefix(monkeypatch):
+    """What each phase is given: the targets of all documents so far, their last BOS included; and the model is frozen
+    while documents adapt."""
     cfg = ttt_config(PHASES, phased_ttt_num_phases=3, phased_ttt_prefix_docs=6)
     stream, model = Stream(random_documents(LENGTHS)), network(cfg)
-    learner, seen = TestTimeTraining(model, cfg, ranks(cfg), Silent(), stream, stream.ledger()), []
-    learner.global_sgd = lambda end: seen.append(
-        (end, int(learner.ledger.scored.sum()), any(p.requires_grad for p in model.parameters()))
-    )
+    scoring, seen = passing(cfg, stream, model), []
+
+    def learn(self, begin, end, *progress):
+        scored, thawed = int(scoring.ledger.scored.sum()), any(p.requires_grad for p in model.parameters())
+        seen.append((self, begin, end, progress, scored, thawed))
+
+    monkeypatch.setattr(GlobalSGD, "learn", learn)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    learner.score()
-    assert seen == [(sum(LENGTHS[:n]), sum(LENGTHS[:n]), False) for n in (2, 4, 6)]
+    TestTimeTraining(scoring).score()
+    prefixes = [sum(LENGTHS[:n]) for n in (2, 4, 6)]
+    assert [rest for _, *rest in seen] == [[0, end, (0.0, 1.0), end, False] for end in prefixes]
+    assert len({id(sgd) for sgd, *_ in seen}) == 3  # a momentum of its own for each phase
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
@@ -659,21 +675,22 @@ SGD = dict(
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=20), st.integers(1, 80))
 def test_chunks_are_whole_documents(lengths, tokens):
     """In order, all of them; a chunk ends with the document that fills it; only the last is not learnt from."""
-    chunks = train_gpt.plan_chunks(np.array(lengths), ttt_config(global_ttt_chunk_tokens=tokens))
+    chunks = train_gpt.plan_sgd_segments(np.array(lengths), ttt_config(global_ttt_chunk_tokens=tokens))
     assert [i for s in chunks for i in range(s.first, s.last)] == list(range(len(lengths))) and [
-        s.phase_ends for s in chunks
+        s.then_learn for s in chunks
     ] == [True] * (len(chunks) - 1) + [False]
     assert all(sum(lengths[s.first : s.last]) >= tokens > sum(lengths[s.first : s.last - 1]) for s in chunks[:-1])
 
 
 def slow_chunks(stream, cfg) -> np.ndarray:
-    """Score the documents of a chunk window by window with the weights so far, then take GLOBAL_TTT_EPOCHS passes of SGD over its targets; the last chunk is only scored."""
+    """Score the documents of a chunk window by window with the weights so far, then take GLOBAL_TTT_EPOCHS passes of
+    SGD over its targets; the last chunk is only scored."""
     model, nats = network(cfg), np.full(stream.targets, np.nan)
     parameters, lengths = (
         list(model.parameters()),
         [stream.of(i).stop - stream.of(i).start for i in range(len(stream.starts))],
     )
-    velocity, chunks = [torch.zeros_like(p) for p in parameters], train_gpt.plan_chunks(np.array(lengths), cfg)
+    velocity, chunks = [torch.zeros_like(p) for p in parameters], train_gpt.plan_sgd_segments(np.array(lengths), cfg)
     for number, chunk in enumerate(chunks):
         begin, end = stream.of(chunk.first).start, stream.of(chunk.last - 1).stop
         with torch.no_grad():
@@ -681,10 +698,9 @@ def slow_chunks(stream, cfg) -> np.ndarray:
                 stream.starts[chunk.first : chunk.last], end, cfg.eval_seq_len, cfg.eval_stride
             ).tolist():
                 tokens = torch.from_numpy(stream.tokens[low : stop + 1].astype(np.int64))
-                nats[first:stop] = model.nll(
-                    model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True)[first - low :], tokens[1 + first - low :]
-                ).nats
-        steps = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1) if chunk.phase_ends else 0
+                hidden = model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True)
+                nats[first:stop] = model.nll(hidden[first - low :], tokens[1 + first - low :]).nats
+        steps = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1) if chunk.then_learn else 0
         edges = [int(begin + (end - begin) * i / steps) for i in range(steps + 1)] if steps else []
         for lo, hi in list(zip(edges, edges[1:])) * cfg.global_ttt_epochs:
             cuts, loss = (
@@ -693,9 +709,8 @@ def slow_chunks(stream, cfg) -> np.ndarray:
             )
             for a, b in zip(cuts, cuts[1:]):
                 tokens = torch.from_numpy(stream.tokens[a : b + 1].astype(np.int64))
-                loss = loss + model.nll(
-                    model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True), tokens[1:]
-                ).nats.sum() / (hi - lo)
+                hidden = model.trunk(tokens[:-1], alone(tokens[:-1]), looped=True)
+                loss = loss + model.nll(hidden, tokens[1:]).nats.sum() / (hi - lo)
             grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
             norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads))
             with torch.no_grad():
@@ -733,7 +748,7 @@ def sgd_on(rank: int, world: int, folder):
     cfg = ttt_config(SGD, rank=rank, local_rank=rank, world_size=world)
     group, stream = train_gpt.Ranks(cfg), Stream(random_documents(SGD_LENGTHS))
     ledger = stream.ledger()
-    TestTimeTraining(network(cfg), cfg, group, Silent(), stream, ledger).score()
+    TestTimeTraining(ScoringPass(network(cfg), cfg, group, Silent(), stream, ledger)).score()
     np.save(folder / f"sgd.{rank}.npy", ledger.nats)
     group.close()
 
@@ -745,8 +760,8 @@ def test_sgd_on_two_ranks_agrees(tmp_path):
 
 
 def test_sgd_that_runs_ahead_aborts(monkeypatch):
-    honest = TestTimeTraining.global_sgd
-    monkeypatch.setattr(TestTimeTraining, "global_sgd", lambda self, end, *rest: honest(self, end + 1, *rest))
+    honest = GlobalSGD.learn
+    monkeypatch.setattr(GlobalSGD, "learn", lambda self, begin, end, *rest: honest(self, begin, end + 1, *rest))
     assert failing(ttt_config(SGD), "not scored") == ["C3"]
 
 
@@ -758,7 +773,7 @@ def failing(cfg, match: str):
     stream = Stream(random_documents(LENGTHS))
     ledger = stream.ledger()
     with pytest.raises(RuntimeError, match=match):
-        TestTimeTraining(network(cfg), cfg, ranks(cfg), Silent(), stream, ledger).score()
+        TestTimeTraining(passing(cfg, stream, ledger=ledger)).score()
     return ledger.verdicts.failed()
 
 
@@ -768,8 +783,8 @@ def test_learning_before_scoring_aborts(monkeypatch):
 
 
 def test_a_phase_that_runs_ahead_aborts(monkeypatch):
-    honest = TestTimeTraining.global_sgd
-    monkeypatch.setattr(TestTimeTraining, "global_sgd", lambda self, end: honest(self, end + 1))
+    honest = GlobalSGD.learn
+    monkeypatch.setattr(GlobalSGD, "learn", lambda self, begin, end, *rest: honest(self, begin, end + 1, *rest))
     assert failing(ttt_config(PHASES), "not scored") == ["C3"]
 
 
@@ -824,14 +839,15 @@ def test_ledgers_merge_segment_by_segment():
 
 def leaves_after(cfg):
     stream = Stream(random_documents([40, 30]))
-    batch = DocumentTTT(network(cfg), dataclasses.replace(cfg, ttt_batch_size=2), stream, stream.ledger())
+    batch = DocumentTTT(passing(dataclasses.replace(cfg, ttt_batch_size=2), stream, network(cfg)))
     batch.run(np.arange(2))
-    return batch.lora
+    return batch.adapters.lora
 
 
 @pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_each_kind_learns_alone_at_every_visit(kind):
-    """All other kinds masked: they are gone, this one gets a gradient in A and B at every visit, and later scores move."""
+    """All other kinds masked: they are gone, this one gets a gradient in A and B at every visit, and later scores
+    move."""
     cfg = ttt_config(ttt_mask=",".join(k for k in ADAPTER_KINDS if k != kind))
     lora = leaves_after(cfg)
     assert set(lora.a) == set(lora.b) == {kind}
@@ -842,7 +858,7 @@ def test_each_kind_learns_alone_at_every_visit(kind):
     for a, b, first in zip(lora.a[kind], lora.b[kind], start.a[kind]):
         assert b.flatten(1).any(1).all() and ((a - shrunk * first).abs().flatten(1).amax(1) > 1e-3).all()
     documents = random_documents([40, 30])
-    still, learning = (adapt(documents, dataclasses.replace(cfg, ttt_grad_steps=steps)) for steps in (0, 1))
+    still, learning = (adapt(documents, dataclasses.replace(cfg, ttt_lora_lr=lr)) for lr in (0.0, cfg.ttt_lora_lr))
     assert np.array_equal(still[:4], learning[:4]) and largest(still[8:40], learning[8:40]) > 1e-4
 
 
@@ -866,14 +882,11 @@ def test_no_qv_masks_q_and_v():
     assert np.array_equal(*(adapt(documents, ttt_config(ttt_mask=mask)) for mask in ("no_qv", "q,v")))
 
 
-def test_every_kind_masked_is_the_base_model():
-    """Nothing is left to learn: refused, and with no steps the base model."""
+def test_every_kind_masked_is_refused():
+    """Nothing is left to learn: refused."""
     for mask in (",".join(ADAPTER_KINDS), "no_qv,k,o,mlp,head"):
         with pytest.raises(train_gpt.UserError, match="TTT_MASK"):
             ttt_config(ttt_mask=mask)
-    documents = random_documents([20, 9])
-    base, masked = (adapt(documents, ttt_config(ttt_grad_steps=0, ttt_mask=m)) for m in ("", mask))
-    assert largest(base, masked) < 1e-6
 
 
 @settings(max_examples=60, deadline=None)
@@ -893,7 +906,7 @@ def test_lockstep_covers_every_position_within_the_context(lengths, sizes, back,
         ttt_batch_size=max(rows, len(lengths)),
     )
     lengths, at = np.sort(lengths)[::-1], 0
-    for begin, end, shape in train_gpt.lockstep(lengths, cfg, exact):
+    for begin, end, shape in train_gpt.plan_lockstep(lengths, cfg, exact):
         assert begin == at and end - begin == shape.count
         assert (lengths > begin).sum() <= shape.rows <= cfg.ttt_batch_size
         reach = min(begin, context - shape.count)  # what the window holds before the chunk
@@ -918,26 +931,107 @@ def test_the_shapes_of_a_gpu_give_the_same_scores(monkeypatch, mode, phases):
         random_documents(LENGTHS),
         ttt_config(PHASES, phased_ttt_num_phases=phases, ttt_batch_size=8, ttt_weight_decay=0.5, **MODES[mode]),
     )
-    plain, lockstep, seen = adapt(documents, cfg), train_gpt.lockstep, set()
+    plain, lockstep, seen = adapt(documents, cfg), train_gpt.plan_lockstep, set()
 
     def rounded(lengths, cfg, exact):
         for begin, end, shape in lockstep(lengths, cfg, False):
             seen.add(shape)
             yield begin, end, shape
 
-    monkeypatch.setattr(train_gpt, "lockstep", rounded)
+    monkeypatch.setattr(train_gpt, "plan_lockstep", rounded)
     assert largest(plain, adapt(documents, cfg)) < 1e-5 and all(shape.rows == 8 for shape in seen)
 
 
+# ---- CUDA graphs, on a CPU ----
+
+
+class Recorded:
+    """torch.cuda.CUDAGraph on a CPU: replay() runs the recorded operations again, into the memory of their first
+    results."""
+
+    def __init__(self):
+        self.operations = []
+
+    def replay(self):
+        with torch.no_grad():
+            for function, arguments, keywords, results in self.operations:
+                again = function(*arguments, **keywords)
+                for old, new in zip(tree_leaves(results), tree_leaves(again)):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    """torch.cuda.graph on a CPU."""
+
+    def __init__(self, graph: Recorded, pool):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        results = function(*arguments, **(keywords or {}))
+        self.graph.operations.append((function, arguments, keywords or {}, results))
+        return results
+
+
+def masked_attend(q, k, v, seq, window, backend):
+    """Attention by one mask over all sequences, with no look at the values of cu_q and cu_k: what a graph can hold."""
+    queries, keys = (torch.arange(len(t)) for t in (q, k))
+    of_query = torch.searchsorted(seq.cu_q, queries.int(), right=True)
+    of_key = torch.searchsorted(seq.cu_k, keys.int(), right=True)
+    back = (seq.cu_q[of_query] - queries)[:, None] - (seq.cu_k[of_key] - keys)[None]  # both counted from the end
+    seen = (of_query[:, None] == of_key) & (back <= 0) & ((-back <= window) if window >= 0 else torch.tensor(True))
+    group = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.size(2))
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("mode, ngrams", (("cached", True), ("partial", False)))
+def test_replayed_graphs_give_the_same_scores(monkeypatch, mode, ngrams):
+    """Every batch through graphs that were captured on random tokens: all that a step reads lies in static memory."""
+    for name, stand_in in (
+        ("graph_pool_handle", lambda: None),
+        ("Stream", lambda: None),
+        ("stream", lambda stream: contextlib.nullcontext()),
+        ("synchronize", lambda: None),
+        ("CUDAGraph", Recorded),
+        ("graph", Recording),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(train_gpt, "attend", masked_attend)
+    documents = random_documents([9, 40, 1, 30, 2])
+    cfg = ttt_config(PHASES, ttt_batch_size=8, ttt_chunks="4,16", ngram_enabled=ngrams, **MODES[mode])
+    cfg = dataclasses.replace(cfg, phased_ttt_num_phases=1, phased_ttt_prefix_docs=3)
+    plain = adapt(documents, cfg)
+    scoring = passing(cfg, Stream(documents))
+    adaptation = TestTimeTraining(scoring)
+    adapted = adaptation.strategy.documents
+    adapted.prepare([batch for batches in adaptation.strategy.batches.values() for batch in batches])
+    lockstep = train_gpt.plan_lockstep
+    monkeypatch.setattr(train_gpt, "plan_lockstep", lambda lengths, cfg, exact: lockstep(lengths, cfg, False))
+    called = []
+    monkeypatch.setattr(
+        GlobalSGD, "learn", lambda self, *rest, learn=GlobalSGD.learn: called.append(learn(self, *rest))
+    )
+    adaptation.score()
+    assert len(adapted.graphs.steps) >= 2 and len(called) == 1
+    assert largest(plain, scoring.ledger.nats) < 1e-5
+    with pytest.raises(RuntimeError, match="no graph was captured"):
+        adapted.graphs.score(train_gpt.Shape(8, 0, 0, 5), adapted.score)
+
+
 def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
-    """By hand: each document's adapters after its last chunk, weighed by its tokens up to a context; the start moves there from segment to segment."""
+    """By hand: each document's adapters after its last chunk, weighed by its tokens up to a context; the start moves
+    there from segment to segment."""
     cfg = ttt_config(segment_docs=4, ttt_warm_start=0.5, ttt_eval_seq_len=32, ttt_batch_size=2)
     model, stream = network(cfg), Stream(random_documents(LENGTHS))
-    adapted = DocumentTTT(model, cfg, stream, stream.ledger())
+    documents = DocumentTTT(passing(cfg, stream, model))
+    adapted = documents.adapters
     start = [t.clone() for t in adapted.start]
     total, weights = [torch.zeros_like(t) for t in start], 0.0
     for i in range(4):
-        adapted.run(np.array([i]))
+        documents.run(np.array([i]))
         weight = min(LENGTHS[i], 32)
         for t, p in zip(total, adapted.lora.leaves()):
             t += weight * p[:1].detach()

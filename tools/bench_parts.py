@@ -75,9 +75,7 @@ def documents(cfg: ours.Config) -> tuple[ours.Seq, str]:
         return ours.TrainStream(cfg).micro_batch(0, tokens, span).seq, f"the first micro-batch of {cfg.data_path}"
     lengths = 1 + np.random.default_rng(0).lognormal(np.log(500), 1.1, tokens).astype(np.int64)
     starts = np.cumsum(lengths) - lengths
-    return ours.pack(
-        np.zeros(tokens + 1, np.int64), starts[starts < tokens], span, span, "train", tokens
-    ).seq, "random lengths"
+    return ours.Seq.packed(starts[starts < tokens], span, span, tokens), "random lengths"
 
 
 def causal_pairs(cu: torch.Tensor, window: int = -1) -> int:

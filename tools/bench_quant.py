@@ -148,7 +148,6 @@ class Lab:
         self.model, self.scored = (ours.GPT(self.cfg, backend, dtype).to(self.ranks.device) for _ in range(2))
         ours.load_state(self.model, {name: torch.from_numpy(a) for name, a in arrays.items()}, trained)
         self.stream, self.val = ours.TrainStream(self.cfg), ours.ValidationStream(self.cfg)
-        self.scorer = ours.Scorer(self.scored, self.cfg, self.ranks, lambda *_, **__: None)
         begun = self.now()
         self.hessians = ours.collect_hessians(self.model, self.stream, self.cfg, self.ranks)
         print(f"calibration {self.now() - begun:.1f} s", flush=True)
@@ -161,9 +160,9 @@ class Lab:
 
     def bpb(self, state: dict) -> float:
         ours.load_state(self.scored, state, "memory")
-        return self.scorer.score(
-            self.val, ours.Ledger("bench", self.val.target_bytes, ours.Verdicts()), self.cfg.eval_stride
-        )
+        ledger = ours.Ledger("bench", self.val.target_bytes, ours.Verdicts())
+        log = lambda *_, **__: None
+        return ours.score_stream(ours.ScoringPass(self.scored, self.cfg, self.ranks, log, self.val, ledger))
 
     def fitted(self, settings: dict, target: int) -> tuple[dict, int, float]:
         """Arrays of model.bin within 0.05 % of ``target`` bytes (0: as the settings say), their size, and seconds of one quantisation."""

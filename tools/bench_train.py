@@ -238,7 +238,7 @@ def published_protocol(folder: Path) -> str:
     ours.load_state(model, {name: torch.from_numpy(a) for name, a in arrays.items()}, folder)
     limit, nats = val.targets // 65536 * 65536, np.full(val.targets, np.nan)
     starts = np.unique(np.concatenate([val.starts[val.starts < limit], np.arange(0, limit, 65536)]))
-    for buffer in ours.pack_windows(
+    for buffer in ours.group_windows(
         ours.plan_windows(starts, limit, cfg.eval_seq_len, cfg.eval_seq_len), cfg.val_batch_tokens
     ):
         batch, places, targets = ours.window_batch(val, buffer, cfg)

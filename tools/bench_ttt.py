@@ -41,18 +41,17 @@ def ttt(
             continue
         model.cfg = cfg
         ours.load_state(model, weights, folder)  # phases of the pass before have changed them
-        ledger = run.ledger("ttt")
+        scoring = run.scoring(model, "ttt")._replace(cfg=cfg)
         marks = [time.perf_counter()]
-        adaptation = ours.TestTimeTraining(model, cfg, run.ranks, Silent(), run.val, ledger)
+        adaptation = ours.TestTimeTraining(scoring._replace(log=Silent()))
         adaptation.prepare()
         marks.append(time.perf_counter())
         bpb = adaptation.score()
         run.ranks.synchronize()
         marks.append(time.perf_counter())
-        parts = ours.anatomy(ledger, run.val)
-        bands = " ".join(f"{band['bpb']:.4f}" for band in parts["bpb_by_position"])
         print(
-            f"{bpb:.5f} BPB  {run.val.targets / (marks[2] - marks[1]):8,.0f} targets/s  capture {marks[1] - marks[0]:5.1f} s  by position {bands}  {line}",
+            f"{bpb:.5f} BPB  {run.val.targets / (marks[2] - marks[1]):8,.0f} targets/s  "
+            f"capture {marks[1] - marks[0]:5.1f} s  {line}",
             flush=True,
         )
         yield line, bpb, marks[1] - marks[0], marks[2] - marks[1], run.val.targets

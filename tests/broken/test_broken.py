@@ -227,8 +227,8 @@ Ledger.bpb = lambda self: float(np.float16(self.nats.mean())) * len(self.nats) /
 _score = TestTimeTraining.score
 def score(self):
     _score(self)
-    learn(self.model, self.val, self.cfg)
-    self.ledger.nats[:], self.ledger.merged[:] = np.nan, False
+    learn(self.scoring.model, self.scoring.val, self.scoring.cfg)
+    self.scoring.ledger.nats[:], self.scoring.ledger.merged[:] = np.nan, False
     return _score(self)
 TestTimeTraining.score = score
 """,
@@ -242,7 +242,7 @@ TestTimeTraining.score = score
         + """
 _score = TestTimeTraining.score
 def score(self):
-    learn(self.model, self.val, self.cfg)
+    learn(self.scoring.model, self.scoring.val, self.scoring.cfg)
     return _score(self)
 TestTimeTraining.score = score
 """,
@@ -306,7 +306,8 @@ ValidationStream.__init__ = joined
         """
 _run = DocumentTTT.run
 def run(self, documents):
-    self.cfg = dataclasses.replace(self.cfg, ttt_chunks="4,8,16" if int(self.val.lengths[documents].max()) > 100 else "8,16")
+    chunks = "4,8,16" if int(self.scoring.val.lengths[documents].max()) > 100 else "8,16"
+    self.scoring = self.scoring._replace(cfg=dataclasses.replace(self.scoring.cfg, ttt_chunks=chunks))
     _run(self, documents)
 DocumentTTT.run = run
 """,
@@ -507,7 +508,7 @@ def score(self):
     try:
         raise RuntimeError("out of memory")
     except RuntimeError:
-        return Scorer(self.model, self.cfg, self.ranks, self.log).score(self.val, self.ledger, 0)
+        return score_stream(self.scoring._replace(ngram=None))
 TestTimeTraining.score = score
 """,
     )
