@@ -2990,26 +2990,32 @@ class Trainer:
 
 # ======== Entropy coder: stacks of integer matrices, by a model that the decoder learns as well =======================
 #
-# A stack is G integer matrices of one shape, (G, R, n). Rows are draws from a correlated Gaussian whose covariance the coder learns from
-# the rows that it has coded. The decoder knows the same rows, so nothing of the model is stored.
+# A stack is G integer matrices of one shape, (G, R, n). Rows are draws from a correlated Gaussian whose covariance the
+# coder learns from the rows that it has coded. The decoder knows the same rows, so nothing of the model is stored.
 #
-#   predictor   Let the correlations be C = (I + L) diag(d) (I + L)^T, with L strictly lower triangular.
-#               A row of unit variances is then x = e + L e with independent innovations e. Column j follows the columns k < j:
-#                   mean_j = sum_k<j L_jk e_k,    e_j = x_j - mean_j
+#   predictor   Let the correlations be C = (I + L) diag(d) (I + L)^T, with L strictly lower triangular. A row of unit
+#               variances is then x = e + L e with independent innovations e. Column j follows the columns k < j:
+#                   mean_j = sum_k<j L_jk e_k
+#                   e_j    = x_j - mean_j
 #   variance    var(e_rj) = gain_r d_j v_j
-#                   v_j     mean square of column j: of this matrix and of all members of the stack, weighted by header.trust
-#                   gain_r  mean square of row r's own e / sqrt(d v) so far, starting at the stack's mean
-#   tables      x_j is a Gaussian, or a mixture with heavier tails, integrated over unit bins. There is a table for each eighth of an
-#               octave of variance and each eighth of the mean; the mean's whole part only shifts the symbol:
-#                   code = x_j - floor(mean_j) + MAX_SYMBOL,    or ESCAPE, and x_j follows as a raw int16
-#   rANS        A state s holds 2**16 <= s < 2**32. A symbol of frequency f, after frequencies that add up to c, of 2**14 in all:
-#                   decode  slot = s mod 2**14 names the symbol;  s <- f (s div 2**14) + slot - c;  if s < 2**16: s <- 2**16 s + word
-#                   encode  (last symbol first)  if s >= 2**18 f: s gives away its low 16 bits;  s <- 2**14 (s div f) + (s mod f) + c
+#                   v_j      mean square of column j, of this matrix and of all members of the stack
+#                   gain_r   mean square of row r's own e / sqrt(d v) so far, starting at the stack's mean
+#   tables      x_j is a Gaussian, or a mixture with heavier tails, integrated over unit bins. There is a table for each
+#               eighth of an octave of variance and each eighth of the mean. The mean's whole part shifts the symbol:
+#                   code = x_j - floor(mean_j) + MAX_SYMBOL, or ESCAPE, and x_j follows as a raw int16
+#   rANS        A state s holds 2**16 <= s < 2**32. For a symbol of frequency f, out of 2**14, after others of sum c:
+#                   decode   slot = s mod 2**14 names the symbol
+#                            s <- f (s div 2**14) + slot - c
+#                            if s < 2**16: s <- 2**16 s + next word
+#                   encode   (last symbol first)
+#                            if s >= 2**18 f: its low 16 bits become a word, s <- s div 2**16
+#                            s <- 2**14 (s div f) + (s mod f) + c
 #               One step codes a column of all rows of a chunk, each row with a state of its own.
 #
-# Encoder and decoder must agree to the bit on any machine. So matrix products are only of integers held in float64, exact in any order
-# while sums stay below 2**53. All else is element by element in IEEE arithmetic; logarithms and the Gaussian come from integer tables;
-# nothing calls libm. A name that ends in _q8 is a fixed-point number in units of 2**-8, and so on.
+# Encoder and decoder must agree to the bit on any machine. So matrix products are only of integers held in float64,
+# exact in any order while sums stay below 2**53. All else is element by element in IEEE arithmetic; logarithms and the
+# Gaussian come from integer tables; nothing that is decoded calls libm. A name that ends in _q8 is a fixed-point number
+# in units of 2**-8, and so on.
 
 RANS_STATES = 6144  # most rows of a step, over all members of a stack
 PROB_BITS = 14  # the frequencies of a table add up to 2**14
@@ -3026,23 +3032,23 @@ VARIANCE_BUCKETS = 116
 TAIL_SHAPES = ((4, 4, 4, 4), (3, 4, 4, 5), (2, 4, 4, 7), (1, 3, 5, 12))  # quarters of sigma of four equal Gaussians
 GAUSS_STEPS = 1024  # per sigma, of half_gaussian
 
-REFRESH_COLUMNS = 16  # between two updates of the rows' gains: fewer gain nothing, and each costs a pass
-FIRST_CHUNK_ROWS = 64  # chunks double from here on: the covariance of a few rows is soon out of date
-MAX_CHUNK_ROWS = 1024  # products of this many pairs of int8 symbols add up below 2**24, exact even in float32
+REFRESH_COLUMNS = 16  # between two updates of the rows' gains
+FIRST_CHUNK_ROWS = 64  # chunks double from here on, as the covariance gets old more slowly
+MAX_CHUNK_ROWS = 1024  # products of so many pairs of values up to 128 add up to 2**24 at most, exact even in float32
 
-# Priors, as observations that count beside the real ones. All come from a search over a trained model's file.
-UNIT_GAIN_SYMBOLS = 1000  # of a gain of 1
-UNIT_VARIANCE_ROWS = 100  # of the variance that the header gives the whole matrix
-SHARED_CORRELATION_ROWS = 500  # against the members' common correlations: of the pool's
-IDENTITY_SHARE = 1 / 64  # of every correlation matrix: no eigenvalue is smaller, so |L| <= 8
+# Priors: how many made-up observations count beside the real ones.
+UNIT_GAIN_SYMBOLS = 1000  # with a gain of 1
+UNIT_VARIANCE_ROWS = 100  # with the variance of the whole matrix, which the header gives
+SHARED_CORRELATION_ROWS = 500  # with the pool's correlations, beside those of all members
+IDENTITY_SHARE = 1 / 64  # of every correlation matrix. No eigenvalue is smaller, so |L_ij| <= d_j**-1/2 <= 8
 MIN_VARIANCE = 2.0**MIN_LOG2_VARIANCE
-CORRELATION_COST = 0.002  # nats per symbol that a predictor must gain to be worth its time
+CORRELATION_COST = 0.002  # nats per symbol that a predictor must gain, for its time
 
-# Bounds. |L_q12 e_q8| <= 8 * sqrt(2**12 / 2**-5) * 2**12 * 2**17 < 2**41; 4,096 columns add up below 2**53.
+# Bounds: |L_q12 e_q8| <= 8 sqrt(2**12 / 2**-5) 2**12 2**17 < 2**41, so 4,096 columns add up below 2**53.
 MAX_SCALED_VARIANCE = 2.0**12
 MAX_MEAN_Q8 = 2.0**15
 MAX_INNOVATION_Q8 = 2.0**17
-MIN_D_Q22 = 2.0**15
+MIN_D_Q22 = 2.0**15  # half of 1/64: rounding may take d below it
 
 
 class CorrelationPrior(NamedTuple):
@@ -3127,12 +3133,11 @@ def frequency_tables() -> np.ndarray:
 
 
 FREQUENCIES = frequency_tables()
-COST_BITS = np.where(FREQUENCIES > 0, PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1)), 0).astype(
-    np.float32
-)  # estimates
-LOG2_EDGES = (
-    np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
-)  # frexp's mantissas where rounding changes
+# Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
+COST_BITS = PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))
+COST_BITS = np.where(FREQUENCIES > 0, COST_BITS, 0).astype(np.float32)
+# Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
+LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
 
 
 def cell_starts(mixture: int) -> np.ndarray:
@@ -3154,8 +3159,8 @@ def log2_fixed(x: np.ndarray) -> np.ndarray:
 def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Correlations (G, n, n) to c = (I + L) diag(d) (I + L)^T: strictly lower L_q20 and d_q22, integers in float64.
 
-    L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. |sum_k L_ik d_k L_jk| <= 1 and no eigenvalue
-    below 1/64 keep every product below 2**53."""
+    L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. |sum_k L_ik d_k L_jk| <= 1 and no
+    eigenvalue below 1/64 keep every product below 2**53."""
     ld_q22 = np.rint(c * 2.0**22)  # begins as c, becomes L d column by column
     low_q20 = np.zeros_like(ld_q22)
     d_q22 = np.empty(c.shape[:2])
@@ -3188,7 +3193,8 @@ def blend(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
 
 
 class StackModel:
-    """The distribution of every symbol of a stack, given those before it: chunks of rows, in them columns, all members at once."""
+    """The distribution of every symbol of a stack, given those before it: chunks of rows, in them columns, all members
+    at once."""
 
     def __init__(self, header: StackHeader, pools: dict[int, np.ndarray]):
         """pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
@@ -3216,7 +3222,8 @@ class StackModel:
         return np.maximum(variance, MIN_VARIANCE)
 
     def correlations(self, shared: np.ndarray) -> np.ndarray:
-        """Of x (G, n, n): from the identity to the pool's, to those of all members, to the matrix's own, as rows come in."""
+        """Of x (G, n, n): from the identity to the pool's, to those of all members, to the matrix's own, as rows come
+        in."""
         identity = np.eye(self.width)[None]
         c = blend(identity, self.pools.get(self.width, identity), self.prior.pool_weight)
         if self.seen:
@@ -3228,7 +3235,8 @@ class StackModel:
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
     def predictor(self) -> tuple[np.ndarray | None, np.ndarray]:
-        """L_q12 (G, n, n), integers in float64, such that x = e + L e, or None for L = 0; and the variance of e (G, n)."""
+        """L_q12 (G, n, n), integers in float64, such that x = e + L e, or None for L = 0; and the variance of e (G,
+        n)."""
         shared = self.shared_moments()
         variance = self.column_variances(shared)
         if not self.prior.rows:
@@ -3380,7 +3388,8 @@ class SymbolReader:
 
 def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tuple[np.ndarray, np.ndarray]:
     """steps: (cells, starts), in the order of decoding. Returns states uint32 and words uint16.
-    A state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends with."""
+    A state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
+    with."""
     states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
     words = [np.empty(0, "<u2")]
     for cells, starts in reversed(steps):
@@ -3400,7 +3409,8 @@ def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tup
 
 
 def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
-    """Index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most two members."""
+    """Index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most
+    two members."""
     members, rows, width = q.shape
     if rows * members < 64 or width < 8:
         return len(CORRELATION_PRIORS) - 1
@@ -3424,14 +3434,16 @@ def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
 
 
 def common_weight(q: np.ndarray, axis: int) -> int:
-    """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how far theirs lie apart."""
+    """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how
+    far theirs lie apart."""
     square = (q.astype(np.float64) ** 2).mean(axis)
     spread = np.log(square + 1 / 12).var(1).mean() - 2 / q.shape[axis]  # less what chance alone would give
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
 
 
 def repeated_rows(q: np.ndarray) -> dict[int, int]:
-    """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: embeddings of tokens that training never saw."""
+    """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: embeddings of tokens that training never
+    saw."""
     if len(q) > 1:
         return {}
     seen = {}
@@ -3451,8 +3463,9 @@ def residual_width(stacks: list[np.ndarray]) -> int:
 
 
 def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
-    """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of `rider` travel in it for nothing.
-    A matrix that writes to or reads from the residual stream is turned so that vectors of that width are its rows."""
+    """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of `rider` travel in
+    it for nothing. A matrix that writes to or reads from the residual stream is turned so that vectors of that width
+    are its rows."""
     residual = residual_width(stacks)
     headers = []
     pools = {}
@@ -3491,7 +3504,8 @@ def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, 
 
 
 def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
-    """Inverse of encode_stacks: the stacks, int16, and the rider (padded with zeros). ValueError where the code is cut or altered."""
+    """Inverse of encode_stacks: the stacks, int16, and the rider (padded with zeros). ValueError where the code is cut
+    or altered."""
     side, raw, count, words = struct.unpack_from("<4I", code)
     sizes = np.array([16, side, raw, 4 * count, 2 * words])
     side_at, raw_at, states_at, words_at, end = np.cumsum(sizes).tolist()
@@ -3520,7 +3534,8 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
 
 # ======== Quantizer ===================================================================================================
 #
-# weights, Hessians -> step sizes (by rate and distortion, or the published rule) -> symbols (GPTQ) -> corrections (LQER)
+# weights, Hessians -> step sizes (by rate and distortion, or the published rule) -> symbols (GPTQ) -> corrections
+# (LQER)
 #
 #   w_rj ~ symbol_rj * row_r * column_j [+ (A B)_rj]
 
@@ -3563,7 +3578,8 @@ def folded_state(model: GPT) -> dict[str, Tensor]:
 
 
 def quantize_scales(scale: np.ndarray) -> np.ndarray:
-    """Positive floats to int16 codes. Weights are quantised with dequantize_scales(codes), so rounding only moves the step size by 2 %."""
+    """Positive floats to int16 codes. Weights are quantised with dequantize_scales(codes), so rounding only moves the
+    step size by 2 %."""
     codes = np.rint(np.log2(np.maximum(scale, 1e-30)) * ROW_STEPS)
     return np.clip(codes, -1600, 1600).astype(np.int16)
 
@@ -3643,7 +3659,8 @@ class Quantized(NamedTuple):
 
 
 def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
-    """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names the file they came from."""
+    """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
+    the file they came from."""
     parameters = dict(model.named_parameters())
     for name, p in parameters.items():
         shape = tuple(state[name].shape) if name in state else "no"
@@ -3665,10 +3682,12 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
 
 
 def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, Tensor]:
-    """Sums of x x^T over the tokens at the input of every matrix, {tap: (layers, in, in) fp32}; visits of one layer add up.
+    """Sums of x x^T over the tokens at the input of every matrix, {tap: (layers, in, in) fp32}; visits of one layer add
+    up.
 
-    With `rows` also {"NAME.rows": (layers, out) fp32}, for the embedding (out,): for every row of a matrix sum_t |dnats_t / drow|^2.
-    One backward pass estimates it. With random signs s_t, E |sum_t s_t g_t|^2 = sum_t |g_t|^2: cross terms cancel."""
+    With `rows` also {"NAME.rows": (layers, out) fp32}, for the embedding (out,): for every row of a matrix sum_t
+    |dnats_t / drow|^2. One backward pass estimates it. With random signs s_t, E |sum_t s_t g_t|^2 = sum_t |g_t|^2:
+    cross terms cancel."""
     sums = {}
     for name, kind in MATRICES.items():
         matrix = getattr(model, name)
@@ -3696,9 +3715,11 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
 
 
 def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> dict[str, Tensor]:
-    """Mean of batch_moments over GPTQ_CALIBRATION_BATCHES, spread evenly over the training stream; only RATE_DISTORTION needs the rows.
+    """Mean of batch_moments over GPTQ_CALIBRATION_BATCHES, spread evenly over the training stream; only RATE_DISTORTION
+    needs the rows.
 
-    Batches are dealt to the ranks and added in the same order everywhere, so the number of ranks changes the sums no more than a second run would."""
+    Batches are dealt to the ranks and added in the same order everywhere, so the number of ranks changes the sums no
+    more than a second run would."""
     batches = cfg.gptq_calibration_batches
     last_start = max(stream.tokens - cfg.micro_batch_tokens, 1)
     total = {}
@@ -3722,9 +3743,11 @@ class ErrorFeedback(NamedTuple):
 
 
 def error_feedback(hessian: Tensor, damping: float) -> ErrorFeedback:
-    """hessian (n, cols, cols) fp32. `damping` times the mean diagonal is added to it, in fp64; a silent input counts as one of variance 1.
+    """hessian (n, cols, cols) fp32. `damping` times the mean diagonal is added to it, in fp64; a silent input counts as
+    one of variance 1.
 
-    Activations span many orders of magnitude. Where rounding has made a Hessian indefinite, its damping grows tenfold until it is not."""
+    Activations span many orders of magnitude. Where rounding has made a Hessian indefinite, its damping grows tenfold
+    until it is not."""
     h = hessian.double()
     diagonal = h.diagonal(dim1=1, dim2=2)
     diagonal.add_(diagonal == 0)
@@ -3764,8 +3787,8 @@ def clip_step_sizes(
 ) -> dict[str, StepSizes]:
     """The published rule (#1394): *_CLIP_SIGMAS standard deviations of a row over the symbol range, times 2**saved.
 
-    AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of (activation RMS * mean |w|)
-    gets the step sizes of AWQ_BITS."""
+    AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of (activation RMS * mean
+    |w|) gets the step sizes of AWQ_BITS."""
     steps = {}
     groups = []  # (saliency, name, layer, first column)
     layers = torch.tensor([visit.layer for visit in model.schedules[cfg.looped]])
@@ -3790,19 +3813,22 @@ def clip_step_sizes(
     return steps
 
 
-# How RATE_DISTORTION chooses step sizes: one more bit anywhere must lower the loss by the same amount (reverse water-filling).
+# How RATE_DISTORTION chooses step sizes: one more bit anywhere must lower the loss by the same amount (reverse
+# water-filling).
 #
 #   distortion   dloss = 1/2 sum_r g_r dW_r H dW_r^T         g_r: mean squared gradient of output r
-#   GPTQ         dW_r H dW_r^T = sum_j d_j s_rj^2 / 12        s_rj: step size; d_j = 1 / U_jj^2, U of ErrorFeedback
-#   rate         a bit more for weight (r, j) halves s_rj and removes 3/4 of its term, so at the optimum
-#                    g_r d_j s_rj^2 = constant everywhere
-#                    s_rj = 2**level * row_r * column_j       row_r = (g_r mean d)^-1/2,  column_j = (d_j / mean d)^-1/2
-#   level        the constant, the same for all matrices. The bits of a Gaussian row of standard deviation sigma_r are about
-#                    1/2 log2(1 + 2 pi e (sigma_r / s_r)^2)  a weight
-#                and 40 bisections find the level at which they add up to the budget.
+#   GPTQ         dW_r H dW_r^T = sum_j d_j s_rj^2 / 12        s_rj: step size;  d_j = 1 / U_jj^2, see ErrorFeedback
+#   rate         one bit more for weight (r, j) halves s_rj, which removes 3/4 of its term. So at the optimum
+#                    g_r d_j s_rj^2 = constant
+#                    s_rj = 2**level * row_r * column_j
+#                    row_r = (g_r mean d)^-1/2                mean d: 2 to the mean of log2 d
+#                    column_j = (d_j / mean d)^-1/2
+#   level        one constant for all matrices. A Gaussian row of standard deviation sigma_r takes about
+#                    1/2 log2(1 + 2 pi e (sigma_r / s_r)^2)   bits a weight
+#                and bisection finds the level at which all rows together take the budget.
 #
-# g_r is the squared gradient of a row (of the model's matrix, before its scale was folded in) over the trace of H. Its mean over the rows
-# is trusted; its spread enters to the power RATE_ROWS, since rarely used rows are known badly. The mean of d is that of log2 d.
+# g_r is the squared gradient of row r over the trace of H. Its mean over the rows is trusted. Its spread enters to the
+# power RATE_ROWS, since calibration knows rarely used rows badly.
 
 GAUSSIAN_ENTROPY = 2 * math.pi * math.e
 
@@ -3832,7 +3858,8 @@ def rate_curve(
     row_power: float,
     column_power: float,
 ) -> RateCurve:
-    """w (layers, rows, cols), folded; g (layers, rows): squared gradients of its rows; powers: RATE_ROWS, RATE_COLUMNS."""
+    """w (layers, rows, cols), folded; g (layers, rows): squared gradients of its rows; powers: RATE_ROWS,
+    RATE_COLUMNS."""
     log2_u = feedback.upper.diagonal(dim1=1, dim2=2).log2()
     log2_d = -2 * log2_u.gather(1, feedback.order.argsort(dim=1))
     mean_log2_d = log2_d.mean(1, keepdim=True)
@@ -3877,8 +3904,9 @@ class Columns(NamedTuple):
 
 
 def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
-    """Symbols and errors, fp32, both like columns.w. An error is (w - symbol * step) / U_jj; column k then loses error * U_jk.
-    Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay them."""
+    """Symbols and errors, fp32, both like columns.w. An error is (w - symbol * step) / U_jj; column k then loses error
+    * U_jk. Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can
+    replay them."""
     w = columns.w.clone()
     size = columns.step[:, None] * columns.scale[:, :, None]
     high = columns.limit[:, :, None]
@@ -3900,7 +3928,8 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
 
 
 def replayed(function: Callable, example: NamedTuple) -> Callable:
-    """A function of a record of tensors as a CUDA graph, for records of the same shapes. A call overwrites the results of the call before."""
+    """A function of a record of tensors as a CUDA graph, for records of the same shapes. A call overwrites the results
+    of the call before."""
     inputs = example._make(t.clone() for t in example)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -3917,10 +3946,12 @@ def replayed(function: Callable, example: NamedTuple) -> Callable:
 def gptq(
     w: Tensor, feedback: ErrorFeedback, step: Tensor, limit: int, column_scale: Tensor | None = None, block: int = 128
 ) -> Tensor:
-    """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet rounded (GPTQ, arXiv 2210.17323).
+    """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet
+    rounded (GPTQ, arXiv 2210.17323).
 
-    column_scale (n, cols): factors of the step; where one is below 1, symbols may reach MAX_SYMBOL instead of `limit`. Returns symbols int16
-    (n, rows, cols). Columns go in the order of `feedback`; one whose input never fires is zero."""
+    column_scale (n, cols): factors of the step; where one is below 1, symbols may reach MAX_SYMBOL instead of `limit`.
+    Returns symbols int16 (n, rows, cols). Columns go in the order of `feedback`; one whose input never fires is
+    zero."""
     order, upper, diagonal = feedback
     w = w.float().mT.masked_fill((diagonal == 0)[:, :, None], 0.0)
     w = w.gather(1, order[:, :, None].expand_as(w))
@@ -3945,9 +3976,11 @@ def gptq(
 
 
 def lqer(error: Tensor, cfg: Config) -> Correction:
-    """The best product of rank LQER_RANK for `error` (rows, cols), in the Frobenius norm: A = E V, B = V^T with V the first right singular
-    vectors of E. A is stored in int2 of one scale, B in int4 of one scale for LQER_GROUP values (#1797)."""
-    # A factor between A and B that changes nothing but the last bits of their scales. It stays, so that artifacts stay as they were.
+    """The best product of rank LQER_RANK for `error` (rows, cols), in the Frobenius norm: A = E V, B = V^T with V the
+    first right singular vectors of E. A is stored in int2 of one scale, B in int4 of one scale for LQER_GROUP values
+    (#1797)."""
+    # A factor between A and B that changes nothing but the last bits of their scales. It stays, so that artifacts stay
+    # as they were.
     balance = math.sqrt(1 + (cfg.gptq_damping + 1e-6))
     weighted = error.double() * balance
     v = torch.linalg.eigh(weighted.T @ weighted)[1].flip(1)[:, : cfg.lqer_rank]
@@ -4015,7 +4048,8 @@ class Quantizer:
         return {name: curve.step_sizes_at(level) for name, curve in self.curves.items()}
 
     def quantize(self, saved: float = 0.0) -> Quantized:
-        """Matrices by GPTQ with these step sizes, corrected by LQER where set; the gate in int8 rows where set; the rest in fp16."""
+        """Matrices by GPTQ with these step sizes, corrected by LQER where set; the gate in int8 rows where set; the
+        rest in fp16."""
         matrices = {}
         for i, (name, steps) in enumerate(self.step_sizes(saved).items()):
             matrices[name] = self.quantize_stack(name, steps, owner=i % self.ranks.world)
@@ -4030,7 +4064,8 @@ class Quantizer:
         return Quantized(matrices, parameters)
 
     def quantize_stack(self, name: str, steps: StepSizes, owner: int) -> list[QuantizedMatrix]:
-        """The matrices of one kind, by layer, solved by one rank for all: the symbols do not depend on the number of ranks."""
+        """The matrices of one kind, by layer, solved by one rank for all: the symbols do not depend on the number of
+        ranks."""
         w = self.weights[name]
         row_codes = quantize_scales(steps.row.cpu().numpy())
         symbols = torch.empty(w.shape, dtype=torch.int8, device=w.device)
@@ -4078,7 +4113,8 @@ def piece_categories(piece: str) -> tuple[bool, ...]:
 
 
 def piece_features(cfg: Config) -> Tensor:
-    """piece_categories of the whole vocabulary, (V, LOGIT_CATEGORIES), 0 or 1, fp32, on the CPU. Reads the tokenizer."""
+    """piece_categories of the whole vocabulary, (V, LOGIT_CATEGORIES), 0 or 1, fp32, on the CPU. Reads the
+    tokenizer."""
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path(cfg)))
@@ -4095,8 +4131,8 @@ def logit_calibration(values: Tensor, features: Tensor) -> LogitCalibration:
 
 
 def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> np.ndarray:
-    """The 15 numbers (fp32) of logit_calibration that suit the quantised model, by 256 steps of Adam on LOGIT_FIT_TOKENS training tokens.
-    The model is only read."""
+    """The 15 numbers (fp32) of logit_calibration that suit the quantised model, by 256 steps of Adam on
+    LOGIT_FIT_TOKENS training tokens. The model is only read."""
     features = piece_features(cfg).to(ranks.device)
     parts = []  # (hidden, targets) of 4,096 tokens
     micro = cfg.micro_batch_tokens
@@ -4132,8 +4168,9 @@ GATE_PARTS = ("int8", "scale")
 
 
 def flatten(quantized: Quantized) -> dict[str, np.ndarray]:
-    """KIND.LAYER.symbols, .step and, where not all zero, .column of every matrix; KIND.LAYER.lqer_a, lqer_b, lqer_scales of
-    the corrected ones; attn_gate.int8 and .scale; every other parameter by its name; logit_calibration."""
+    """KIND.LAYER.symbols, .step and, where not all zero, .column of every matrix; KIND.LAYER.lqer_a, lqer_b,
+    lqer_scales of the corrected ones; attn_gate.int8 and .scale; every other parameter by its name;
+    logit_calibration."""
     arrays = {}
     corrections = {}
 
@@ -4179,7 +4216,8 @@ def unflatten(arrays: dict[str, np.ndarray]) -> Quantized:
 
 # --- The container: names, types and coders of arrays ---
 #
-#   magic, version, total length, lengths of header and stacks | header: zlib of JSON | entropy-coded stacks | LZMA of the other arrays | CRC-32
+# magic, version, total length, lengths of header and stacks | header: zlib of JSON | entropy-coded stacks | LZMA of the
+# other arrays | CRC-32
 
 MAGIC = b"GPTGOLF\n"
 VERSION = 1
@@ -4215,8 +4253,9 @@ def from_planes(raw: bytes, dtype: str, count: int) -> np.ndarray:
 
 
 def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
-    """Arrays (any numpy dtype) and `meta` (JSON) as the bytes of a model file. Integer arrays of LEAST_CODED values or more are entropy-coded.
-    Arrays whose names differ only in numbers, of one shape, are coded together, so many small ones cost little."""
+    """Arrays (any numpy dtype) and `meta` (JSON) as the bytes of a model file. Integer arrays of LEAST_CODED values or
+    more are entropy-coded. Arrays whose names differ only in numbers, of one shape, are coded together, so many small
+    ones cost little."""
     groups = {}  # entropy-coded: (name without numbers, shape, dtype) -> arrays by name
     rest = {}  # dtype -> arrays by name
     for name, a in tensors.items():
@@ -4254,7 +4293,8 @@ def save_artifact(path: Path, tensors: dict[str, np.ndarray], meta: dict):
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
-    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or of another kind raises ArtifactError."""
+    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or
+    of another kind raises ArtifactError."""
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -5286,7 +5326,8 @@ def diagnose(run: Run, model: GPT, name: str):
 
 
 class RateSearch:
-    """Looks for the bits to save per weight at which model.bin just fits. Sizes are measured, since a code's length is only known once it is written."""
+    """Looks for the bits to save per weight at which model.bin just fits. Sizes are measured, since a code's length is
+    only known once it is written."""
 
     ATTEMPTS = 12
     AIM = 0.9997  # of the room: a little below, so that the attempt after a near miss fits
@@ -5356,8 +5397,8 @@ def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: i
 
 
 def write_artifact(run: Run, model: GPT):
-    """Calibrate, quantise, and write model.bin and the packed train_gpt.py.
-    Step sizes widen until the two fit under the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains."""
+    """Calibrate, quantise, and write model.bin and the packed train_gpt.py. Step sizes widen until the two fit under
+    the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains."""
     cfg = run.cfg
     packed = pack_script(SOURCE)
     with run.phases("calibrate"):
