@@ -3085,8 +3085,8 @@ def binary_roots(n: int) -> list[int]:
 def half_gaussian(top: int = 9) -> np.ndarray:
     """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, int64 (GAUSS_STEPS * top + 1,), by the trapezoid rule."""
     twice_variance = 2 * GAUSS_STEPS**2
-    exponents = (Decimal(-i * i) / twice_variance for i in range(GAUSS_STEPS * top + 1))
-    density = [int(x.exp() * 2**64) for x in exponents]
+    squares = (Decimal(i * i) for i in range(GAUSS_STEPS * top + 1))
+    density = [int((-x / twice_variance).exp() * 2**64) for x in squares]
     trapezoids = (a + b for a, b in itertools.pairwise(density))
     area = list(itertools.accumulate(trapezoids, initial=0))
     return np.array([(a << 29) // area[-1] for a in area], np.int64)
@@ -3153,7 +3153,8 @@ def cell_starts(mixture: int) -> np.ndarray:
 def log2_fixed(x: np.ndarray) -> np.ndarray:
     """round(LOG2_STEPS * log2(x)), int64, equal on every machine."""
     mantissa, exponent = np.frexp(x)
-    return (exponent.astype(np.int64) - 1) * LOG2_STEPS + np.searchsorted(LOG2_EDGES, mantissa, side="right")
+    octaves = exponent.astype(np.int64) - 1
+    return octaves * LOG2_STEPS + np.searchsorted(LOG2_EDGES, mantissa, side="right")
 
 
 def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -3168,22 +3169,25 @@ def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         end = min(first + 16, c.shape[1])
         rows = ld_q22[:, first:end, :first].transpose(0, 2, 1)
         known_q42 = low_q20[:, first:, :first] @ rows
-        panel = ld_q22[:, first:, first:end] - np.rint(known_q42 * 2.0**-20)
+        panel = ld_q22[:, first:, first:end]
+        panel = panel - np.rint(known_q42 * 2.0**-20)
         for i in range(end - first):
             j = first + i
             d_q22[:, j] = np.maximum(panel[:, i, i], MIN_D_Q22)
             inverse = 2.0**20 / d_q22[:, j, None]
             column = np.rint(panel[:, i + 1 :, i] * inverse)
             low_q20[:, j + 1 :, j] = column
-            row = panel[:, None, i + 1 : end - first, i] * 2.0**-20
-            panel[:, i + 1 :, i + 1 :] -= np.rint(column[:, :, None] * row)
+            later = slice(i + 1, end - first)
+            row = panel[:, None, later, i] * 2.0**-20
+            panel[:, i + 1 :, later] -= np.rint(column[:, :, None] * row)
         ld_q22[:, first:, first:end] = panel
     return low_q20, d_q22
 
 
 def correlation(moments: np.ndarray) -> np.ndarray:
     """(G, n, n) second moments to correlations."""
-    scale = np.sqrt(np.maximum(np.diagonal(moments, axis1=1, axis2=2), 1e-9))
+    square = np.diagonal(moments, axis1=1, axis2=2)
+    scale = np.sqrt(np.maximum(square, 1e-9))
     return moments / scale[:, :, None] / scale[:, None, :]
 
 
@@ -3193,8 +3197,7 @@ def blend(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
 
 
 class StackModel:
-    """The distribution of every symbol of a stack, given those before it: chunks of rows, in them columns, all members
-    at once."""
+    """The distribution of every symbol of a stack, given those before it. Rows go in chunks, and in them columns."""
 
     def __init__(self, header: StackHeader, pools: dict[int, np.ndarray]):
         """pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
@@ -3210,7 +3213,8 @@ class StackModel:
 
     def shared_moments(self) -> np.ndarray:
         """Moments summed over the members, each at unit variance, (1, n, n)."""
-        return sum(m / v for m, v in zip(self.moments, self.variance))[None]
+        scaled = (m / v for m, v in zip(self.moments, self.variance))
+        return sum(scaled)[None]
 
     def column_variances(self, shared: np.ndarray) -> np.ndarray:
         """Of x (G, n): a column's own variance, drawn to that of all members."""
@@ -3222,10 +3226,10 @@ class StackModel:
         return np.maximum(variance, MIN_VARIANCE)
 
     def correlations(self, shared: np.ndarray) -> np.ndarray:
-        """Of x (G, n, n): from the identity to the pool's, to those of all members, to the matrix's own, as rows come
-        in."""
+        """Of x (G, n, n). As rows come in they move from the pool's to all members' to the matrix's own."""
         identity = np.eye(self.width)[None]
-        c = blend(identity, self.pools.get(self.width, identity), self.prior.pool_weight)
+        pool = self.pools.get(self.width, identity)
+        c = blend(identity, pool, self.prior.pool_weight)
         if self.seen:
             total = self.seen * self.members
             common = self.prior.pool_weight * total / (total + SHARED_CORRELATION_ROWS)
@@ -3235,8 +3239,7 @@ class StackModel:
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
     def predictor(self) -> tuple[np.ndarray | None, np.ndarray]:
-        """L_q12 (G, n, n), integers in float64, such that x = e + L e, or None for L = 0; and the variance of e (G,
-        n)."""
+        """L_q12 (G, n, n), integers in float64, of x = e + L e, or None for L = 0; and the variance of e (G, n)."""
         shared = self.shared_moments()
         variance = self.column_variances(shared)
         if not self.prior.rows:
@@ -3258,36 +3261,44 @@ class StackModel:
             start = end
             size *= 2
         own = correlation(self.shared_moments())
-        self.pools[self.width] = blend(self.pools.get(self.width, own), own, 0.5)
+        earlier = self.pools.get(self.width, own)
+        self.pools[self.width] = blend(earlier, own, 0.5)
 
     def code_chunk(self, start: int, end: int, symbols):
         """Code rows start..end of every member, then learn from them."""
         low_q12, variance = self.predictor()
         sigma = np.sqrt(variance)
         log2_variance = log2_fixed(variance)
-        e_q8, q = np.zeros((2, self.members, self.width, end - start))
+        q = np.zeros((self.members, self.width, end - start))
+        e_q8 = np.zeros_like(q)
         mean_q8 = np.zeros((self.members, end - start))
         square_q8 = np.zeros_like(mean_q8)  # sums of the rows' squared e / sigma
         rows = slice(start, end)
-        prior_q8 = (self.gain_sum_q8 / self.gain_count_q8)[:, None] * (self.row_trust * 256)
+        mean_gain = (self.gain_sum_q8 / self.gain_count_q8)[:, None]
+        prior_q8 = mean_gain * (self.row_trust * 256)
         for a in range(0, self.width, REFRESH_COLUMNS):
             b = min(a + REFRESH_COLUMNS, self.width)
-            log2_gain = log2_fixed((square_q8 + prior_q8) * (1 / (256 * (a + self.row_trust))))
+            per_symbol = 1 / (256 * (a + self.row_trust))
+            log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
             table = first_tables(log2_variance[:, a:b, None] + log2_gain[:, None])
-            known = None if low_q12 is None else low_q12[:, a:b, :a] @ e_q8[:, :a]
+            if low_q12 is not None:  # what all columns before a say of the next ones, in one product
+                known_q20 = low_q12[:, a:b, :a] @ e_q8[:, :a]
             for j in range(a, b):
                 if low_q12 is not None:
-                    recent = low_q12[:, j, None, a:j] @ e_q8[:, a:j]
-                    mean_q20 = known[:, j - a] + recent[:, 0]
-                    mean_q8 = np.clip(np.rint(mean_q20 * 2.0**-12), -MAX_MEAN_Q8, MAX_MEAN_Q8)
+                    recent_q20 = low_q12[:, j, None, a:j] @ e_q8[:, a:j]
+                    mean_q20 = known_q20[:, j - a] + recent_q20[:, 0]
+                    mean_q8 = np.rint(mean_q20 * 2.0**-12)
+                    mean_q8 = np.clip(mean_q8, -MAX_MEAN_Q8, MAX_MEAN_Q8)
                 rounded_q8 = (mean_q8 + 128 // MEAN_FRACTIONS).astype(np.int64)  # to the nearest fraction, once cut
                 fraction = (rounded_q8 & 255) * MEAN_FRACTIONS >> 8
                 floor = rounded_q8 >> 8
                 values = symbols.column(table[:, j - a] + fraction, floor, rows, j)
                 q[:, j] = values
-                e_q8[:, j] = np.clip(values * 256 - mean_q8, -MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
+                innovation_q8 = values * 256 - mean_q8
+                e_q8[:, j] = np.clip(innovation_q8, -MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
             white_q8 = np.rint(e_q8[:, a:b] / sigma[:, a:b, None])
-            square_q8 += np.rint(white_q8 * white_q8 * (1 / 256)).sum(1)
+            white_square_q8 = np.rint(white_q8 * white_q8 / 256)
+            square_q8 += white_square_q8.sum(1)
         self.gain_sum_q8 += square_q8.sum(1)
         self.gain_count_q8 += 256.0 * self.width * (end - start)
         self.learn(q)
@@ -3318,14 +3329,20 @@ class SymbolWriter:
         self.cells: list[np.ndarray] = []  # of every step
         self.escaped: list[np.ndarray] = []
 
-    def column(self, table: np.ndarray, floor: np.ndarray, rows: slice, j: int) -> np.ndarray:
-        """Values of column j in `rows` of all members; table, floor and the result are (G, rows) int64."""
+    def column(
+        self,
+        table: np.ndarray,  # (G, rows) int64: the table of each symbol
+        floor: np.ndarray,  # (G, rows) int64: whole part of its mean
+        rows: slice,
+        j: int,
+    ) -> np.ndarray:
+        """Values of column j in `rows` of all members, (G, rows) int64."""
         values = self.columns[j, :, rows]
         code = values - floor + MAX_SYMBOL
         outside = (code < 0) | (code > ESCAPE)
         cell = (table * 256 + np.where(outside, ESCAPE, code)).ravel()
-        impossible = FREQUENCIES[0].ravel()[cell] == 0  # the same codes in every mixture
-        escaped = impossible | (cell & 255 == ESCAPE)
+        frequency = FREQUENCIES[0].ravel()[cell]  # every mixture has its zeros in the same places
+        escaped = (frequency == 0) | (cell & 255 == ESCAPE)
         if escaped.any():
             cell[escaped] |= ESCAPE
             self.escaped.append(values.ravel()[escaped])
@@ -3418,18 +3435,21 @@ def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
     nats = np.zeros(len(CORRELATION_PRIORS))  # per symbol, against independent columns
     for g in {0, members - 1}:
         square = (q[g].astype(np.float64) ** 2).mean(0)
-        z = q[g] / np.sqrt(np.maximum(square, MIN_VARIANCE))
+        scale = np.sqrt(np.maximum(square, MIN_VARIANCE))
+        z = q[g] / scale
         even = z[::2]
         odd = z[1::2]
         known = correlation((even.T @ even)[None])[0]
         for i, prior in enumerate(CORRELATION_PRIORS[:-1]):
             own = len(even) / (len(even) + prior.rows)
-            expected = blend(identity, identity if pool is None else pool[0], prior.pool_weight)
+            expected = identity if pool is None else pool[0]
+            expected = blend(identity, expected, prior.pool_weight)
             c = known * own + expected * (1 - own)
             low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
             e = np.linalg.solve(low, odd.T)
-            gained = 0.5 * ((e * e).mean() - (odd * odd).mean())
-            nats[i] += np.log(np.diag(low)).mean() + gained + CORRELATION_COST
+            determinant = np.log(np.diag(low)).mean()
+            energy = (e * e).mean() - (odd * odd).mean()
+            nats[i] += determinant + 0.5 * energy + CORRELATION_COST
     return int(nats.argmin())
 
 
@@ -3437,13 +3457,13 @@ def common_weight(q: np.ndarray, axis: int) -> int:
     """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how
     far theirs lie apart."""
     square = (q.astype(np.float64) ** 2).mean(axis)
-    spread = np.log(square + 1 / 12).var(1).mean() - 2 / q.shape[axis]  # less what chance alone would give
+    spread = np.log(square + 1 / 12).var(1).mean()
+    spread -= 2 / q.shape[axis]  # what chance alone would give
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
 
 
 def repeated_rows(q: np.ndarray) -> dict[int, int]:
-    """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: embeddings of tokens that training never
-    saw."""
+    """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: tokens that training never saw."""
     if len(q) > 1:
         return {}
     seen = {}
@@ -3477,7 +3497,8 @@ def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, 
         rows, width = q.shape[1:]
         turned = width != residual and (rows == residual or rows < width)
         q = q.transpose(0, 2, 1) if turned else q
-        variance = np.maximum((q.astype(np.float64) ** 2).mean((1, 2)), MIN_VARIANCE)
+        square = (q.astype(np.float64) ** 2).mean((1, 2))
+        variance = np.maximum(square, MIN_VARIANCE)
         header = StackHeader(
             shape=list(q.shape),
             log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
@@ -3504,8 +3525,7 @@ def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, 
 
 
 def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
-    """Inverse of encode_stacks: the stacks, int16, and the rider (padded with zeros). ValueError where the code is cut
-    or altered."""
+    """Inverse of encode_stacks: int16 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
     side, raw, count, words = struct.unpack_from("<4I", code)
     sizes = np.array([16, side, raw, 4 * count, 2 * words])
     side_at, raw_at, states_at, words_at, end = np.cumsum(sizes).tolist()
@@ -3534,8 +3554,7 @@ def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
 
 # ======== Quantizer ===================================================================================================
 #
-# weights, Hessians -> step sizes (by rate and distortion, or the published rule) -> symbols (GPTQ) -> corrections
-# (LQER)
+# weights, Hessians -> step sizes (by rate and distortion, or the published rule) -> symbols (GPTQ) -> LQER
 #
 #   w_rj ~ symbol_rj * row_r * column_j [+ (A B)_rj]
 
@@ -3604,8 +3623,9 @@ class Correction(NamedTuple):
     def product(self, cols: int) -> Tensor:
         """A B (rows, cols), fp32."""
         a, b, scales = (torch.from_numpy(part.astype(np.float32)) for part in self[:3])
-        b = (b * scales[1:, None]).flatten()[: a.size(1) * cols]
-        return scales[0] * a @ b.view(-1, cols)
+        b = (b * scales[1:, None]).flatten()
+        b = b[: a.size(1) * cols].view(-1, cols)
+        return scales[0] * a @ b
 
 
 class QuantizedMatrix(NamedTuple):
@@ -3618,7 +3638,8 @@ class QuantizedMatrix(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """(rows, cols), fp32, equal on every machine but for the correction."""
-        w = self.symbols.astype(np.float32) * dequantize_scales(self.row_codes)[:, None]
+        row = dequantize_scales(self.row_codes)
+        w = self.symbols.astype(np.float32) * row[:, None]
         if self.column_codes is not None:
             w *= dequantize_scales(self.column_codes, COLUMN_STEPS)
         w = torch.from_numpy(w)
@@ -3682,8 +3703,7 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
 
 
 def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, Tensor]:
-    """Sums of x x^T over the tokens at the input of every matrix, {tap: (layers, in, in) fp32}; visits of one layer add
-    up.
+    """Sums of x x^T over the tokens at the input of every matrix, {tap: (layers, in, in) fp32}, over a layer's visits.
 
     With `rows` also {"NAME.rows": (layers, out) fp32}, for the embedding (out,): for every row of a matrix sum_t
     |dnats_t / drow|^2. One backward pass estimates it. With random signs s_t, E |sum_t s_t g_t|^2 = sum_t |g_t|^2:
@@ -3783,7 +3803,11 @@ class StepSizes(NamedTuple):
 
 
 def clip_step_sizes(
-    model: GPT, weights: dict[str, Tensor], feedback: dict[str, ErrorFeedback], cfg: Config, saved: float
+    model: GPT,
+    weights: dict[str, Tensor],  # (layers, rows, cols)
+    feedback: dict[str, ErrorFeedback],
+    cfg: Config,
+    saved: float,
 ) -> dict[str, StepSizes]:
     """The published rule (#1394): *_CLIP_SIGMAS standard deviations of a row over the symbol range, times 2**saved.
 
@@ -3797,7 +3821,8 @@ def clip_step_sizes(
         w = weights[name]
         bits = getattr(cfg, kind.bits)
         limit = 2 ** (bits - 1) - 1
-        row = 2**saved * getattr(cfg, kind.sigmas) * w.std(2) / limit
+        sigmas = getattr(cfg, kind.sigmas)
+        row = 2**saved * sigmas * w.std(2) / limit
         square = feedback[name].diagonal
         steps[name] = StepSizes(row.clamp_min(1e-6), torch.zeros_like(square), limit)
         if cfg.awq_lite_enabled and bits < AWQ_BITS and w.size(2) >= AWQ_GROUP:
@@ -3809,7 +3834,8 @@ def clip_step_sizes(
     if groups:
         _, name, layer, first = max(groups)
         finer = AWQ_BITS - getattr(cfg, MATRICES[name].bits)
-        steps[name].column_codes[layer, first : first + AWQ_GROUP] = -finer * COLUMN_STEPS
+        group = slice(first, first + AWQ_GROUP)
+        steps[name].column_codes[layer, group] = -finer * COLUMN_STEPS
     return steps
 
 
@@ -3842,13 +3868,14 @@ class RateCurve(NamedTuple):
     sigma: Tensor  # (layers, rows): standard deviations of the weights
 
     def step_sizes_at(self, level: float) -> StepSizes:
-        return StepSizes((self.row * 2**level).maximum(self.finest), self.column_codes, MAX_SYMBOL)
+        row = (self.row * 2**level).maximum(self.finest)
+        return StepSizes(row, self.column_codes, MAX_SYMBOL)
 
     def bits_at(self, level: float) -> float:
         """Expected length of the code of all weights."""
         ratio = self.sigma / self.step_sizes_at(level).row
-        half_cols = 0.5 * self.column_codes.size(1)
-        return float((half_cols * (1 + GAUSSIAN_ENTROPY * ratio.square()).log2()).sum())
+        doubled = (1 + GAUSSIAN_ENTROPY * ratio.square()).log2()  # bits of two weights of each row
+        return float((0.5 * self.column_codes.size(1) * doubled).sum())
 
 
 def rate_curve(
@@ -3944,7 +3971,12 @@ def replayed(function: Callable, example: NamedTuple) -> Callable:
 
 
 def gptq(
-    w: Tensor, feedback: ErrorFeedback, step: Tensor, limit: int, column_scale: Tensor | None = None, block: int = 128
+    w: Tensor,  # (n, rows, cols)
+    feedback: ErrorFeedback,
+    step: Tensor,  # (n, rows)
+    limit: int,
+    column_scale: Tensor | None = None,  # (n, cols): factors of the step; None: ones
+    block: int = 128,
 ) -> Tensor:
     """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet
     rounded (GPTQ, arXiv 2210.17323).
@@ -3953,21 +3985,31 @@ def gptq(
     Returns symbols int16 (n, rows, cols). Columns go in the order of `feedback`; one whose input never fires is
     zero."""
     order, upper, diagonal = feedback
-    w = w.float().mT.masked_fill((diagonal == 0)[:, :, None], 0.0)
+    silent = (diagonal == 0)[:, :, None]
+    w = w.float().mT.masked_fill(silent, 0.0)
     w = w.gather(1, order[:, :, None].expand_as(w))
-    scale = torch.ones_like(upper[:, 0]) if column_scale is None else column_scale.gather(1, order)
+    scale = torch.ones_like(upper[:, 0])
+    if column_scale is not None:
+        scale = column_scale.gather(1, order)
     limits = torch.where(scale < 1, MAX_SYMBOL, limit).float()
     symbols = torch.empty_like(w, dtype=torch.int16)
     round_block = round_columns
     for start in range(0, w.size(1), block):
         here = slice(start, start + block)
         rest = slice(start + block, None)
-        columns = Columns(w[:, here], upper[:, here, here], step, scale[:, here], limits[:, here])
+        columns = Columns(
+            w=w[:, here],
+            upper=upper[:, here, here],
+            step=step,
+            scale=scale[:, here],
+            limit=limits[:, here],
+        )
         is_full = start + block <= w.size(1)
         if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
             round_block = replayed(round_columns, columns)
         symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
-        w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
+        later = upper[:, here, rest].mT
+        w[:, rest].baddbmm_(later, errors, alpha=-1)
     in_place = order.argsort(dim=1)[:, :, None].expand_as(symbols)
     return symbols.gather(1, in_place).mT.contiguous()
 
@@ -3983,14 +4025,17 @@ def lqer(error: Tensor, cfg: Config) -> Correction:
     # as they were.
     balance = math.sqrt(1 + (cfg.gptq_damping + 1e-6))
     weighted = error.double() * balance
-    v = torch.linalg.eigh(weighted.T @ weighted)[1].flip(1)[:, : cfg.lqer_rank]
+    vectors = torch.linalg.eigh(weighted.T @ weighted).eigenvectors
+    v = vectors.flip(1)[:, : cfg.lqer_rank]  # of the largest eigenvalues
     a = weighted @ v
     b = v.T.flatten() / balance
     groups = F.pad(b, (0, -b.numel() % LQER_GROUP)).view(-1, LQER_GROUP)
-    largest = torch.cat((a.abs().max()[None] / 1.5, groups.abs().amax(1) / 7.5))
-    scales = largest.clamp(1e-7, 6e4).half()
+    scale_a = a.abs().max()[None] / 1.5
+    scales_b = groups.abs().amax(1) / 7.5
+    scales = torch.cat((scale_a, scales_b)).clamp(1e-7, 6e4).half()
     a = (a / scales[0]).round().clamp(-2, 1).to(torch.int8)
-    b = (groups / scales[1:, None]).round().clamp(-8, 7).to(torch.int8)
+    b = (groups / scales[1:, None]).round()
+    b = b.clamp(-8, 7).to(torch.int8)
     return Correction(
         a=a.cpu().numpy(),
         b=b.cpu().numpy(),
@@ -4008,8 +4053,8 @@ def add_corrections(matrices: dict[str, list[QuantizedMatrix]], weights: dict[st
             errors[name, layer] = w - matrix.dequantize().to(w.device)
     largest = sorted(errors, key=lambda place: -errors[place].norm().item())
     for name, layer in largest[: cfg.lqer_top_k]:
-        correction = lqer(errors[name, layer], cfg)
-        matrices[name][layer] = matrices[name][layer]._replace(correction=correction)
+        layers = matrices[name]
+        layers[layer] = layers[layer]._replace(correction=lqer(errors[name, layer], cfg))
 
 
 # --- All of it ---
@@ -4037,7 +4082,8 @@ class Quantizer:
                 g = hessians[f"{name}.rows"].view(w.shape[:2])
                 if name in scales:  # gradients are of the model's own matrix: chain rule for the folded one
                     g = g / scales[name].square().clamp_min(1e-6)
-                self.curves[name] = rate_curve(w, feedback, g, getattr(cfg, kind.rows), cfg.rate_columns)
+                row_power = getattr(cfg, kind.rows)
+                self.curves[name] = rate_curve(w, feedback, g, row_power, cfg.rate_columns)
 
     def step_sizes(self, saved: float) -> dict[str, StepSizes]:
         """By the settings, for `saved` bits a weight less than ARTIFACT_CAP bytes, or than the published rule."""
@@ -4071,7 +4117,8 @@ class Quantizer:
         symbols = torch.empty(w.shape, dtype=torch.int8, device=w.device)
         if self.ranks.rank == owner:
             step = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
-            symbols = gptq(w, self.feedback[name], step, steps.limit, steps.column_scale).to(torch.int8)
+            rounded = gptq(w, self.feedback[name], step, steps.limit, steps.column_scale)
+            symbols = rounded.to(torch.int8)
         symbols = self.ranks.broadcast_(symbols, owner).cpu().numpy()
         columns = steps.column_codes.to(torch.int8).cpu().numpy()
         return [QuantizedMatrix(*parts) for parts in zip(symbols, row_codes, columns)]
@@ -4080,8 +4127,9 @@ class Quantizer:
 def quantize_gate(gate: Tensor) -> QuantizedGate:
     """gate (layers, heads, channels), each row with a scale of its own."""
     scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
-    symbols = (gate / scale[..., None]).round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
-    return QuantizedGate(symbols.to(torch.int8).cpu().numpy(), scale.cpu().numpy())
+    symbols = (gate / scale[..., None]).round()
+    symbols = symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL).to(torch.int8)
+    return QuantizedGate(symbols.cpu().numpy(), scale.cpu().numpy())
 
 
 # --- Logit calibration (#1924): logits <- scale * softcap(z) + features . biases, fitted to the quantised model ---
@@ -4151,7 +4199,8 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
         calibration = logit_calibration(values, features)
         nats = calibrated_scores(z, targets.clamp(min=0), model.caps, calibration).nats
         penalty = values[1:].square().mean() + (calibration.scale - 1).square()
-        loss = (nats * real).sum() / real.sum().clamp_min(1) + 0.01 * penalty
+        mean_nats = (nats * real).sum() / real.sum().clamp_min(1)
+        loss = mean_nats + 0.01 * penalty
         (values.grad,) = torch.autograd.grad(loss, [values])
         optimizer.step()
     return ranks.broadcast_(values.detach().cpu()).numpy()
@@ -4235,14 +4284,15 @@ def as_matrix(a: np.ndarray) -> np.ndarray:
     if a.ndim > 1 and min(len(a), a[0].size) <= 1024:
         return a.reshape(len(a), -1)
     width = 64 if a.ndim == 1 else 512
-    return np.pad(a.ravel(), (0, -a.size % width)).reshape(-1, width)
+    padded = np.pad(a.ravel(), (0, -a.size % width))
+    return padded.reshape(-1, width)
 
 
 def planes(arrays: Iterable[np.ndarray], dtype: str) -> bytes:
     """Bytes of arrays of one dtype, most significant bytes of all values first: these repeat, so LZMA sees runs."""
     raw = b"".join(a.tobytes() for a in arrays)
-    size = np.dtype(dtype).itemsize
-    return np.frombuffer(raw, np.uint8).reshape(-1, size).T[::-1].tobytes()
+    values = np.frombuffer(raw, np.uint8).reshape(-1, np.dtype(dtype).itemsize)
+    return values.T[::-1].tobytes()
 
 
 def from_planes(raw: bytes, dtype: str, count: int) -> np.ndarray:
@@ -4273,9 +4323,11 @@ def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
         coded.append([dtype, shape, list(members), centres])
         stacks.append(np.stack([as_matrix(a) for a in centred]))
     plain = []
+    raw = b""
     for dtype, members in rest.items():
-        plain.append([dtype, [[name, a.shape] for name, a in members.items()]])
-    raw = b"".join(planes(members.values(), dtype) for dtype, members in rest.items())
+        shapes = [[name, a.shape] for name, a in members.items()]
+        plain.append([dtype, shapes])
+        raw += planes(members.values(), dtype)
     raw = lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA)
     code, ridden = encode_stacks(stacks, raw)
     header = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
@@ -4308,14 +4360,17 @@ def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
 
     verify(
         data[:8] == MAGIC,
-        f"not a model file of this script (its first bytes are {data[:8]!r}); set ARTIFACT_DIR to the folder that holds one",
+        f"not a model file of this script (its first bytes are {data[:8]!r}); "
+        "set ARTIFACT_DIR to the folder that holds one",
     )
+    length = FIXED.unpack_from(data)[2] if len(data) >= FIXED.size else 0
     verify(
-        len(data) >= FIXED.size and len(data) == FIXED.unpack_from(data)[2],
+        len(data) == length,
         f"{len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew",
     )
+    (checksum,) = struct.unpack("<I", data[-4:])
     verify(
-        zlib.crc32(data[:-4]) == struct.unpack("<I", data[-4:])[0],
+        zlib.crc32(data[:-4]) == checksum,
         "checksum does not match; the file was altered: copy it again or write it anew",
     )
     _, version, _, header_size, code_size = FIXED.unpack_from(data)
@@ -4344,9 +4399,11 @@ def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, np.ndarr
     tensors = {}
     for (dtype, shape, names, centres), stack in zip(header["coded"], stacks, strict=True):
         for name, q, centre in zip(names, stack, centres, strict=True):
-            values = q.ravel()[: math.prod(shape)].astype(np.int64) + centre
+            values = q.ravel()[: math.prod(shape)]
+            values = values.astype(np.int64) + centre
             tensors[name] = values.astype(dtype).reshape(shape)
-    raw = lzma.decompress(rider[: header["ridden"]] + rest, lzma.FORMAT_RAW, filters=LZMA)
+    raw = rider[: header["ridden"]] + rest
+    raw = lzma.decompress(raw, lzma.FORMAT_RAW, filters=LZMA)
     for dtype, members in header["plain"]:
         sizes = [math.prod(shape) for _, shape in members]
         values = from_planes(raw, dtype, sum(sizes))
@@ -5345,7 +5402,8 @@ class RateSearch:
         """Bits to save per weight in the next attempt."""
         if len(self.sizes) == self.ATTEMPTS:
             raise UserError(
-                f"ARTIFACT_CAP={self.cfg.artifact_cap}: the model does not fit with any step; shrink the model or raise the cap"
+                f"ARTIFACT_CAP={self.cfg.artifact_cap}: the model does not fit with any step; "
+                "shrink the model or raise the cap"
             )
         return self.saved
 
