@@ -129,7 +129,8 @@ def tried(cfg: Config):
     trainer = train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log))
     trainer.warm_up()
     trainer.run()
-    train_gpt.quantize(model, train_gpt.collect_hessians(model, trainer.stream, cfg, group), cfg, group)
+    hessians = train_gpt.collect_hessians(model, trainer.stream, cfg, group)
+    train_gpt.Quantizer(model, hessians, cfg, group).quantize()
     val = train_gpt.ValidationStream(cfg)
     ledger = train_gpt.Ledger("test", val.target_bytes, train_gpt.Verdicts())
     if cfg.ngram_enabled:
