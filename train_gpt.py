@@ -3616,9 +3616,7 @@ class Correction(NamedTuple):
     a: np.ndarray  # int8 -2..1 (rows, rank), one scale
     b: np.ndarray  # int8 -8..7: B (rank, cols), flattened, padded with zeros, as rows of LQER_GROUP values
     scales: np.ndarray  # fp16: of a, and of each row of b
-    error: float = (
-        0.0  # Frobenius norm that was to be corrected; model.bin lists the largest first, and does not store it
-    )
+    error: float = 0.0  # Frobenius norm to be corrected; not stored, but model.bin lists the largest first
 
     def product(self, cols: int) -> Tensor:
         """A B (rows, cols), fp32."""
@@ -3885,8 +3883,7 @@ def rate_curve(
     row_power: float,
     column_power: float,
 ) -> RateCurve:
-    """w (layers, rows, cols), folded; g (layers, rows): squared gradients of its rows; powers: RATE_ROWS,
-    RATE_COLUMNS."""
+    """w (layers, rows, cols), folded; g (layers, rows): squared gradients of its rows; powers: see RATE_ROWS."""
     log2_u = feedback.upper.diagonal(dim1=1, dim2=2).log2()
     log2_d = -2 * log2_u.gather(1, feedback.order.argsort(dim=1))
     mean_log2_d = log2_d.mean(1, keepdim=True)
@@ -3898,7 +3895,7 @@ def rate_curve(
     g = (g / mean + 0.1).pow(row_power) * mean / trace
     row = ((-mean_log2_d - g.log2()) / 2).exp2()
 
-    # 3 % more than the largest weight needs, for the rounding of a row's code and GPTQ's feedback.
+    # 3 % coarser than the largest weight needs: rounding a row's code may make its step 2 % finer.
     scaled = w.abs() / (codes / COLUMN_STEPS).exp2()[:, None]
     finest = scaled.amax(2) / (0.97 * MAX_SYMBOL)
     return RateCurve(row, codes, finest.clamp_min(1e-12), w.std(2))
@@ -3931,9 +3928,12 @@ class Columns(NamedTuple):
 
 
 def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
-    """Symbols and errors, fp32, both like columns.w. An error is (w - symbol * step) / U_jj; column k then loses error
-    * U_jk. Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can
-    replay them."""
+    """Symbols and errors, fp32, both like columns.w. For every column j, and then every later column k:
+
+        symbol_j = round(w_j / size_j),  error_j = (w_j - symbol_j size_j) / U_jj,  w_k <- w_k - error_j U_jk
+
+    Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
+    them."""
     w = columns.w.clone()
     size = columns.step[:, None] * columns.scale[:, :, None]
     high = columns.limit[:, :, None]
@@ -3955,8 +3955,8 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
 
 
 def replayed(function: Callable, example: NamedTuple) -> Callable:
-    """A function of a record of tensors as a CUDA graph, for records of the same shapes. A call overwrites the results
-    of the call before."""
+    """`function` of a record of tensors, as a CUDA graph for records of the shapes of `example`. A call overwrites the
+    results of the call before."""
     inputs = example._make(t.clone() for t in example)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -3978,12 +3978,10 @@ def gptq(
     column_scale: Tensor | None = None,  # (n, cols): factors of the step; None: ones
     block: int = 128,
 ) -> Tensor:
-    """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet
-    rounded (GPTQ, arXiv 2210.17323).
+    """Round w to multiples of step, feeding each column's error to the columns not yet rounded (arXiv 2210.17323).
 
-    column_scale (n, cols): factors of the step; where one is below 1, symbols may reach MAX_SYMBOL instead of `limit`.
-    Returns symbols int16 (n, rows, cols). Columns go in the order of `feedback`; one whose input never fires is
-    zero."""
+    Returns symbols int16 (n, rows, cols), at most `limit`, or MAX_SYMBOL where column_scale is below 1. Columns go in
+    the order of `feedback`. One whose input never fires is zero."""
     order, upper, diagonal = feedback
     silent = (diagonal == 0)[:, :, None]
     w = w.float().mT.masked_fill(silent, 0.0)
