@@ -17,7 +17,6 @@ N-gram, Scoring, Test-time training, Packer, Main.
 import ast
 import collections
 import contextlib
-import copy
 import dataclasses
 import difflib
 import functools
@@ -39,7 +38,7 @@ import time
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -235,23 +234,11 @@ class Config:
     )
     gptq_damping: float = setting(0.01, "added to the Hessian's diagonal, as a share of its mean")
     awq_lite_enabled: bool = setting(
-        False, "without RATE_DISTORTION: finer steps for the most salient groups of columns"
+        False, "without RATE_DISTORTION: 8-bit steps for the most salient group of 64 columns"
     )
-    awq_lite_bits: int = setting(8, "symbol range of such a group", "[2, 8]")
-    awq_lite_group_size: int = setting(64, "columns of a group", POSITIVE)
-    awq_lite_group_top_k: int = setting(1, "groups, of all matrices")
     lqer_enabled: bool = setting(False, "correct the rounding error of some matrices by a low-rank product")
-    lqer_rank: int = setting(4, "its rank", POSITIVE)
+    lqer_rank: int = setting(4, "rank of that product", POSITIVE)
     lqer_top_k: int = setting(3, "corrected matrices: those of largest error")
-    lqer_asym_group: int = setting(64, "values of the int4 factor that share a scale", POSITIVE)
-    lqer_gain_select: bool = setting(
-        False, "of four times as many matrices, correct those where a byte removes most error"
-    )
-    lqer_weight: str = setting(
-        "none",
-        "inputs' moments that weigh that error: none, their diagonal, or all of the hessian",
-        "none, diagonal, hessian",
-    )
     gated_attn_quant_gate: bool = setting(False, "store the attention gate in int8 rows instead of fp16")
     logit_calibration_enabled: bool = setting(
         False, "fit a logit scale and biases of 14 token categories on training tokens after quantisation"
@@ -428,6 +415,12 @@ RETIRED = {
     "ngram_mode": "tilt",
     "ngram_weight": 0.2,  # of the mixture: without effect on the tilt
     "ngram_calibrate": False,
+    "awq_lite_bits": 8,
+    "awq_lite_group_size": 64,
+    "awq_lite_group_top_k": 1,
+    "lqer_asym_group": 64,
+    "lqer_gain_select": False,
+    "lqer_weight": "none",
 }
 OUR_PREFIXES = (
     "TRAIN_",
@@ -670,6 +663,11 @@ class Phases:
         yield
         self.ranks.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def charge(self, name: str, to: str, seconds: float):
+        """Move seconds of one phase to another."""
+        self.seconds[name] -= seconds
+        self.seconds[to] = self.seconds.get(to, 0.0) + seconds
 
     def budget(self, which: str) -> float:
         return sum(s for name, s in self.seconds.items() if self.BUDGET[name] == which)
@@ -3488,16 +3486,584 @@ class Trainer:
         }
 
 
-# ======== Quantizer ===========================================================================================================================================
+# ======== Entropy coder: stacks of integer matrices, by a model that the decoder learns as well =======================
+#
+# A stack is G integer matrices of one shape, (G, R, n). Rows are draws from a correlated Gaussian whose covariance the
+# coder learns from the rows that it has coded. The decoder knows the same rows, so nothing of the model is stored.
+#
+#   predictor   Let the correlations be C = (I + L) diag(d) (I + L)^T, with L strictly lower triangular. A row of unit
+#               variances is then x = e + L e with independent innovations e. Column j follows the columns k < j:
+#                   mean_j = sum_k<j L_jk e_k
+#                   e_j    = x_j - mean_j
+#   variance    var(e_rj) = gain_r d_j v_j
+#                   v_j      mean square of column j, of this matrix and of all members of the stack
+#                   gain_r   mean square of row r's own e / sqrt(d v) so far, starting at the stack's mean
+#   tables      x_j is a Gaussian, or a mixture with heavier tails, integrated over unit bins. There is a table for each
+#               eighth of an octave of variance and each eighth of the mean. The mean's whole part shifts the symbol:
+#                   code = x_j - floor(mean_j) + MAX_SYMBOL, or ESCAPE, and x_j follows as a raw int16
+#   rANS        A state s holds 2**16 <= s < 2**32. For a symbol of frequency f, out of 2**14, after others of sum c:
+#                   decode   slot = s mod 2**14 names the symbol
+#                            s <- f (s div 2**14) + slot - c
+#                            if s < 2**16: s <- 2**16 s + next word
+#                   encode   (last symbol first)
+#                            if s >= 2**18 f: its low 16 bits become a word, s <- s div 2**16
+#                            s <- 2**14 (s div f) + (s mod f) + c
+#               One step codes a column of all rows of a chunk, each row with a state of its own.
+#
+# Encoder and decoder must agree to the bit on any machine. So matrix products are only of integers held in float64,
+# exact in any order while sums stay below 2**53. All else is element by element in IEEE arithmetic; logarithms and the
+# Gaussian come from integer tables; nothing that is decoded calls libm. A name that ends in _q8 is a fixed-point number
+# in units of 2**-8, and so on.
+
+RANS_STATES = 6144  # most rows of a step, over all members of a stack
+PROB_BITS = 14  # the frequencies of a table add up to 2**14
+SLOT_MASK = (1 << PROB_BITS) - 1
+
+MAX_SYMBOL = 127  # codes 0..254 are -127..127 around the floor of the mean
+ESCAPE = 255
+
+MEAN_FRACTIONS = 8  # tables for one integer of the mean
+LOG2_STEPS = 32  # of log2_fixed, per octave
+BUCKETS_PER_OCTAVE = 8
+MIN_LOG2_VARIANCE = -5  # lower end of the first bucket
+VARIANCE_BUCKETS = 116
+TAIL_SHAPES = ((4, 4, 4, 4), (3, 4, 4, 5), (2, 4, 4, 7), (1, 3, 5, 12))  # quarters of sigma of four equal Gaussians
+GAUSS_STEPS = 1024  # per sigma, of half_gaussian
+
+REFRESH_COLUMNS = 16  # between two updates of the rows' gains
+FIRST_CHUNK_ROWS = 64  # chunks double from here on, as the covariance gets old more slowly
+MAX_CHUNK_ROWS = 1024  # products of so many pairs of values up to 128 add up to 2**24 at most, exact even in float32
+
+# Priors: how many made-up observations count beside the real ones.
+UNIT_GAIN_SYMBOLS = 1000  # with a gain of 1
+UNIT_VARIANCE_ROWS = 100  # with the variance of the whole matrix, which the header gives
+SHARED_CORRELATION_ROWS = 500  # with the pool's correlations, beside those of all members
+IDENTITY_SHARE = 1 / 64  # of every correlation matrix. No eigenvalue is smaller, so |L_ij| <= d_j**-1/2 <= 8
+MIN_VARIANCE = 2.0**MIN_LOG2_VARIANCE
+CORRELATION_COST = 0.002  # nats per symbol that a predictor must gain, for its time
+
+# Bounds: |L_q12 e_q8| <= 8 sqrt(2**12 / 2**-5) 2**12 2**17 < 2**41, so 4,096 columns add up below 2**53.
+MAX_SCALED_VARIANCE = 2.0**12
+MAX_MEAN_Q8 = 2.0**15
+MAX_INNOVATION_Q8 = 2.0**17
+MIN_D_Q22 = 2.0**15  # half of 1/64: rounding may take d below it
+
+
+class CorrelationPrior(NamedTuple):
+    """What the first rows of a stack are predicted with: the correlations of earlier stacks of the same width."""
+
+    rows: int  # that the prior counts for against a matrix's own rows; 0: no predictor, columns are independent
+    pool_weight: float  # of the earlier stacks' correlations against the identity
+
+
+CORRELATION_PRIORS = (CorrelationPrior(700, 0.6), CorrelationPrior(2500, 0.4), CorrelationPrior(0, 0.0))
+
+
+class StackHeader(NamedTuple):
+    """What the encoder chose for a stack; stored as JSON."""
+
+    shape: list  # (G, R, n) as coded: turned, and without repeated rows
+    log2_variance: list  # of each member
+    turned: int  # 1: columns of the matrices are coded as rows
+    prior: int  # index into CORRELATION_PRIORS
+    trust: list  # observations that the common variance counts for beside a row's own, and beside a column's own
+    copies: list  # rows that repeat an earlier row, and which
+    mixture: int = 0  # index into TAIL_SHAPES
+
+
+# --- Integer tables ---
+
+
+def binary_roots(n: int) -> list[int]:
+    """2**(i/n) * 2**60 for i < n. decimal rounds exp and ln correctly, so every machine agrees."""
+    logarithms = (Decimal(2).ln() * i / n for i in range(n))
+    return [int(x.exp() * 2**60) for x in logarithms]
+
+
+def half_gaussian(top: int = 9) -> np.ndarray:
+    """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, int64 (GAUSS_STEPS * top + 1,), by the trapezoid rule."""
+    twice_variance = 2 * GAUSS_STEPS**2
+    squares = (Decimal(i * i) for i in range(GAUSS_STEPS * top + 1))
+    density = [int((-x / twice_variance).exp() * 2**64) for x in squares]
+    trapezoids = (a + b for a, b in itertools.pairwise(density))
+    area = list(itertools.accumulate(trapezoids, initial=0))
+    return np.array([(a << 29) // area[-1] for a in area], np.int64)
+
+
+def bucket_sigmas_q20() -> np.ndarray:
+    """Standard deviation of the Gaussian behind each variance bucket, int64 (VARIANCE_BUCKETS,)."""
+    roots_q60 = binary_roots(2 * BUCKETS_PER_OCTAVE)
+    sigmas = []
+    for bucket in range(VARIANCE_BUCKETS):
+        octave, step = divmod(bucket, BUCKETS_PER_OCTAVE)
+        middle_q40 = roots_q60[2 * step + 1] << octave >> 20 - MIN_LOG2_VARIANCE
+        # Rounding to unit bins has added 1/12 to the variance (Sheppard's correction).
+        true_q40 = max(middle_q40 - (1 << 40) // 12, (1 << 40) // 48)
+        sigmas.append(math.isqrt(true_q40))
+    return np.array(sigmas)
+
+
+def frequency_tables() -> np.ndarray:
+    """Integer frequencies (mixtures, VARIANCE_BUCKETS * MEAN_FRACTIONS, 256), each table's sum 2**PROB_BITS.
+    Symbols beyond 6 sigma + 2 have none and are escaped; ESCAPE has at least 1."""
+    half = half_gaussian()
+    sigma_q20 = bucket_sigmas_q20()[:, None, None]
+    unit = 2 * MEAN_FRACTIONS  # of the bins' edges: a symbol less 1/2, less the mean's fraction
+    fractions = np.arange(MEAN_FRACTIONS)[:, None]
+    symbols = np.arange(-MAX_SYMBOL, MAX_SYMBOL + 2)
+    edges = (2 * symbols - 1) * MEAN_FRACTIONS - 2 * fractions
+    inside = np.abs(symbols[:-1]) <= (sigma_q20 * 6 >> 20) + 2
+    room = SLOT_MASK - inside.sum(-1, keepdims=True)  # every symbol inside gets 1 before the rest is dealt out
+    tables = []
+    for mixture in TAIL_SHAPES:
+        mass = 0  # below each edge, in 2**-32
+        for quarters in mixture:
+            x = edges * (1 << 32) // (unit * quarters * sigma_q20)  # in 1 / GAUSS_STEPS of this Gaussian's sigma
+            distance = np.minimum(np.abs(x), len(half) - 1)
+            mass += np.sign(x) * half[distance]
+        freq = np.where(inside, 1 + (np.diff(mass) * room >> 32), 0)
+        escape = np.ones_like(freq[..., :1])
+        freq = np.concatenate([freq, escape], -1).reshape(-1, 256)
+        left_over = (1 << PROB_BITS) - freq.sum(-1)  # by rounding
+        freq[np.arange(len(freq)), freq.argmax(-1)] += left_over
+        tables.append(freq)
+    return np.stack(tables)
+
+
+FREQUENCIES = frequency_tables()
+# Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
+COST_BITS = PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))
+COST_BITS = np.where(FREQUENCIES > 0, COST_BITS, 0).astype(np.float32)
+# Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
+LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
+
+
+def cell_starts(mixture: int) -> np.ndarray:
+    """For every cell (table * 256 + code): frequency << PROB_BITS | sum of the frequencies before it."""
+    freq = FREQUENCIES[mixture]
+    before = np.minimum(np.cumsum(freq, 1) - freq, SLOT_MASK)
+    return (freq << PROB_BITS | before).ravel()
+
+
+# --- The model ---
+
+
+def log2_fixed(x: np.ndarray) -> np.ndarray:
+    """round(LOG2_STEPS * log2(x)), int64, equal on every machine."""
+    mantissa, exponent = np.frexp(x)
+    octaves = exponent.astype(np.int64) - 1
+    return octaves * LOG2_STEPS + np.searchsorted(LOG2_EDGES, mantissa, side="right")
+
+
+def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations (G, n, n) to c = (I + L) diag(d) (I + L)^T: strictly lower L_q20 and d_q22, integers in float64.
+
+    L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. |sum_k L_ik d_k L_jk| <= 1 and no
+    eigenvalue below 1/64 keep every product below 2**53."""
+    ld_q22 = np.rint(c * 2.0**22)  # begins as c, becomes L d column by column
+    low_q20 = np.zeros_like(ld_q22)
+    d_q22 = np.empty(c.shape[:2])
+    for first in range(0, c.shape[1], 16):
+        end = min(first + 16, c.shape[1])
+        rows = ld_q22[:, first:end, :first].transpose(0, 2, 1)
+        known_q42 = low_q20[:, first:, :first] @ rows
+        panel = ld_q22[:, first:, first:end]
+        panel = panel - np.rint(known_q42 * 2.0**-20)
+        for i in range(end - first):
+            j = first + i
+            d_q22[:, j] = np.maximum(panel[:, i, i], MIN_D_Q22)
+            inverse = 2.0**20 / d_q22[:, j, None]
+            column = np.rint(panel[:, i + 1 :, i] * inverse)
+            low_q20[:, j + 1 :, j] = column
+            later = slice(i + 1, end - first)
+            row = panel[:, None, later, i] * 2.0**-20
+            panel[:, i + 1 :, later] -= np.rint(column[:, :, None] * row)
+        ld_q22[:, first:, first:end] = panel
+    return low_q20, d_q22
+
+
+def correlation(moments: np.ndarray) -> np.ndarray:
+    """(G, n, n) second moments to correlations."""
+    square = np.diagonal(moments, axis1=1, axis2=2)
+    scale = np.sqrt(np.maximum(square, 1e-9))
+    return moments / scale[:, :, None] / scale[:, None, :]
+
+
+def blend(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
+    """a (1 - weight) + b weight."""
+    return a * (1 - weight) + b * weight
+
+
+class StackModel:
+    """The distribution of every symbol of a stack, given those before it. Rows go in chunks, and in them columns."""
+
+    def __init__(self, header: StackHeader, pools: dict[int, np.ndarray]):
+        """pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
+        self.members, self.rows, self.width = header.shape
+        self.variance = np.exp2(np.array(header.log2_variance, np.float64))  # of integers: exact
+        self.prior = CORRELATION_PRIORS[header.prior]
+        self.row_trust, self.column_trust = header.trust
+        self.pools = pools
+        self.moments = np.zeros((self.members, self.width, self.width))  # sums of x x^T of the rows seen
+        self.seen = 0
+        self.gain_sum_q8 = np.full(self.members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
+        self.gain_count_q8 = 256.0 * UNIT_GAIN_SYMBOLS
+
+    def shared_moments(self) -> np.ndarray:
+        """Moments summed over the members, each at unit variance, (1, n, n)."""
+        scaled = (m / v for m, v in zip(self.moments, self.variance))
+        return sum(scaled)[None]
+
+    def column_variances(self, shared: np.ndarray) -> np.ndarray:
+        """Of x (G, n): a column's own variance, drawn to that of all members."""
+        total = self.seen * self.members
+        common = UNIT_VARIANCE_ROWS + np.diagonal(shared, axis1=1, axis2=2)
+        common = common / (UNIT_VARIANCE_ROWS + total) * self.variance[:, None]
+        own = np.diagonal(self.moments, axis1=1, axis2=2)
+        variance = (self.column_trust * common + own) / (self.column_trust + self.seen)
+        return np.maximum(variance, MIN_VARIANCE)
+
+    def correlations(self, shared: np.ndarray) -> np.ndarray:
+        """Of x (G, n, n). As rows come in they move from the pool's to all members' to the matrix's own."""
+        identity = np.eye(self.width)[None]
+        pool = self.pools.get(self.width, identity)
+        c = blend(identity, pool, self.prior.pool_weight)
+        if self.seen:
+            total = self.seen * self.members
+            common = self.prior.pool_weight * total / (total + SHARED_CORRELATION_ROWS)
+            own = self.seen / (self.seen + self.prior.rows)
+            c = blend(c, correlation(shared), common)
+            c = blend(c, correlation(self.moments), own)
+        return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
+
+    def predictor(self) -> tuple[np.ndarray | None, np.ndarray]:
+        """L_q12 (G, n, n), integers in float64, of x = e + L e, or None for L = 0; and the variance of e (G, n)."""
+        shared = self.shared_moments()
+        variance = self.column_variances(shared)
+        if not self.prior.rows:
+            return None, variance
+        low_q20, d_q22 = ldl(self.correlations(shared))
+        scale = np.sqrt(np.minimum(variance, MAX_SCALED_VARIANCE))
+        ratio = scale[:, :, None] / scale[:, None, :]  # from unit variances to those of x
+        low_q12 = np.rint(low_q20 * (ratio * 2.0**-8))
+        return low_q12, d_q22 * 2.0**-22 * variance
+
+    def code(self, symbols):
+        """Code all rows through `symbols`, a SymbolWriter or a SymbolReader."""
+        start = 0
+        size = FIRST_CHUNK_ROWS
+        most = max(1, min(RANS_STATES // self.members, MAX_CHUNK_ROWS))
+        while start < self.rows:
+            end = min(start + min(size, most), self.rows)
+            self.code_chunk(start, end, symbols)
+            start = end
+            size *= 2
+        own = correlation(self.shared_moments())
+        earlier = self.pools.get(self.width, own)
+        self.pools[self.width] = blend(earlier, own, 0.5)
+
+    def code_chunk(self, start: int, end: int, symbols):
+        """Code rows start..end of every member, then learn from them."""
+        low_q12, variance = self.predictor()
+        sigma = np.sqrt(variance)
+        log2_variance = log2_fixed(variance)
+        q = np.zeros((self.members, self.width, end - start))
+        e_q8 = np.zeros_like(q)
+        mean_q8 = np.zeros((self.members, end - start))
+        square_q8 = np.zeros_like(mean_q8)  # sums of the rows' squared e / sigma
+        rows = slice(start, end)
+        mean_gain = (self.gain_sum_q8 / self.gain_count_q8)[:, None]
+        prior_q8 = mean_gain * (self.row_trust * 256)
+        for a in range(0, self.width, REFRESH_COLUMNS):
+            b = min(a + REFRESH_COLUMNS, self.width)
+            per_symbol = 1 / (256 * (a + self.row_trust))
+            log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
+            table = first_tables(log2_variance[:, a:b, None] + log2_gain[:, None])
+            if low_q12 is not None:  # what all columns before a say of the next ones, in one product
+                known_q20 = low_q12[:, a:b, :a] @ e_q8[:, :a]
+            for j in range(a, b):
+                if low_q12 is not None:
+                    recent_q20 = low_q12[:, j, None, a:j] @ e_q8[:, a:j]
+                    mean_q20 = known_q20[:, j - a] + recent_q20[:, 0]
+                    mean_q8 = np.rint(mean_q20 * 2.0**-12)
+                    mean_q8 = np.clip(mean_q8, -MAX_MEAN_Q8, MAX_MEAN_Q8)
+                rounded_q8 = (mean_q8 + 128 // MEAN_FRACTIONS).astype(np.int64)  # to the nearest fraction, once cut
+                fraction = (rounded_q8 & 255) * MEAN_FRACTIONS >> 8
+                floor = rounded_q8 >> 8
+                values = symbols.column(table[:, j - a] + fraction, floor, rows, j)
+                q[:, j] = values
+                innovation_q8 = values * 256 - mean_q8
+                e_q8[:, j] = np.clip(innovation_q8, -MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
+            white_q8 = np.rint(e_q8[:, a:b] / sigma[:, a:b, None])
+            white_square_q8 = np.rint(white_q8 * white_q8 / 256)
+            square_q8 += white_square_q8.sum(1)
+        self.gain_sum_q8 += square_q8.sum(1)
+        self.gain_count_q8 += 256.0 * self.width * (end - start)
+        self.learn(q)
+
+    def learn(self, q: np.ndarray):
+        """Add a chunk (G, n, rows) to the moments; exact, see MAX_CHUNK_ROWS."""
+        exact = q.astype(np.float32) if np.abs(q).max() <= 128 else q
+        for moments, x in zip(self.moments, exact):
+            moments += x @ x.T  # of a matrix with itself: BLAS does half of it
+        self.seen += q.shape[2]
+
+
+def first_tables(log2_variance: np.ndarray) -> np.ndarray:
+    """The table of a variance, in 1 / LOG2_STEPS of an octave, at a mean without fraction."""
+    above = log2_variance - MIN_LOG2_VARIANCE * LOG2_STEPS
+    bucket = above // (LOG2_STEPS // BUCKETS_PER_OCTAVE)
+    return np.clip(bucket, 0, VARIANCE_BUCKETS - 1) * MEAN_FRACTIONS
+
+
+# --- Symbols to rANS states and back ---
+
+
+class SymbolWriter:
+    """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
+
+    def __init__(self, q: np.ndarray):
+        self.columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64)
+        self.cells: list[np.ndarray] = []  # of every step
+        self.escaped: list[np.ndarray] = []
+
+    def column(
+        self,
+        table: np.ndarray,  # (G, rows) int64: the table of each symbol
+        floor: np.ndarray,  # (G, rows) int64: whole part of its mean
+        rows: slice,
+        j: int,
+    ) -> np.ndarray:
+        """Values of column j in `rows` of all members, (G, rows) int64."""
+        values = self.columns[j, :, rows]
+        code = values - floor + MAX_SYMBOL
+        outside = (code < 0) | (code > ESCAPE)
+        cell = (table * 256 + np.where(outside, ESCAPE, code)).ravel()
+        frequency = FREQUENCIES[0].ravel()[cell]  # every mixture has its zeros in the same places
+        escaped = (frequency == 0) | (cell & 255 == ESCAPE)
+        if escaped.any():
+            cell[escaped] |= ESCAPE
+            self.escaped.append(values.ravel()[escaped])
+        self.cells.append(cell.astype(np.int32))
+        return values
+
+    def best_mixture(self) -> int:
+        """The tail shape that codes every fifth column best."""
+
+        def cost(bits: np.ndarray) -> float:
+            sums = (bits[cells].sum(dtype=np.float64) for cells in self.cells[::5])
+            return sum(float(x) for x in sums)
+
+        return int(np.argmin([cost(bits.ravel()) for bits in COST_BITS]))
+
+
+def take(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` values and the rest."""
+    if count > len(values):
+        raise ValueError("the code ends early")
+    return values[:count], values[count:]
+
+
+class SymbolReader:
+    """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
+
+    def __init__(self, states: np.ndarray, words: np.ndarray, escaped: np.ndarray):
+        self.states = states.astype(np.uint32)
+        self.words = words.astype(np.uint32)
+        self.escaped = escaped
+
+    def begin(self, header: StackHeader):
+        """Make room for a stack, and lay out its tables."""
+        members, rows, width = header.shape
+        codes = np.tile(np.arange(256, dtype=np.uint8), VARIANCE_BUCKETS * MEAN_FRACTIONS)
+        self.columns = np.empty((width, members, rows), np.int16)
+        self.starts = cell_starts(header.mixture).astype(np.uint32)
+        self.codes = np.repeat(codes, FREQUENCIES[header.mixture].ravel())  # of every slot of every table
+
+    def column(self, table: np.ndarray, floor: np.ndarray, rows: slice, j: int) -> np.ndarray:
+        """As SymbolWriter.column, but decoded."""
+        state = self.states[: table.size]  # a view: the states advance in place
+        table = table.ravel()
+        slot = state & SLOT_MASK
+        code = self.codes.take((table << PROB_BITS) + slot)
+        start = self.starts.take((table << 8) + code)
+        before = start & SLOT_MASK
+        state[:] = (start >> PROB_BITS) * (state >> PROB_BITS) + (slot - before)  # stays below 2**32
+        low = np.flatnonzero(state < 1 << 16)
+        taken, self.words = take(self.words, len(low))
+        state[low] = state[low] << 16 | taken
+        values = code + (floor.ravel() - MAX_SYMBOL)
+        is_escaped = code == ESCAPE
+        if count := np.count_nonzero(is_escaped):
+            values[is_escaped], self.escaped = take(self.escaped, count)
+        values = values.reshape(floor.shape)
+        self.columns[j, :, rows] = values
+        return values
+
+
+def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """steps: (cells, starts), in the order of decoding. Returns states uint32 and words uint16.
+    A state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
+    with."""
+    states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
+    words = [np.empty(0, "<u2")]
+    for cells, starts in reversed(steps):
+        state = states[: len(cells)]
+        start = starts[cells]
+        freq = start >> PROB_BITS
+        full = state >= freq << (32 - PROB_BITS)
+        words.append(state[full].astype("<u2"))
+        state = np.where(full, state >> 16, state)
+        times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
+        rest = state - times * freq
+        states[: len(cells)] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
+    return states.astype("<u4"), np.concatenate(words[::-1])
+
+
+# --- What the encoder chooses ---
+
+
+def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
+    """Index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most
+    two members."""
+    members, rows, width = q.shape
+    if rows * members < 64 or width < 8:
+        return len(CORRELATION_PRIORS) - 1
+    identity = np.eye(width)
+    nats = np.zeros(len(CORRELATION_PRIORS))  # per symbol, against independent columns
+    for g in {0, members - 1}:
+        square = (q[g].astype(np.float64) ** 2).mean(0)
+        scale = np.sqrt(np.maximum(square, MIN_VARIANCE))
+        z = q[g] / scale
+        even = z[::2]
+        odd = z[1::2]
+        known = correlation((even.T @ even)[None])[0]
+        for i, prior in enumerate(CORRELATION_PRIORS[:-1]):
+            own = len(even) / (len(even) + prior.rows)
+            expected = identity if pool is None else pool[0]
+            expected = blend(identity, expected, prior.pool_weight)
+            c = known * own + expected * (1 - own)
+            low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
+            e = np.linalg.solve(low, odd.T)
+            determinant = np.log(np.diag(low)).mean()
+            energy = (e * e).mean() - (odd * odd).mean()
+            nats[i] += determinant + 0.5 * energy + CORRELATION_COST
+    return int(nats.argmin())
+
+
+def common_weight(q: np.ndarray, axis: int) -> int:
+    """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how
+    far theirs lie apart."""
+    square = (q.astype(np.float64) ** 2).mean(axis)
+    spread = np.log(square + 1 / 12).var(1).mean()
+    spread -= 2 / q.shape[axis]  # what chance alone would give
+    return int(np.clip(2 / max(spread, 1e-9), 2, 60))
+
+
+def repeated_rows(q: np.ndarray) -> dict[int, int]:
+    """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: tokens that training never saw."""
+    if len(q) > 1:
+        return {}
+    seen = {}
+    first = [seen.setdefault(row.tobytes(), i) for i, row in enumerate(q[0])]
+    return {i: source for i, source in enumerate(first) if source != i}
+
+
+def residual_width(stacks: list[np.ndarray]) -> int:
+    """The side that most values share: the width of the residual stream."""
+    values = collections.Counter()
+    for q in stacks:
+        values.update(dict.fromkeys(q.shape[1:], q.size))
+    return max(sorted(values), key=values.get, default=0)
+
+
+# --- Stacks to bytes and back ---
+
+
+def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
+    """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of `rider` travel in
+    it for nothing. A matrix that writes to or reads from the residual stream is turned so that vectors of that width
+    are its rows."""
+    residual = residual_width(stacks)
+    headers = []
+    pools = {}
+    steps = []  # (cells, starts) of every column of every chunk
+    escaped = [np.empty(0, np.int64)]
+    for q in stacks:
+        copies = repeated_rows(q)
+        q = np.delete(q, list(copies), axis=1)
+        rows, width = q.shape[1:]
+        turned = width != residual and (rows == residual or rows < width)
+        q = q.transpose(0, 2, 1) if turned else q
+        square = (q.astype(np.float64) ** 2).mean((1, 2))
+        variance = np.maximum(square, MIN_VARIANCE)
+        header = StackHeader(
+            shape=list(q.shape),
+            log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
+            turned=int(turned),
+            prior=choose_prior(q, pools.get(q.shape[2])),
+            trust=[common_weight(q, 2), common_weight(q, 1)],
+            copies=[list(copies), list(copies.values())],
+        )
+        writer = SymbolWriter(q)
+        StackModel(header, pools).code(writer)
+        header = header._replace(mixture=writer.best_mixture())
+        starts = cell_starts(header.mixture)
+        steps += [(cells, starts) for cells in writer.cells]
+        escaped += writer.escaped
+        headers.append(header._asdict())
+    count = max((len(cells) for cells, _ in steps), default=0)
+    ridden = min(len(rider), 2 * count)
+    states, words = rans_encode(steps, rider[:ridden].ljust(2 * count, b"\0"))
+    side = zlib.compress(json.dumps(headers, separators=(",", ":")).encode(), 9)
+    raw = zlib.compress(np.concatenate(escaped).astype("<i2").tobytes(), 9)
+    sizes = struct.pack("<4I", len(side), len(raw), count, len(words))
+    code = (sizes, side, raw, states.tobytes(), words.tobytes())
+    return b"".join(code), ridden
+
+
+def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
+    """Inverse of encode_stacks: int16 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
+    side, raw, count, words = struct.unpack_from("<4I", code)
+    sizes = np.array([16, side, raw, 4 * count, 2 * words])
+    side_at, raw_at, states_at, words_at, end = np.cumsum(sizes).tolist()
+    if len(code) != end:
+        raise ValueError(f"{len(code)} bytes of code, {end} by their header")
+    reader = SymbolReader(
+        states=np.frombuffer(code, "<u4", count, states_at),
+        words=np.frombuffer(code, "<u2", words, words_at),
+        escaped=np.frombuffer(zlib.decompress(code[raw_at:states_at]), "<i2"),
+    )
+    stacks = []
+    pools = {}
+    for entry in json.loads(zlib.decompress(code[side_at:raw_at])):
+        header = StackHeader(**entry)
+        reader.begin(header)
+        StackModel(header, pools).code(reader)
+        q = reader.columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
+        copies, sources = (np.array(rows, int) for rows in header.copies)
+        q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
+        q[:, copies] = q[:, sources]
+        stacks.append(q)
+    if len(reader.words) or len(reader.escaped):
+        raise ValueError("words or escaped values are left over")
+    return stacks, (reader.states - (1 << 16)).astype("<u2").tobytes()
+
+
+# ======== Quantizer ===================================================================================================
+#
+# weights, Hessians -> step sizes (by rate and distortion, or the published rule) -> symbols (GPTQ) -> LQER
+#
+#   w_rj ~ symbol_rj * row_r * column_j [+ (A B)_rj]
 
 
 class MatrixKind(NamedTuple):
     """How one kind of matrix is quantised."""
 
-    hessian: str  # which tap weighs its rounding error
-    bits: str  # settings that hold its symbol range, its step, and how far rows differ by their share in the loss
-    sigmas: str
-    rows: str
+    hessian: str  # the tap whose second moments weigh its rounding error
+    bits: str  # setting: symbol range of the published rule
+    sigmas: str  # setting: step size of the published rule
+    rows: str  # setting: how far rows differ by their share in the loss
 
 
 MATRICES = {
@@ -3507,36 +4073,132 @@ MATRICES = {
     "down": MatrixKind("down", "matrix_bits", "mlp_clip_sigmas", "rate_rows"),
     "tok_emb": MatrixKind("head", "embed_bits", "embed_clip_sigmas", "rate_embed_rows"),
 }
-SYMBOL_MAX = 127
-SCALE_STEPS, COLUMN_STEPS = 16, 4  # codes per octave of the scales of rows, 4.4 % apart, and of columns, 19 %
+ROW_STEPS = 16  # codes per octave of the rows' step sizes: 4.4 % apart
+COLUMN_STEPS = 4  # codes per octave of the columns' factors: 19 % apart
+AWQ_BITS = 8  # symbol range of the group of columns with finer steps (#1908)
+AWQ_GROUP = 64  # columns of that group
+LQER_GROUP = 64  # values of the int4 factor that share a scale (#1797)
 
 
-def binary_roots(n: int) -> list[int]:
-    """2**(i/n) * 2**60 for i < n; decimal's exp and ln are correctly rounded, so every machine agrees."""
-    return [int((Decimal(2).ln() * i / n).exp() * 2**60) for i in range(n)]
+# --- What is stored of a matrix ---
 
 
 def quantize_scales(scale: np.ndarray) -> np.ndarray:
-    """Positive float scales to int16 codes; quantise the weights with dequantize_scales(codes), and the rounding costs nothing but 2 % of step."""
-    return np.clip(np.rint(np.log2(np.maximum(scale, 1e-30)) * SCALE_STEPS), -1600, 1600).astype(np.int16)
+    """Positive floats to int16 codes. Weights are quantised with dequantize_scales(codes), so rounding only moves the
+    step size by 2 %."""
+    codes = np.rint(np.log2(np.maximum(scale, 1e-30)) * ROW_STEPS)
+    return np.clip(codes, -1600, 1600).astype(np.int16)
 
 
-def dequantize_scales(codes: np.ndarray) -> np.ndarray:
-    """2**(code / 16), float32, equal on every machine."""
-    roots = np.array(binary_roots(SCALE_STEPS), np.float64) / (1 << 60)
-    codes = codes.astype(np.int64)
-    return np.ldexp(roots[codes % SCALE_STEPS], codes // SCALE_STEPS).astype(np.float32)
+def dequantize_scales(codes: np.ndarray, per_octave: int = ROW_STEPS) -> np.ndarray:
+    """2**(code / per_octave), float32, equal on every machine."""
+    roots = np.array(binary_roots(per_octave), np.float64) / (1 << 60)
+    octave, step = np.divmod(codes.astype(np.int64), per_octave)
+    return np.ldexp(roots[step], octave).astype(np.float32)
+
+
+class Correction(NamedTuple):
+    """LQER: a product A B of low rank that is added to a matrix (rows, cols) to undo part of its rounding error."""
+
+    a: np.ndarray  # int8 -2..1 (rows, rank), one scale
+    b: np.ndarray  # int8 -8..7: B (rank, cols), flattened, padded with zeros, as rows of LQER_GROUP values
+    scales: np.ndarray  # fp16: of a, and of each row of b
+    error: float = 0.0  # Frobenius norm to be corrected; not stored, but model.bin lists the largest first
+
+    def product(self, cols: int) -> Tensor:
+        """A B (rows, cols), fp32."""
+        a, b, scales = (torch.from_numpy(part.astype(np.float32)) for part in self[:3])
+        b = (b * scales[1:, None]).flatten()
+        b = b[: a.size(1) * cols].view(-1, cols)
+        return scales[0] * a @ b
+
+
+class QuantizedMatrix(NamedTuple):
+    """One matrix: symbol (row, column) * 2**(row code / ROW_STEPS) * 2**(column code / COLUMN_STEPS) + correction."""
+
+    symbols: np.ndarray  # int8 (rows, cols)
+    row_codes: np.ndarray  # int16 (rows,)
+    column_codes: np.ndarray | None = None  # int8 (cols,); None: zeros
+    correction: Correction | None = None
+
+    def dequantize(self) -> Tensor:
+        """(rows, cols), fp32, equal on every machine but for the correction."""
+        row = dequantize_scales(self.row_codes)
+        w = self.symbols.astype(np.float32) * row[:, None]
+        if self.column_codes is not None:
+            w *= dequantize_scales(self.column_codes, COLUMN_STEPS)
+        w = torch.from_numpy(w)
+        return w if self.correction is None else w + self.correction.product(w.size(1))
+
+
+class QuantizedGate(NamedTuple):
+    """The attention gate in int8 rows."""
+
+    symbols: np.ndarray  # int8 (layers, heads, channels)
+    scale: np.ndarray  # fp16 (layers, heads)
+
+    def dequantize(self) -> Tensor:
+        scale = self.scale.astype(np.float32)
+        return torch.from_numpy(self.symbols.astype(np.float32) * scale[..., None])
+
+
+class Quantized(NamedTuple):
+    """A model as the artifact holds it."""
+
+    matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
+    parameters: dict[str, np.ndarray | QuantizedGate]  # fp16 but for the gate
+    logit_calibration: np.ndarray | None = None  # fp32 (15,), see to_logit_calibration
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
+        state = {}
+        for name, array in self.parameters.items():
+            gate = isinstance(array, QuantizedGate)
+            state[name] = array.dequantize() if gate else torch.from_numpy(array.astype(np.float32))
+        for name, layers in self.matrices.items():
+            stack = torch.stack([matrix.dequantize() for matrix in layers])
+            state[name] = stack[0] if name == "tok_emb" else stack
+        for vector, matrix in FOLDED.items():
+            if matrix in state:
+                state[vector] = torch.ones(state[matrix].shape[:2])
+        return state
+
+
+def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
+    """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
+    the file they came from."""
+    parameters = dict(model.named_parameters())
+    for name, p in parameters.items():
+        shape = tuple(state[name].shape) if name in state else "no"
+        require(
+            shape == tuple(p.shape),
+            f"{origin}: holds {shape} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with",
+        )
+    unknown = ", ".join(sorted(set(state) - set(parameters)))
+    require(
+        not unknown,
+        f"{origin}: holds {unknown}, which the settings do not use; use the settings it was made with",
+    )
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(state[name])
+
+
+# --- Hessians: second moments of the inputs of every matrix ---
 
 
 def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, Tensor]:
-    """Sums of x x^T over the tokens at the input of every matrix, {kind: (layers, in, in) fp32}; visits of one layer add up.
-    With ``rows`` also {"NAME.rows": the matrices' shape without columns}: squared gradients of matrix rows, summed over tokens as if each had a backward pass of its own. One pass
-    estimates that sum, since the tokens' losses get random signs."""
-    cols = {kind.hessian: getattr(model, name).size(-1) for name, kind in MATRICES.items()}
-    sums = {
-        kind: torch.zeros(1 if kind == "head" else model.cfg.num_layers, n, n, device=model.tok_emb.device)
-        for kind, n in cols.items()
-    }
+    """Sums of x x^T over the tokens at the input of every matrix, {tap: (layers, in, in) fp32}, over a layer's visits.
+
+    With `rows` also {"NAME.rows": (layers, out) fp32}, for the embedding (out,): for every row of a matrix sum_t
+    |dnats_t / drow|^2. One backward pass estimates it. With random signs s_t, E |sum_t s_t g_t|^2 = sum_t |g_t|^2:
+    cross terms cancel."""
+    sums = {}
+    for name, kind in MATRICES.items():
+        matrix = getattr(model, name)
+        layers = len(matrix) if matrix.ndim == 3 else 1
+        width = matrix.size(-1)
+        sums[kind.hessian] = torch.zeros(layers, width, width, device=matrix.device)
 
     def tap(kind: str, layer: int, x: Tensor):
         x = x.detach().float()
@@ -3546,779 +4208,618 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
         hidden = model.trunk(batch.tokens, batch.seq, looped=model.cfg.looped, tap=tap)
         tap("head", 0, hidden)
         if rows:
-            signs = (
-                torch.randint(0, 2, batch.targets.shape, generator=torch.Generator().manual_seed(seed)).to(
-                    batch.targets.device
-                )
-                * 2
-                - 1
-            )
+            generator = torch.Generator().manual_seed(seed)  # on the CPU: the same signs on every device
+            coins = torch.randint(0, 2, batch.targets.shape, generator=generator)
+            signs = coins.to(batch.targets.device) * 2 - 1
             nats = model.nll(hidden, batch.targets.clamp(min=0)).nats
-            gradients = torch.autograd.grad(
-                (nats * signs * (batch.targets >= 0)).sum(), [getattr(model, name) for name in MATRICES]
-            )
-            sums |= {f"{name}.rows": gradient.square().sum(-1) for name, gradient in zip(MATRICES, gradients)}
+            loss = (nats * signs * (batch.targets >= 0)).sum()
+            gradients = torch.autograd.grad(loss, [getattr(model, name) for name in MATRICES])
+            for name, gradient in zip(MATRICES, gradients):
+                sums[f"{name}.rows"] = gradient.square().sum(-1)
     return sums
 
 
 def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> dict[str, Tensor]:
-    """Mean of batch_moments over GPTQ_CALIBRATION_BATCHES, spread evenly over the training stream; RATE_DISTORTION alone needs the rows.
-    Batches are dealt to the ranks and added in the same order everywhere, so the sums depend on the number of ranks no more than two runs on one rank differ."""
-    total, batches, micro = {}, cfg.gptq_calibration_batches, cfg.micro_batch_tokens
+    """Mean of batch_moments over GPTQ_CALIBRATION_BATCHES, spread evenly over the training stream; only RATE_DISTORTION
+    needs the rows.
+
+    Batches are dealt to the ranks and added in the same order everywhere, so the number of ranks changes the sums no
+    more than a second run would."""
+    batches = cfg.gptq_calibration_batches
+    last_start = max(stream.tokens - cfg.micro_batch_tokens, 1)
+    total = {}
     for first in range(0, batches, ranks.world):
-        i = min(first + ranks.rank, batches - 1)  # a rank too many repeats the last one, which nobody asks it for
-        batch = stream.micro_batch(i * max(stream.tokens - micro, 1) // batches, micro, cfg.train_seq_len)
-        mine = batch_moments(model, to_device(batch, ranks.device), i, cfg.rate_distortion)
+        i = min(first + ranks.rank, batches - 1)  # surplus ranks repeat the last batch; nobody reads their result
+        batch = stream.micro_batch(i * last_start // batches, cfg.micro_batch_tokens, cfg.train_seq_len)
+        moments = batch_moments(model, to_device(batch, ranks.device), i, cfg.rate_distortion)
         for rank in range(min(ranks.world, batches - first)):
-            for kind, sums in mine.items():
-                total[kind] = total.get(kind, 0) + ranks.broadcast_(
-                    sums if rank == ranks.rank else torch.empty_like(sums), rank
-                )
-    return {kind: sums / batches for kind, sums in total.items()}
+            for name, own in moments.items():
+                sums = ranks.broadcast_(own if rank == ranks.rank else torch.empty_like(own), rank)
+                total[name] = total.get(name, 0) + sums
+    return {name: sums / batches for name, sums in total.items()}
 
 
-def error_feedback(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """hessian (n, cols, cols) -> the order of columns (n, cols), by falling diagonal, and upper Cholesky factors of the inverses in that order, fp32.
-    The mean diagonal times damping is added, in fp64. Activations span many orders of magnitude: where rounding has made a Hessian indefinite, its damping
-    grows tenfold until it is not. An input that never fires counts as one of variance 1."""
+class ErrorFeedback(NamedTuple):
+    """A stack of Hessians as GPTQ uses them; they do not change between attempts at a size, so this is made once."""
+
+    order: Tensor  # (n, cols) int64: columns by falling diagonal
+    upper: Tensor  # (n, cols, cols) fp32: U with U^T U = H^-1, columns in that order
+    diagonal: Tensor  # (n, cols) fp32: of the Hessian, in the matrix's order; 0: an input that never fires
+
+
+def error_feedback(hessian: Tensor, damping: float) -> ErrorFeedback:
+    """hessian (n, cols, cols) fp32. `damping` times the mean diagonal is added to it, in fp64; a silent input counts as
+    one of variance 1.
+
+    Activations span many orders of magnitude. Where rounding has made a Hessian indefinite, its damping grows tenfold
+    until it is not."""
     h = hessian.double()
     diagonal = h.diagonal(dim1=1, dim2=2)
     diagonal.add_(diagonal == 0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
+    h = h.gather(1, order[:, :, None].expand_as(h))
+    h = h.gather(2, order[:, None].expand_as(h))
     mean = diagonal.mean(1)
     damp = torch.full_like(mean, damping)
     for _ in range(8):
-        lower, info = torch.linalg.cholesky_ex(h + torch.diag_embed((damp * mean)[:, None].expand(-1, h.size(1))))
+        added = (damp * mean)[:, None].expand(-1, h.size(1))
+        lower, info = torch.linalg.cholesky_ex(h + torch.diag_embed(added))
         if not info.any():
-            return order, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+            upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            return ErrorFeedback(order, upper.float(), hessian.diagonal(dim1=1, dim2=2))
         damp = torch.where(info > 0, (10 * damp).clamp_min(1e-6), damp)
     raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
 
 
-def gptq_block(w: Tensor, upper: Tensor, step: Tensor, column: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """Symbols and errors, like w, of w (n, block, rows); upper (n, block, block), step (n, rows), column and top (n, block), all fp32, as in gptq.
-    Six small kernels for each column, which neither wait for the GPU nor depend on a value: so it can replay them as a CUDA graph."""
-    w, scale, top = w.clone(), step[:, None] * column[:, :, None], top[:, :, None]
-    symbols, errors = torch.empty_like(w), torch.empty_like(w)
-    columns = zip(
-        *(t.split(1, dim=1) for t in (w, scale, -top, top, symbols, errors, upper.diagonal(dim1=1, dim2=2)[:, :, None]))
-    )
-    for j, (x, size, low, high, s, e, pivot) in enumerate(columns):
-        torch.div(x, size, out=s).round_().clamp_(low, high)
-        torch.addcmul(x, s, size, value=-1, out=e).div_(pivot)
-        w[:, j + 1 :].addcmul_(e, upper[:, j, j + 1 :, None], value=-1)
-    return symbols, errors
+# --- Step sizes ---
 
 
-def gptq(
-    w: Tensor, hessian: Tensor, step: Tensor, limit: int, damping: float, column: Tensor | None = None, block: int = 128
-) -> Tensor:
-    """Round w (n, rows, cols) to multiples of step (n, rows), feeding each column's error to the columns not yet rounded (GPTQ, arXiv 2210.17323).
-    hessian (n, cols, cols) fp32 is the second moment of the inputs. column (n, cols): factors of the step; where one is below 1, symbols may reach SYMBOL_MAX
-    instead of limit. Returns symbols int16. Columns go in order of falling diagonal; one whose input never fires is zero."""
-    order, upper = error_feedback(hessian, damping)
-    w = w.float().mT.masked_fill((hessian.diagonal(dim1=1, dim2=2) == 0)[:, :, None], 0.0)
-    w = w.gather(1, order[:, :, None].expand_as(w))  # (n, cols, rows): a column lies in one piece
-    column = torch.ones_like(upper[:, 0]) if column is None else column.gather(1, order)
-    top, symbols, graph = (
-        torch.where(column < 1, SYMBOL_MAX, limit).float(),
-        torch.empty_like(w, dtype=torch.int16),
-        None,
-    )
-    for lo in range(0, w.size(1), block):
-        at, rest = slice(lo, lo + block), slice(lo + block, None)
-        parts, whole = (w[:, at], upper[:, at, at], step, column[:, at], top[:, at]), lo + block <= w.size(1)
-        if w.is_cuda and whole and lo == block:  # the first block has loaded the kernels
-            held, graph = [t.clone() for t in parts], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                found = gptq_block(*held)
-        if graph and whole:
-            torch._foreach_copy_(held, parts)
-            graph.replay()
-        else:
-            found = gptq_block(*parts)
-        symbols[:, at] = found[0]
-        w[:, rest].baddbmm_(upper[:, at, rest].mT, found[1], alpha=-1)
-    return symbols.gather(1, order.argsort(dim=1)[:, :, None].expand_as(symbols)).mT.contiguous()
-
-
-class Steps(NamedTuple):
-    """The quantiser's step of weight (layer, row, column) is row * column."""
+class StepSizes(NamedTuple):
+    """The step size of weight (layer, row, column) is row * column_scale."""
 
     row: Tensor  # (layers, rows) fp32
-    column: Tensor  # (layers, cols) fp32
+    column_codes: Tensor  # (layers, cols), whole numbers in fp32
     limit: int  # largest symbol
 
+    @property
+    def column_scale(self) -> Tensor:
+        """(layers, cols) fp32."""
+        return (self.column_codes / COLUMN_STEPS).exp2()
 
-def clip_steps(
-    model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float
-) -> dict[str, Steps]:
-    """The published recipe: *_CLIP_SIGMAS standard deviations of a row over the symbol range (#1394), times 2**saved. AWQ-lite (#1908): the groups of columns
-    with the largest sum of activation RMS times mean weight, AWQ_LITE_GROUP_TOP_K of all matrices, get the steps of AWQ_LITE_BITS."""
-    steps, scores = {}, []
-    visits = torch.bincount(torch.tensor([v.layer for v in model.schedules[cfg.looped]]), minlength=cfg.num_layers).to(
-        model.tok_emb.device
-    )
+
+def clip_step_sizes(
+    model: GPT,
+    weights: dict[str, Tensor],  # (layers, rows, cols)
+    feedback: dict[str, ErrorFeedback],
+    cfg: Config,
+    saved: float,
+) -> dict[str, StepSizes]:
+    """The published rule (#1394): *_CLIP_SIGMAS standard deviations of a row over the symbol range, times 2**saved.
+
+    AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of (activation RMS * mean
+    |w|) gets the step sizes of AWQ_BITS."""
+    steps = {}
+    groups = []  # (saliency, name, layer, first column)
+    layers = torch.tensor([visit.layer for visit in model.schedules[cfg.looped]])
+    visits = torch.bincount(layers, minlength=cfg.num_layers).to(model.tok_emb.device)
     for name, kind in MATRICES.items():
-        w, bits, size = weights[name], getattr(cfg, kind.bits), cfg.awq_lite_group_size
+        w = weights[name]
+        bits = getattr(cfg, kind.bits)
         limit = 2 ** (bits - 1) - 1
-        diagonal = hessians[kind.hessian].diagonal(dim1=1, dim2=2)
-        steps[name] = Steps(
-            (2**saved * getattr(cfg, kind.sigmas) * w.std(2) / limit).clamp_min(1e-6), torch.ones_like(diagonal), limit
-        )
-        if cfg.awq_lite_enabled and bits < cfg.awq_lite_bits and size <= w.size(2):
-            groups = (
-                ((diagonal / (visits[:, None] if len(w) > 1 else 1)).sqrt() * w.abs().mean(1))
-                .unfold(1, size, size)
-                .sum(2)
-                .tolist()
-            )
-            scores += [(score, name, layer, at) for layer, row in enumerate(groups) for at, score in enumerate(row)]
-    for _, name, layer, at in sorted(scores, reverse=True)[: cfg.awq_lite_group_top_k]:
-        fine = 2.0 ** (getattr(cfg, MATRICES[name].bits) - cfg.awq_lite_bits)
-        steps[name].column[layer, at * cfg.awq_lite_group_size : (at + 1) * cfg.awq_lite_group_size] = fine
+        sigmas = getattr(cfg, kind.sigmas)
+        row = 2**saved * sigmas * w.std(2) / limit
+        square = feedback[name].diagonal
+        steps[name] = StepSizes(row.clamp_min(1e-6), torch.zeros_like(square), limit)
+        if cfg.awq_lite_enabled and bits < AWQ_BITS and w.size(2) >= AWQ_GROUP:
+            square = square / visits[:, None] if len(w) > 1 else square  # the embedding is read once
+            saliency = square.sqrt() * w.abs().mean(1)
+            sums = saliency.unfold(1, AWQ_GROUP, AWQ_GROUP).sum(2)
+            for layer, row_sums in enumerate(sums.tolist()):
+                groups += [(total, name, layer, i * AWQ_GROUP) for i, total in enumerate(row_sums)]
+    if groups:
+        _, name, layer, first = max(groups)
+        finer = AWQ_BITS - getattr(cfg, MATRICES[name].bits)
+        group = slice(first, first + AWQ_GROUP)
+        steps[name].column_codes[layer, group] = -finer * COLUMN_STEPS
     return steps
 
 
-def rate_distortion_steps(
-    model: GPT, weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config, saved: float
-) -> dict[str, Steps]:
-    """Steps at which one more bit anywhere lowers the loss by the same amount (reverse water-filling), for ARTIFACT_CAP bytes less ``saved`` bits a weight.
-    Rounding adds sum_r g_r dW_r H dW_r^T / 2 to the loss, g_r being the mean squared gradient of output r. GPTQ leaves dW_r H dW_r^T = sum_j d_j step_rj^2 / 12,
-    d_j being the squared diagonal of H's Cholesky factor, and a bit halves a step: g_r d_j step_rj^2 must be the same everywhere. Matrices differ by the mean of
-    g_r; its spread over rows, rarely used ones known badly, enters to the power RATE_ROWS. A Gaussian row takes log2(1 + 2 pi e (sigma / step)^2) / 2 bits a weight."""
-    steps, rates = {}, []
-    folded = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
-    for name, kind in MATRICES.items():
-        w, h = weights[name], hessians[kind.hessian]
-        order, upper = error_feedback(h, cfg.gptq_damping)
-        log_d = -2 * upper.diagonal(dim1=1, dim2=2).gather(1, order.argsort(dim=1)).log2()
-        g = hessians[f"{name}.rows"].view(w.shape[:2]) / (
-            folded[name].square().clamp_min(1e-6) if name in folded else 1
-        )
-        mean = g.mean(1, keepdim=True).clamp_min(1e-20)
-        g = (
-            (g / mean + 0.1).pow(getattr(cfg, kind.rows))
-            * mean
-            / h.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_min(1e-20)
-        )
-        level = log_d.mean(1, keepdim=True)
-        column = (
-            ((level - log_d) * (COLUMN_STEPS * cfg.rate_columns / 2))
-            .round()
-            .clamp(-SYMBOL_MAX, SYMBOL_MAX)
-            .div(COLUMN_STEPS)
-            .exp2()
-        )
-        finest = (w.abs() / column[:, None]).amax(2) / (0.97 * SYMBOL_MAX)
-        steps[name] = Steps(((-level - g.log2()) / 2).exp2(), column, SYMBOL_MAX)
-        rates.append((steps[name].row, finest.clamp_min(1e-12), w.std(2), w.size(2)))
-    low, high, budget = -60.0, 60.0, 8 * cfg.artifact_cap - saved * sum(w.numel() for w in weights.values())
+# How RATE_DISTORTION chooses step sizes: one more bit anywhere must lower the loss by the same amount (reverse
+# water-filling).
+#
+#   distortion   dloss = 1/2 sum_r g_r dW_r H dW_r^T         g_r: mean squared gradient of output r
+#   GPTQ         dW_r H dW_r^T = sum_j d_j s_rj^2 / 12        s_rj: step size;  d_j = 1 / U_jj^2, see ErrorFeedback
+#   rate         one bit more for weight (r, j) halves s_rj, which removes 3/4 of its term. So at the optimum
+#                    g_r d_j s_rj^2 = constant
+#                    s_rj = 2**level * row_r * column_j
+#                    row_r = (g_r mean d)^-1/2                mean d: 2 to the mean of log2 d
+#                    column_j = (d_j / mean d)^-1/2
+#   level        one constant for all matrices. A Gaussian row of standard deviation sigma_r takes about
+#                    1/2 log2(1 + 2 pi e (sigma_r / s_r)^2)   bits a weight
+#                and bisection finds the level at which all rows together take the budget.
+#
+# g_r is the squared gradient of row r over the trace of H. Its mean over the rows is trusted. Its spread enters to the
+# power RATE_ROWS, since calibration knows rarely used rows badly.
+
+GAUSSIAN_ENTROPY = 2 * math.pi * math.e
+
+
+class RateCurve(NamedTuple):
+    """Step sizes and code length of a stack of matrices as functions of the level."""
+
+    row: Tensor  # (layers, rows): step sizes at level 0
+    column_codes: Tensor  # (layers, cols)
+    finest: Tensor  # (layers, rows): at which the largest weight takes the largest symbol
+    sigma: Tensor  # (layers, rows): standard deviations of the weights
+
+    def step_sizes_at(self, level: float) -> StepSizes:
+        row = (self.row * 2**level).maximum(self.finest)
+        return StepSizes(row, self.column_codes, MAX_SYMBOL)
+
+    def bits_at(self, level: float) -> float:
+        """Expected length of the code of all weights."""
+        ratio = self.sigma / self.step_sizes_at(level).row
+        doubled = (1 + GAUSSIAN_ENTROPY * ratio.square()).log2()  # bits of two weights of each row
+        return float((0.5 * self.column_codes.size(1) * doubled).sum())
+
+
+def rate_curve(
+    w: Tensor,
+    feedback: ErrorFeedback,
+    g: Tensor,
+    row_power: float,
+    column_power: float,
+) -> RateCurve:
+    """w (layers, rows, cols), folded; g (layers, rows): squared gradients of its rows; powers: see RATE_ROWS."""
+    log2_u = feedback.upper.diagonal(dim1=1, dim2=2).log2()
+    log2_d = -2 * log2_u.gather(1, feedback.order.argsort(dim=1))
+    mean_log2_d = log2_d.mean(1, keepdim=True)
+    codes = (mean_log2_d - log2_d) * (COLUMN_STEPS * column_power / 2)
+    codes = codes.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
+
+    mean = g.mean(1, keepdim=True).clamp_min(1e-20)
+    trace = feedback.diagonal.sum(1, keepdim=True).clamp_min(1e-20)
+    g = (g / mean + 0.1).pow(row_power) * mean / trace
+    row = ((-mean_log2_d - g.log2()) / 2).exp2()
+
+    # 3 % coarser than the largest weight needs: rounding a row's code may make its step 2 % finer.
+    scaled = w.abs() / (codes / COLUMN_STEPS).exp2()[:, None]
+    finest = scaled.amax(2) / (0.97 * MAX_SYMBOL)
+    return RateCurve(row, codes, finest.clamp_min(1e-12), w.std(2))
+
+
+def level_for(curves: Iterable[RateCurve], budget: float) -> float:
+    """The lowest level, of -60..60, at which all curves together take at most `budget` bits."""
+    low = -60.0
+    high = 60.0
     for _ in range(40):
         middle = (low + high) / 2
-        spent = sum(
-            float(
-                (
-                    0.5 * n * (1 + 2 * math.pi * math.e * (sigma / (row * 2**middle).maximum(finest)).square()).log2()
-                ).sum()
-            )
-            for row, finest, sigma, n in rates
+        if sum(curve.bits_at(middle) for curve in curves) > budget:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+# --- GPTQ ---
+
+
+class Columns(NamedTuple):
+    """Columns that are rounded one after the other, in that order."""
+
+    w: Tensor  # (n, columns, rows): a column lies in one piece
+    upper: Tensor  # (n, columns, columns), see ErrorFeedback
+    step: Tensor  # (n, rows)
+    scale: Tensor  # (n, columns): factors of the step size
+    limit: Tensor  # (n, columns): largest symbols
+
+
+def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
+    """Symbols and errors, fp32, both like columns.w. For every column j, and then every later column k:
+
+        symbol_j = round(w_j / size_j),  error_j = (w_j - symbol_j size_j) / U_jj,  w_k <- w_k - error_j U_jk
+
+    Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
+    them."""
+    w = columns.w.clone()
+    size = columns.step[:, None] * columns.scale[:, :, None]
+    high = columns.limit[:, :, None]
+    low = -high
+    pivot = columns.upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    symbols = torch.empty_like(w)
+    errors = torch.empty_like(w)
+    for j in range(w.size(1)):
+        one = slice(j, j + 1)
+        symbol = symbols[:, one]
+        error = errors[:, one]
+        torch.div(w[:, one], size[:, one], out=symbol)
+        symbol.round_().clamp_(low[:, one], high[:, one])
+        torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
+        error.div_(pivot[:, one])
+        later = columns.upper[:, j, j + 1 :, None]
+        w[:, j + 1 :].addcmul_(error, later, value=-1)
+    return symbols, errors
+
+
+def replayed(function: Callable, example: NamedTuple) -> Callable:
+    """`function` of a record of tensors, as a CUDA graph for records of the shapes of `example`. A call overwrites the
+    results of the call before."""
+    inputs = example._make(t.clone() for t in example)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function(inputs)
+
+    def replay(arguments: NamedTuple):
+        torch._foreach_copy_(inputs, arguments)
+        graph.replay()
+        return results
+
+    return replay
+
+
+def gptq(
+    w: Tensor,  # (n, rows, cols)
+    feedback: ErrorFeedback,
+    step: Tensor,  # (n, rows)
+    limit: int,
+    column_scale: Tensor | None = None,  # (n, cols): factors of the step; None: ones
+    block: int = 128,
+) -> Tensor:
+    """Round w to multiples of step, feeding each column's error to the columns not yet rounded (arXiv 2210.17323).
+
+    Returns symbols int16 (n, rows, cols), at most `limit`, or MAX_SYMBOL where column_scale is below 1. Columns go in
+    the order of `feedback`. One whose input never fires is zero."""
+    order, upper, diagonal = feedback
+    silent = (diagonal == 0)[:, :, None]
+    w = w.float().mT.masked_fill(silent, 0.0)
+    w = w.gather(1, order[:, :, None].expand_as(w))
+    scale = torch.ones_like(upper[:, 0])
+    if column_scale is not None:
+        scale = column_scale.gather(1, order)
+    limits = torch.where(scale < 1, MAX_SYMBOL, limit).float()
+    symbols = torch.empty_like(w, dtype=torch.int16)
+    round_block = round_columns
+    for start in range(0, w.size(1), block):
+        here = slice(start, start + block)
+        rest = slice(start + block, None)
+        columns = Columns(
+            w=w[:, here],
+            upper=upper[:, here, here],
+            step=step,
+            scale=scale[:, here],
+            limit=limits[:, here],
         )
-        low, high = (middle, high) if spent > budget else (low, middle)
-    return {
-        name: s._replace(row=(s.row * 2**high).maximum(finest))
-        for (name, s), (_, finest, _, _) in zip(steps.items(), rates)
-    }
+        is_full = start + block <= w.size(1)
+        if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
+            round_block = replayed(round_columns, columns)
+        symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
+        later = upper[:, here, rest].mT
+        w[:, rest].baddbmm_(later, errors, alpha=-1)
+    in_place = order.argsort(dim=1)[:, :, None].expand_as(symbols)
+    return symbols.gather(1, in_place).mT.contiguous()
 
 
-def lqer(error: Tensor, hessian: Tensor, cfg: Config) -> tuple[dict[str, np.ndarray], float]:
-    """A correction A B of rank LQER_RANK for ``error`` (rows, cols): A int2 of one scale, B int4 of one scale for LQER_ASYM_GROUP values (#1797).
-    It is the best in the norm tr(E H E^T), H by LQER_WEIGHT. Returns its arrays by suffix and the squared norm it removes for each byte."""
-    h = {"none": torch.eye(len(hessian)).to(hessian), "diagonal": hessian.diagonal().diag(), "hessian": hessian}[
-        cfg.lqer_weight
-    ].double()
-    lower = torch.linalg.cholesky(
-        h + (cfg.gptq_damping + 1e-6) * h.diagonal().mean().clamp_min(1e-30) * torch.eye(len(h)).to(h)
+# --- LQER ---
+
+
+def lqer(error: Tensor, cfg: Config) -> Correction:
+    """The best product of rank LQER_RANK for `error` (rows, cols), in the Frobenius norm: A = E V, B = V^T with V the
+    first right singular vectors of E. A is stored in int2 of one scale, B in int4 of one scale for LQER_GROUP values
+    (#1797)."""
+    # A factor between A and B that changes nothing but the last bits of their scales. It stays, so that artifacts stay
+    # as they were.
+    balance = math.sqrt(1 + (cfg.gptq_damping + 1e-6))
+    weighted = error.double() * balance
+    vectors = torch.linalg.eigh(weighted.T @ weighted).eigenvectors
+    v = vectors.flip(1)[:, : cfg.lqer_rank]  # of the largest eigenvalues
+    a = weighted @ v
+    b = v.T.flatten() / balance
+    groups = F.pad(b, (0, -b.numel() % LQER_GROUP)).view(-1, LQER_GROUP)
+    scale_a = a.abs().max()[None] / 1.5
+    scales_b = groups.abs().amax(1) / 7.5
+    scales = torch.cat((scale_a, scales_b)).clamp(1e-7, 6e4).half()
+    a = (a / scales[0]).round().clamp(-2, 1).to(torch.int8)
+    b = (groups / scales[1:, None]).round()
+    b = b.clamp(-8, 7).to(torch.int8)
+    return Correction(
+        a=a.cpu().numpy(),
+        b=b.cpu().numpy(),
+        scales=scales.cpu().numpy(),
+        error=error.norm().item(),
     )
-    weighted = error.double() @ lower
-    v = torch.linalg.eigh(weighted.T @ weighted)[1].flip(1)[:, : cfg.lqer_rank]
-    a, b = weighted @ v, torch.linalg.solve_triangular(lower, v.T, upper=False, left=False)
-    groups = F.pad(b.flatten(), (0, -b.numel() % cfg.lqer_asym_group)).view(-1, cfg.lqer_asym_group)
-    scales = torch.cat((a.abs().max()[None] / 1.5, groups.abs().amax(1) / 7.5)).clamp(1e-7, 6e4).half()
-    a, b = (a / scales[0]).round().clamp(-2, 1), (groups / scales[1:, None]).round().clamp(-8, 7)
-    arrays = {
-        "lqer_a": a.to(torch.int8).cpu().numpy(),
-        "lqer_b": b.to(torch.int8).cpu().numpy(),
-        "lqer_scales": scales.cpu().numpy(),
-    }
-    rest = (error - lqer_product(arrays, len(h)).to(error.device)).double() @ lower
-    return arrays, float(weighted.square().sum() - rest.square().sum()) / (
-        a.numel() / 4 + b.numel() / 2 + 2 * len(scales)
+
+
+def add_corrections(matrices: dict[str, list[QuantizedMatrix]], weights: dict[str, Tensor], cfg: Config):
+    """LQER for the LQER_TOP_K matrices with the largest Frobenius error."""
+    errors = {}
+    for name, layers in matrices.items():
+        for layer, matrix in enumerate(layers):
+            w = weights[name][layer]
+            errors[name, layer] = w - matrix.dequantize().to(w.device)
+    largest = sorted(errors, key=lambda place: -errors[place].norm().item())
+    for name, layer in largest[: cfg.lqer_top_k]:
+        layers = matrices[name]
+        layers[layer] = layers[layer]._replace(correction=lqer(errors[name, layer], cfg))
+
+
+# --- All of it ---
+
+
+class Quantizer:
+    """Quantises one model, as often as its size asks for. What no step size changes is computed once."""
+
+    def __init__(self, model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks):
+        self.model = model
+        self.cfg = cfg
+        self.ranks = ranks
+        self.parameters = folded_state(model)
+        self.weights = {}  # of matrices, (layers, rows, cols) fp32
+        self.feedback = {}
+        self.curves = {}
+        scales = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
+        for name, kind in MATRICES.items():
+            w = self.parameters.pop(name)
+            w = w if w.ndim == 3 else w[None]
+            feedback = error_feedback(hessians[kind.hessian], cfg.gptq_damping)
+            self.weights[name] = w
+            self.feedback[name] = feedback
+            if cfg.rate_distortion:
+                g = hessians[f"{name}.rows"].view(w.shape[:2])
+                if name in scales:  # gradients are of the model's own matrix: chain rule for the folded one
+                    g = g / scales[name].square().clamp_min(1e-6)
+                row_power = getattr(cfg, kind.rows)
+                self.curves[name] = rate_curve(w, feedback, g, row_power, cfg.rate_columns)
+
+    def step_sizes(self, saved: float) -> dict[str, StepSizes]:
+        """By the settings, for `saved` bits a weight less than ARTIFACT_CAP bytes, or than the published rule."""
+        if not self.cfg.rate_distortion:
+            return clip_step_sizes(self.model, self.weights, self.feedback, self.cfg, saved)
+        weights = sum(w.numel() for w in self.weights.values())
+        level = level_for(self.curves.values(), 8 * self.cfg.artifact_cap - saved * weights)
+        return {name: curve.step_sizes_at(level) for name, curve in self.curves.items()}
+
+    def quantize(self, saved: float = 0.0) -> Quantized:
+        """Matrices by GPTQ with these step sizes, corrected by LQER where set; the gate in int8 rows where set; the
+        rest in fp16."""
+        matrices = {}
+        for i, (name, steps) in enumerate(self.step_sizes(saved).items()):
+            matrices[name] = self.quantize_stack(name, steps, owner=i % self.ranks.world)
+        if self.cfg.lqer_enabled:
+            add_corrections(matrices, self.weights, self.cfg)
+        parameters = {}
+        for name, value in self.parameters.items():
+            if name == "attn_gate" and self.cfg.gated_attn_quant_gate:
+                parameters[name] = quantize_gate(value)
+            elif name not in FOLDED:
+                parameters[name] = value.half().cpu().numpy()
+        return Quantized(matrices, parameters)
+
+    def quantize_stack(self, name: str, steps: StepSizes, owner: int) -> list[QuantizedMatrix]:
+        """The matrices of one kind, by layer, solved by one rank for all: the symbols do not depend on the number of
+        ranks."""
+        w = self.weights[name]
+        row_codes = quantize_scales(steps.row.cpu().numpy())
+        symbols = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+        if self.ranks.rank == owner:
+            step = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
+            rounded = gptq(w, self.feedback[name], step, steps.limit, steps.column_scale)
+            symbols = rounded.to(torch.int8)
+        symbols = self.ranks.broadcast_(symbols, owner).cpu().numpy()
+        columns = steps.column_codes.to(torch.int8).cpu().numpy()
+        return [QuantizedMatrix(*parts) for parts in zip(symbols, row_codes, columns)]
+
+
+def quantize_gate(gate: Tensor) -> QuantizedGate:
+    """gate (layers, heads, channels), each row with a scale of its own."""
+    scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
+    symbols = (gate / scale[..., None]).round()
+    symbols = symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL).to(torch.int8)
+    return QuantizedGate(symbols.cpu().numpy(), scale.cpu().numpy())
+
+
+# --- Logit calibration (#1924): logits <- scale * softcap(z) + features . biases, fitted to the quantised model ---
+
+LOGIT_CATEGORIES = 14
+LOGIT_FIT_TOKENS = 131072  # first tokens of the training stream
+
+
+def piece_categories(piece: str) -> tuple[bool, ...]:
+    """What one of the tokenizer's pieces looks like without its leading space: LOGIT_CATEGORIES overlapping answers."""
+    text = piece.removeprefix("\u2581")
+    size = len(text.encode())
+    return (
+        size == 1,
+        size == 2,
+        size == 3,
+        size == 4,
+        5 <= size <= 8,
+        size >= 9,
+        text != piece,  # begins a word
+        "\n" in text,
+        any(map(str.isdigit, text)),
+        text != "" and not any(c.isalnum() or c.isspace() for c in text),  # punctuation
+        any(map(str.isalpha, text)),
+        text.islower(),
+        text.isupper(),
+        text.istitle(),
     )
-
-
-def lqer_product(arrays: dict[str, np.ndarray], cols: int) -> Tensor:
-    """A B (rows, cols) fp32 of lqer's arrays."""
-    a, b, scales = (torch.from_numpy(arrays[name].astype(np.float32)) for name in ("lqer_a", "lqer_b", "lqer_scales"))
-    return scales[0] * a @ (b * scales[1:, None]).flatten()[: a.size(1) * cols].view(-1, cols)
-
-
-def add_corrections(
-    arrays: dict[str, np.ndarray], weights: dict[str, Tensor], hessians: dict[str, Tensor], cfg: Config
-):
-    """LQER for the LQER_TOP_K matrices with the largest Frobenius error; by LQER_GAIN_SELECT those of four times as many that gain most for each byte."""
-    errors = {
-        (name, layer): w[layer] - dequantize_matrix(arrays, name, layer).to(w.device)
-        for name, w in weights.items()
-        for layer in range(len(w))
-    }
-    largest = sorted(errors, key=lambda at: -errors[at].norm().item())[
-        : cfg.lqer_top_k * (4 if cfg.lqer_gain_select else 1)
-    ]
-    found = [(lqer(errors[at], hessians[MATRICES[at[0]].hessian][at[1]], cfg), at) for at in largest]
-    if cfg.lqer_gain_select:
-        found = sorted([f for f in found if f[0][1] > 0], key=lambda f: -f[0][1])[: cfg.lqer_top_k]
-    for (parts, _), (name, layer) in found:
-        arrays.update({f"{name}.{layer}.{suffix}": part for suffix, part in parts.items()})
-
-
-def quantize(
-    model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks, saved: float = 0.0
-) -> dict[str, np.ndarray]:
-    """The arrays of the artifact: KIND.LAYER.symbols int8 (rows, cols), KIND.LAYER.step int16 codes of rows and KIND.LAYER.column int8 codes of columns
-    (where they are not all 1) and LQER's for matrices, int8 rows for gates where set, fp16 for the rest. A weight gets ``saved`` bits fewer than the settings
-    say. Kinds are dealt to the ranks; each is solved whole by one of them, so the symbols do not depend on the number of ranks."""
-    state, arrays = folded_state(model), {}
-    weights = {name: state.pop(name) for name in MATRICES}
-    weights = {name: w if w.ndim == 3 else w[None] for name, w in weights.items()}
-    plan = rate_distortion_steps if cfg.rate_distortion else clip_steps
-    for i, (name, steps) in enumerate(plan(model, weights, hessians, cfg, saved).items()):
-        w, codes, owner = weights[name], quantize_scales(steps.row.cpu().numpy()), i % ranks.world
-        step, symbols = (
-            torch.from_numpy(dequantize_scales(codes)).to(w.device),
-            torch.empty(w.shape, dtype=torch.int8, device=w.device),
-        )
-        if ranks.rank == owner:
-            symbols = gptq(w, hessians[MATRICES[name].hessian], step, steps.limit, cfg.gptq_damping, steps.column).to(
-                torch.int8
-            )
-        ranks.broadcast_(symbols, owner)
-        for layer in range(len(w)):
-            arrays[f"{name}.{layer}.symbols"], arrays[f"{name}.{layer}.step"] = (
-                symbols[layer].cpu().numpy(),
-                codes[layer],
-            )
-            column = (steps.column[layer].log2() * COLUMN_STEPS).round().to(torch.int8).cpu().numpy()
-            if column.any():
-                arrays[f"{name}.{layer}.column"] = column
-    if cfg.lqer_enabled:
-        add_corrections(arrays, weights, hessians, cfg)
-    for name, value in state.items():
-        if name == "attn_gate" and cfg.gated_attn_quant_gate:
-            scale = (value.abs().amax(-1) / SYMBOL_MAX).clamp_min(1e-7).half()
-            arrays["attn_gate.int8"] = (
-                (value / scale[..., None]).round().clamp(-SYMBOL_MAX, SYMBOL_MAX).to(torch.int8).cpu().numpy()
-            )
-            arrays["attn_gate.scale"] = scale.cpu().numpy()
-        elif name not in FOLDED:
-            arrays[name] = value.half().cpu().numpy()
-    return arrays
-
-
-def dequantize_matrix(arrays: dict[str, np.ndarray], name: str, layer: int) -> Tensor:
-    """One matrix of quantize's arrays, (rows, cols) fp32."""
-    parts = {
-        suffix: arrays.get(f"{name}.{layer}.{suffix}")
-        for suffix in ("symbols", "step", "column", "lqer_a", "lqer_b", "lqer_scales")
-    }
-    w = parts["symbols"].astype(np.float32) * dequantize_scales(parts["step"])[:, None]
-    if parts["column"] is not None:
-        w *= dequantize_scales(parts["column"].astype(np.int64) * (SCALE_STEPS // COLUMN_STEPS))
-    w = torch.from_numpy(w)
-    return w if parts["lqer_a"] is None else w + lqer_product(parts, w.size(1))
-
-
-def dequantize(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """Inverse of quantize up to the rounding: parameters by name, fp32. Sublayer scales come back as ones."""
-    state, layers = {}, {}
-    for name, array in arrays.items():
-        if name.endswith(".symbols"):
-            layers[name.split(".")[0]] = layers.get(name.split(".")[0], 0) + 1
-        elif name == "attn_gate.int8":
-            state["attn_gate"] = torch.from_numpy(
-                array.astype(np.float32) * arrays["attn_gate.scale"].astype(np.float32)[..., None]
-            )
-        elif "." not in name:
-            state[name] = torch.from_numpy(array.astype(np.float32))
-    for name, count in layers.items():
-        state[name] = torch.stack([dequantize_matrix(arrays, name, layer) for layer in range(count)])
-    state["tok_emb"] = state["tok_emb"][0]
-    for vector, matrix in FOLDED.items():
-        state[vector] = torch.ones(state[matrix].shape[:2])
-    return state
-
-
-def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
-    """Copy parameters by name into the model; a missing, unknown or misshapen one is an error that names the file they came from."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            shape = tuple(state[name].shape) if name in state else "no"
-            if shape != tuple(p.shape):
-                raise UserError(
-                    f"{origin}: holds {shape} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with"
-                )
-            p.copy_(state[name])
-    unknown = set(state) - {name for name, _ in model.named_parameters()} - {*FOLDED, "logit_calibration"}
-    if unknown:
-        raise UserError(
-            f"{origin}: holds {', '.join(sorted(unknown))}, which the settings do not use; use the settings it was made with"
-        )
 
 
 def piece_features(cfg: Config) -> Tensor:
-    """What the tokenizer's pieces look like without their leading space: 14 overlapping categories (V, 14), 0 or 1 (#1924)."""
+    """piece_categories of the whole vocabulary, (V, LOGIT_CATEGORIES), 0 or 1, fp32, on the CPU. Reads the
+    tokenizer."""
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path(cfg)))
-    features = torch.zeros(cfg.vocab_size, 14)
+    features = torch.zeros(cfg.vocab_size, LOGIT_CATEGORIES)
     for i in range(min(cfg.vocab_size, len(pieces))):
-        piece = pieces.id_to_piece(i)
-        text = piece.removeprefix("\u2581")
-        size = len(text.encode())
-        features[i] = torch.tensor(
-            (
-                size == 1,
-                size == 2,
-                size == 3,
-                size == 4,
-                5 <= size <= 8,
-                size >= 9,
-                text != piece,
-                "\n" in text,
-                any(map(str.isdigit, text)),
-                text != "" and not any(c.isalnum() or c.isspace() for c in text),
-                any(map(str.isalpha, text)),
-                text.islower(),
-                text.isupper(),
-                text.istitle(),
-            )
-        )
+        features[i] = torch.tensor(piece_categories(pieces.id_to_piece(i)))
     return features
 
 
-def calibration(values: Tensor, features: Tensor) -> LogitCalibration:
-    """15 numbers -> the factor of the softcapped logits, 0.9..1.1, and what is added to them (V,), +-0.5 for each category."""
-    return LogitCalibration(0.9 + 0.2 * torch.sigmoid(values[0]), features @ values[1:].clamp(-0.5, 0.5))
-
-
-def stored_calibration(model: GPT, state: dict[str, Tensor]) -> GPT:
-    """The model with the logit calibration of an artifact, where it has one."""
-    if "logit_calibration" not in state:
-        return model
-    device = model.tok_emb.device
-    fitted = calibration(state["logit_calibration"].to(device), piece_features(model.cfg).to(device))
-    calibrated = GPT(model.cfg, model.attention_backend, model.dtype, fitted).to(device)
-    calibrated.load_state_dict(model.state_dict())
-    return calibrated
+def to_logit_calibration(values: Tensor, features: Tensor) -> LogitCalibration:
+    """15 numbers -> the factor of the softcapped logits, 0.9..1.1, and their biases (V,): +-0.5 for each category."""
+    scale = 0.9 + 0.2 * torch.sigmoid(values[0])
+    return LogitCalibration(scale, features @ values[1:].clamp(-0.5, 0.5))
 
 
 def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> np.ndarray:
-    """The 15 numbers (fp32) of calibration() that suit the quantised model, from the first 131,072 training tokens; Adam, 256 steps (#1924)."""
-    parts, micro, features = [], cfg.micro_batch_tokens, piece_features(cfg).to(ranks.device)
+    """The 15 numbers (fp32) of to_logit_calibration that suit the quantised model, by 256 steps of Adam on
+    LOGIT_FIT_TOKENS training tokens. The model is only read."""
+    features = piece_features(cfg).to(ranks.device)
+    parts = []  # (hidden, targets) of 4,096 tokens
+    micro = cfg.micro_batch_tokens
     with torch.no_grad():
-        for at in range(0, min(131072, max(stream.tokens - micro, 1)), micro):
-            batch = to_device(stream.micro_batch(at, micro, cfg.train_seq_len), ranks.device)
-            parts += zip(model.trunk(batch.tokens, batch.seq, looped=cfg.looped).split(4096), batch.targets.split(4096))
-    values = torch.zeros(15, device=ranks.device, requires_grad=True)
+        for start in range(0, min(LOGIT_FIT_TOKENS, max(stream.tokens - micro, 1)), micro):
+            batch = to_device(stream.micro_batch(start, micro, cfg.train_seq_len), ranks.device)
+            hidden = model.trunk(batch.tokens, batch.seq, looped=cfg.looped)
+            parts += zip(hidden.split(4096), batch.targets.split(4096))
+    values = torch.zeros(1 + LOGIT_CATEGORIES, device=ranks.device, requires_grad=True)
     optimizer = torch.optim.Adam([values], lr=0.003)
     for step in range(256):
-        x, targets = parts[step % len(parts)]
-        fitted = calibration(values, features)
-        nats = calibrated_scores(model.logits(x), targets.clamp(min=0), model.caps, fitted).nats
-        loss = (nats * (targets >= 0)).sum() / (targets >= 0).sum().clamp_min(1) + 0.01 * (
-            values[1:].square().mean() + (fitted.scale - 1).square()
-        )
+        hidden, targets = parts[step % len(parts)]
+        real = targets >= 0
+        with torch.no_grad():
+            z = model.logits(hidden)
+        calibration = to_logit_calibration(values, features)
+        nats = calibrated_scores(z, targets.clamp(min=0), model.caps, calibration).nats
+        penalty = values[1:].square().mean() + (calibration.scale - 1).square()
+        mean_nats = (nats * real).sum() / real.sum().clamp_min(1)
+        loss = mean_nats + 0.01 * penalty
         (values.grad,) = torch.autograd.grad(loss, [values])
         optimizer.step()
     return ranks.broadcast_(values.detach().cpu()).numpy()
 
 
-# ======== Artifact: entropy coder for quantised weights, tensor container =====================================================================================
-#
-# Rows of a weight matrix (or columns, where those live in the residual stream) are draws from a correlated Gaussian. The coder learns its
-# covariance from what is already decoded, so a symbol's mean and variance follow from the earlier columns of its row, the earlier rows and the
-# earlier matrices; nothing of this is stored. Encoder and decoder must agree to the bit on any machine, hence: matrix products only of integers
-# held in float64 (exact in any order below 2**53), everything else element by element in IEEE arithmetic, logarithms and the Gaussian from integer
-# tables, no libm.
+# ======== Artifact: a quantised model as named arrays, and a container for them =======================================
 
-LANES = 6144  # interleaved rANS states; a step codes one column of up to this many rows
-REFRESH = 16  # columns between refreshes of the rows' gains
-PROB_BITS = 14  # frequencies of a table add up to 2**14
-SPAN, ESCAPE = 127, 255  # symbols are -127..127 around the predicted mean; code 255 escapes to a raw int16
-PHASES = 8  # the predicted mean is kept to 1/8
-LOG = 32  # steps per octave in fixed-point log2 of a variance
-LOG_LOW, PER_OCTAVE, BUCKETS = -5, 8, 116  # variance buckets: 2**-5 upwards, 8 per octave
-MIXTURES = (
-    (4, 4, 4, 4),
-    (3, 4, 4, 5),
-    (2, 4, 4, 7),
-    (1, 3, 5, 12),
-)  # tail shapes: four equal Gaussians of these sigmas, in quarters
-PRIORS = (
-    (700, 0.6),
-    (2500, 0.4),
-    (0, 0.0),
-)  # (rows the prior correlation counts for, its weight against identity); 0: variances alone
+# --- Names of the arrays; the file's bytes depend on their order ---
+
+
+MATRIX_PARTS = ("symbols", "step", "column")
+LQER_PARTS = ("lqer_a", "lqer_b", "lqer_scales")
+GATE_PARTS = ("int8", "scale")
+
+
+def flatten(quantized: Quantized) -> dict[str, np.ndarray]:
+    """KIND.LAYER.symbols, .step and, where not all zero, .column of every matrix; KIND.LAYER.lqer_a, lqer_b,
+    lqer_scales of the corrected ones; attn_gate.int8 and .scale; every other parameter by its name;
+    logit_calibration."""
+    arrays = {}
+    corrections = {}
+
+    def add(name: str, suffixes: tuple, parts: tuple):
+        arrays.update({f"{name}.{suffix}": part for suffix, part in zip(suffixes, parts)})
+
+    for kind, layers in quantized.matrices.items():
+        for layer, matrix in enumerate(layers):
+            name = f"{kind}.{layer}"
+            has_columns = matrix.column_codes is not None and matrix.column_codes.any()
+            add(name, MATRIX_PARTS[: 2 + has_columns], matrix)
+            if matrix.correction is not None:
+                corrections[name] = matrix.correction
+    for name, correction in sorted(corrections.items(), key=lambda item: -item[1].error):
+        add(name, LQER_PARTS, correction)
+    for name, value in quantized.parameters.items():
+        if isinstance(value, QuantizedGate):
+            add(name, GATE_PARTS, value)
+        else:
+            arrays[name] = value
+    if quantized.logit_calibration is not None:
+        arrays["logit_calibration"] = quantized.logit_calibration
+    return arrays
+
+
+def unflatten(arrays: dict[str, np.ndarray]) -> Quantized:
+    """Inverse of flatten."""
+    matrices = {}
+    parameters = {}
+    for full_name, array in arrays.items():
+        name, _, part = full_name.rpartition(".")
+        parts = lambda suffixes, name=name: [arrays.get(f"{name}.{suffix}") for suffix in suffixes]
+        if part == "symbols":
+            correction = Correction(*parts(LQER_PARTS)) if f"{name}.lqer_a" in arrays else None
+            matrix = QuantizedMatrix(*parts(MATRIX_PARTS), correction)
+            matrices.setdefault(name.split(".")[0], []).append(matrix)
+        elif part == "int8":
+            parameters[name] = QuantizedGate(*parts(GATE_PARTS))
+        elif not name:
+            parameters[part] = array
+    return Quantized(matrices, parameters, parameters.pop("logit_calibration", None))
+
+
+# --- The container: names, types and coders of arrays ---
+#
+# magic, version, total length, lengths of header and stacks | header: zlib of JSON | entropy-coded stacks | LZMA of the
+# other arrays | CRC-32
+
+MAGIC = b"GPTGOLF\n"
+VERSION = 1
+FIXED = struct.Struct("<8sIQII")
+LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
+LEAST_CODED = 64  # values of an array that are worth the entropy coder's header
 
 
 class ArtifactError(UserError):
     """The model file is damaged or not ours; the message names it and the remedy."""
 
 
-def half_gaussian(steps: int = 1024, top: int = 9) -> np.ndarray:
-    """Mass of N(0, 1) on [0, i/steps] times 2**30, int64 (steps * top + 1,), by the trapezoid rule; decimal's exp is correctly rounded everywhere."""
-    density = [int((Decimal(-i * i) / (2 * steps**2)).exp() * 2**64) for i in range(steps * top + 1)]
-    area = list(itertools.accumulate((a + b for a, b in zip(density, density[1:])), initial=0))
-    return np.array([(a << 29) // area[-1] for a in area], np.int64)
-
-
-def frequency_tables() -> np.ndarray:
-    """Integer frequencies (mixtures, BUCKETS * PHASES, 256): a Gaussian mixture of the bucket's variance, integrated over unit bins."""
-    root, half, tables = binary_roots(2 * PER_OCTAVE), half_gaussian(), []
-    variance = [
-        root[2 * (b % PER_OCTAVE) + 1] << b // PER_OCTAVE >> 20 - LOG_LOW for b in range(BUCKETS)
-    ]  # of the middle, * 2**40
-    # A bin adds 1/12 to the variance of what falls into it (Sheppard), so it is taken off here.
-    sigma = np.array([math.isqrt(max(v - (1 << 40) // 12, (1 << 40) // 48)) for v in variance])[
-        :, None, None
-    ]  # * 2**20
-    edges = (2 * np.arange(-SPAN, SPAN + 2) - 1) * PHASES - 2 * np.arange(PHASES)[:, None]  # * 2 * PHASES
-    inside = np.abs(np.arange(-SPAN, SPAN + 1)) <= (sigma * 6 >> 20) + 2
-    room = (1 << PROB_BITS) - 1 - inside.sum(-1, keepdims=True)
-    for mixture in MIXTURES:
-        at = [edges * (1 << 32) // (2 * PHASES * s * sigma) for s in mixture]  # 1/1024 sigma
-        mass = sum(np.sign(x) * half[np.minimum(np.abs(x), len(half) - 1)] for x in at)
-        freq = np.where(inside, 1 + (np.diff(mass) * room >> 32), 0)
-        freq = np.concatenate([freq, np.ones_like(freq[..., :1])], -1).reshape(-1, 256)
-        freq[np.arange(len(freq)), freq.argmax(-1)] += (1 << PROB_BITS) - freq.sum(-1)
-        tables.append(freq)
-    return np.stack(tables)
-
-
-LOG_EDGES = np.array(binary_roots(2 * LOG)[1::2], np.float64) / (
-    1 << 61
-)  # mantissas of frexp where the rounded logarithm changes
-FREQ = frequency_tables()
-COST = np.where(FREQ > 0, PROB_BITS - np.log2(np.maximum(FREQ, 1)), 0).astype(
-    np.float32
-)  # bits; estimates only, never coded with
-
-
-def log2_fixed(x: np.ndarray) -> np.ndarray:
-    """round(LOG * log2(x)), int64, equal on every machine."""
-    mantissa, exponent = np.frexp(x)
-    return (exponent.astype(np.int64) - 1) * LOG + np.searchsorted(LOG_EDGES, mantissa, side="right")
-
-
-def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Correlations (G, n, n), smallest eigenvalue above 1/64, to c = L diag(d) L^T: strictly lower L * 2**20 and d * 2**22, integers in float64.
-    Left-looking in panels of 16. |sum_k L_ik d_k L_jk| <= 1 keeps every product below 2**53."""
-    a = np.rint(c * 2.0**22)  # becomes L * d column by column
-    low, d = np.zeros_like(a), np.empty(a.shape[:2])
-    for p in range(0, a.shape[1], 16):
-        end = min(p + 16, a.shape[1])
-        panel = a[:, p:, p:end] - np.rint(low[:, p:, :p] @ a[:, p:end, :p].transpose(0, 2, 1) * 2.0**-20)
-        for j in range(end - p):
-            d[:, p + j] = np.maximum(panel[:, j, j], 2.0**15)
-            low[:, p + j + 1 :, p + j] = column = np.rint(panel[:, j + 1 :, j] * (2.0**20 / d[:, p + j, None]))
-            panel[:, j + 1 :, j + 1 :] -= np.rint(column[:, :, None] * (panel[:, None, j + 1 : end - p, j] * 2.0**-20))
-        a[:, p:, p:end] = panel
-    return low, d
-
-
-def correlation(moments: np.ndarray) -> np.ndarray:
-    """(G, n, n) second moments to correlations."""
-    scale = np.sqrt(np.maximum(np.diagonal(moments, axis1=1, axis2=2), 1e-9))
-    return moments / scale[:, :, None] / scale[:, None, :]
-
-
-class Stack:
-    """Integer matrices q (G, R, n) while they are coded: chunks of rows, in them columns, all G at once."""
-
-    def __init__(self, head: dict, pools: dict):
-        """head: what the encoder chose. pools: correlations by width that earlier stacks left as prior; this one adds its own."""
-        self.members, self.rows, self.width = head["shape"]
-        self.variance = np.exp2(np.array(head["log2_variance"], np.float64))  # of integers: exact
-        (self.strength, self.weight), self.trust = PRIORS[head["prior"]], head["trust"]
-        self.pools, self.moments, self.seen = pools, np.zeros((self.members, self.width, self.width)), 0
-        self.square, self.count = np.full(self.members, 256000.0), 256000.0
-
-    def shared(self) -> np.ndarray:
-        """Moments summed over the members, each at unit variance (1, n, n)."""
-        return sum(m / v for m, v in zip(self.moments, self.variance))[None]
-
-    def predictor(self) -> tuple[np.ndarray | None, np.ndarray]:
-        """L (G, n, n) * 2**12, integers in float64, such that x = e + L e with independent e, or None; and the variance of e (G, n)."""
-        shared, own, total = self.shared(), np.diagonal(self.moments, axis1=1, axis2=2), self.seen * self.members
-        common = (100 + np.diagonal(shared, axis1=1, axis2=2)) / (100 + total) * self.variance[:, None]
-        variance = np.maximum((self.trust[1] * common + own) / (self.trust[1] + self.seen), 2.0**-5)
-        if not self.strength:
-            return None, variance
-        c = np.eye(self.width)[None]
-        c = c * (1 - self.weight) + self.pools.get(self.width, c) * self.weight
-        if self.seen:
-            weight, mine = self.weight * total / (total + 500), self.seen / (self.seen + self.strength)
-            c = (c * (1 - weight) + correlation(shared) * weight) * (1 - mine) + correlation(self.moments) * mine
-        low, d = ldl(np.broadcast_to(c * (63 / 64) + np.eye(self.width) / 64, self.moments.shape))
-        scale = np.sqrt(np.minimum(variance, 2.0**12))
-        return np.rint(low * (scale[:, :, None] / scale[:, None, :] * 2.0**-8)), d * 2.0**-22 * variance
-
-    def code(self, coder):
-        """All columns of all chunks, chunks growing while the covariance is young. coder(tables, floors, rows, j) -> column j, all (G, rows) int64."""
-        start, size = 0, 32
-        while start < self.rows:
-            size = max(1, min(2 * size, LANES // self.members, 1024))
-            self.code_chunk(start, min(start + size, self.rows), coder)
-            start += size
-        own = correlation(self.shared())
-        self.pools[self.width] = 0.5 * self.pools.get(self.width, own) + 0.5 * own
-
-    def code_chunk(self, start: int, end: int, coder):
-        low, variance = self.predictor()
-        sigma, log_variance = np.sqrt(variance), log2_fixed(variance)
-        e, q = np.zeros((2, self.members, self.width, end - start))
-        mean, initial = (
-            np.zeros((self.members, end - start)),
-            (self.square / self.count)[:, None] * (self.trust[0] * 256),
-        )
-        square = np.zeros_like(mean)  # of the rows' innovations so far, in sigma**2 / 256
-        for a in range(0, self.width, REFRESH):
-            b = min(a + REFRESH, self.width)
-            gain = log2_fixed((square + initial) * (1 / (256 * (a + self.trust[0]))))
-            bucket = (log_variance[:, a:b, None] + gain[:, None] - LOG_LOW * LOG) // (LOG // PER_OCTAVE)
-            table = np.clip(bucket, 0, BUCKETS - 1) * PHASES
-            known = low[:, a:b, :a] @ e[:, :a] if low is not None else None
-            for j in range(a, b):
-                if low is not None:
-                    mean = known[:, j - a] + (low[:, j, None, a:j] @ e[:, a:j])[:, 0]
-                    mean = np.clip(np.rint(mean * 2.0**-12), -(2.0**15), 2.0**15)  # in 1/256
-                total = (mean + 128 // PHASES).astype(np.int64)
-                q[:, j] = symbols = coder(
-                    table[:, j - a] + ((total & 255) * PHASES >> 8), total >> 8, slice(start, end), j
-                )
-                e[:, j] = np.clip(symbols * 256 - mean, -(2.0**17), 2.0**17)
-            white = np.rint(e[:, a:b] / sigma[:, a:b, None])
-            square += np.rint(white * white * (1 / 256)).sum(1)
-        self.square += square.sum(1)
-        self.count += 256.0 * self.width * (end - start)
-        exact = (
-            q.astype(np.float32) if np.abs(q).max() <= 128 else q
-        )  # at most 1,024 rows: no sum of products passes 2**24
-        for moments, x in zip(self.moments, exact):
-            moments += x @ x.T  # of a matrix with itself: BLAS does half of it
-        self.seen += end - start
-
-
-def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
-    """Index into PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most two members."""
-    members, rows, width = q.shape
-    if rows * members < 64 or width < 8:
-        return len(PRIORS) - 1
-    best = np.zeros(len(PRIORS))
-    for g in {0, members - 1}:
-        z = q[g] / np.sqrt(np.maximum((q[g].astype(np.float64) ** 2).mean(0), 2.0**-5))
-        even, odd = z[::2], z[1::2]
-        known = correlation((even.T @ even)[None])[0]
-        for i, (strength, weight) in enumerate(PRIORS[:-1]):
-            own = len(even) / (len(even) + strength)
-            prior = np.eye(width) * (1 - weight) + (np.eye(width) if pool is None else pool[0]) * weight
-            low = np.linalg.cholesky((known * own + prior * (1 - own)) * (63 / 64) + np.eye(width) / 64)
-            e = np.linalg.solve(low, odd.T)
-            best[i] += np.log(np.diag(low)).mean() + 0.5 * ((e * e).mean() - (odd * odd).mean()) + 0.002
-    return int(best.argmin())
-
-
-def cell_starts(mixture: int) -> np.ndarray:
-    """For every cell (table * 256 + symbol): frequency << PROB_BITS | sum of the frequencies before it."""
-    freq = FREQ[mixture]
-    return (freq << PROB_BITS | np.minimum(np.cumsum(freq, 1) - freq, (1 << PROB_BITS) - 1)).ravel()
-
-
-def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """steps: (cells, starts), in the order of decoding. Returns states uint32 (lanes,) and words uint16.
-    A state begins with 16 bits that carry nothing, so they carry ``rider`` (two bytes a lane), which the decoder ends with."""
-    state = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
-    words = []
-    for cells, starts in reversed(steps):
-        x, start = state[: len(cells)], starts[cells]
-        freq, start = start >> PROB_BITS, start & (1 << PROB_BITS) - 1
-        full = x >= freq << (32 - PROB_BITS)
-        words.append(x[full].astype("<u2"))
-        x = np.where(full, x >> 16, x)
-        times = (x / freq).astype(np.int64)  # exact: x < 2**32, freq <= 2**14
-        state[: len(cells)] = (times << PROB_BITS) + (x - times * freq) + start
-    return state.astype("<u4"), np.concatenate(words[::-1] + [np.empty(0, "<u2")])
-
-
-def common_weight(q: np.ndarray, axis: int) -> int:
-    """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how far theirs lie apart."""
-    spread = np.log((q.astype(np.float64) ** 2).mean(axis) + 1 / 12).var(1).mean() - 2 / q.shape[axis]
-    return int(np.clip(2 / max(spread, 1e-9), 2, 60))
-
-
-def repeated_rows(q: np.ndarray) -> dict[int, int]:
-    """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: embeddings of tokens that training never saw."""
-    seen = {}
-    return (
-        {i: first for i, row in enumerate(q[0]) if (first := seen.setdefault(row.tobytes(), i)) != i}
-        if len(q) == 1
-        else {}
-    )
-
-
-def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
-    """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of ``rider`` travel in it for nothing.
-    A matrix that writes to or reads from the residual stream, by far the most common size, is turned so that vectors of that width are its rows."""
-    weight = collections.Counter()
-    for q in stacks:
-        weight.update(dict.fromkeys(q.shape[1:], q.size))
-    residual = max(sorted(weight), key=weight.get, default=0)
-    heads, steps, escaped, pools = [], [], [np.empty(0, np.int64)], {}
-    for q in stacks:
-        copies = repeated_rows(q)
-        q = np.delete(q, list(copies), axis=1)
-        rows, width = q.shape[1:]
-        turn = width != residual and (rows == residual or rows < width)
-        q = q.transpose(0, 2, 1) if turn else q
-        variance = np.maximum((q.astype(np.float64) ** 2).mean((1, 2)), 2.0**-5)
-        head = {
-            "shape": list(q.shape),
-            "log2_variance": np.rint(np.log2(variance)).astype(int).tolist(),
-            "turned": int(turn),
-            "prior": choose_prior(q, pools.get(q.shape[2])),
-            "trust": [common_weight(q, 2), common_weight(q, 1)],
-            "copies": [list(copies), list(copies.values())],
-        }
-        columns, cells = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64), []
-
-        def coder(table, floor, rows, j):
-            values = columns[j, :, rows]
-            symbol = values - floor + SPAN
-            cell = (table * 256 + np.where((symbol < 0) | (symbol > ESCAPE), ESCAPE, symbol)).ravel()
-            lost = (FREQ[0].ravel()[cell] == 0) | (cell & 255 == ESCAPE)
-            if lost.any():
-                cell[lost] |= ESCAPE
-                escaped.append(values.ravel()[lost])
-            cells.append(cell.astype(np.int32))
-            return values
-
-        Stack(head, pools).code(coder)
-        head["mixture"] = int(
-            np.argmin([sum(float(cost.ravel()[c].sum(dtype=np.float64)) for c in cells[::5]) for cost in COST])
-        )
-        starts = cell_starts(head["mixture"])
-        steps += [(c, starts) for c in cells]
-        heads.append(head)
-    lanes = max((len(c) for c, _ in steps), default=0)
-    states, words = rans_encode(steps, rider[: 2 * lanes].ljust(2 * lanes, b"\0"))
-    side = zlib.compress(json.dumps(heads, separators=(",", ":")).encode(), 9)
-    raw = zlib.compress(np.concatenate(escaped).astype("<i2").tobytes(), 9)
-    sizes = struct.pack("<4I", len(side), len(raw), lanes, len(words))
-    return b"".join((sizes, side, raw, states.tobytes(), words.tobytes())), min(len(rider), 2 * lanes)
-
-
-def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
-    """Inverse of encode_stacks: the stacks, int16, and the rider (padded with zeros)."""
-    side, raw, lanes, count = struct.unpack_from("<4I", code)
-    at = np.cumsum([16, side, raw, 4 * lanes]).tolist()
-    escaped = np.frombuffer(zlib.decompress(code[at[1] : at[2]]), "<i2")
-    state, words = (
-        np.frombuffer(code, "<u4", lanes, at[2]).astype(np.uint32),
-        np.frombuffer(code, "<u2", count, at[3]).astype(np.uint32),
-    )
-    stacks, pools = [], {}
-    for head in json.loads(zlib.decompress(code[at[0] : at[1]])):
-        starts, columns = (
-            cell_starts(head["mixture"]).astype(np.uint32),
-            np.empty(head["shape"][2:] + head["shape"][:2], np.int16),
-        )
-        symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), BUCKETS * PHASES), FREQ[head["mixture"]].ravel())
-
-        def coder(table, floor, rows, j):
-            nonlocal escaped, words
-            x, table = state[: table.size], table.ravel()
-            slot = x & (1 << PROB_BITS) - 1
-            symbol = symbols.take((table << PROB_BITS) + slot)
-            start = starts.take((table << 8) + symbol)
-            x[:] = (start >> PROB_BITS) * (x >> PROB_BITS) + (
-                slot - (start & (1 << PROB_BITS) - 1)
-            )  # stays below 2**32
-            low = np.flatnonzero(x < 1 << 16)
-            x[low], words = (
-                x[low] << 16 | words[: len(low)],
-                words[len(low) :],
-            )  # a stream that is too short raises here
-            values, lost = symbol + (floor.ravel() - SPAN), symbol == ESCAPE
-            if n := np.count_nonzero(lost):
-                values[lost], escaped = escaped[:n], escaped[n:]
-            columns[j, :, rows] = values = values.reshape(floor.shape)
-            return values
-
-        Stack(head, pools).code(coder)
-        rows, sources = (np.array(rows, int) for rows in head["copies"])
-        q = columns.transpose(*((1, 0, 2) if head["turned"] else (1, 2, 0)))
-        q = np.insert(q, rows - np.arange(len(rows)), 0, axis=1)
-        q[:, rows] = q[:, sources]
-        stacks.append(q)
-    if len(words):
-        raise ValueError("words are left over")
-    return stacks, (state - (1 << 16)).astype("<u2").tobytes()
-
-
-# A file: magic, version, total length, lengths of header and stacks | header: zlib of JSON | entropy-coded stacks | LZMA of the other tensors | CRC-32
-MAGIC, VERSION, FIXED = b"GPTGOLF\n", 1, struct.Struct("<8sIQII")
-LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
-
-
 def as_matrix(a: np.ndarray) -> np.ndarray:
-    """An integer tensor as (R, C): vectors and matrices of two long sides are folded, the last row padded with zeros."""
+    """An integer array as (R, C): vectors and matrices of two long sides are folded, the last row padded with zeros."""
     if a.ndim > 1 and min(len(a), a[0].size) <= 1024:
         return a.reshape(len(a), -1)
     width = 64 if a.ndim == 1 else 512
-    return np.pad(a.ravel(), (0, -a.size % width)).reshape(-1, width)
+    padded = np.pad(a.ravel(), (0, -a.size % width))
+    return padded.reshape(-1, width)
 
 
-def planes(arrays: list[np.ndarray]) -> bytes:
-    """Bytes of arrays of one dtype, most significant bytes of all values first."""
-    return (
-        np.frombuffer(b"".join(a.tobytes() for a in arrays), np.uint8).reshape(-1, arrays[0].itemsize).T[::-1].tobytes()
-    )
+def planes(arrays: Iterable[np.ndarray], dtype: str) -> bytes:
+    """Bytes of arrays of one dtype, most significant bytes of all values first: these repeat, so LZMA sees runs."""
+    raw = b"".join(a.tobytes() for a in arrays)
+    values = np.frombuffer(raw, np.uint8).reshape(-1, np.dtype(dtype).itemsize)
+    return values.T[::-1].tobytes()
+
+
+def from_planes(raw: bytes, dtype: str, count: int) -> np.ndarray:
+    """Inverse of planes, (count,)."""
+    size = np.dtype(dtype).itemsize
+    planes = np.frombuffer(raw, np.uint8, size * count).reshape(size, count)
+    return planes[::-1].T.copy().view(dtype).ravel()
 
 
 def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
-    """Tensors (any numpy dtype) and ``meta`` (JSON) as the bytes of a model file. Integer tensors of 64 values or more are entropy-coded.
-    Tensors whose names differ only in numbers, of one shape, are coded together, so many small ones cost little."""
-    groups, rest = {}, {}
+    """Arrays (any numpy dtype) and `meta` (JSON) as the bytes of a model file. Integer arrays of LEAST_CODED values or
+    more are entropy-coded. Arrays whose names differ only in numbers, of one shape, are coded together, so many small
+    ones cost little."""
+    groups = {}  # entropy-coded: (name without numbers, shape, dtype) -> arrays by name
+    rest = {}  # dtype -> arrays by name
     for name, a in tensors.items():
-        if a.dtype.kind in "iu" and a.size >= 64 and int(a.max()) - int(a.min()) < 1 << 15:
-            groups.setdefault((re.sub(r"\d+", "#", name), a.shape, a.dtype.str), {})[name] = a
+        is_integer = a.dtype.kind in "iu" and a.size >= LEAST_CODED
+        if is_integer and int(a.max()) - int(a.min()) < 1 << 15:
+            key = (re.sub(r"\d+", "#", name), a.shape, a.dtype.str)
+            groups.setdefault(key, {})[name] = a
         else:
             rest.setdefault(a.dtype.str, {})[name] = a
-    coded, stacks = [], []
+    coded = []
+    stacks = []
     for (_, shape, dtype), members in groups.items():
         centres = [round(float(np.median(a))) for a in members.values()]
+        centred = [a.astype(np.int64) - centre for a, centre in zip(members.values(), centres)]
         coded.append([dtype, shape, list(members), centres])
-        stacks.append(np.stack([as_matrix(a.astype(np.int64) - c) for a, c in zip(members.values(), centres)]))
-    plain = [[dtype, [[name, a.shape] for name, a in members.items()]] for dtype, members in rest.items()]
-    raw = lzma.compress(
-        b"".join(planes(list(members.values())) for members in rest.values()), lzma.FORMAT_RAW, filters=LZMA
-    )
+        stacks.append(np.stack([as_matrix(a) for a in centred]))
+    plain = []
+    raw = b""
+    for dtype, members in rest.items():
+        shapes = [[name, a.shape] for name, a in members.items()]
+        plain.append([dtype, shapes])
+        raw += planes(members.values(), dtype)
+    raw = lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA)
     code, ridden = encode_stacks(stacks, raw)
-    head = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
-    head = zlib.compress(json.dumps(head, separators=(",", ":"), sort_keys=True).encode(), 9)
-    total = FIXED.size + len(head) + len(code) + len(raw) - ridden + 4
-    data = FIXED.pack(MAGIC, VERSION, total, len(head), len(code)) + head + code + raw[ridden:]
+    header = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
+    header = zlib.compress(json.dumps(header, separators=(",", ":"), sort_keys=True).encode(), 9)
+    body = header + code + raw[ridden:]
+    total = FIXED.size + len(body) + 4
+    data = FIXED.pack(MAGIC, VERSION, total, len(header), len(code)) + body
     return data + struct.pack("<I", zlib.crc32(data))
 
 
@@ -4329,55 +4830,72 @@ def save_artifact(path: Path, tensors: dict[str, np.ndarray], meta: dict):
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
-    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or of another kind raises ArtifactError."""
+    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or
+    of another kind raises ArtifactError."""
     try:
         data = path.read_bytes()
     except OSError as e:
         raise ArtifactError(
             f"{path}: cannot be read ({e.strerror}); train first, or set ARTIFACT_DIR to the folder that holds it"
         ) from None
-    if data[:8] != MAGIC:
-        raise ArtifactError(
-            f"{path}: not a model file of this script (its first bytes are {data[:8]!r}); set ARTIFACT_DIR to the folder that holds one"
-        )
-    if len(data) < FIXED.size or len(data) != FIXED.unpack_from(data)[2]:
-        raise ArtifactError(
-            f"{path}: {len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew"
-        )
-    if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        raise ArtifactError(f"{path}: checksum does not match; the file was altered: copy it again or write it anew")
-    _, version, _, head, code = FIXED.unpack_from(data)
-    if version != VERSION:
-        raise ArtifactError(
-            f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it"
-        )
-    at = FIXED.size + head
-    return json.loads(zlib.decompress(data[FIXED.size : at])), data[at : at + code], data[at + code : -4]
+
+    def verify(holds: bool, problem: str):
+        if not holds:
+            raise ArtifactError(f"{path}: {problem}")
+
+    verify(
+        data[:8] == MAGIC,
+        f"not a model file of this script (its first bytes are {data[:8]!r}); "
+        "set ARTIFACT_DIR to the folder that holds one",
+    )
+    length = FIXED.unpack_from(data)[2] if len(data) >= FIXED.size else 0
+    verify(
+        len(data) == length,
+        f"{len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew",
+    )
+    (checksum,) = struct.unpack("<I", data[-4:])
+    verify(
+        zlib.crc32(data[:-4]) == checksum,
+        "checksum does not match; the file was altered: copy it again or write it anew",
+    )
+    _, version, _, header_size, code_size = FIXED.unpack_from(data)
+    verify(
+        version == VERSION,
+        f"format version {version}, this script reads {VERSION}; score it with the script that wrote it",
+    )
+    code_at = FIXED.size + header_size
+    rest_at = code_at + code_size
+    header = json.loads(zlib.decompress(data[FIXED.size : code_at]))
+    return header, data[code_at:rest_at], data[rest_at:-4]
 
 
 def load_artifact(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Inverse of encode_artifact: tensors and meta."""
-    head, code, rest = read_artifact(path)
+    """Inverse of encode_artifact: arrays and meta."""
+    header, code, rest = read_artifact(path)
     try:
-        return unpack_tensors(head, code, rest), head["meta"]
+        return unpack_tensors(header, code, rest), header["meta"]
     except Exception as e:  # the checksum holds, so this is a file that was made wrongly
         raise ArtifactError(f"{path}: cannot be decoded ({type(e).__name__}: {e}); write it anew") from e
 
 
-def unpack_tensors(head: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray]:
-    """The tensors that a model file's header describes."""
+def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray]:
+    """The arrays that a model file's header describes."""
     stacks, rider = decode_stacks(code)
-    raw = lzma.decompress(rider[: head["ridden"]] + rest, lzma.FORMAT_RAW, filters=LZMA)
-    tensors, at = {}, 0
-    for (dtype, shape, names, centres), stack in zip(head["coded"], stacks, strict=True):
+    tensors = {}
+    for (dtype, shape, names, centres), stack in zip(header["coded"], stacks, strict=True):
         for name, q, centre in zip(names, stack, centres, strict=True):
-            tensors[name] = (q.ravel()[: math.prod(shape)].astype(np.int64) + centre).astype(dtype).reshape(shape)
-    for dtype, members in head["plain"]:
-        size, count = np.dtype(dtype).itemsize, sum(math.prod(shape) for _, shape in members)
-        values = np.frombuffer(raw, np.uint8, size * count, at).reshape(size, count)[::-1].T.copy().view(dtype).ravel()
-        at += size * count
-        for name, shape in members:
-            tensors[name], values = values[: math.prod(shape)].reshape(shape), values[math.prod(shape) :]
+            values = q.ravel()[: math.prod(shape)]
+            values = values.astype(np.int64) + centre
+            tensors[name] = values.astype(dtype).reshape(shape)
+    raw = rider[: header["ridden"]] + rest
+    raw = lzma.decompress(raw, lzma.FORMAT_RAW, filters=LZMA)
+    for dtype, members in header["plain"]:
+        sizes = [math.prod(shape) for _, shape in members]
+        values = from_planes(raw, dtype, sum(sizes))
+        raw = raw[values.nbytes :]
+        pieces = np.split(values, np.cumsum(sizes)[:-1])
+        for (name, shape), a in zip(members, pieces):
+            tensors[name] = a.reshape(shape)
     return tensors
 
 
@@ -5636,69 +6154,127 @@ def diagnose(run: Run, model: GPT, name: str):
     run.log(f"{name}: {run.result['bpb'][name]:.5f} BPB")
 
 
-def write_artifact(run: Run, model: GPT):
-    """Calibrate, quantise, and write model.bin and the packed train_gpt.py.
-    Steps widen until the two fit under the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains."""
-    cfg, packed = run.cfg, pack_script(SOURCE)
-    with run.phases("calibrate"):
-        hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
-    weights, room = sum(p.numel() for p in model.parameters()), cfg.artifact_cap - cfg.artifact_margin - len(packed)
-    saved, best, last, extra = 8 * (cfg.artifact_cap - room) / weights if cfg.rate_distortion else 0.0, b"", 0, {}
-    for attempt in range(12):
+class RateSearch:
+    """Looks for the bits to save per weight at which model.bin just fits. Sizes are measured, since a code's length is
+    only known once it is written."""
+
+    ATTEMPTS = 12
+    AIM = 0.9997  # of the room: a little below, so that the attempt after a near miss fits
+
+    def __init__(self, cfg: Config, code_bytes: int, weights: int):
+        self.cfg = cfg
+        self.weights = weights
+        self.room = cfg.artifact_cap - cfg.artifact_margin - code_bytes
+        # RATE_DISTORTION's own budget is the whole cap; the published rule's is what its settings give.
+        self.saved = 8 * (cfg.artifact_cap - self.room) / weights if cfg.rate_distortion else 0.0
+        self.sizes = []
+        self.best = b""  # the largest model.bin that fits; empty on ranks that do not write
+
+    def propose(self) -> float:
+        """Bits to save per weight in the next attempt."""
+        if len(self.sizes) == self.ATTEMPTS:
+            raise UserError(
+                f"ARTIFACT_CAP={self.cfg.artifact_cap}: the model does not fit with any step; "
+                "shrink the model or raise the cap"
+            )
+        return self.saved
+
+    def observe(self, data: bytes, size: int):
+        """data: the model.bin of the last proposal, on rank 0; size: its length, on every rank."""
+        self.sizes.append(size)
+        if size <= self.room and len(data) >= len(self.best):
+            self.best = data
+        # Steps 2**x times as wide save x bits a weight.
+        self.saved += 8 * (size - self.room * self.AIM) / self.weights
+
+    def done(self) -> bool:
+        if not self.sizes or self.sizes[-1] > self.room:
+            return False  # only a file that fits ends the search
+        left = self.room - self.sizes[-1]
+        before = self.sizes[-2] if len(self.sizes) > 1 else 0
+        return (
+            not self.cfg.rate_distortion  # the published rule has sizes of its own: it is only widened until it fits
+            or left < self.room / 1000  # the room is used
+            or len(self.sizes) > 3  # every attempt costs training time
+            or abs(self.sizes[-1] - before) < self.room / 10000  # nothing gains: the steps are as fine as symbols allow
+        )
+
+
+def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> bytes:
+    """Quantise and encode until RateSearch is content; the bytes of model.bin on rank 0."""
+    cfg = run.cfg
+    search = RateSearch(cfg, code_bytes, sum(p.numel() for p in model.parameters()))
+    with run.phases("quantize"):
+        quantizer = Quantizer(model, hessians, cfg, run.ranks)
+    logit_values = None
+    while True:
         with run.phases("quantize"):
-            arrays = quantize(model, hessians, cfg, run.ranks, saved)
+            quantized = quantizer.quantize(search.propose())
             if cfg.logit_calibration_enabled:
-                extra = extra or {"logit_calibration": quantized_calibration(run, model, arrays)}
+                if logit_values is None:  # fitted to the first attempt, and kept
+                    logit_values = quantized_calibration(run, model, quantized)
+                quantized = quantized._replace(logit_calibration=logit_values)
         before = run.phases.seconds.get("write", 0.0)
         with run.phases("write"):
-            data = encode_artifact(arrays | extra, {"settings": cfg.settings()}) if run.ranks.main else b""
+            data = encode_artifact(flatten(quantized), {"settings": cfg.settings()}) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
-        run.log(f"model.bin of {size:,} bytes, {room - size:,} left")
-        best = data if size <= room and len(data) >= len(best) else best
-        if size <= room and (
-            not cfg.rate_distortion or room - size < room / 1000 or attempt > 2 or abs(size - last) < room / 10000
-        ):
-            break
-        saved, last = (
-            saved + 8 * (size - room * 0.9997) / weights,
-            size,
-        )  # a step 2**x times as wide saves x bits a weight
-        spent = run.phases.seconds["write"] - before  # coding that only steers the search is part of it: training time
-        run.phases.seconds["quantize"], run.phases.seconds["write"] = run.phases.seconds["quantize"] + spent, before
-    else:
-        raise UserError(
-            f"ARTIFACT_CAP={cfg.artifact_cap}: the model does not fit with any step; shrink the model or raise the cap"
-        )
+        run.log(f"model.bin of {size:,} bytes, {search.room - size:,} left")
+        search.observe(data, size)
+        if search.done():
+            return search.best
+        # Encoding that only steers the search is part of it: training time.
+        run.phases.charge("write", to="quantize", seconds=run.phases.seconds["write"] - before)
+
+
+def write_artifact(run: Run, model: GPT):
+    """Calibrate, quantise, and write model.bin and the packed train_gpt.py. Step sizes widen until the two fit under
+    the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains."""
+    cfg = run.cfg
+    packed = pack_script(SOURCE)
+    with run.phases("calibrate"):
+        hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
+    data = search_rate(run, model, hessians, len(packed))
     with run.phases("write"):
         if run.ranks.main:
             with whole_file(run.folder / "model.bin") as f:
-                f.write(best)
+                f.write(data)
             script = run.folder / "train_gpt.py"
-            if not (script.exists() and script.read_bytes() == packed):
+            if not (script.exists() and script.read_bytes() == packed):  # a packed script may run in its own folder
                 with whole_file(script) as f:
                     f.write(packed)
     run.ranks.agree(0)
     run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
-    run.log(
-        "seconds: " + ", ".join(f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write"))
-    )
+    seconds = [f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")]
+    run.log(f"seconds: {', '.join(seconds)}")
 
 
-def quantized_calibration(run: Run, model: GPT, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """fit_logit_calibration for the weights as the artifact will give them back; the model stays as it is."""
-    quantized = copy.deepcopy(model)
-    load_state(quantized, dequantize(arrays), run.folder)
-    return fit_logit_calibration(quantized, TrainStream(run.cfg), run.cfg, run.ranks)
+def quantized_calibration(run: Run, model: GPT, quantized: Quantized) -> np.ndarray:
+    """fit_logit_calibration for the weights as the artifact will give them back, in a model of their own."""
+    cfg = run.cfg
+    rounded = GPT(cfg, run.attention, model.dtype).to(run.ranks.device)
+    load_state(rounded, quantized.state(), run.folder)
+    return fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
+
+
+def load_quantized(run: Run, model: GPT) -> tuple[GPT, dict]:
+    """model.bin in the model, and its meta. An artifact with logit calibration needs a model that was made with it."""
+    cfg, device = run.cfg, run.ranks.device
+    path = run.folder / "model.bin"
+    arrays, meta = load_artifact(path)
+    quantized = unflatten(arrays)
+    if quantized.logit_calibration is not None:
+        values = torch.from_numpy(quantized.logit_calibration).to(device)
+        calibration = to_logit_calibration(values, piece_features(cfg).to(device))
+        model = GPT(cfg, run.attention, model.dtype, calibration).to(device)
+    load_state(model, quantized.state(), path)
+    return model, meta
 
 
 def score_artifact(run: Run, model: GPT):
     """Load model.bin from disk into the model and score it; the number comes from what ships."""
-    cfg, path = run.cfg, run.folder / "model.bin"
+    cfg = run.cfg
     with run.phases("load"):
-        arrays, meta = load_artifact(path)
-        state = dequantize(arrays)
-        load_state(model, state, path)
-        model = stored_calibration(model, state)
+        model, meta = load_quantized(run, model)
     others = sorted(k.upper() for k, v in cfg.settings().items() if v != meta["settings"].get(k))
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")

@@ -1,4 +1,4 @@
-"""GPTQ against a plain solver, the Hessians it weighs errors with, and the way from weights to the artifact's arrays and back."""
+"""GPTQ against a plain solver, the Hessians it weighs errors with, and the way from weights to arrays and back."""
 
 import hashlib
 import math
@@ -29,15 +29,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_gpt
 from train_gpt import (
     MATRICES,
+    Quantizer,
     TrainStream,
     collect_hessians,
-    dequantize,
-    dequantize_matrix,
+    error_feedback,
+    flatten,
     folded_state,
-    gptq,
     load_state,
-    quantize,
+    unflatten,
 )
+
+
+def gptq(w, hessian, step, limit, damping, column_scale=None, block=128):
+    return train_gpt.gptq(w, error_feedback(hessian, damping), step, limit, column_scale, block)
+
+
+def quantize(model, hessians, cfg, group, saved=0.0):
+    """The artifact's arrays."""
+    return flatten(Quantizer(model, hessians, cfg, group).quantize(saved))
+
+
+def dequantize(arrays):
+    return unflatten(arrays).state()
+
+
+def dequantize_matrix(arrays, name, layer):
+    return unflatten(arrays).matrices[name][layer].dequantize()
 
 
 def problem(n=2, rows=5, cols=24, seed=0):
@@ -50,7 +67,8 @@ def problem(n=2, rows=5, cols=24, seed=0):
 
 
 def plain_gptq(w: np.ndarray, h: np.ndarray, step: np.ndarray, limit: np.ndarray, damping: float) -> np.ndarray:
-    """One matrix by the definition: round the column of largest diagonal, move its error onto the rest by the inverse of what remains of H.
+    """One matrix by the definition: round the column of largest diagonal, move its error onto the rest by the inverse
+    of what remains of H.
 
     step (rows, cols), limit (cols,): the published recipe, with AWQ-lite's finer columns.
     """
@@ -88,7 +106,8 @@ def test_gptq_against_the_definition(block, fine, device):
 
 
 class Recorded(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph and, entered, for torch.cuda.graph: keeps the operations with the very tensors they met, and runs them again."""
+    """Stands for torch.cuda.CUDAGraph and, entered, for torch.cuda.graph: keeps the operations with the very tensors
+    they met, and runs them again."""
 
     replays = 0
 
@@ -112,7 +131,8 @@ class Recorded(TorchDispatchMode):
 
 
 def test_replayed_blocks_are_computed_blocks(monkeypatch):
-    """What a GPU does after the first block: the operations of the second, in its memory, for every block but a shorter last one."""
+    """What a GPU does after the first block: the operations of the second, in its memory, for every block but a
+    shorter last one."""
     w, h, step = problem(rows=7, cols=33, seed=2)
     column = torch.ones(2, 33)
     column[1, 4:20] = 0.5
@@ -145,7 +165,8 @@ def test_gptq_leaves_its_inputs_alone():
 
 
 def test_hessians_are_mean_second_moments_of_the_inputs():
-    """Every kind and layer, the visits of a looped layer added up, over calibration batches spread over the training stream."""
+    """Every kind and layer, the visits of a looped layer added up, over calibration batches spread over the training
+    stream."""
     cfg = config(RUN, data_path=str(data()), gptq_calibration_batches=2)
     model, stream = gpt(cfg), TrainStream(cfg)
     found = collect_hessians(model, stream, cfg, ranks(cfg))
@@ -174,7 +195,8 @@ def identity_hessians(model):
 
 
 def test_quantize_and_back():
-    """Within half a step of the folded weights, symbols within their range, everything else to fp16; and the model that comes back computes the same."""
+    """Within half a step of the folded weights, symbols within their range, everything else to fp16; and the model that
+    comes back computes the same."""
     cfg = config(RUN, rate_distortion=False, matrix_bits=6, embed_bits=7)
     model = gpt(cfg)
     arrays = quantize(model, identity_hessians(model), cfg, ranks(cfg))
@@ -257,14 +279,14 @@ EVERYTHING = dict(
     rate_distortion=False,
     lqer_enabled=True,
     awq_lite_enabled=True,
-    awq_lite_group_size=8,
     gated_attn_quant_gate=True,
     logit_calibration_enabled=True,
 )
 
 
 def test_the_artifact_holds_what_was_quantised(tmp_path):
-    """Bit for bit through the file, with every published option: the weights scored after reloading are those that quantisation made."""
+    """Bit for bit through the file, with every published option: the weights scored after reloading are those that
+    quantisation made."""
     shutil.copy(base_run() / "trained.npz", tmp_path)
     main({**RUN, **EVERYTHING, "quantize_only": True}, tmp_path).ok()
     arrays, meta = train_gpt.load_artifact(tmp_path / "model.bin")
@@ -275,7 +297,7 @@ def test_the_artifact_holds_what_was_quantised(tmp_path):
     model = train_gpt.GPT(cfg, "reference", torch.float32)
     load_state(model, {n: torch.from_numpy(a) for n, a in trained.items()}, "trained.npz")
     again = quantize(model, collect_hessians(model, TrainStream(cfg), cfg, ranks(cfg)), cfg, ranks(cfg))
-    assert set(again) == set(arrays)
+    assert set(again) == set(arrays) and any(name.endswith(".column") for name in arrays)
     for name, array in again.items():
         assert (
             arrays[name].dtype == array.dtype
@@ -301,16 +323,17 @@ def random_hessians(model, seed=0):
 
 
 def test_steps_have_equal_slopes_and_spend_the_budget():
-    """step^2 * (what an error of this row and column costs) is the same for every weight of every matrix, up to the rounding of column factors."""
+    """step^2 * (what an error of this row and column costs) is the same for every weight of every matrix, up to the
+    rounding of column factors."""
     cfg = config(RUN, artifact_cap=20_000, artifact_margin=0, rate_rows=1.0, rate_embed_rows=1.0)
     model = gpt(cfg)
     state, hessians = folded_state(model), random_hessians(model)
     weights = {name: state[name] if state[name].ndim == 3 else state[name][None] for name in MATRICES}
-    plan = train_gpt.rate_distortion_steps(model, weights, hessians, cfg, 0.0)
+    plan = Quantizer(model, hessians, cfg, ranks(cfg)).step_sizes(0.0)
     scales = {matrix: getattr(model, vector).detach() for vector, matrix in train_gpt.FOLDED.items()}
     slopes, bits = [], 0.0
     for name, kind in MATRICES.items():
-        h, (row, column, _) = hessians[kind.hessian].double(), plan[name]
+        h, row, column = hessians[kind.hessian].double(), plan[name].row, plan[name].column_scale
         gradient = hessians[f"{name}.rows"].view(row.shape).double() / (scales[name] ** 2 if name in scales else 1)
         gradient = gradient + 0.1 * gradient.mean(1, keepdim=True)
         for layer in range(len(row)):
@@ -365,9 +388,75 @@ def test_equal_slopes_beat_equal_sigmas():
     assert error(best) < 0.8 * error(other)
 
 
+def curves(**settings):
+    model = gpt(config(RUN, **settings))
+    return Quantizer(model, random_hessians(model), model.cfg, ranks(model.cfg)).curves
+
+
+def test_a_level_more_saves_a_bit_of_every_weight():
+    """Where steps are fine but not the finest: bits_at falls by the number of weights for each level; step sizes
+    double."""
+    curve = curves()["up"]
+    low, high = (curve._replace(finest=torch.zeros_like(curve.finest)).step_sizes_at(level) for level in (-9.0, -8.0))
+    assert torch.equal(2 * low.row, high.row) and torch.equal(low.column_scale, high.column_scale)
+    fine = curve._replace(finest=torch.zeros_like(curve.finest), row=curve.sigma)
+    weights = curve.sigma.numel() * curve.column_codes.size(1)
+    assert abs((fine.bits_at(-9.0) - fine.bits_at(-8.0)) / weights - 1) < 1e-4
+    assert abs(fine.bits_at(-8.0) / weights - (8 + 0.5 * math.log2(2 * math.pi * math.e))) < 1e-3
+
+
+def test_no_step_is_finer_than_symbols_reach():
+    """At any level the largest weight of a row is at most the largest symbol."""
+    for name, curve in curves().items():
+        steps = curve.step_sizes_at(-60.0)
+        assert torch.equal(steps.row, curve.finest) and steps.limit == 127, name
+        assert curve.bits_at(-60.0) == curve.bits_at(-61.0) < curve.column_codes.size(1) * curve.row.numel() * 9
+
+
+def test_the_level_spends_the_budget():
+    """As much as the bisection resolves, never more; and a budget that no step can spend is no error."""
+    found = list(curves().values())
+    bits = lambda level: sum(curve.bits_at(level) for curve in found)
+    for budget in (bits(-4.0) * 0.999, bits(0.0) * 0.999):
+        level = train_gpt.level_for(found, budget)
+        assert bits(level) <= budget < bits(level - 1e-3)
+    assert bits(train_gpt.level_for(found, 1e12)) == bits(-60.0)
+
+
+def search(rate_distortion, room, sizes):
+    """Sizes that the attempts of a RateSearch come to -> the sizes it asked for, and what it settled on."""
+    cfg = config(rate_distortion=rate_distortion, artifact_cap=room + 300, artifact_margin=100)
+    found = train_gpt.RateSearch(cfg, 200, 8000)
+    sizes, proposed = iter(sizes), []
+    while not found.done():
+        proposed.append(found.propose())
+        size = next(sizes)
+        found.observe(bytes(size), size)
+    return proposed, len(found.best)
+
+
+def test_the_search_ends_for_each_of_its_reasons():
+    """The first size that fits, without RATE_DISTORTION; a thousandth is left; four attempts; nothing gains. All else
+    goes on."""
+    assert search(False, 10_000, (12_000, 10_001, 5_000)) == (pytest.approx([0.0, 2.003, 2.007], abs=1e-3), 5_000)
+    assert search(True, 10_000, (12_000, 9_991)) == (pytest.approx([0.3, 2.303], abs=1e-3), 9_991)
+    assert len(search(True, 10_000, (9_000, 9_500, 10_500, 9_600))[0]) == 4
+    assert search(True, 100_000, (90_000, 90_009)) == (pytest.approx([0.3, 0.3 - 9.97], abs=1e-2), 90_009)
+    assert search(True, 10_000, (9_800, 9_700, 9_600, 9_500)) == (
+        pytest.approx([0.3, 0.103, -0.194, -0.591], abs=1e-3),
+        9_800,
+    )
+
+
+def test_a_search_that_fits_nothing_names_the_cap():
+    with pytest.raises(train_gpt.UserError, match="^ARTIFACT_CAP=10300: the model does not fit with any step"):
+        search(True, 10_000, range(10_100, 20_000, 100))
+
+
 @pytest.mark.parametrize("rate_distortion, share", ((True, 0.8), (True, 0.6), (False, 0.8)))
 def test_the_artifact_fills_its_cap(rate_distortion, share, tmp_path):
-    """Down to a cap that binds; with RATE_DISTORTION what remains is below one per cent, and never more than ARTIFACT_MARGIN less than the cap."""
+    """Down to a cap that binds; with RATE_DISTORTION what remains is below one per cent, and never more than
+    ARTIFACT_MARGIN less than the cap."""
     shutil.copy(base_run() / "trained.npz", tmp_path)
     sizes = result(base_run())["bytes"]
     cap = sizes["code"] + int(sizes["model"] * share)
@@ -443,47 +532,39 @@ def test_moments_do_not_depend_on_the_number_of_ranks(tmp_path):
 # ---- LQER, AWQ-lite, logit calibration ----
 
 
-@pytest.mark.parametrize("weight", ("none", "diagonal", "hessian"))
-def test_lqer_reduces_the_error_it_is_asked_to(weight):
-    g = torch.Generator().manual_seed(0)
-    hessian = torch.diag(torch.rand(40, generator=g) * 5 + 0.1) + 0.05
+@pytest.mark.parametrize("seed", (1, 2, 3))
+def test_lqer_reduces_the_error(seed):
+    """By the best product of its rank, in the Frobenius norm, rounded to few bits."""
+    g = torch.Generator().manual_seed(seed)
     error = torch.randn(64, 40, generator=g) * 0.1 + torch.randn(64, 2, generator=g) @ torch.randn(2, 40, generator=g)
-    cfg = config(lqer_weight=weight)
-    arrays, gain = train_gpt.lqer(error, hessian, cfg)
-    assert (
-        arrays["lqer_a"].shape == (64, 4)
-        and set(np.unique(arrays["lqer_a"])) <= {-2, -1, 0, 1}
-        and abs(arrays["lqer_b"].astype(int)).max() <= 8
-    )
-    h = {"none": torch.eye(40), "diagonal": hessian.diagonal().diag(), "hessian": hessian}[weight]
-    norm = lambda e: ((e @ h) * e).sum()
-    assert gain > 0 and norm(error - train_gpt.lqer_product(arrays, 40)) < 0.5 * norm(error)
+    correction = train_gpt.lqer(error, config())
+    assert correction.a.shape == (64, 4) and set(np.unique(correction.a)) <= {-2, -1, 0, 1}
+    assert abs(correction.b.astype(int)).max() <= 8
+    assert correction.error == pytest.approx(error.norm().item())
+    assert (error - correction.product(40)).norm() ** 2 < 0.5 * error.norm() ** 2
 
 
-@pytest.mark.parametrize("select", (False, True))
-def test_lqer_corrects_as_many_matrices_as_it_should(select):
+def test_lqer_corrects_the_matrices_of_largest_error():
     model = gpt()
-    cfg = config(rate_distortion=False, lqer_enabled=True, lqer_gain_select=select, lqer_top_k=2, embed_bits=4)
+    cfg = config(rate_distortion=False, lqer_enabled=True, lqer_top_k=2, embed_bits=4)
     arrays = quantize(model, identity_hessians(model), cfg, ranks(cfg))
     assert sum(name.endswith("lqer_a") for name in arrays) == 2
-    if not select:  # the published rule: largest Frobenius error, and four bits err most
-        plain = {name: a for name, a in arrays.items() if "lqer" not in name}
-        w = folded_state(model)["tok_emb"]
-        assert (
-            "tok_emb.0.lqer_a" in arrays
-            and (dequantize_matrix(arrays, "tok_emb", 0) - w).norm()
-            < (dequantize_matrix(plain, "tok_emb", 0) - w).norm()
-        )
+    plain = {name: a for name, a in arrays.items() if "lqer" not in name}
+    w = folded_state(model)["tok_emb"]  # four bits err most
+    corrected, uncorrected = (dequantize_matrix(found, "tok_emb", 0) - w for found in (arrays, plain))
+    assert "tok_emb.0.lqer_a" in arrays and corrected.norm() < uncorrected.norm()
 
 
-def test_awq_makes_the_most_salient_columns_finer():
+def test_awq_makes_the_most_salient_columns_finer(monkeypatch):
+    monkeypatch.setattr(train_gpt, "AWQ_GROUP", 8)
     model = gpt()
     hessians = identity_hessians(model)
     hessians["up"][3, range(8, 16), range(8, 16)] = 400.0
-    cfg = config(rate_distortion=False, awq_lite_enabled=True, awq_lite_group_size=8)
+    cfg = config(rate_distortion=False, awq_lite_enabled=True)
     arrays = quantize(model, hessians, cfg, ranks(cfg))
     assert [name for name in arrays if name.endswith("column")] == ["up.3.column"]
-    assert arrays["up.3.column"].tolist() == [0] * 8 + [-8] * 8 + [0] * 16  # 8 bits instead of 6: a quarter of the step
+    wanted = [0] * 8 + [-8] * 8 + [0] * 16  # 8 bits instead of 6: a quarter of the step
+    assert arrays["up.3.column"].tolist() == wanted
     error = (dequantize_matrix(arrays, "up", 3) - folded_state(model)["up"][3]).abs()
     assert (
         error[:, 8:16].mean() < 0.4 * error[:, 16:].mean()
@@ -518,22 +599,29 @@ def test_calibration_reads_training_data_only(tmp_path):
         ).sum()
         before = loss(model)
     values = train_gpt.fit_logit_calibration(model, stream, cfg, ranks(cfg))
-    assert values.shape == (15,) and model.logit_calibration is None
-    calibrated = train_gpt.stored_calibration(model, {"logit_calibration": torch.from_numpy(values)})
+    assert values.shape == (15,)
     with torch.no_grad():
-        assert loss(calibrated) < before
+        assert loss(model) == before  # the model itself is as it was
+        assert loss(calibrated(model, torch.from_numpy(values))) < before
+
+
+def calibrated(model, values):
+    """The same weights in a model with logit calibration."""
+    calibration = train_gpt.to_logit_calibration(values, train_gpt.piece_features(model.cfg))
+    other = train_gpt.GPT(model.cfg, "reference", torch.float32, calibration)
+    load_state(other, dict(model.named_parameters()), "memory")
+    return other
 
 
 def test_calibrated_probabilities_sum_to_one():
-    cfg = config(RUN, data_path=str(data()))
-    model = gpt(cfg)
-    calibrated = train_gpt.stored_calibration(model, {"logit_calibration": torch.linspace(-1, 1, 15)})
+    plain = gpt(config(RUN, data_path=str(data())))
+    model = calibrated(plain, torch.linspace(-1, 1, 15))
     hidden = model.trunk(torch.tensor([BOS, 50, 60]), packed_seq([3]), looped=True)[2:].expand(VOCAB, -1)
     with torch.no_grad():
-        nats, hinted = calibrated.nll(hidden, torch.arange(VOCAB), hint=torch.arange(VOCAB))
+        nats, hinted = model.nll(hidden, torch.arange(VOCAB), hint=torch.arange(VOCAB))
         assert abs((-nats).exp().sum() - 1) < 1e-5 and torch.allclose(hinted, -nats, atol=1e-6)
-        assert torch.allclose(calibrated.nll(hidden, torch.arange(VOCAB)).nats, nats, atol=1e-6)
-        assert not torch.allclose(model.nll(hidden, torch.arange(VOCAB)).nats, nats, atol=1e-2)
+        assert torch.allclose(model.nll(hidden, torch.arange(VOCAB)).nats, nats, atol=1e-6)
+        assert not torch.allclose(plain.nll(hidden, torch.arange(VOCAB)).nats, nats, atol=1e-2)
 
 
 def test_features_of_the_tokenizer_s_pieces():
@@ -613,19 +701,57 @@ def test_repeated_rows_cost_next_to_nothing(tmp_path):
 
 def test_coding_tables_are_the_same_everywhere():
     """Frequencies come from integers alone: any change in them is a change of format."""
-    assert (
-        (train_gpt.FREQ.sum(-1) == 1 << train_gpt.PROB_BITS).all()
-        and (train_gpt.FREQ >= 0).all()
-        and (train_gpt.FREQ[..., train_gpt.ESCAPE] > 0).all()
-    )
-    assert hashlib.sha256(np.ascontiguousarray(train_gpt.FREQ, "<i8").tobytes()).hexdigest()[:16] == "8c4c5f6eb556e477"
+    frequencies = train_gpt.FREQUENCIES
+    assert (frequencies.sum(-1) == 1 << train_gpt.PROB_BITS).all() and (frequencies >= 0).all()
+    assert (frequencies[..., train_gpt.ESCAPE] > 0).all()
+    assert hashlib.sha256(np.ascontiguousarray(frequencies, "<i8").tobytes()).hexdigest()[:16] == "8c4c5f6eb556e477"
     assert train_gpt.binary_roots(4)[2] == math.isqrt(2 << 120)
 
 
 @pytest.mark.parametrize("largest", (128, 129, 20000))
 def test_moments_of_symbols_are_exact(largest):
-    """The decoder's probabilities rest on them, so no machine may round them otherwise: whole numbers, also of the longest chunk of the largest symbols."""
+    """The decoder's probabilities rest on them, so no machine may round them otherwise: whole numbers, also of the
+    longest chunk of the largest symbols."""
     q = np.random.default_rng(0).choice((-largest, largest, 1), (2, 1024, 24))
-    stack = train_gpt.Stack({"shape": list(q.shape), "log2_variance": [14, 14], "prior": 0, "trust": [8, 8]}, {})
-    stack.code_chunk(0, 1024, lambda table, floor, rows, j: q[:, rows, j])
-    assert (stack.moments == q.transpose(0, 2, 1) @ q).all()
+    header = train_gpt.StackHeader(list(q.shape), [14, 14], turned=0, prior=0, trust=[8, 8], copies=[[], []])
+    model = train_gpt.StackModel(header, {})
+    model.code_chunk(0, 1024, train_gpt.SymbolWriter(q))
+    assert (model.moments == q.transpose(0, 2, 1) @ q).all()
+
+
+@pytest.mark.parametrize("end", (-1, -2, 2))
+def test_a_code_that_is_cut_or_extended_is_refused(end):
+    code, _ = train_gpt.encode_stacks([gaussian(70, 33, 3.0)[None].astype(np.int64)])
+    changed = code[:end] if end < 0 else code + bytes(end)
+    with pytest.raises(ValueError, match=f"^{len(changed)} bytes of code, {len(code)} by their header"):
+        train_gpt.decode_stacks(changed)
+
+
+@pytest.mark.parametrize("change", (-1, 1))
+def test_words_that_do_not_suffice_or_are_left_over_are_refused(change):
+    """A header that agrees with the length, but not with what is decoded: one word taken away or added."""
+    code, _ = train_gpt.encode_stacks([gaussian(70, 33, 3.0)[None].astype(np.int64)])
+    sizes = np.frombuffer(code, "<u4", 4).tolist()
+    sizes[3] += change
+    words = code[16:-2] if change < 0 else code[16:] + b"\0\0"
+    with pytest.raises(ValueError, match="ends early|left over"):
+        train_gpt.decode_stacks(np.array(sizes, "<u4").tobytes() + words)
+
+
+def test_names_of_arrays_come_back_as_records():
+    """flatten and unflatten are each other's inverse, order of the names included: the file's bytes depend on it."""
+    model = gpt()
+    settings = dict(rate_distortion=False, lqer_enabled=True, gated_attn_quant_gate=True)
+    quantized = Quantizer(model, identity_hessians(model), config(**settings), ranks()).quantize()
+    quantized = quantized._replace(logit_calibration=np.zeros(15, np.float32))
+    arrays = flatten(quantized)
+    assert [*arrays][-1] == "logit_calibration" and sum(name.endswith("lqer_a") for name in arrays) == 3
+    errors = [layer.correction.error for layers in quantized.matrices.values() for layer in layers if layer.correction]
+    corrected = [name for name in arrays if name.endswith("lqer_a")]
+    by_name = lambda name: quantized.matrices[name.split(".")[0]][int(name.split(".")[1])].correction.error
+    assert [by_name(name) for name in corrected] == sorted(errors, reverse=True)
+    assert {name: id(a) for name, a in flatten(unflatten(arrays)).items()} == {
+        name: id(a) for name, a in arrays.items()
+    }
+    state, again = quantized.state(), unflatten(arrays).state()
+    assert set(state) == set(again) and all(torch.equal(state[name], again[name]) for name in state)

@@ -123,7 +123,7 @@ def test_more_context_scores_better_on_repetition(tmp_path):
     arrays, meta = train_gpt.load_artifact(base_run() / "model.bin")
     cfg = train_gpt.Config.from_env({"DATA_PATH": str(data()), "DEVICE": "cpu"}, stored=meta["settings"])
     model = train_gpt.GPT(cfg, "reference", torch.float32)
-    train_gpt.load_state(model, train_gpt.dequantize(arrays), base_run() / "model.bin")
+    train_gpt.load_state(model, train_gpt.unflatten(arrays).state(), base_run() / "model.bin")
     val = ValidationStream(cfg)
     apart, close = (score(model, val, cfg, stride)[0] for stride in (0, 8))
     assert close < apart + 1e-3 and close != apart

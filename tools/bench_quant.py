@@ -27,7 +27,6 @@ METHODS = {  # the first gives the size that all must have
         PUBLISHED, lqer_enabled=True, lqer_top_k=3, lqer_rank=4, awq_lite_enabled=True
     ),
     "ours": {},
-    "ours + LQER by gain": dict(lqer_enabled=True, lqer_gain_select=True, lqer_weight="hessian"),
     "ours, rows alike": dict(rate_rows=0.0, rate_embed_rows=0.0),
     "ours, columns alike": dict(rate_columns=0.0),
     "ours, matrices only": dict(rate_rows=0.0, rate_embed_rows=0.0, rate_columns=0.0),
@@ -40,9 +39,6 @@ METHODS = {  # the first gives the size that all must have
     "ours, embedding rows by 0.25": dict(rate_embed_rows=0.25),
     "ours, embedding rows by 0.75": dict(rate_embed_rows=0.75),
     "ours, embedding rows alike": dict(rate_embed_rows=0.0),
-    "published sigmas, LQER by Hessian": dict(
-        PUBLISHED, lqer_enabled=True, lqer_weight="hessian", lqer_gain_select=True
-    ),
 }
 
 
@@ -143,9 +139,8 @@ class Lab:
         self.cfg = ours.Config.from_env(os.environ, stored={k: v for k, v in stored.items() if k in known})
         self.ranks = ours.Ranks(self.cfg)
         torch.set_float32_matmul_precision("high")
-        backend = ours.choose_attention(self.cfg, self.ranks.device)
-        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
-        self.model, self.scored = (ours.GPT(self.cfg, backend, dtype).to(self.ranks.device) for _ in range(2))
+        self.backend = ours.choose_attention(self.cfg, self.ranks.device)
+        self.model, self.scored = self.new_model(), self.new_model()
         ours.load_state(self.model, {name: torch.from_numpy(a) for name, a in arrays.items()}, trained)
         self.stream, self.val = ours.TrainStream(self.cfg), ours.ValidationStream(self.cfg)
         begun = self.now()
@@ -158,29 +153,39 @@ class Lab:
         self.ranks.synchronize()
         return time.perf_counter()
 
-    def bpb(self, state: dict) -> float:
-        ours.load_state(self.scored, state, "memory")
+    def new_model(self, logit_calibration=None):
+        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
+        return ours.GPT(self.cfg, self.backend, dtype, logit_calibration).to(self.ranks.device)
+
+    def bpb(self, state: dict, logit_values: np.ndarray | None = None) -> float:
+        model, device = self.scored, self.ranks.device
+        if logit_values is not None:
+            values, features = torch.from_numpy(logit_values).to(device), ours.piece_features(self.cfg).to(device)
+            model = self.new_model(ours.to_logit_calibration(values, features))
+        ours.load_state(model, state, "memory")
         ledger = ours.Ledger("bench", self.val.target_bytes, ours.Verdicts())
         log = lambda *_, **__: None
-        return ours.score_stream(ours.ScoringPass(self.scored, self.cfg, self.ranks, log, self.val, ledger))
+        return ours.score_stream(ours.ScoringPass(model, self.cfg, self.ranks, log, self.val, ledger))
 
-    def fitted(self, settings: dict, target: int) -> tuple[dict, int, float]:
-        """Arrays of model.bin within 0.05 % of ``target`` bytes (0: as the settings say), their size, and seconds of one quantisation."""
+    def fitted(self, settings: dict, target: int) -> tuple["ours.Quantized", int, float]:
+        """A quantised model within 0.05 % of `target` bytes (0: as the settings say), its size, and seconds of one
+        quantisation, factors of the Hessians included."""
         cfg, saved, size = dataclasses.replace(self.cfg, **settings), 0.0, 0
         if target:
             cfg = dataclasses.replace(cfg, artifact_cap=target)
         for _ in range(4):
             begun = self.now()
-            arrays = ours.quantize(self.model, self.hessians, cfg, self.ranks, saved)
+            quantized = ours.Quantizer(self.model, self.hessians, cfg, self.ranks).quantize(saved)
             seconds = self.now() - begun
             if cfg.logit_calibration_enabled:
-                ours.load_state(self.scored, ours.dequantize(arrays), "memory")
-                arrays["logit_calibration"] = ours.fit_logit_calibration(self.scored, self.stream, cfg, self.ranks)
-            size = len(ours.encode_artifact(arrays, {"settings": cfg.settings()}))
+                ours.load_state(self.scored, quantized.state(), "memory")
+                values = ours.fit_logit_calibration(self.scored, self.stream, cfg, self.ranks)
+                quantized = quantized._replace(logit_calibration=values)
+            size = len(ours.encode_artifact(ours.flatten(quantized), {"settings": cfg.settings()}))
             if not target or abs(size / target - 1) < 0.0005:
                 break
             saved += 8 * (size - target) / self.weights
-        return arrays, size, seconds
+        return quantized, size, seconds
 
 
 def quant(trained: Path, budget: float):
@@ -193,9 +198,9 @@ def quant(trained: Path, budget: float):
         if time.perf_counter() - began > budget:
             print(f"out of time before: {name}")
             break
-        arrays, size, seconds = lab.fitted(settings, target)
+        quantized, size, seconds = lab.fitted(settings, target)
         target = target or size
-        lost = lab.bpb(ours.dequantize(arrays)) - lab.trained
+        lost = lab.bpb(quantized.state(), quantized.logit_calibration) - lab.trained
         print(f"{name:36s} {size:,} bytes  {lost:+.5f} BPB", flush=True)
         yield name, size, lost, seconds
 
@@ -224,17 +229,16 @@ def column_by_column(
 def solve_times(lab: Lab):
     """Seconds of GPTQ for all matrices: batched on the device, and column by column on one CPU thread."""
     cfg = dataclasses.replace(lab.cfg, **PUBLISHED)
-    state = ours.folded_state(lab.model)
-    weights = {name: state[name] if state[name].ndim == 3 else state[name][None] for name in ours.MATRICES}
-    plan = ours.clip_steps(lab.model, weights, lab.hessians, cfg, 0.0)
+    quantizer = ours.Quantizer(lab.model, lab.hessians, cfg, lab.ranks)
+    plan = quantizer.step_sizes(0.0)
     problems = [
-        (weights[name].float(), lab.hessians[kind.hessian], plan[name].row, plan[name].limit, cfg.gptq_damping)
+        (quantizer.weights[name], lab.hessians[kind.hessian], plan[name].row, plan[name].limit, cfg.gptq_damping)
         for name, kind in ours.MATRICES.items()
     ]
     seconds = []
     for _ in range(2):  # the first loads libraries
         begun = lab.now()
-        found = [ours.gptq(*problem) for problem in problems]
+        found = [ours.gptq(w, ours.error_feedback(h, damping), *rest) for w, h, *rest, damping in problems]
         seconds.append(lab.now() - begun)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

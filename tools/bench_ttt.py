@@ -34,7 +34,7 @@ def ttt(
     model = ours.GPT(first, run.attention, torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32).to(
         run.ranks.device
     )
-    weights = ours.dequantize(ours.load_artifact(folder / "model.bin")[0])
+    weights = ours.unflatten(ours.load_artifact(folder / "model.bin")[0]).state()
     for line, cfg in variants(environment, lines):
         if time.perf_counter() - began > budget:
             print(f"left out, {budget:.0f} s are over: {line}", file=sys.stderr)
