@@ -484,7 +484,7 @@ class Config:
             require(holds, f"{name.upper()}={getattr(self, name)} {rule}")
         context_schedule(self)
 
-    def rules(self) -> tuple[tuple, ...]:
+    def rules(self) -> tuple:
         """What several settings owe each other: (setting to blame, whether the rule holds, the rule)."""
         head_dim = self.model_dim // self.num_heads
         loops_fit = self.loop_start <= self.loop_end < self.num_layers
@@ -550,7 +550,7 @@ def check_names(env, fields):
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
         question = f"; did you mean {nearest[0]}?" if nearest else ""
         require(not ours, f"{name} is not a setting{question} (--help lists them all)")
-        if nearest and nearest[0] not in env and len(name) > 4 and name.isupper():
+        if nearest and nearest[0] not in env and len(name) > 4:
             print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
 
 
@@ -757,7 +757,7 @@ class Phases:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
-        self.seconds = {}  # phase -> wall seconds so far
+        self.seconds = collections.defaultdict(float)  # phase -> wall seconds so far
 
     @contextlib.contextmanager
     def __call__(self, name: str):
@@ -766,12 +766,12 @@ class Phases:
         start = time.perf_counter()
         yield
         self.ranks.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] += time.perf_counter() - start
 
     def charge(self, name: str, to: str, seconds: float):
         """Move seconds that were timed as phase `name` to phase `to`."""
         self.seconds[name] -= seconds
-        self.seconds[to] = self.seconds.get(to, 0.0) + seconds
+        self.seconds[to] += seconds
 
     def budget(self, which: str) -> float:
         """Seconds of all phases that count towards the budget "train" or "eval"."""
@@ -3069,17 +3069,17 @@ class Schedule:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.timed = cfg.max_wallclock_seconds > 0
-        self.seconds = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+        limit = cfg.max_wallclock_seconds
+        self.seconds = limit - cfg.gptq_reserve_seconds if limit else math.inf
         self.stages = context_schedule(cfg)
 
     def allows(self, step: int, now: float) -> bool:
         """Whether a step of mean duration, begun after `step` steps and `now` seconds, would end in time."""
-        return not self.timed or now + now / max(step, 1) <= self.seconds
+        return now + now / max(step, 1) <= self.seconds
 
     def progress(self, step: int, now: float) -> float:
         """The share of the budget that `step` steps and `now` seconds have used."""
-        return now / self.seconds if self.timed else step / self.cfg.iterations
+        return step / self.cfg.iterations if self.seconds == math.inf else now / self.seconds
 
     def looped(self, progress: float) -> bool:
         return self.cfg.num_loops > 0 and progress >= self.cfg.enable_looping_at
@@ -4892,9 +4892,13 @@ def without_docstrings(source: str) -> str:
 
 def documented(tree: ast.Module) -> list:
     """Nodes whose first statement is a docstring and not the only one."""
-    kinds = ast.Module, ast.ClassDef, ast.FunctionDef
-    bodies = [node for node in ast.walk(tree) if isinstance(node, kinds) and len(node.body) > 1]
-    return [node for node in bodies if ast.get_docstring(node) is not None]
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and ast.get_docstring(node) is not None
+        and len(node.body) > 1
+    ]
 
 
 def unpack_script(path: Path) -> str:
@@ -4940,12 +4944,12 @@ class Run:
 
     def describe_environment(self) -> dict:
         """Hardware, versions and hashes, for result.json."""
-        cfg, ranks = self.cfg, self.ranks
+        ranks = self.ranks
         hardware = f"CPU, {torch.get_num_threads()} threads x {ranks.world} rank(s)"
         if ranks.device.type == "cuda":
             hardware = f"{ranks.world} x {torch.cuda.get_device_name()}"
         source = SOURCE if PACKED else strip_source(SOURCE)
-        fused = use_kernels(torch.bfloat16, ranks.device, cfg.model_dim // cfg.num_heads)
+        fused = use_kernels(torch.bfloat16, ranks.device, self.cfg.model_dim // self.cfg.num_heads)
         return {
             "hardware": hardware,
             "attention": self.attention_backend,
@@ -4957,21 +4961,21 @@ class Run:
                 "numpy": np.__version__,
             },
             "source_sha256": sha256(source.encode()),
-            "settings_sha256": cfg.sha256(),
+            "settings_sha256": self.cfg.sha256(),
         }
 
     def log_environment(self):
         """The first lines of the log."""
         log = self.log
         listed = lambda facts: ", ".join(f"{name} {value}" for name, value in facts.items())
-        facts = dict(self.environment)
-        hashes = facts.pop("source_sha256"), facts.pop("settings_sha256")
-        log(listed(facts | facts.pop("versions")))
-        log(f"source sha256 {hashes[0]}")
+        facts = self.environment
+        versions = listed(facts["versions"])
+        log(f"hardware {facts['hardware']}, attention {facts['attention']}, kernels {facts['kernels']}, {versions}")
+        log(f"source sha256 {facts['source_sha256']}")
         settings = self.cfg.settings()
         changed = settings.items() - Config().settings().items()
         changes = " ".join(f"{name.upper()}={value}" for name, value in sorted(changed))
-        log(f"settings sha256 {hashes[1]}; changed from their defaults: {changes or 'none'}")
+        log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes or 'none'}")
         log(f"all settings: {json.dumps(settings)}", console=False)
         log(f"data: {listed(self.data)}")
         if not self.data["manifest"]:

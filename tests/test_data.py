@@ -194,7 +194,7 @@ def test_files_that_are_no_shards_are_left_alone(tmp_path):
 
 def test_the_fingerprint(tmp_path):
     cfg = config(RUN, data_path=str(data()))
-    found = train_gpt.describe_data(cfg, train_gpt.ValidationStream(cfg))
+    found = train_gpt.fingerprint(cfg, train_gpt.ValidationStream(cfg))
     promised = json.loads((data() / "manifest.json").read_text())
     assert (
         found["val_documents"] == promised["val"]["documents"]
@@ -206,7 +206,7 @@ def test_the_fingerprint(tmp_path):
     (folder / "manifest.json").unlink()
     edit(VAL, put(5, 77))(folder)
     cfg = config(RUN, data_path=str(folder))
-    other = train_gpt.describe_data(cfg, train_gpt.ValidationStream(cfg))
+    other = train_gpt.fingerprint(cfg, train_gpt.ValidationStream(cfg))
     assert other["val_sha256"] != found["val_sha256"] and not other["manifest"]
 
 

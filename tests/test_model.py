@@ -108,7 +108,7 @@ class Reference:
 
     def __call__(self, tokens) -> torch.Tensor:
         c, p = self.cfg, self.p
-        normed = lambda x, layer: unit(x) * ((layer + 1) ** -0.5 if c.ln_scale else 1.0)
+        normed = lambda x, layer: unit(x) * (layer + 1) ** -0.5
         mixed = lambda x, layer: p["resid_mix"][layer, 0] * x + p["resid_mix"][layer, 1] * x0
 
         def block(x, layer):
@@ -166,7 +166,7 @@ VARIANTS = {
     "no windows": {"attn_window": 0},
     "windows everywhere": {"attn_window": 1, "attn_full_layers": ""},
     "added skips": {"skip_gates_enabled": False},
-    "no gates": {"smear_gate_enabled": False, "sparse_attn_gate_enabled": False, "ln_scale": False, "xsa_last_n": 0},
+    "no gates": {"smear_gate_enabled": False, "sparse_attn_gate_enabled": False, "xsa_last_n": 0},
     "two extra loops": {
         "num_layers": 7,
         "num_loops": 2,

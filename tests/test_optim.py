@@ -28,10 +28,10 @@ def set_gradients(model, seed: int, scale: float = 1.0):
 
 def coverage(opt: Optimizer) -> dict[int, torch.Tensor]:
     """How many rules own each element of each parameter."""
-    counts = {id(p): torch.zeros_like(p) for p in opt.model.parameters()}
+    counts = {id(p): torch.zeros_like(p) for p in opt.parameters}
     for group in opt.muon:
-        for p, lo, hi in group.blocks:
-            counts[id(p)][:, lo:hi] += 1
+        for p, low, high in group.blocks:
+            counts[id(p)][:, low:high] += 1
     for group in opt.adam.param_groups:
         for p in group["params"]:
             counts[id(p)] += 1
@@ -71,6 +71,23 @@ def test_caps_do_not_decay():
     model = gpt(config(asym_logit_rescale=True))
     groups = [group for group in optimizer(model).adam.param_groups if any(p is model.caps for p in group["params"])]
     assert [(group["base_lr"], group["weight_decay"]) for group in groups] == [(model.cfg.scalar_lr, 0.0)]
+
+
+def test_the_rules_name_every_parameter_once():
+    model = gpt(config(asym_logit_rescale=True))
+    rules = train_gpt.parameter_rules(model, model.cfg)
+    assert list(rules) == [name for name, _ in model.named_parameters()]
+    assert rules["qkv"].heights == (model.q_dim, model.kv_dim, model.kv_dim)
+    assert {name for name, rule in rules.items() if rule.heights} == {"qkv", "o", "up", "down"}
+
+
+def test_a_row_without_a_rule_is_an_error(monkeypatch):
+    model = gpt()
+    rules = train_gpt.parameter_rules(model, model.cfg)
+    rules["qkv"] = rules["qkv"]._replace(heights=(model.q_dim, model.kv_dim))
+    monkeypatch.setattr(train_gpt, "parameter_rules", lambda *_: rules)
+    with pytest.raises(AssertionError, match="every row"):
+        optimizer(model)
 
 
 def test_a_new_parameter_joins_the_scalars():
@@ -123,8 +140,7 @@ def plain_muon(w, grads, momenta, cfg, lr_scale: float) -> np.ndarray:
     for g, mu in zip(grads, momenta):
         buffer = mu * buffer + g
         u = g + mu * buffer
-        if cfg.muon_row_normalize:
-            u = u / np.linalg.norm(u, axis=1, keepdims=True)
+        u = u / np.linalg.norm(u, axis=1, keepdims=True)
         rows, cols = u.shape
         x = u.T if rows > cols else u
         x = x / np.linalg.norm(x)
@@ -143,14 +159,11 @@ def plain_muon(w, grads, momenta, cfg, lr_scale: float) -> np.ndarray:
     return w
 
 
-@pytest.mark.parametrize("row_normalize", (True, False))
 @pytest.mark.parametrize("variant", ({"mlp_mult": 3.0}, {"num_kv_heads": 4, "mlp_mult": 1.0}))
-def test_muon_against_the_plain_reference(variant, row_normalize):
+def test_muon_against_the_plain_reference(variant):
     """Momentum with its warm-up, Nesterov, row normalisation, scale and decay of every matrix on its own: q, k and v apart."""
     model = gpt(config(**variant))
-    opt = optimizer(
-        model, grad_clip_norm=0.0, muon_row_normalize=row_normalize, muon_momentum_warmup_steps=2, muon_wd=0.3
-    )
+    opt = optimizer(model, grad_clip_norm=0.0, muon_momentum_warmup_steps=2, muon_wd=0.3)
     before = {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
     grads = []
     for step in range(4):
@@ -299,7 +312,7 @@ def trainer(**overrides) -> train_gpt.Trainer:
     group, log = ranks(cfg), Silent()
     model = train_gpt.GPT(cfg, "reference", torch.float32)
     model.init_weights(7)
-    return train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log))
+    return train_gpt.Trainer(model, cfg, group, log)
 
 
 def test_warm_up_restores_everything():

@@ -152,7 +152,7 @@ def test_loss_is_the_mean_over_all_tokens():
             nats = model.nll(model.trunk(batch.tokens, batch.seq, looped=False), batch.targets.clamp(min=0)).double()
         total, count = total + nats[batch.targets >= 0].sum().item(), count + int((batch.targets >= 0).sum())
     log, group = Silent(), ranks(cfg)
-    trainer = train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log))
+    trainer = train_gpt.Trainer(model, cfg, group, log)
     assert count == 500
     assert trainer.gradients(TrainStream(cfg).step(0, 48, 0, 1), False).item() == pytest.approx(total / 500, rel=1e-5)
 
@@ -166,7 +166,7 @@ def test_micro_batches_add_up_to_one_big_batch(tmp_path):
     for micro in (320, 64, 96):
         cfg = config(RUN, data_path=str(tmp_path), train_batch_tokens=320, micro_batch_tokens=micro)
         model, log, group = gpt(cfg), Silent(), ranks(cfg)
-        trainer = train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log))
+        trainer = train_gpt.Trainer(model, cfg, group, log)
         losses.append(trainer.gradients(trainer.stream.step(0, 48, 0, 1), True).item())
         gradients.append([p.grad for p in model.parameters()])
     for loss, other in zip(losses[1:], gradients[1:]):
@@ -177,7 +177,7 @@ def test_micro_batches_add_up_to_one_big_batch(tmp_path):
 def test_validation_batches_cannot_be_trained_on():
     cfg = config(RUN, data_path=str(data()))
     log, group = Silent(), ranks(cfg)
-    trainer = train_gpt.Trainer(gpt(cfg), cfg, group, log, train_gpt.Phases(group, log))
+    trainer = train_gpt.Trainer(gpt(cfg), cfg, group, log)
     batch = trainer.stream.step(0, 48, 0, 1)[0]
     with pytest.raises(AssertionError):
         trainer.gradients([batch._replace(split="val")], False)
@@ -238,7 +238,7 @@ def test_the_run_follows_its_schedule(tmp_path, monkeypatch):
     )
     cfg = config(run)
     log, group = Silent(), ranks(cfg)
-    trainer = train_gpt.Trainer(gpt(cfg), cfg, group, log, train_gpt.Phases(group, log))
+    trainer = train_gpt.Trainer(gpt(cfg), cfg, group, log)
     counts = trainer.run()
     assert [looped for looped, _ in used] == [False] * 5 + [True] * 5
     assert [span for _, span in used] == [12] * 3 + [24] * 3 + [48] * 4
@@ -256,7 +256,7 @@ def test_iterations_mode_does_not_depend_on_the_clock(monkeypatch):
             patch.setattr(train_gpt.time, "perf_counter", lambda clock=clock, speed=speed: clock() * speed)
             cfg = config(RUN, data_path=str(data()), iterations=4, enable_looping_at=0.5)
             model, log, group = gpt(cfg), Silent(), ranks(cfg)
-            train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log)).run()
+            train_gpt.Trainer(model, cfg, group, log).run()
         weights.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights))
 
@@ -282,7 +282,7 @@ def test_wallclock_mode_stops_inside_its_budget(monkeypatch):
         enable_looping_at=0.5,
     )
     log, group = Silent(), ranks(cfg)
-    counts = train_gpt.Trainer(gpt(cfg), cfg, group, log, train_gpt.Phases(group, log)).run()
+    counts = train_gpt.Trainer(gpt(cfg), cfg, group, log).run()
     assert counts["steps"] in (19, 20) and counts["seconds"] <= 2.0 + 1e-9
     switch = [line for line in log.lines if "loops on" in line]
     assert len(switch) == 1 and switch[0].startswith(("step 10:", "step 11:"))
