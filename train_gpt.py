@@ -598,9 +598,8 @@ def help_text() -> str:
         if f.name in GROUPS:
             lines.append(f"\n{GROUPS[f.name]}")
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        within = f.metadata["within"]
-        limits = "" if within == "any text" else f"; {within}"
-        lines.append(f"  {f.name.upper():28s} {str(default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
+        shown = f"{f.name.upper():28s} {str(default) or '(empty)':>13s}"
+        lines.append(f"  {shown}   {f.metadata['meaning']}; {f.metadata['within']}")
     return "\n".join(lines)
 
 
@@ -670,7 +669,7 @@ class Log:
 
     def __init__(self, ranks: Ranks):
         self.main = ranks.main
-        self.file = io.StringIO()  # what is logged before there is a file
+        self.file = io.StringIO()  # until there is a file
 
     def open(self, path: Path, mode: str):
         """Only now is an earlier log replaced: a run that fails its checks leaves it alone."""
@@ -710,9 +709,9 @@ class Clock:
 
     def tick(self) -> float:
         """Call before each step; returns its predicted start in seconds since construction."""
-        while len(self.pending) > self.LEAD:
+        while len(self.pending) > self.LEAD:  # launch no further ahead: a prediction of few steps errs little
             self.pending.popleft().synchronize()
-        while self.pending and self.pending[0].query():
+        while self.pending and self.pending[0].query():  # the step has ended
             self.pending.popleft()
         now = self.seconds()
         queued = len(self.pending)
@@ -765,7 +764,7 @@ class Phases:
         assert name in self.BUDGET, name
         start = time.perf_counter()
         yield
-        self.ranks.synchronize()
+        self.ranks.synchronize()  # what the block launched belongs to it
         self.seconds[name] += time.perf_counter() - start
 
     def charge(self, name: str, to: str, seconds: float):
@@ -831,6 +830,7 @@ class Ledger:
         """Join what the ranks have scored since the last merge; one rank alone must have scored each target."""
         new = self.scored & ~self.merged
         if ranks.world > 1:
+            # Only what is new travels, so that a sum over the ranks adds one score and zeros.
             writers = ranks.all_reduce_(torch.from_numpy(new.astype(np.int32))).numpy()
             nats = ranks.all_reduce_(torch.from_numpy(np.where(new, self.nats, 0.0))).numpy()
             once = writers.max() <= 1 and not writers[self.merged].any()
@@ -855,7 +855,7 @@ class Ledger:
 
     def partial_bpb(self, which: np.ndarray) -> float:
         """Bits per byte over the targets that the mask `which` (targets,) selects."""
-        size = self.bytes[which].sum(dtype=np.int64)
+        size = self.bytes[which].sum(dtype=np.int64)  # uint16 would overflow
         return float(self.nats[which].sum() / math.log(2) / max(size, 1))
 
     def check(self, holds: bool, fault: str):
@@ -896,16 +896,16 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
     """Open `path` for writing bytes so that it appears complete, by rename, or not at all.
 
     `setting` is what an error tells the user to change."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    part = path.with_name(f"{path.name}.part{os.getpid()}")  # on the same disk, for the rename
     with explained(f"{path}: cannot be written ({{}}); free space there or set {setting} to another place", OSError):
         try:
             with open(part, "wb") as f:
                 yield f
                 f.flush()
-                os.fsync(f.fileno())
+                os.fsync(f.fileno())  # a rename may reach the disk before the data
             os.replace(part, path)
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # after the rename there is none
                 part.unlink()
 
 
@@ -1055,14 +1055,14 @@ class TrainStream:
         tokens = self.read(start, count + 1)
         starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
         if not len(starts) or starts[0] != 0:
-            starts = np.insert(starts, 0, 0)
+            starts = np.insert(starts, 0, 0)  # the rest of a document whose beginning another batch has
         return pack(tokens, starts, span, self.cfg.train_seq_len, "train", self.cfg.micro_batch_tokens)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start` of the endless stream, int64."""
         pieces = []
         while count:
-            start %= self.tokens
+            start %= self.tokens  # another epoch
             i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds `start`
             offset = start - (int(self.ends[i]) - len(self.shards[i]))
             piece = self.shards[i][offset : offset + count].astype(np.int64)
@@ -1087,7 +1087,7 @@ class Prefetch:
 
     def __call__(self, step: int, span: int) -> list[Batch]:
         future = self.waiting.pop((step, span), None) or self.submit(step, span)
-        self.waiting = {(step + 1, span): self.submit(step + 1, span)}
+        self.waiting = {(step + 1, span): self.submit(step + 1, span)}  # the guess: no change of span
         return [to_device(batch, self.ranks.device) for batch in future.result()]
 
 
@@ -1099,7 +1099,7 @@ class ValidationStream:
         self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, "fineweb_val_*.bin")])
         check_start(folder / "fineweb_val_*.bin", self.tokens, cfg)
         check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg)
-        self.targets = len(self.tokens) - 1
+        self.targets = len(self.tokens) - 1  # target i is token i + 1
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         # Inputs of each document. The target of its last input is the next document's BOS.
         self.lengths = np.diff(np.append(self.starts, self.targets))
@@ -1162,7 +1162,7 @@ def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
     texts = ["" if special[i] else sp.id_to_piece(i).replace("\u2581", " ") for i in ids]
     sizes = np.array([1 if sp.is_byte(i) else len(texts[i].encode()) for i in ids], np.uint16)
-    counts = sizes[tokens]
+    counts = sizes[tokens]  # (tokens,)
     if sp.encode("a", out_type=str)[0].startswith("\u2581"):  # the tokenizer has add_dummy_prefix
         spaced = np.array([text.startswith(" ") for text in texts])
         opens = np.concatenate([[True], special[tokens[:-1]]])  # the first token after BOS
@@ -1177,6 +1177,7 @@ def sha256(data) -> str:
 def fingerprint(cfg: Config, val: ValidationStream) -> dict:
     """What identifies the data, for the log and result.json; first it must be what its manifest says."""
     size = int(val.bytes.sum(dtype=np.int64))
+    # The contest's validation set has the first 50,000 documents of FineWeb.
     contest = size in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
     manifest = Path(cfg.data_path) / "manifest.json"
     facts = {
@@ -2883,11 +2884,11 @@ def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
         x <- a x + (b G + c G^2) x    with G = x x^T, the Gram matrix of the shorter side
 
     Five iterations leave singular values within about 0.1 of 1 (Polar Express) or 0.3 (constant coefficients)."""
-    x = u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values below 1, or the iteration diverges
     wide = u.size(1) <= u.size(2)
     for a, b, c in coefficients:
         gram = x @ x.mT if wide else x.mT @ x
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
         factors = (polynomial, x) if wide else (x, polynomial)
         x = torch.baddbmm(x, *factors, beta=a)
     return x
@@ -2912,9 +2913,9 @@ class MuonGroup:
         self.count = sum(len(block.parameter) for block in blocks)
         self.shard = -(-self.count // world)  # matrices of one rank; the last ranks' may be padding
         self.padded = self.shard * world
-        # This rank's momentum.
+        # This rank's momentum, (shard, rows, cols).
         self.momentum = torch.zeros(self.shard, self.rows, self.cols, dtype=dtype, device=first.parameter.device)
-        self.scale = math.sqrt(max(1.0, self.rows / self.cols))
+        self.scale = math.sqrt(max(1.0, self.rows / self.cols))  # of the update: tall matrices need larger entries
 
     def gradient(self) -> Tensor:
         """(padded, rows, cols) in the momentum's dtype."""
@@ -2961,7 +2962,7 @@ class Optimizer:
             ],
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
-            fused=True,
+            fused=True,  # one kernel for each group
         )
         self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
         self.averaged_steps = 0
@@ -2977,6 +2978,7 @@ class Optimizer:
     def step(self, step: int, lr_scale: float):
         """Update every parameter with its gradient and forget the gradients. Adam works while Muon's updates travel."""
         cfg = self.cfg
+        # 1. Sum over the ranks: each gets its shard of Muon's gradients and all of Adam's.
         for p in self.parameters:
             if p.grad is None:  # a rank without a micro-batch still takes part in the sums
                 p.grad = torch.zeros_like(p)
@@ -2986,8 +2988,11 @@ class Optimizer:
         for wait in waits:
             wait.wait()
 
+        # 2. Clip the norm of the sum, not that of each rank's part.
         clip = self.clip_factor(shards)
         torch._foreach_mul_([p.grad for p in self.small], clip)
+
+        # 3. Update.
         momentum = self.muon_momentum(step)
         updates = [self.direction(g, shard * clip.to(shard.dtype), momentum) for g, shard in zip(self.muon, shards)]
         gathered = [self.gather(g, update) for g, update in zip(self.muon, updates)]
@@ -2999,6 +3004,7 @@ class Optimizer:
                 wait.wait()
             group.apply_(update, cfg.matrix_lr * lr_scale, cfg.muon_wd)
 
+        # 4. Average.
         for p in self.parameters:
             p.grad = None
         if self.average:
@@ -3021,8 +3027,9 @@ class Optimizer:
         """min(1, GRAD_CLIP_NORM / norm of the gradient of all parameters over all ranks), a scalar on the device."""
         if not self.cfg.grad_clip_norm:
             return torch.ones((), device=self.ranks.device)
-        norms = torch._foreach_norm(shards, dtype=torch.float32)
+        norms = torch._foreach_norm(shards, dtype=torch.float32)  # fp32: the shards are bf16 on a GPU
         squares = self.ranks.all_reduce_(torch.stack(norms).square().sum())
+        # Every rank already has the sum of these.
         small_norms = torch._foreach_norm([p.grad for p in self.small])
         squares = squares + torch.stack(small_norms).square().sum()
         return (self.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
@@ -3035,8 +3042,8 @@ class Optimizer:
 
     def direction(self, group: MuonGroup, grad: Tensor, momentum: float) -> Tensor:
         """Nesterov momentum, rows normed (MuonEq-R), orthogonalised: this rank's matrices (n, rows, cols)."""
-        group.momentum.mul_(momentum).add_(grad)
-        u = grad.add_(group.momentum, alpha=momentum)
+        group.momentum.mul_(momentum).add_(grad)  # m <- momentum m + g
+        u = grad.add_(group.momentum, alpha=momentum)  # g + momentum m
         row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
         u = u / row_norms.clamp_min(1e-7).to(u.dtype)
         return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients])
@@ -3130,7 +3137,7 @@ class Trainer:
         Kernels are compiled and libraries are set up before the clock starts."""
         saved = [p.detach().clone() for p in self.model.parameters()]
         fetch = Prefetch(self.stream, self.ranks)
-        for looped in sorted({self.schedule.looped(0.0), self.schedule.looped(1.0)}):
+        for looped in sorted({self.schedule.looped(0.0), self.schedule.looped(1.0)}):  # those that will occur
             for step in range(self.cfg.warmup_steps):
                 self.gradients(fetch(step, self.cfg.train_seq_len), looped)
                 self.optimizer.step(step, 1.0)
@@ -3148,23 +3155,24 @@ class Trainer:
         looped = False
         span = None  # attention span of the last step
         changed_at = None  # step at which the span changed last
+        # All ranks read the same clock, so they stop, loop and change the span at the same step.
         while step < cfg.iterations and schedule.allows(step, now := clock.tick()):
             progress = schedule.progress(step, now)
             if schedule.looped(progress) and not looped:
-                looped = True
+                looped = True  # from here on a step visits more layers and takes longer
                 visits = [visit.layer for visit in self.model.schedules[True]]
                 self.log(f"step {step}: loops on at progress {progress:.3f}, visits {visits}")
             if schedule.span(progress) != span:
-                changed_at = None if span is None else step
+                changed_at = None if span is None else step  # the first span is no change: no ramp
                 span = schedule.span(progress)
                 self.log(f"step {step}: attention span {span}")
             lr_scale = schedule.lr_scale(progress) * schedule.ramp(step, changed_at)
 
-            loss = self.gradients(fetch(step, span), looped)
+            loss = self.gradients(fetch(step, span), looped)  # a thread builds the next step's batches meanwhile
             self.optimizer.step(step, lr_scale)
             clock.step_done()
             step += 1
-            if step <= 5 or step % cfg.train_log_every == 0:
+            if step <= 5 or step % cfg.train_log_every == 0:  # the first steps show a mistake early
                 self.report(step, loss, lr_scale, clock)
         seconds = clock.stop()
         self.optimizer.use_average()
@@ -3174,7 +3182,7 @@ class Trainer:
         """Backward through this rank's micro-batches; returns their part of the loss, on the device."""
         loss = torch.zeros((), device=self.ranks.device)
         for batch in batches:
-            assert batch.split == "train"
+            assert batch.split == "train"  # validation tokens never train the model here
             part = batch_loss(self.model, batch, self.cfg.train_batch_tokens, looped)
             part.backward()
             loss += part.detach()
@@ -3188,10 +3196,11 @@ class Trainer:
         self.curve.append((step, round(seconds, 3), loss, lr_scale))
         mean = seconds / step
         progress = self.schedule.progress(step, seconds)
-        left = seconds * max(1 / progress - 1, 0)
+        left = seconds * max(1 / progress - 1, 0)  # exact if the budget is of seconds, else an estimate
         self.log(
             f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  "
-            f"{1e3 * mean:7.1f} ms/step  {self.cfg.train_batch_tokens / mean:11,.0f} tokens/s  {seconds:6.1f} s, {left:.0f} s left"
+            f"{1e3 * mean:7.1f} ms/step  {self.cfg.train_batch_tokens / mean:11,.0f} tokens/s  "
+            f"{seconds:6.1f} s, {left:.0f} s left"
         )
 
     def summary(self, step: int, seconds: float) -> dict:
@@ -4746,7 +4755,6 @@ class TestTimeTraining:
         self.method = cfg.ttt_method if cfg.ttt_enabled else "none"
         self.segments = plan_chunks(val.lengths, cfg) if self.method == "sgd" else plan_segments(len(val.lengths), cfg)
         self.learner, self.sgd = BaseLearner(model, cfg, ranks, val), None
-        self.progress = Progress(ranks, log)
         sizes = [s.last - s.first for s in self.segments]
         serial = sum(len(chunk_ends(int(val.lengths[s.first : s.last].max()), cfg)) for s in self.segments)
         log(
@@ -4777,11 +4785,12 @@ class TestTimeTraining:
 
     def score(self) -> float:
         begun = time.perf_counter()
+        progress = Progress(self.ranks, self.log)
         self.model.requires_grad_(False)
         for i, segment in enumerate(self.segments):
             if self.method == "lora":
                 for batch in self.batches[i]:
-                    self.progress.show(self.ledger)
+                    progress.show(self.ledger)
                     self.adapters.run(batch)
                 self.ledger.merge(self.ranks)
                 self.adapters.next_segment(self.ranks)
@@ -4933,7 +4942,7 @@ class Run:
             with explained(f"ARTIFACT_DIR={self.folder}: cannot be made ({{}}); name another folder", OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(cfg.seed)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         with self.phases("read"):
             self.val = ValidationStream(cfg)
             self.data = fingerprint(cfg, self.val)
@@ -4973,9 +4982,10 @@ class Run:
         log(f"hardware {facts['hardware']}, attention {facts['attention']}, kernels {facts['kernels']}, {versions}")
         log(f"source sha256 {facts['source_sha256']}")
         settings = self.cfg.settings()
-        changed = settings.items() - Config().settings().items()
-        changes = " ".join(f"{name.upper()}={value}" for name, value in sorted(changed))
-        log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes or 'none'}")
+        defaults = Config().settings()
+        changed = [f"{name.upper()}={value}" for name, value in settings.items() if value != defaults[name]]
+        changes = " ".join(changed) or "none"
+        log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
         log(f"all settings: {json.dumps(settings)}", console=False)
         log(f"data: {listed(self.data)}")
         if not self.data["manifest"]:
@@ -5019,7 +5029,7 @@ def try_codec(run: Run):
         "q.0.step": np.arange(64, dtype=np.int16),
         "r": np.ones(3, np.float16),
     }
-    path = run.folder / f"preflight{os.getpid()}.bin"
+    path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
     save_artifact(path, probe, {"settings": run.cfg.settings()})
     loaded, _ = load_artifact(path)
     path.unlink()
@@ -5035,7 +5045,7 @@ def check_folder(run: Run):
             script.read_bytes() == pack_script(SOURCE),
             f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere",
         )
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone
         weights = sum(p.numel() for p in run.new_model().parameters())
     need = 4 * weights + 2 * run.cfg.artifact_cap  # trained.npz, and model.bin beside an earlier one
     free = shutil.disk_usage(run.folder).free
@@ -5205,7 +5215,7 @@ def score_artifact(run: Run, model: GPT):
         with run.phases("score"):
             score_plainly(run, model, ledger)
     run.log(f"{ledger.name}: {run.result['bpb'][ledger.name]:.5f} BPB")
-    run.headline = ledger.name
+    run.headline = ledger.name  # the pass whose BPB may become val_bpb
     run.result.update(anatomy(ledger, run.val))
     if cfg.ledger_path and run.ranks.main:
         with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
@@ -5223,7 +5233,7 @@ def finish(run: Run):
     result["seconds"] = {which: run.phases.budget(which) for which in ("train", "eval")} | run.phases.seconds
     judge_budgets(run)
     failed = run.verdicts.failed()
-    if not failed:
+    if not failed:  # the one place that makes a number the result
         result["val_bpb"] = result["bpb"][run.headline]
     result.update(
         dataset=run.data["dataset"],
@@ -5269,7 +5279,7 @@ def log_table(run: Run):
 
 def configure(env) -> Config:
     """Settings from the environment. Where a run continues from a file, the file's settings are the defaults."""
-    cfg = Config.from_env(env, check=False)
+    cfg = Config.from_env(env, check=False)  # the mode and the folder; the rest may need the stored settings
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
         stored = read_artifact(path)[0]["meta"]["settings"]
@@ -5278,6 +5288,7 @@ def configure(env) -> Config:
         stored = read_trained(path)[1]["settings"]
     else:
         return Config.from_env(env)
+    # A retired setting with the value that is fixed now is as good as absent; with another value the script differs.
     stored = {name: value for name, value in stored.items() if RETIRED.get(name) != value}
     others = ", ".join(sorted(set(stored) ^ set(cfg.settings())))
     require(
@@ -5296,6 +5307,7 @@ def execute(cfg: Config):
         preflight(run)
         if cfg.check_only:
             return
+        # A run continued from trained.npz continues the log, too.
         run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
         model = run.new_model().to(run.ranks.device)
         if not cfg.ttt_eval_only:
