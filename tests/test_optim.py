@@ -1,4 +1,5 @@
-"""Muon, Adam, clipping, the average and the warm-up against plain float64 references; sharded steps on two and three ranks against one."""
+"""Muon, Adam, clipping, the average and the warm-up against plain float64 references; sharded steps on two and three
+ranks against one."""
 
 import dataclasses
 import math
@@ -102,7 +103,8 @@ def test_a_new_parameter_joins_the_scalars():
 
 
 def test_every_parameter_gets_a_gradient():
-    """Each row of each parameter, with the loops on; the two-lane parameters of layers before the lanes are never read."""
+    """Each row of each parameter, with the loops on; the two-lane parameters of layers before the lanes are never
+    read."""
     model = gpt(
         config(**{k: v for k, v in RUN.items() if k in ("train_batch_tokens", "micro_batch_tokens", "train_seq_len")})
     )
@@ -161,7 +163,8 @@ def plain_muon(w, grads, momenta, cfg, lr_scale: float) -> np.ndarray:
 
 @pytest.mark.parametrize("variant", ({"mlp_mult": 3.0}, {"num_kv_heads": 4, "mlp_mult": 1.0}))
 def test_muon_against_the_plain_reference(variant):
-    """Momentum with its warm-up, Nesterov, row normalisation, scale and decay of every matrix on its own: q, k and v apart."""
+    """Momentum with its warm-up, Nesterov, row normalisation, scale and decay of every matrix on its own: q, k and v
+    apart."""
     model = gpt(config(**variant))
     opt = optimizer(model, grad_clip_norm=0.0, muon_momentum_warmup_steps=2, muon_wd=0.3)
     before = {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
@@ -238,7 +241,8 @@ def test_small_gradients_are_not_clipped():
 
 
 def share(rank: int, world: int, name: str, p: torch.Tensor, step: int) -> torch.Tensor:
-    """Rank's part of a gradient: large parts that nearly cancel, so that clipping each rank's own would give another answer."""
+    """Rank's part of a gradient: large parts that nearly cancel, so that clipping each rank's own would give another
+    answer."""
     generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
     total, noise = torch.randn(p.shape, generator=generator), torch.randn(p.shape, generator=generator) * 50
     if world == 1:
@@ -261,7 +265,8 @@ def three_steps(rank: int, world: int, out):
 
 
 def test_two_and_three_ranks_step_like_one(tmp_path):
-    """Sharded Muon with padding (5 layers over 2 and 3 ranks), reduced Adam, and clipping of the reduced gradient, not of each rank's own."""
+    """Sharded Muon with padding (5 layers over 2 and 3 ranks), reduced Adam, and clipping of the reduced gradient, not
+    of each rank's own."""
     for world in (1, 2, 3):
         forked(three_steps, world, tmp_path)
     one = torch.load(tmp_path / "1_0.pt")
@@ -316,7 +321,8 @@ def trainer(**overrides) -> train_gpt.Trainer:
 
 
 def test_warm_up_restores_everything():
-    """Weights, Muon's momentum, Adam's moments and step count, the average: bit for bit, and a run after it is the run without it."""
+    """Weights, Muon's momentum, Adam's moments and step count, the average: bit for bit, and a run after it is the run
+    without it."""
     fresh, warm = trainer(), trainer(warmup_steps=2)
     warm.warm_up()
     assert all(torch.equal(a, b) for a, b in zip(fresh.model.parameters(), warm.model.parameters()))
@@ -329,7 +335,8 @@ def test_warm_up_restores_everything():
 
 
 def test_warm_up_runs_every_graph(monkeypatch):
-    """Both loop settings and the optimizer, on training batches of the real size; nothing runs when the loops never switch."""
+    """Both loop settings and the optimizer, on training batches of the real size; nothing runs when the loops never
+    switch."""
     seen = []
     loss = train_gpt.batch_loss
     monkeypatch.setattr(

@@ -44,7 +44,8 @@ def test_help_and_the_table_have_the_same_groups(first, heading):
 @pytest.mark.parametrize("meaning", [f.metadata["meaning"] for f in FIELDS])
 def test_a_meaning_stands_alone(meaning):
     """It is read in --help, in grep and in error messages, without the line above it."""
-    assert not re.search(r"^(its|the same)\b|\b(of those|of that|that prefix|that sigmoid|such a|the same for)\b", meaning)
+    riddles = r"^(its|the same)\b|\b(of those|of that|that prefix|that sigmoid|such a|the same for)\b"
+    assert not re.search(riddles, meaning)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,8 @@ def test_a_bad_value_is_one_line(setting, tmp_path):
 
 
 def tried(cfg: Config):
-    """Everything a short run does with the settings, without files: schedule, a training step, quantisation, windows."""
+    """Everything a short run does with the settings, without files: schedule, a training step, quantisation,
+    windows."""
     model = train_gpt.GPT(cfg, "reference", torch.float32)
     model.init_weights(cfg.seed)
     log, group = Silent(), ranks(cfg)
@@ -214,7 +216,8 @@ def attempt(name: str, value) -> str:
             else f"{name.upper()}={value} is refused without its name: {e}"
         )
     except BaseException as e:
-        return f"{name.upper()}={value} is accepted and ends in {type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}"
+        said = str(e).splitlines()[0][:150] if str(e) else ""
+        return f"{name.upper()}={value} is accepted and ends in {type(e).__name__}: {said}"
     return ""
 
 
@@ -236,7 +239,8 @@ def attempt_all(rank: int, world: int, name: str, path):
 
 @pytest.mark.parametrize("name", EXTREMES)
 def test_an_extreme_value_works_or_is_refused_at_the_start(name, tmp_path):
-    """Zero, negative and odd values of every number: a run or one line that names the setting, never an exception after minutes of training."""
+    """Zero, negative and odd values of every number: a run or one line that names the setting, never an exception after
+    minutes of training."""
     forked(attempt_all, 1, name, tmp_path / "wrong")
     assert (tmp_path / "wrong").read_text() == ""
 

@@ -1,4 +1,5 @@
-"""Training: the stream, the packed batches, accumulation, the schedule, the same result for any number of ranks, and the same bytes from the same settings."""
+"""Training: the stream, the packed batches, accumulation, the schedule, the same result for any number of ranks, and
+the same bytes from the same settings."""
 
 import math
 
@@ -51,7 +52,8 @@ def real(batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_every_token_once_in_shard_order(tmp_path):
-    """Three shards, documents across their joints: the inputs of successive steps are the shards one after the other, and every target follows its input."""
+    """Three shards, documents across their joints: the inputs of successive steps are the shards one after the other,
+    and every target follows its input."""
     flat = np.random.default_rng(0).integers(2, 300, 2400)
     flat[::37] = BOS
     s = stream(write_train(tmp_path, flat[:1001], flat[1001:1003], flat[1003:]))
@@ -92,7 +94,8 @@ def test_a_step_reads_the_same_tokens_at_any_world_size(total, micro, world, ste
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), span=st.integers(1, 30), padding=st.integers(0, 50)
 )
 def test_packing(lengths, span, padding):
-    """Segments are the documents cut every span tokens; positions count from the document's start; padding is segments of its own without targets."""
+    """Segments are the documents cut every span tokens; positions count from the document's start; padding is segments
+    of its own without targets."""
     documents = [[BOS, *range(100, 99 + n)] for n in lengths]
     tokens = np.array([*sum(documents, []), BOS])
     n = len(tokens) - 1
@@ -262,7 +265,8 @@ def test_iterations_mode_does_not_depend_on_the_clock(monkeypatch):
 
 
 def test_wallclock_mode_stops_inside_its_budget(monkeypatch):
-    """A step takes a tenth of a second of a false clock: the run ends before the reserve, and the schedule follows time, not steps."""
+    """A step takes a tenth of a second of a false clock: the run ends before the reserve, and the schedule follows
+    time, not steps."""
     now = [0.0]
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
     loss = train_gpt.batch_loss
