@@ -141,17 +141,18 @@ GROUPS = {
 }
 
 
-def setting(default, within: str, meaning: str):
-    """A field of Config: its default, its values (see `lies_within`), and what --help says about it."""
-    return dataclasses.field(default=default, metadata={"within": within, "meaning": meaning})
+def setting(default, meaning: str, within: str = ""):
+    """A field of Config: its default, what --help says about it, and its limits (see `lies_within`).
+
+    Without limits a string may be anything, and a number must lie in [0, inf)."""
+    within = within or ("" if isinstance(default, str) else "[0, inf)")
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "within": within})
 
 
 def lies_within(value, within: str) -> bool:
     """Whether a number lies in an interval like "[0, 1)", which excludes 1; or a string is one of "auto, cpu, cuda"."""
-    if within in ("0 or 1", "any text"):
-        return True
     if isinstance(value, str):
-        return value in within.split(", ")
+        return not within or value in within.split(", ")
     low, high = map(float, within[1:-1].split(", "))
     if value in (low, high):
         return within[0 if value == low else -1] in "[]"
@@ -166,298 +167,305 @@ class Config:
     # fmt: off
 
     # Run
-    seed: int = setting(1337, "[0, 9e18]",
-        "seed of the initial weights; the order of the data is fixed")
-    data_path: str = setting("data", "any text",
+    seed: int = setting(1337,
+        "seed of the initial weights; the order of the data is fixed", "[0, 9e18]")
+    data_path: str = setting("data",
         "folder of the shards fineweb_{train,val,val_bytes}_*.bin and of manifest.json")
-    tokenizer_path: str = setting("", "any text",
+    tokenizer_path: str = setting("",
         "SentencePiece model; empty: tokenizer.model in DATA_PATH")
-    artifact_dir: str = setting("", "any text",
+    artifact_dir: str = setting("",
         "folder of train_gpt.py, model.bin, result.json and the log; empty: runs/SEED (packed script: its own folder)")
-    ledger_path: str = setting("", "any text",
+    ledger_path: str = setting("",
         "file for the nats of every validation target (float64 .npy, stream order) of the headline pass; empty: none")
-    ttt_eval_only: bool = setting(False, "0 or 1",
+    ttt_eval_only: bool = setting(False,
         "score the artifact in ARTIFACT_DIR and stop")
-    quantize_only: bool = setting(False, "0 or 1",
+    quantize_only: bool = setting(False,
         "start from ARTIFACT_DIR/trained.npz instead of training")
-    check_only: bool = setting(False, "0 or 1",
+    check_only: bool = setting(False,
         "run every pre-flight check and stop")
-    device: str = setting("auto", "auto, cpu, cuda",
-        "where to run; auto: a GPU if there is one")
-    attention: str = setting("auto", "auto, fa3, fa4, torch, reference",
-        "attention backend; auto: the first of fa3, fa4, torch and reference that works here")
-    fa3_library: str = setting("", "any text",
+    device: str = setting("auto",
+        "where to run; auto: a GPU if there is one", "auto, cpu, cuda")
+    attention: str = setting("auto",
+        "attention backend; auto: the first of fa3, fa4, torch and reference that works here",
+        "auto, fa3, fa4, torch, reference")
+    fa3_library: str = setting("",
         "shared object that registers torch.ops.flash_attn_3 (for example that of the xformers wheel)")
 
     # Model
-    vocab_size: int = setting(8192, "[8, 65536]",
-        "tokens in the vocabulary; a token is stored in 16 bits")
-    bos_id: int = setting(1, "[0, inf)",
+    vocab_size: int = setting(8192,
+        "tokens in the vocabulary; a token is stored in 16 bits", "[8, 65536]")
+    bos_id: int = setting(1,
         "token that begins every document")
-    num_layers: int = setting(11, "(0, inf)",
-        "physical layers")
-    model_dim: int = setting(512, "(0, inf)",
-        "width of the residual stream")
-    num_heads: int = setting(4, "(0, inf)",
-        "query heads of a layer")
-    num_kv_heads: int = setting(2, "(0, inf)",
-        "key and value heads of a layer")
-    mlp_mult: float = setting(4.0, "[0, inf)",
+    num_layers: int = setting(11,
+        "physical layers", "(0, inf)")
+    model_dim: int = setting(512,
+        "width of the residual stream", "(0, inf)")
+    num_heads: int = setting(4,
+        "query heads of a layer", "(0, inf)")
+    num_kv_heads: int = setting(2,
+        "key and value heads of a layer", "(0, inf)")
+    mlp_mult: float = setting(4.0,
         "hidden width of the MLP over MODEL_DIM")
-    leaky_relu_sq_slope: float = setting(0.5, "[0, inf)",
+    leaky_relu_sq_slope: float = setting(0.5,
         "negative slope of the MLP's squared leaky ReLU")
-    tied_embed_init_std: float = setting(0.005, "[0, inf)",
+    tied_embed_init_std: float = setting(0.005,
         "standard deviation of the initial embedding")
-    logit_softcap: float = setting(30.0, "(0, inf)",
-        "bound of the logits: a tanh keeps them between -LOGIT_SOFTCAP and LOGIT_SOFTCAP")
-    asym_logit_rescale: bool = setting(False, "0 or 1",
+    logit_softcap: float = setting(30.0,
+        "bound of the logits: a tanh keeps them between -LOGIT_SOFTCAP and LOGIT_SOFTCAP", "(0, inf)")
+    asym_logit_rescale: bool = setting(False,
         "learn one cap for positive and one for negative logits, both from LOGIT_SOFTCAP on (#1923)")
-    rope_base: float = setting(10000.0, "(0, inf)",
-        "base of the rotary position embedding (RoPE)")
-    rope_dims: int = setting(32, "[0, inf)",
+    rope_base: float = setting(10000.0,
+        "base of the rotary position embedding (RoPE)", "(0, inf)")
+    rope_dims: int = setting(32,
         "rotated dimensions of each head")
-    attn_window: int = setting(128, "[0, inf)",
+    attn_window: int = setting(128,
         "tokens that attention reaches back in layers other than ATTN_FULL_LAYERS; 0: the attention span everywhere")
-    attn_full_layers: str = setting("2,5,10", "any text",
+    attn_full_layers: str = setting("2,5,10",
         "layers whose attention reaches back over the attention span; numbers beyond NUM_LAYERS mean nothing")
-    qk_gain_init: float = setting(5.0, "[0, inf)",
+    qk_gain_init: float = setting(5.0,
         "initial gain of each normalised query head")
-    xsa_last_n: int = setting(11, "[0, inf)",
+    xsa_last_n: int = setting(11,
         "layers, from the last, whose heads drop the component along their own value")
-    smear_gate_enabled: bool = setting(True, "0 or 1",
+    smear_gate_enabled: bool = setting(True,
         "add a gated copy of the previous token's embedding")
-    gate_window: int = setting(12, "(0, inf)",
-        "leading channels that SmearGate and the attention gates read")
-    sparse_attn_gate_enabled: bool = setting(True, "0 or 1",
+    gate_window: int = setting(12,
+        "leading channels that SmearGate and the attention gates read", "(0, inf)")
+    sparse_attn_gate_enabled: bool = setting(True,
         "gate each head's output by a sigmoid of the leading channels")
-    sparse_attn_gate_scale: float = setting(0.5, "[0, inf)",
+    sparse_attn_gate_scale: float = setting(0.5,
         "factor inside the sigmoid of the attention gate")
-    attn_out_gate_enabled: bool = setting(False, "0 or 1",
+    attn_out_gate_enabled: bool = setting(False,
         "gate each head's output by twice a sigmoid of the leading channels, one at the start (#1667)")
-    skip_gates_enabled: bool = setting(True, "0 or 1",
+    skip_gates_enabled: bool = setting(True,
         "U-Net skips are merged by a learned gate (off: added)")
-    num_loops: int = setting(2, "[0, inf)",
+    num_loops: int = setting(2,
         "extra passes over the looped layers")
-    loop_start: int = setting(3, "[0, inf)",
+    loop_start: int = setting(3,
         "first looped layer")
-    loop_end: int = setting(5, "[0, inf)",
+    loop_end: int = setting(5,
         "last looped layer")
-    enable_looping_at: float = setting(0.35, "[0, inf)",
+    enable_looping_at: float = setting(0.35,
         "progress of training at which the loops switch on")
-    parallel_start_layer: int = setting(8, "[0, inf)",
+    parallel_start_layer: int = setting(8,
         "first layer whose attention and MLP run side by side; 0: none")
-    parallel_mode: str = setting("lanes", "lanes, gptj",
+    parallel_mode: str = setting("lanes",
         "how attention and MLP run side by side; lanes: in two lanes of the decoder (#1529); "
-        "gptj: from one input, outputs added (#1493)")
-    parallel_final_lane: str = setting("mean", "mean, attn, mlp",
-        "what the two lanes of the decoder end in")
+        "gptj: from one input, outputs added (#1493)", "lanes, gptj")
+    parallel_final_lane: str = setting("mean",
+        "what the two lanes of the decoder end in", "mean, attn, mlp")
 
     # Training
-    max_wallclock_seconds: float = setting(600.0, "[0, inf)",
+    max_wallclock_seconds: float = setting(600.0,
         "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read")
-    gptq_reserve_seconds: float = setting(12.0, "[0, inf)",
+    gptq_reserve_seconds: float = setting(12.0,
         "part of the training budget that is reserved for calibration and quantisation")
-    iterations: int = setting(20000, "(0, inf)",
-        "most training steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many")
-    train_batch_tokens: int = setting(786432, "(0, inf)",
-        "tokens of one training step over all ranks")
-    micro_batch_tokens: int = setting(98304, "(0, inf)",
-        "tokens of one forward; micro-batches are dealt to the ranks, so results do not depend on the number of ranks")
-    train_seq_len: int = setting(2048, "(0, inf)",
-        "longest attention span in training: documents are cut there")
-    train_seq_schedule: str = setting("", "any text",
+    iterations: int = setting(20000,
+        "most training steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many", "(0, inf)")
+    train_batch_tokens: int = setting(786432,
+        "tokens of one training step over all ranks", "(0, inf)")
+    micro_batch_tokens: int = setting(98304,
+        "tokens of one forward; micro-batches are dealt to the ranks, so results do not depend on the number of ranks",
+        "(0, inf)")
+    train_seq_len: int = setting(2048,
+        "longest attention span in training: documents are cut there", "(0, inf)")
+    train_seq_schedule: str = setting("",
         "growing attention span in training, LEN@END_PROGRESS,...; empty: TRAIN_SEQ_LEN throughout")
-    seq_change_warmup_steps: int = setting(32, "[0, inf)",
+    seq_change_warmup_steps: int = setting(32,
         "steps of the learning rate's ramp after a change of the attention span")
-    warmup_steps: int = setting(3, "[0, inf)",
+    warmup_steps: int = setting(3,
         "steps without and steps with loops that are run and undone before the clock starts")
-    warmdown_frac: float = setting(0.85, "[0, inf)",
+    warmdown_frac: float = setting(0.85,
         "share of the training budget in which the learning rate falls linearly")
-    min_lr: float = setting(0.1, "[0, inf)",
+    min_lr: float = setting(0.1,
         "floor of the learning-rate multiplier")
-    train_log_every: int = setting(100, "(0, inf)",
-        "training steps between log lines")
+    train_log_every: int = setting(100,
+        "training steps between log lines", "(0, inf)")
 
     # Optimizers
-    matrix_lr: float = setting(0.026, "[0, inf)",
+    matrix_lr: float = setting(0.026,
         "learning rate of Muon, which trains the matrices")
-    scalar_lr: float = setting(0.02, "[0, inf)",
+    scalar_lr: float = setting(0.02,
         "Adam learning rate of vectors, gates and scalars")
-    tied_embed_lr: float = setting(0.03, "[0, inf)",
+    tied_embed_lr: float = setting(0.03,
         "Adam learning rate of the embedding")
-    muon_momentum: float = setting(0.97, "[0, 1)",
-        "momentum of Muon after its warm-up")
-    muon_momentum_warmup_start: float = setting(0.92, "[0, inf)",
+    muon_momentum: float = setting(0.97,
+        "momentum of Muon after its warm-up", "[0, 1)")
+    muon_momentum_warmup_start: float = setting(0.92,
         "momentum of Muon at step 0")
-    muon_momentum_warmup_steps: int = setting(1500, "[0, inf)",
+    muon_momentum_warmup_steps: int = setting(1500,
         "steps in which the momentum of Muon grows linearly")
-    muon_coefficients: str = setting("polar_express", "polar_express, newton_schulz",
-        "coefficients of Muon's five iterations; newton_schulz: the constant ones of the first Muon")
-    muon_wd: float = setting(0.095, "[0, inf)",
+    muon_coefficients: str = setting("polar_express",
+        "coefficients of Muon's five iterations; newton_schulz: the constant ones of the first Muon",
+        "polar_express, newton_schulz")
+    muon_wd: float = setting(0.095,
         "decoupled weight decay of the matrices")
-    adam_wd: float = setting(0.02, "[0, inf)",
+    adam_wd: float = setting(0.02,
         "decoupled weight decay of vectors, gates and scalars")
-    embed_wd: float = setting(0.085, "[0, inf)",
+    embed_wd: float = setting(0.085,
         "decoupled weight decay of the embedding")
-    beta1: float = setting(0.9, "[0, 1)",
-        "decay of Adam's first moment")
-    beta2: float = setting(0.99, "[0, 1)",
-        "decay of Adam's second moment")
-    adam_eps: float = setting(1e-8, "(0, inf)",
-        "epsilon in Adam's denominator")
-    grad_clip_norm: float = setting(0.3, "[0, inf)",
+    beta1: float = setting(0.9,
+        "decay of Adam's first moment", "[0, 1)")
+    beta2: float = setting(0.99,
+        "decay of Adam's second moment", "[0, 1)")
+    adam_eps: float = setting(1e-8,
+        "epsilon in Adam's denominator", "(0, inf)")
+    grad_clip_norm: float = setting(0.3,
         "norm to which the gradient, summed over the ranks, is clipped; 0: not clipped")
-    ema_decay: float = setting(0.9965, "[0, 1)",
-        "decay of the weights' debiased moving average, the result of training; 0: the last weights")
+    ema_decay: float = setting(0.9965,
+        "decay of the weights' debiased moving average, the result of training; 0: the last weights", "[0, 1)")
 
     # Training on the validation set, which FAILS condition C3
-    prequant_ttt_enabled: bool = setting(False, "0 or 1",
+    prequant_ttt_enabled: bool = setting(False,
         "before quantisation AdamW on the validation set (#1735), in steps of GLOBAL_TTT_CHUNK_TOKENS; no val_bpb")
-    prequant_ttt_epochs: int = setting(21, "[0, inf)",
+    prequant_ttt_epochs: int = setting(21,
         "passes of PREQUANT_TTT_ENABLED over the validation set")
-    prequant_ttt_lr: float = setting(5e-4, "[0, inf)",
+    prequant_ttt_lr: float = setting(5e-4,
         "learning rate of the first PREQUANT_TTT pass; a cosine leads to a tenth of it in the last")
-    prequant_ttt_freeze_blocks: int = setting(2, "[0, inf)",
+    prequant_ttt_freeze_blocks: int = setting(2,
         "first layers that PREQUANT_TTT_ENABLED leaves as they are, like the embedding")
 
     # Quantizer and artifact
-    rate_distortion: bool = setting(True, "0 or 1",
+    rate_distortion: bool = setting(True,
         "choose every quantiser step by what it costs in loss, so that ARTIFACT_CAP is just met (off: *_CLIP_SIGMAS)")
-    rate_rows: float = setting(0.75, "[0, 4]",
-        "power to which the step sizes of a matrix's rows follow their gradients; 0: all alike")
-    rate_embed_rows: float = setting(0.5, "[0, 4]",
-        "power to which the step sizes of embedding rows follow their gradients; calibration sees most rows seldom")
-    rate_columns: float = setting(1.0, "[0, 4]",
-        "power to which the step sizes of columns follow the Hessian's Cholesky diagonal; 0: all alike")
-    matrix_bits: int = setting(6, "[2, 8]",
-        "without RATE_DISTORTION: symbol range of matrices, +-(2^(bits-1) - 1)")
-    embed_bits: int = setting(7, "[2, 8]",
-        "symbol range of the embedding, +-(2^(bits-1) - 1)")
-    mlp_clip_sigmas: float = setting(11.5, "[0, inf)",
+    rate_rows: float = setting(0.75,
+        "power to which the step sizes of a matrix's rows follow their gradients; 0: all alike", "[0, 4]")
+    rate_embed_rows: float = setting(0.5,
+        "power to which the step sizes of embedding rows follow their gradients; calibration sees most rows seldom",
+        "[0, 4]")
+    rate_columns: float = setting(1.0,
+        "power to which the step sizes of columns follow the Hessian's Cholesky diagonal; 0: all alike", "[0, 4]")
+    matrix_bits: int = setting(6,
+        "without RATE_DISTORTION: symbol range of matrices, +-(2^(bits-1) - 1)", "[2, 8]")
+    embed_bits: int = setting(7,
+        "symbol range of the embedding, +-(2^(bits-1) - 1)", "[2, 8]")
+    mlp_clip_sigmas: float = setting(11.5,
         "without RATE_DISTORTION: range of symbols of MLP rows, in standard deviations of the row")
-    attn_clip_sigmas: float = setting(13.0, "[0, inf)",
+    attn_clip_sigmas: float = setting(13.0,
         "without RATE_DISTORTION: range of symbols of attention rows, in standard deviations of the row")
-    embed_clip_sigmas: float = setting(14.0, "[0, inf)",
+    embed_clip_sigmas: float = setting(14.0,
         "without RATE_DISTORTION: range of symbols of embedding rows, in standard deviations of the row")
-    gptq_calibration_batches: int = setting(16, "(0, inf)",
-        "micro-batches of training data whose activations and gradients weigh the rounding error")
-    gptq_damping: float = setting(0.01, "[0, inf)",
+    gptq_calibration_batches: int = setting(16,
+        "micro-batches of training data whose activations and gradients weigh the rounding error", "(0, inf)")
+    gptq_damping: float = setting(0.01,
         "what is added to the Hessian's diagonal, as a share of the diagonal's mean")
-    awq_lite_enabled: bool = setting(False, "0 or 1",
+    awq_lite_enabled: bool = setting(False,
         "without RATE_DISTORTION: finer steps for the most salient groups of columns")
-    awq_lite_bits: int = setting(8, "[2, 8]",
-        "symbol range of a salient group of columns")
-    awq_lite_group_size: int = setting(64, "(0, inf)",
-        "columns of a salient group")
-    awq_lite_group_top_k: int = setting(1, "[0, inf)",
+    awq_lite_bits: int = setting(8,
+        "symbol range of a salient group of columns", "[2, 8]")
+    awq_lite_group_size: int = setting(64,
+        "columns of a salient group", "(0, inf)")
+    awq_lite_group_top_k: int = setting(1,
         "salient groups of columns in all matrices together")
-    lqer_enabled: bool = setting(False, "0 or 1",
+    lqer_enabled: bool = setting(False,
         "correct the rounding error of some matrices by a low-rank product")
-    lqer_rank: int = setting(4, "(0, inf)",
-        "rank of the product that corrects rounding error")
-    lqer_top_k: int = setting(3, "[0, inf)",
+    lqer_rank: int = setting(4,
+        "rank of the product that corrects rounding error", "(0, inf)")
+    lqer_top_k: int = setting(3,
         "matrices whose rounding error is corrected: those of largest error")
-    lqer_asym_group: int = setting(64, "(0, inf)",
-        "values of the correction's int4 factor that share a scale")
-    lqer_gain_select: bool = setting(False, "0 or 1",
+    lqer_asym_group: int = setting(64,
+        "values of the correction's int4 factor that share a scale", "(0, inf)")
+    lqer_gain_select: bool = setting(False,
         "of four times as many matrices, correct those where a byte removes most error")
-    lqer_weight: str = setting("none", "none, diagonal, hessian",
-        "moments of the inputs that weigh the corrected error: none, their diagonal, or all of the hessian")
-    gated_attn_quant_gate: bool = setting(False, "0 or 1",
+    lqer_weight: str = setting("none",
+        "moments of the inputs that weigh the corrected error: none, their diagonal, or all of the hessian",
+        "none, diagonal, hessian")
+    gated_attn_quant_gate: bool = setting(False,
         "store the attention gate in int8 rows instead of fp16")
-    logit_calibration_enabled: bool = setting(False, "0 or 1",
+    logit_calibration_enabled: bool = setting(False,
         "fit a logit scale and biases of 14 token categories on training tokens after quantisation")
-    artifact_cap: int = setting(16_000_000, "(0, inf)",
-        "most bytes of train_gpt.py and model.bin together")
-    artifact_margin: int = setting(2_000, "[0, inf)",
+    artifact_cap: int = setting(16_000_000,
+        "most bytes of train_gpt.py and model.bin together", "(0, inf)")
+    artifact_margin: int = setting(2_000,
         "bytes below ARTIFACT_CAP that the artifact may not enter")
 
     # Scoring
-    eval_seq_len: int = setting(2048, "(0, inf)",
-        "longest context of a target scored without test-time training; windows never cross a document's start")
-    eval_stride: int = setting(0, "[0, inf)",
+    eval_seq_len: int = setting(2048,
+        "longest context of a target scored without test-time training; windows never cross a document's start",
+        "(0, inf)")
+    eval_stride: int = setting(0,
         "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
-    val_batch_tokens: int = setting(131072, "[0, inf)",
+    val_batch_tokens: int = setting(131072,
         "tokens of one scoring forward on one rank")
 
     # Test-time training
-    ttt_enabled: bool = setting(True, "0 or 1",
+    ttt_enabled: bool = setting(True,
         "adapt to each document while scoring it: score a chunk, then learn from it")
-    ttt_method: str = setting("lora", "lora, sgd",
+    ttt_method: str = setting("lora",
         "lora: each document trains adapters; "
-        "sgd: base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)")
-    segment_docs: int = setting(50000, "(0, inf)",
+        "sgd: base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)", "lora, sgd")
+    segment_docs: int = setting(50000,
         "most documents of a segment; state crosses documents only between segments, "
-        "and a segment waits for its longest document")
-    ttt_batch_size: int = setting(64, "(0, inf)",
-        "documents adapted together, of similar length; no score depends on it")
-    ttt_chunks: str = setting("8,8,16,32", "any text",
+        "and a segment waits for its longest document", "(0, inf)")
+    ttt_batch_size: int = setting(64,
+        "documents adapted together, of similar length; no score depends on it", "(0, inf)")
+    ttt_chunks: str = setting("8,8,16,32",
         "sizes of the chunks from a document's start; the last repeats")
-    ttt_eval_seq_len: int = setting(3072, "(0, inf)",
-        "longest context of a target scored with test-time training")
-    ttt_backprop_tokens: int = setting(64, "[0, inf)",
+    ttt_eval_seq_len: int = setting(3072,
+        "longest context of a target scored with test-time training", "(0, inf)")
+    ttt_backprop_tokens: int = setting(64,
         "tokens before a chunk that run again with it, so that gradients reach back; "
         "TTT_EVAL_SEQ_LEN: the exact recompute of #1855")
-    ttt_mask: str = setting("", "any text",
+    ttt_mask: str = setting("",
         "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
-    ttt_lora_rank: int = setting(32, "(0, inf)",
-        "rank of the adapters")
-    ttt_lora_alpha: float = setting(144.0, "[0, inf)",
+    ttt_lora_rank: int = setting(32,
+        "rank of the adapters", "(0, inf)")
+    ttt_lora_alpha: float = setting(144.0,
         "factor of the adapters' product, over TTT_LORA_RANK")
-    ttt_lora_lr: float = setting(1e-4, "[0, inf)",
+    ttt_lora_lr: float = setting(1e-4,
         "Adam learning rate of the adapters")
-    ttt_local_lr_mult: float = setting(1.5, "[0, inf)",
+    ttt_local_lr_mult: float = setting(1.5,
         "factor of TTT_LORA_LR")
-    ttt_beta2: float = setting(0.99, "[0, 1)",
-        "decay of the second moment of the adapters' Adam, which has no first moment")
-    ttt_weight_decay: float = setting(0.5, "[0, inf)",
+    ttt_beta2: float = setting(0.99,
+        "decay of the second moment of the adapters' Adam, which has no first moment", "[0, 1)")
+    ttt_weight_decay: float = setting(0.5,
         "decoupled weight decay of the adapters")
-    ttt_warm_start: float = setting(1.0, "[0, inf)",
+    ttt_warm_start: float = setting(1.0,
         "share by which the adapters' start moves, after a segment, to the mean of its documents' adapters; 0: never")
-    ttt_grad_steps: int = setting(1, "[0, inf)",
+    ttt_grad_steps: int = setting(1,
         "steps on each chunk after it is scored; 0: carried context only")
-    phased_ttt_num_phases: int = setting(8, "[0, inf)",
+    phased_ttt_num_phases: int = setting(8,
         "times the base weights learn from the scored documents of the prefix; 0: never")
-    phased_ttt_prefix_docs: int = setting(2500, "[0, inf)",
+    phased_ttt_prefix_docs: int = setting(2500,
         "first documents of the stream, the prefix from which the base weights learn")
-    global_ttt_lr: float = setting(0.05, "[0, inf)",
+    global_ttt_lr: float = setting(0.05,
         "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
-    global_ttt_momentum: float = setting(0.9, "[0, 1)",
-        "momentum of the base weights' SGD; it begins at zero in each phase")
-    global_ttt_epochs: int = setting(1, "[0, inf)",
+    global_ttt_momentum: float = setting(0.9,
+        "momentum of the base weights' SGD; it begins at zero in each phase", "[0, 1)")
+    global_ttt_epochs: int = setting(1,
         "passes of the base weights' SGD over the prefix in each phase (TTT_METHOD=sgd: over each chunk)")
-    global_ttt_chunk_tokens: int = setting(32768, "(0, inf)",
-        "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)")
-    global_ttt_grad_clip: float = setting(1.0, "[0, inf)",
+    global_ttt_chunk_tokens: int = setting(32768,
+        "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", "(0, inf)")
+    global_ttt_grad_clip: float = setting(1.0,
         "norm to which the gradient of the base weights' SGD, summed over the ranks, is clipped")
 
     # N-grams
-    ngram_enabled: bool = setting(False, "0 or 1",
+    ngram_enabled: bool = setting(False,
         "let exact counts of earlier segments and of the document so far improve the scored probabilities")
-    ngram_mode: str = setting("tilt", "tilt, mix",
-        "tilt: raise the hinted token's probability; mix: mix in the counts, the network as the lowest order")
-    ngram_order: int = setting(16, "[2, 64]",
-        "longest n-gram, its last token included (TOKEN_ORDER of #2140)")
-    ngram_min_order: int = setting(3, "[2, 64]",
-        "shortest n-gram, its last token included (#2140: 16)")
-    ngram_threshold: float = setting(0.5, "[0, 1]",
-        "least share of a context's commonest continuation that gives a hint (TOKEN_THRESHOLD of #2140: 0.8)")
-    ngram_min_count: int = setting(2, "[1, inf)",
-        "least number of times a context was seen before it gives a hint (#2140: 1)")
-    ngram_boost: float = setting(1.0, "[0, 12]",
-        "log-odds added to the hinted token (TOKEN_BOOST of #2140: 2.625)")
-    ngram_calibrate: bool = setting(True, "0 or 1",
+    ngram_mode: str = setting("tilt",
+        "tilt: raise the hinted token's probability; mix: mix in the counts, the network as the lowest order",
+        "tilt, mix")
+    ngram_order: int = setting(16,
+        "longest n-gram, its last token included (TOKEN_ORDER of #2140)", "[2, 64]")
+    ngram_min_order: int = setting(3,
+        "shortest n-gram, its last token included (#2140: 16)", "[2, 64]")
+    ngram_threshold: float = setting(0.5,
+        "least share of a context's commonest continuation that gives a hint (TOKEN_THRESHOLD of #2140: 0.8)", "[0, 1]")
+    ngram_min_count: int = setting(2,
+        "least number of times a context was seen before it gives a hint (#2140: 1)", "[1, inf)")
+    ngram_boost: float = setting(1.0,
+        "log-odds added to the hinted token (TOKEN_BOOST of #2140: 2.625)", "[0, 12]")
+    ngram_calibrate: bool = setting(True,
         "learn the boost of each order, count and share from scored segments (#2140: 0)")
-    ngram_weight: float = setting(0.2, "[0, 1)",
-        "weight of each order in the mixture")
+    ngram_weight: float = setting(0.2,
+        "weight of each order in the mixture", "[0, 1)")
 
     # Set by torchrun
-    rank: int = setting(0, "[0, inf)",
+    rank: int = setting(0,
         "number of this process among all processes")
-    local_rank: int = setting(0, "[0, inf)",
+    local_rank: int = setting(0,
         "number of this process's GPU on its node")
-    world_size: int = setting(1, "(0, inf)",
-        "processes of the run")
+    world_size: int = setting(1,
+        "processes of the run", "(0, inf)")
     # fmt: on
 
     @classmethod
@@ -593,13 +601,16 @@ def context_schedule(cfg: Config) -> list[Stage]:
 
 def help_text() -> str:
     """The table of --help."""
-    lines = ["Settings are environment variables. Of each: name, default, meaning; values allowed"]
+    lines = [
+        "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf))"
+    ]
     for f in dataclasses.fields(Config):
         if f.name in GROUPS:
             lines.append(f"\n{GROUPS[f.name]}")
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        shown = f"{f.name.upper():28s} {str(default) or '(empty)':>13s}"
-        lines.append(f"  {shown}   {f.metadata['meaning']}; {f.metadata['within']}")
+        within = f.metadata["within"]
+        limits = "" if within in ("", "[0, inf)") else f"; {within}"
+        lines.append(f"  {f.name.upper():28s} {str(default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
 
 
