@@ -5049,11 +5049,12 @@ def try_codec(run: Run):
 
 
 def check_folder(run: Run):
-    """The run's files fit on its disk, and train_gpt.py would not overwrite the script that runs."""
+    """The source can be packed, train_gpt.py would not overwrite the script that runs, and the files fit on the disk."""
+    packed = pack_script(SOURCE)
     script = run.folder / "train_gpt.py"
     if script.exists() and script.samefile(RUNNING):
         require(
-            script.read_bytes() == pack_script(SOURCE),
+            script.read_bytes() == packed,
             f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere",
         )
     with torch.device("meta"):  # shapes alone
