@@ -7,12 +7,45 @@
     python train_gpt.py --help                        every setting, its default and its meaning
     python train_gpt.py --unpack FILE                 print the source inside a packed script
 
-Settings are environment variables. The same file runs on a CPU, one GPU, eight GPUs or several nodes. The data folder is made by
-prepare_data.py; shards of third parties in the same format load as they are.
+Settings are environment variables. The same file runs on a CPU, one GPU, eight GPUs or several nodes. prepare_data.py
+makes the data folder; shards that others made in the same format load as they are.
 
-Sections, each using only those above it: Hyperparameters, Runtime, Data, Kernels, Attention, Model, Adapters, Optimizers, Training, Quantizer, Artifact,
-N-gram, Scoring, Test-time training, Packer, Main.
+Sections, each using only those above it: Hyperparameters, Runtime, Data, Kernels, Attention, Model, Adapters,
+Optimizers, Training, Entropy coder, Quantizer, Artifact, N-gram, Scoring, Test-time training, Packer, Main.
 """
+
+# A run is a list of phases; `execute`, in Main at the end of the file, calls them in this order:
+#
+#   check      Run.prepare, preflight   read the data, choose the attention backend, try the codec and the disk
+#   train      Trainer                  TrainStream -> Batch -> GPT -> loss -> Optimizer, until the budget is spent
+#   quantize   write_artifact           Hessians of training data -> symbols, step sizes -> entropy coder -> model.bin;
+#                                       the packed source -> train_gpt.py; together they stay below ARTIFACT_CAP
+#   score      score_artifact           model.bin from the disk -> GPT -> nats of every validation target -> Ledger;
+#                                       TestTimeTraining learns from a chunk only after its nats are in the ledger
+#   report     finish                   verdicts on budgets, bytes and conditions C1 to C4; result.json
+#
+# The network, for one document of tokens t[0], t[1], ... (d channels, L layers; the docstring of `GPT` has the exact
+# equations, with the coefficients that are learnt, and the shapes of the weights):
+#
+#   rms(x)  = x / sqrt(mean(x^2) + eps)
+#   x0[i]   = rms(E[t[i]] + gate * E[t[i-1]])                      E (vocabulary, d); SmearGate
+#   x       = x0
+#   visit the layers in order, layers LOOP_START to LOOP_END several times in a row:
+#     x     = mix(x0, x, output of an earlier visit)               coefficients per channel; U-Net skip
+#     n     = rms(x) / sqrt(layer + 1)
+#     q,k,v = W_qkv n                                              q and k normed and rotated (RoPE); K/V heads shared
+#     y     = softmax(q k^T / sqrt(head width)) v                  causal, within the document, windowed in most layers
+#     y     = sigmoid(gate of n) * (y - projection of y on v)      per head; XSA
+#     x     = x + W_o y
+#     x     = x + W_down leaky_relu(W_up rms(x) / sqrt(layer + 1))^2
+#   logits  = cap * tanh(E x / cap)                                the embedding is the output matrix, too
+#   nats[i] = logsumexp(logits[i]) - logits[i][t[i+1]]
+#
+# The last layers split x into two lanes: attention reads the first, the MLP the second, and both write both.
+# BPB = sum of nats / ln 2 / bytes of the validation text.
+#
+# One forward serves all: training, Hessians, scoring and test-time training differ in the arguments of `GPT.trunk`.
+# Every Triton kernel stands below a plain PyTorch function that computes the same; on a CPU only that one runs.
 
 import ast
 import collections
@@ -52,7 +85,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # captured once: editing the file during a run changes nothing
-RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()  # the packed script names itself
+PACKED = "PACKED_PATH" in globals()  # set by the packed script's first lines; see BOOTSTRAP
+RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()
 
 
 class UserError(Exception):
@@ -60,262 +94,372 @@ class UserError(Exception):
 
 
 def require(holds, message: str):
-    """Raise UserError unless ``holds``."""
+    """Raise UserError unless `holds`."""
     if not holds:
         raise UserError(message)
 
 
 @contextlib.contextmanager
 def explained(message: str, *errors: type[Exception]):
-    """Turn ``errors`` of the block into a UserError; {} in the message is the error's own text."""
+    """Turn `errors` of the block into a UserError; {} in the message stands for the error's own text."""
     try:
         yield
     except errors as e:
         raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
 
 
-# ======== Hyperparameters =====================================================================================================================================
+# ======== Hyperparameters =============================================================================================
 
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
-POSITIVE, SHARE = "(0, inf)", "[0, 1)"
+
+# Fields of Config that do not decide the result: paths, modes, ranks.
+NOT_SETTINGS = frozenset(
+    "data_path tokenizer_path artifact_dir ledger_path ttt_eval_only quantize_only check_only device attention "
+    "fa3_library rank local_rank world_size train_log_every".split()
+)
+
+# Settings of earlier scripts and the value that is now fixed. An artifact that holds one of them with this value loads.
+RETIRED = {
+    "awq_lite_bits": 8,
+    "awq_lite_group_size": 64,
+    "awq_lite_group_top_k": 1,
+    "gate_window": 12,
+    "ln_scale": True,
+    "lqer_asym_group": 64,
+    "lqer_gain_select": False,
+    "lqer_weight": "none",
+    "muon_backend_steps": 5,
+    "muon_row_normalize": True,
+    "ngram_calibrate": False,
+    "ngram_mode": "tilt",
+    "ngram_weight": 0.2,  # of the mixture: without effect on the tilt
+    "parallel_final_lane": "mean",
+    "skip_gates_enabled": True,
+    "ttt_grad_steps": 1,
+    "xsa_last_n": 11,
+}
+
+# The groups of --help: first setting -> heading.
+GROUPS = {
+    "seed": "Run",
+    "vocab_size": "Model",
+    "max_wallclock_seconds": "Training",
+    "matrix_lr": "Optimizers",
+    "prequant_ttt_enabled": "Training on the validation set, which FAILS condition C3",
+    "rate_distortion": "Quantizer and artifact",
+    "eval_seq_len": "Scoring",
+    "ttt_enabled": "Test-time training",
+    "ngram_enabled": "N-grams",
+    "rank": "Set by torchrun",
+}
 
 
 def setting(default, meaning: str, within: str = ""):
-    """A field of Config: its default, its line in --help, and the interval of a number ([0, inf) if none is given) or the choices of a string."""
-    return dataclasses.field(
-        default=default,
-        metadata={"meaning": meaning, "within": within or ("" if isinstance(default, str) else "[0, inf)")},
-    )
+    """A field of Config: its default, what --help says about it, and its limits (see `lies_within`).
+
+    Without limits a string may be anything, and a number must lie in [0, inf)."""
+    within = within or ("" if isinstance(default, str) else "[0, inf)")
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "within": within})
 
 
 def lies_within(value, within: str) -> bool:
-    """Whether a number lies in an interval like [0, 1), without its end at a round bracket; whether a string is among "a, b, c"."""
+    """Whether a number lies in an interval like "[0, 1)", which excludes 1; or a string is one of "auto, cpu, cuda"."""
     if isinstance(value, str):
         return not within or value in within.split(", ")
     low, high = map(float, within[1:-1].split(", "))
-    return (low < value or low == value and within[0] == "[") and (value < high or value == high and within[-1] == "]")
+    if value in (low, high):
+        return within[0 if value == low else -1] in "[]"
+    return low < value < high
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
-    """Every setting once: the environment variable is the field's name in capitals. Defaults are our best configuration."""
+    """Every setting once: the field's name in capitals is the variable. The defaults are our best configuration."""
 
-    # run
-    seed: int = setting(1337, "seed of the initial weights; the order of the data is fixed", "[0, 9e18]")
-    data_path: str = setting("data", "folder of shards fineweb_{train,val,val_bytes}_*.bin and manifest.json")
-    tokenizer_path: str = setting("", "SentencePiece model; empty: tokenizer.model in DATA_PATH")
-    artifact_dir: str = setting(
-        "",
-        "where train_gpt.py, model.bin, result.json and the log go; empty: runs/SEED (packed script: its own folder)",
-    )
-    ledger_path: str = setting(
-        "", "write the nats of every validation target (float64 .npy, stream order) of the headline pass here"
-    )
-    ttt_eval_only: bool = setting(False, "score the artifact in ARTIFACT_DIR and stop")
-    quantize_only: bool = setting(False, "start from ARTIFACT_DIR/trained.npz instead of training")
-    check_only: bool = setting(False, "run every pre-flight check and stop")
-    device: str = setting("auto", "where to run; auto: a GPU if there is one", "auto, cpu, cuda")
-    attention: str = setting(
-        "auto", "attention backend; auto: the first that works here, in this order", "auto, fa3, fa4, torch, reference"
-    )
-    fa3_library: str = setting(
-        "", "shared object that registers torch.ops.flash_attn_3 (for example of the xformers wheel)"
-    )
-    # model
-    vocab_size: int = setting(8192, "tokens in the vocabulary; tokens are stored in 16 bits", "[8, 65536]")
-    bos_id: int = setting(1, "token that begins every document")
-    num_layers: int = setting(11, "physical layers", POSITIVE)
-    model_dim: int = setting(512, "width of the residual stream", POSITIVE)
-    num_heads: int = setting(4, "query heads", POSITIVE)
-    num_kv_heads: int = setting(2, "key/value heads", POSITIVE)
-    mlp_mult: float = setting(4.0, "MLP hidden width over MODEL_DIM")
-    leaky_relu_sq_slope: float = setting(0.5, "negative slope of the squared leaky ReLU")
-    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding")
-    logit_softcap: float = setting(30.0, "logits are capped to +-this by a tanh", POSITIVE)
-    asym_logit_rescale: bool = setting(
-        False, "learn the cap of positive and that of negative logits, both from LOGIT_SOFTCAP on (#1923)"
-    )
-    rope_base: float = setting(10000.0, "RoPE base", POSITIVE)
-    rope_dims: int = setting(32, "rotated dimensions of each head")
-    attn_window: int = setting(
-        128, "tokens that attention reaches back, but for ATTN_FULL_LAYERS; 0: the whole span in every layer"
-    )
-    attn_full_layers: str = setting(
-        "2,5,10", "layers whose attention reaches back over the whole span; numbers beyond NUM_LAYERS mean nothing"
-    )
-    qk_gain_init: float = setting(5.0, "initial gain of each normalised query head")
-    ln_scale: bool = setting(True, "scale sublayer inputs by 1/sqrt(layer + 1)")
-    smear_gate_enabled: bool = setting(True, "add a gated copy of the previous token's embedding")
-    sparse_attn_gate_enabled: bool = setting(True, "gate each head's output by a sigmoid of the leading channels")
-    sparse_attn_gate_scale: float = setting(0.5, "factor inside that sigmoid")
-    attn_out_gate_enabled: bool = setting(
-        False, "the gate of #1667 instead: twice that sigmoid, so that heads begin unchanged"
-    )
-    num_loops: int = setting(2, "extra passes over the looped layers")
-    loop_start: int = setting(3, "first looped layer")
-    loop_end: int = setting(5, "last looped layer")
-    enable_looping_at: float = setting(0.35, "progress at which the loops switch on")
-    parallel_start_layer: int = setting(8, "first layer whose attention and MLP run side by side; 0: none")
-    parallel_mode: str = setting(
-        "lanes", "how: in two lanes of the decoder (#1529), or from one input, outputs added (#1493)", "lanes, gptj"
-    )
-    # training
-    max_wallclock_seconds: float = setting(
-        600.0, "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read"
-    )
-    gptq_reserve_seconds: float = setting(12.0, "part of the budget kept for calibration and quantisation")
-    iterations: int = setting(20000, "most steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many", POSITIVE)
-    train_batch_tokens: int = setting(786432, "tokens of one step over all ranks", POSITIVE)
-    micro_batch_tokens: int = setting(
-        98304,
-        "tokens of one forward; a step's micro-batches are dealt to the ranks, so results do not depend on their number",
-        POSITIVE,
-    )
-    train_seq_len: int = setting(2048, "longest attention span: documents are cut there", POSITIVE)
-    train_seq_schedule: str = setting("", "progressive context, LEN@END_PROGRESS,...; empty: TRAIN_SEQ_LEN throughout")
-    seq_change_warmup_steps: int = setting(32, "learning-rate ramp after a change of context")
-    warmup_steps: int = setting(3, "plain and looped steps each, run and undone before the clock starts")
-    warmdown_frac: float = setting(0.85, "share of the budget in the linear decay of the learning rate")
-    min_lr: float = setting(0.1, "floor of the learning-rate multiplier")
-    train_log_every: int = setting(100, "steps between log lines", POSITIVE)
-    # optimizers
-    matrix_lr: float = setting(0.026, "Muon learning rate")
-    scalar_lr: float = setting(0.02, "Adam learning rate of vectors, gates and scalars")
-    tied_embed_lr: float = setting(0.03, "Adam learning rate of the embedding")
-    muon_momentum: float = setting(0.97, "Muon momentum at the end of its warm-up", SHARE)
-    muon_momentum_warmup_start: float = setting(0.92, "Muon momentum at step 0")
-    muon_momentum_warmup_steps: int = setting(1500, "steps of its linear warm-up")
-    muon_backend_steps: int = setting(5, "iterations that orthogonalise an update", "[1, 5]")
-    muon_coefficients: str = setting(
-        "polar_express",
-        "of those iterations; newton_schulz: the constant ones of Muon's beginnings",
-        "polar_express, newton_schulz",
-    )
-    muon_row_normalize: bool = setting(True, "normalise the rows of the update before orthogonalisation")
-    muon_wd: float = setting(0.095, "decoupled weight decay of matrices")
-    adam_wd: float = setting(0.02, "decoupled weight decay of vectors, gates and scalars")
-    embed_wd: float = setting(0.085, "decoupled weight decay of the embedding")
-    beta1: float = setting(0.9, "Adam beta1", SHARE)
-    beta2: float = setting(0.99, "Adam beta2", SHARE)
-    adam_eps: float = setting(1e-8, "Adam epsilon", POSITIVE)
-    grad_clip_norm: float = setting(0.3, "norm to which the reduced gradient is clipped; 0: not clipped")
-    ema_decay: float = setting(
-        0.9965, "decay of the debiased average of the weights that is kept; 0: the last weights", SHARE
-    )
-    # training on the validation set, which FAILS condition C3
-    prequant_ttt_enabled: bool = setting(
-        False,
-        "before quantisation AdamW on the whole validation set (#1735), in steps of GLOBAL_TTT_CHUNK_TOKENS; no val_bpb",
-    )
-    prequant_ttt_epochs: int = setting(21, "passes over it")
-    prequant_ttt_lr: float = setting(5e-4, "learning rate of the first pass, by a cosine to a tenth of it in the last")
-    prequant_ttt_freeze_blocks: int = setting(2, "first layers that stay as they are, like the embedding")
-    # quantizer and artifact
-    rate_distortion: bool = setting(
-        True,
-        "choose every quantiser step by what it costs in loss, so that the artifact just fits ARTIFACT_CAP (off: the *_CLIP_SIGMAS)",
-    )
-    rate_rows: float = setting(
-        0.75, "power to which the rows of a matrix follow their gradients; 0: all alike", "[0, 4]"
-    )
-    rate_embed_rows: float = setting(
-        0.5, "the same for embedding rows, most of which calibration sees seldom", "[0, 4]"
-    )
-    rate_columns: float = setting(
-        1.0, "power to which columns follow the Hessian's Cholesky diagonal; 0: all alike", "[0, 4]"
-    )
-    matrix_bits: int = setting(6, "without RATE_DISTORTION: symbol range of matrices, +-(2^(bits-1) - 1)", "[2, 8]")
-    embed_bits: int = setting(7, "symbol range of the embedding", "[2, 8]")
-    mlp_clip_sigmas: float = setting(11.5, "MLP rows: step = this many row standard deviations over the range")
-    attn_clip_sigmas: float = setting(13.0, "the same for attention rows")
-    embed_clip_sigmas: float = setting(14.0, "the same for embedding rows")
-    gptq_calibration_batches: int = setting(
-        16, "micro-batches of training data whose activations and gradients weigh the rounding error", POSITIVE
-    )
-    gptq_damping: float = setting(0.01, "added to the Hessian's diagonal, as a share of its mean")
-    awq_lite_enabled: bool = setting(
-        False, "without RATE_DISTORTION: 8-bit steps for the most salient group of 64 columns"
-    )
-    lqer_enabled: bool = setting(False, "correct the rounding error of some matrices by a low-rank product")
-    lqer_rank: int = setting(4, "rank of that product", POSITIVE)
-    lqer_top_k: int = setting(3, "corrected matrices: those of largest error")
-    gated_attn_quant_gate: bool = setting(False, "store the attention gate in int8 rows instead of fp16")
-    logit_calibration_enabled: bool = setting(
-        False, "fit a logit scale and biases of 14 token categories on training tokens after quantisation"
-    )
-    artifact_cap: int = setting(16_000_000, "most bytes of train_gpt.py and model.bin together", POSITIVE)
-    artifact_margin: int = setting(2_000, "bytes below ARTIFACT_CAP that the artifact may not enter")
-    # scoring
-    eval_seq_len: int = setting(
-        2048, "longest context of a scored token; windows never cross a document's start", POSITIVE
-    )
-    eval_stride: int = setting(
-        0, "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap"
-    )
-    val_batch_tokens: int = setting(131072, "tokens of one scoring forward on one rank")
-    # test-time training
-    ttt_enabled: bool = setting(True, "adapt to each document while scoring it: score a chunk, then learn from it")
-    ttt_method: str = setting(
-        "lora",
-        "lora: adapters of each document; sgd: the base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)",
-        "lora, sgd",
-    )
-    segment_docs: int = setting(
-        50000,
-        "most documents of a segment; state crosses documents only between segments, and a segment waits for its longest document",
-        POSITIVE,
-    )
-    ttt_batch_size: int = setting(64, "documents adapted together, of similar length; no score depends on it", POSITIVE)
-    ttt_chunks: str = setting("8,8,16,32", "sizes of the chunks from a document's start; the last repeats")
-    ttt_eval_seq_len: int = setting(3072, "longest context of a scored token", POSITIVE)
-    ttt_backprop_tokens: int = setting(
-        64,
-        "tokens before a chunk that are run again with it, so that gradients reach back; TTT_EVAL_SEQ_LEN: the exact recompute of #1855",
-    )
-    ttt_mask: str = setting("", "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
-    ttt_lora_rank: int = setting(32, "rank of the adapters", POSITIVE)
-    ttt_lora_alpha: float = setting(144.0, "adapters are scaled by this over their rank")
-    ttt_lora_lr: float = setting(1e-4, "Adam learning rate of the adapters")
-    ttt_local_lr_mult: float = setting(1.5, "factor of TTT_LORA_LR")
-    ttt_beta2: float = setting(0.99, "Adam beta2 of the adapters; there is no first moment", SHARE)
-    ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters")
-    ttt_warm_start: float = setting(
-        1.0, "after each segment the adapters' start moves this far to the mean of its documents' adapters; 0: never"
-    )
-    phased_ttt_num_phases: int = setting(8, "times the base weights learn from the scored prefix; 0: never")
-    phased_ttt_prefix_docs: int = setting(2500, "documents of that prefix, in stream order")
-    global_ttt_lr: float = setting(
-        0.05, "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)"
-    )
-    global_ttt_momentum: float = setting(0.9, "SGD momentum, fresh in each phase", SHARE)
-    global_ttt_epochs: int = setting(1, "passes over the prefix in each phase (TTT_METHOD=sgd: over each chunk)")
-    global_ttt_chunk_tokens: int = setting(
-        32768, "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", POSITIVE
-    )
-    global_ttt_grad_clip: float = setting(1.0, "norm to which the reduced SGD gradient is clipped")
-    # n-grams
-    ngram_enabled: bool = setting(
-        False, "let exact counts of earlier segments and of the document so far improve the scored probabilities"
-    )
-    ngram_order: int = setting(16, "longest n-gram, its last token included (TOKEN_ORDER of #2140)", "[2, 64]")
-    ngram_min_order: int = setting(3, "shortest n-gram (#2140: 16)", "[2, 64]")
-    ngram_threshold: float = setting(
-        0.5, "least share of the commonest continuation (TOKEN_THRESHOLD of #2140: 0.8)", "[0, 1]"
-    )
-    ngram_min_count: int = setting(2, "least number of times a context was seen (#2140: 1)", "[1, inf)")
-    ngram_boost: float = setting(1.0, "log-odds added to the hinted token (TOKEN_BOOST of #2140: 2.625)", "[0, 12]")
-    # set by torchrun
-    rank: int = setting(0, "rank of this process")
-    local_rank: int = setting(0, "its GPU")
-    world_size: int = setting(1, "processes", POSITIVE)
+    # A table of two lines a setting, which the formatter would break into one to five.
+    # fmt: off
+
+    # Run
+    seed: int = setting(1337,
+        "seed of the initial weights; the order of the data is fixed", "[0, 9e18]")
+    data_path: str = setting("data",
+        "folder of the shards fineweb_{train,val,val_bytes}_*.bin and of manifest.json")
+    tokenizer_path: str = setting("",
+        "SentencePiece model; empty: tokenizer.model in DATA_PATH")
+    artifact_dir: str = setting("",
+        "folder of train_gpt.py, model.bin, result.json and the log; empty: runs/SEED (packed script: its own folder)")
+    ledger_path: str = setting("",
+        "file for the nats of every validation target (float64 .npy, stream order) of the headline pass; empty: none")
+    ttt_eval_only: bool = setting(False,
+        "score the artifact in ARTIFACT_DIR and stop")
+    quantize_only: bool = setting(False,
+        "start from ARTIFACT_DIR/trained.npz instead of training")
+    check_only: bool = setting(False,
+        "run every pre-flight check and stop")
+    device: str = setting("auto",
+        "where to run; auto: a GPU if there is one", "auto, cpu, cuda")
+    attention: str = setting("auto",
+        "attention backend; auto: the first of fa3, fa4, torch and reference that works here",
+        "auto, fa3, fa4, torch, reference")
+    fa3_library: str = setting("",
+        "shared object that registers torch.ops.flash_attn_3 (for example that of the xformers wheel)")
+
+    # Model
+    vocab_size: int = setting(8192,
+        "tokens in the vocabulary; a token is stored in 16 bits", "[8, 65536]")
+    bos_id: int = setting(1,
+        "token that begins every document")
+    num_layers: int = setting(11,
+        "physical layers", "(0, inf)")
+    model_dim: int = setting(512,
+        "width of the residual stream", "(0, inf)")
+    num_heads: int = setting(4,
+        "query heads of a layer", "(0, inf)")
+    num_kv_heads: int = setting(2,
+        "key and value heads of a layer", "(0, inf)")
+    mlp_mult: float = setting(4.0,
+        "hidden width of the MLP over MODEL_DIM")
+    leaky_relu_sq_slope: float = setting(0.5,
+        "negative slope of the MLP's squared leaky ReLU")
+    tied_embed_init_std: float = setting(0.005,
+        "standard deviation of the initial embedding")
+    logit_softcap: float = setting(30.0,
+        "bound of the logits: a tanh keeps them between -LOGIT_SOFTCAP and LOGIT_SOFTCAP", "(0, inf)")
+    asym_logit_rescale: bool = setting(False,
+        "learn one cap for positive and one for negative logits, both from LOGIT_SOFTCAP on (#1923)")
+    rope_base: float = setting(10000.0,
+        "base of the rotary position embedding (RoPE)", "(0, inf)")
+    rope_dims: int = setting(32,
+        "rotated dimensions of each head")
+    attn_window: int = setting(128,
+        "tokens that attention reaches back in layers other than ATTN_FULL_LAYERS; 0: the attention span everywhere")
+    attn_full_layers: str = setting("2,5,10",
+        "layers whose attention reaches back over the attention span; numbers beyond NUM_LAYERS mean nothing")
+    qk_gain_init: float = setting(5.0,
+        "initial gain of each normalised query head")
+    smear_gate_enabled: bool = setting(True,
+        "add a gated copy of the previous token's embedding")
+    sparse_attn_gate_enabled: bool = setting(True,
+        "gate each head's output by a sigmoid of the leading channels")
+    sparse_attn_gate_scale: float = setting(0.5,
+        "factor inside the sigmoid of the attention gate")
+    attn_out_gate_enabled: bool = setting(False,
+        "gate each head's output by twice a sigmoid of the leading channels, one at the start (#1667)")
+    num_loops: int = setting(2,
+        "extra passes over the looped layers")
+    loop_start: int = setting(3,
+        "first looped layer")
+    loop_end: int = setting(5,
+        "last looped layer")
+    enable_looping_at: float = setting(0.35,
+        "progress of training at which the loops switch on")
+    parallel_start_layer: int = setting(8,
+        "first layer whose attention and MLP run side by side; 0: none")
+    parallel_mode: str = setting("lanes",
+        "how attention and MLP run side by side; lanes: in two lanes of the decoder (#1529); "
+        "gptj: from one input, outputs added (#1493)", "lanes, gptj")
+
+    # Training
+    max_wallclock_seconds: float = setting(600.0,
+        "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read")
+    gptq_reserve_seconds: float = setting(12.0,
+        "part of the training budget that is reserved for calibration and quantisation")
+    iterations: int = setting(20000,
+        "most training steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many", "(0, inf)")
+    train_batch_tokens: int = setting(786432,
+        "tokens of one training step over all ranks", "(0, inf)")
+    micro_batch_tokens: int = setting(98304,
+        "tokens of one forward; micro-batches are dealt to the ranks, so results do not depend on the number of ranks",
+        "(0, inf)")
+    train_seq_len: int = setting(2048,
+        "longest attention span in training: documents are cut there", "(0, inf)")
+    train_seq_schedule: str = setting("",
+        "growing attention span in training, LEN@END_PROGRESS,...; empty: TRAIN_SEQ_LEN throughout")
+    seq_change_warmup_steps: int = setting(32,
+        "steps of the learning rate's ramp after a change of the attention span")
+    warmup_steps: int = setting(3,
+        "steps without and steps with loops that are run and undone before the clock starts")
+    warmdown_frac: float = setting(0.85,
+        "share of the training budget in which the learning rate falls linearly")
+    min_lr: float = setting(0.1,
+        "floor of the learning-rate multiplier")
+    train_log_every: int = setting(100,
+        "training steps between log lines", "(0, inf)")
+
+    # Optimizers
+    matrix_lr: float = setting(0.026,
+        "learning rate of Muon, which trains the matrices")
+    scalar_lr: float = setting(0.02,
+        "Adam learning rate of vectors, gates and scalars")
+    tied_embed_lr: float = setting(0.03,
+        "Adam learning rate of the embedding")
+    muon_momentum: float = setting(0.97,
+        "momentum of Muon after its warm-up", "[0, 1)")
+    muon_momentum_warmup_start: float = setting(0.92,
+        "momentum of Muon at step 0")
+    muon_momentum_warmup_steps: int = setting(1500,
+        "steps in which the momentum of Muon grows linearly")
+    muon_coefficients: str = setting("polar_express",
+        "coefficients of Muon's five iterations; newton_schulz: the constant ones of the first Muon",
+        "polar_express, newton_schulz")
+    muon_wd: float = setting(0.095,
+        "decoupled weight decay of the matrices")
+    adam_wd: float = setting(0.02,
+        "decoupled weight decay of vectors, gates and scalars")
+    embed_wd: float = setting(0.085,
+        "decoupled weight decay of the embedding")
+    beta1: float = setting(0.9,
+        "decay of Adam's first moment", "[0, 1)")
+    beta2: float = setting(0.99,
+        "decay of Adam's second moment", "[0, 1)")
+    adam_eps: float = setting(1e-8,
+        "epsilon in Adam's denominator", "(0, inf)")
+    grad_clip_norm: float = setting(0.3,
+        "norm to which the gradient, summed over the ranks, is clipped; 0: not clipped")
+    ema_decay: float = setting(0.9965,
+        "decay of the weights' debiased moving average, the result of training; 0: the last weights", "[0, 1)")
+
+    # Training on the validation set, which FAILS condition C3
+    prequant_ttt_enabled: bool = setting(False,
+        "before quantisation AdamW on the validation set (#1735), in steps of GLOBAL_TTT_CHUNK_TOKENS; no val_bpb")
+    prequant_ttt_epochs: int = setting(21,
+        "passes of PREQUANT_TTT_ENABLED over the validation set")
+    prequant_ttt_lr: float = setting(5e-4,
+        "learning rate of the first PREQUANT_TTT pass; a cosine leads to a tenth of it in the last")
+    prequant_ttt_freeze_blocks: int = setting(2,
+        "first layers that PREQUANT_TTT_ENABLED leaves as they are, like the embedding")
+
+    # Quantizer and artifact
+    rate_distortion: bool = setting(True,
+        "choose every quantiser step by what it costs in loss, so that ARTIFACT_CAP is just met (off: *_CLIP_SIGMAS)")
+    rate_rows: float = setting(0.75,
+        "power to which the step sizes of a matrix's rows follow their gradients; 0: all alike", "[0, 4]")
+    rate_embed_rows: float = setting(0.5,
+        "power to which the step sizes of embedding rows follow their gradients; calibration sees most rows seldom",
+        "[0, 4]")
+    rate_columns: float = setting(1.0,
+        "power to which the step sizes of columns follow the Hessian's Cholesky diagonal; 0: all alike", "[0, 4]")
+    matrix_bits: int = setting(6,
+        "without RATE_DISTORTION: symbol range of matrices, +-(2^(bits-1) - 1)", "[2, 8]")
+    embed_bits: int = setting(7,
+        "symbol range of the embedding, +-(2^(bits-1) - 1)", "[2, 8]")
+    mlp_clip_sigmas: float = setting(11.5,
+        "without RATE_DISTORTION: range of symbols of MLP rows, in standard deviations of the row")
+    attn_clip_sigmas: float = setting(13.0,
+        "without RATE_DISTORTION: range of symbols of attention rows, in standard deviations of the row")
+    embed_clip_sigmas: float = setting(14.0,
+        "without RATE_DISTORTION: range of symbols of embedding rows, in standard deviations of the row")
+    gptq_calibration_batches: int = setting(16,
+        "micro-batches of training data whose activations and gradients weigh the rounding error", "(0, inf)")
+    gptq_damping: float = setting(0.01,
+        "what is added to the Hessian's diagonal, as a share of the diagonal's mean")
+    awq_lite_enabled: bool = setting(False,
+        "without RATE_DISTORTION: 8-bit steps for the most salient group of 64 columns")
+    lqer_enabled: bool = setting(False,
+        "correct the rounding error of some matrices by a low-rank product")
+    lqer_rank: int = setting(4,
+        "rank of the product that corrects rounding error", "(0, inf)")
+    lqer_top_k: int = setting(3,
+        "matrices whose rounding error is corrected: those of largest error")
+    gated_attn_quant_gate: bool = setting(False,
+        "store the attention gate in int8 rows instead of fp16")
+    logit_calibration_enabled: bool = setting(False,
+        "fit a logit scale and biases of 14 token categories on training tokens after quantisation")
+    artifact_cap: int = setting(16_000_000,
+        "most bytes of train_gpt.py and model.bin together", "(0, inf)")
+    artifact_margin: int = setting(2_000,
+        "bytes below ARTIFACT_CAP that the artifact may not enter")
+
+    # Scoring
+    eval_seq_len: int = setting(2048,
+        "longest context of a target scored without test-time training; windows never cross a document's start",
+        "(0, inf)")
+    eval_stride: int = setting(0,
+        "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
+    val_batch_tokens: int = setting(131072,
+        "tokens of one scoring forward on one rank")
+
+    # Test-time training
+    ttt_enabled: bool = setting(True,
+        "adapt to each document while scoring it: score a chunk, then learn from it")
+    ttt_method: str = setting("lora",
+        "lora: each document trains adapters; "
+        "sgd: base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)", "lora, sgd")
+    segment_docs: int = setting(50000,
+        "most documents of a segment; state crosses documents only between segments, "
+        "and a segment waits for its longest document", "(0, inf)")
+    ttt_batch_size: int = setting(64,
+        "documents adapted together, of similar length; no score depends on it", "(0, inf)")
+    ttt_chunks: str = setting("8,8,16,32",
+        "sizes of the chunks from a document's start; the last repeats")
+    ttt_eval_seq_len: int = setting(3072,
+        "longest context of a target scored with test-time training", "(0, inf)")
+    ttt_backprop_tokens: int = setting(64,
+        "tokens before a chunk that run again with it, so that gradients reach back; "
+        "TTT_EVAL_SEQ_LEN: the exact recompute of #1855")
+    ttt_mask: str = setting("",
+        "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
+    ttt_lora_rank: int = setting(32,
+        "rank of the adapters", "(0, inf)")
+    ttt_lora_alpha: float = setting(144.0,
+        "factor of the adapters' product, over TTT_LORA_RANK")
+    ttt_lora_lr: float = setting(1e-4,
+        "Adam learning rate of the adapters")
+    ttt_local_lr_mult: float = setting(1.5,
+        "factor of TTT_LORA_LR")
+    ttt_beta2: float = setting(0.99,
+        "decay of the second moment of the adapters' Adam, which has no first moment", "[0, 1)")
+    ttt_weight_decay: float = setting(0.5,
+        "decoupled weight decay of the adapters")
+    ttt_warm_start: float = setting(1.0,
+        "share by which the adapters' start moves, after a segment, to the mean of its documents' adapters; 0: never")
+    phased_ttt_num_phases: int = setting(8,
+        "times the base weights learn from the scored documents of the prefix; 0: never")
+    phased_ttt_prefix_docs: int = setting(2500,
+        "first documents of the stream, the prefix from which the base weights learn")
+    global_ttt_lr: float = setting(0.05,
+        "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
+    global_ttt_momentum: float = setting(0.9,
+        "momentum of the base weights' SGD; it begins at zero in each phase", "[0, 1)")
+    global_ttt_epochs: int = setting(1,
+        "passes of the base weights' SGD over the prefix in each phase (TTT_METHOD=sgd: over each chunk)")
+    global_ttt_chunk_tokens: int = setting(32768,
+        "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", "(0, inf)")
+    global_ttt_grad_clip: float = setting(1.0,
+        "norm to which the gradient of the base weights' SGD, summed over the ranks, is clipped")
+
+    # N-grams
+    ngram_enabled: bool = setting(False,
+        "let exact counts of earlier segments and of the document so far improve the scored probabilities")
+    ngram_order: int = setting(16,
+        "longest n-gram, its last token included (TOKEN_ORDER of #2140)", "[2, 64]")
+    ngram_min_order: int = setting(3,
+        "shortest n-gram, its last token included (#2140: 16)", "[2, 64]")
+    ngram_threshold: float = setting(0.5,
+        "least share of a context's commonest continuation that gives a hint (TOKEN_THRESHOLD of #2140: 0.8)", "[0, 1]")
+    ngram_min_count: int = setting(2,
+        "least number of times a context was seen before it gives a hint (#2140: 1)", "[1, inf)")
+    ngram_boost: float = setting(1.0,
+        "log-odds added to the hinted token (TOKEN_BOOST of #2140: 2.625)", "[0, 12]")
+
+    # Set by torchrun
+    rank: int = setting(0,
+        "number of this process among all processes")
+    local_rank: int = setting(0,
+        "number of this process's GPU on its node")
+    world_size: int = setting(1,
+        "processes of the run", "(0, inf)")
+    # fmt: on
 
     @classmethod
     def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
-        """Read every setting from the mapping ``env``, else from ``stored`` (an artifact's settings), else its default; bad ones raise UserError."""
+        """Each setting from the mapping `env`, else from `stored` (an artifact's settings), else its default.
+
+        Raises UserError for a bad value or, with `check`, for values that do not go together."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         check_names(env, fields)
-        values = {f.name: parse_setting(name, env[name], type(f.default)) for name, f in fields.items() if name in env}
-        cfg = cls(**{**(stored or {}), **values})
+        given = {f.name: parse_setting(name, env[name], type(f.default)) for name, f in fields.items() if name in env}
+        cfg = cls(**{**(stored or {}), **given})
         if check:
             cfg.validate()
         return cfg
@@ -323,60 +467,49 @@ class Config:
     def validate(self):
         """Refuse settings that could not work, before anything is read or trained."""
         for f in dataclasses.fields(self):
-            value, within = getattr(self, f.name), f.metadata["within"]
-            require(
-                lies_within(value, within),
-                f"{f.name.upper()}={value} must be {'one of' if isinstance(value, str) else 'in'} {within}",
-            )
-        chunks = (
-            [int(c) for c in self.ttt_chunks.split(",")]
-            if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", self.ttt_chunks)
-            else []
-        )
+            value = getattr(self, f.name)
+            within = f.metadata["within"]
+            kind = "one of" if isinstance(value, str) else "in"
+            require(lies_within(value, within), f"{f.name.upper()}={value} must be {kind} {within}")
+        for name, holds, rule in self.rules():
+            require(holds, f"{name.upper()}={getattr(self, name)} {rule}")
+        context_schedule(self)
+
+    def rules(self) -> tuple:
+        """What several settings owe each other: (setting to blame, whether the rule holds, the rule)."""
+        head_dim = self.model_dim // self.num_heads
+        loops_fit = self.loop_start <= self.loop_end < self.num_layers
+        two_gates = self.attn_out_gate_enabled and self.sparse_attn_gate_enabled
+        size = r"[1-9]\d{0,8}"
+        chunk_list = re.fullmatch(f"{size}(,{size})*", self.ttt_chunks)
+        chunks_fit = chunk_list and max(map(int, self.ttt_chunks.split(","))) <= self.ttt_eval_seq_len
+        kinds = set(ADAPTER_KINDS)
         masked = set(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
-        for name, holds, rule in (
+        return (
             ("num_heads", self.model_dim % self.num_heads == 0, "must divide MODEL_DIM"),
             ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "must divide NUM_HEADS"),
-            (
-                "rope_dims",
-                self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads,
-                "must be even and at most the head width",
-            ),
-            (
-                "loop_end",
-                self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
-                "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS",
-            ),
-            (
-                "attn_out_gate_enabled",
-                not (self.attn_out_gate_enabled and self.sparse_attn_gate_enabled),
-                "needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate",
-            ),
+            ("rope_dims", self.rope_dims in range(0, head_dim + 1, 2), "must be even and at most the head width"),
+            ("loop_end", self.num_loops == 0 or loops_fit, "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS"),
+            ("attn_out_gate_enabled", not two_gates, "needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate"),
             ("mlp_mult", int(self.mlp_mult * self.model_dim) >= 8, "gives an MLP of fewer than 8 units"),
-            ("artifact_margin", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
+            ("attn_full_layers", re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers), "must be layers like 2,5,10"),
             (
                 "gptq_reserve_seconds",
                 self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
                 "must be below MAX_WALLCLOCK_SECONDS",
             ),
+            ("artifact_margin", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
             ("eval_stride", self.eval_stride <= self.eval_seq_len, "must be at most EVAL_SEQ_LEN"),
             ("val_batch_tokens", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
-            (
-                "ttt_chunks",
-                chunks and max(chunks) <= self.ttt_eval_seq_len,
-                f"must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}",
-            ),
-            ("attn_full_layers", re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers), "must be layers like 2,5,10"),
+            ("ttt_chunks", chunks_fit, "must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN"),
+            ("ttt_mask", masked <= kinds, f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
+            ("ttt_mask", masked != kinds, "leaves no adapter to learn; set TTT_ENABLED=0"),
             ("ngram_min_order", self.ngram_min_order <= self.ngram_order, "must be at most NGRAM_ORDER"),
-            ("ttt_mask", masked <= set(ADAPTER_KINDS), f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
-            ("ttt_mask", masked != set(ADAPTER_KINDS), "leaves no adapter to learn; set TTT_ENABLED=0"),
-        ):
-            require(holds, f"{name.upper()}={getattr(self, name)} {rule}")
-        context_schedule(self)
+        )
 
     @property
     def looped(self) -> bool:
-        """Whether the finished model runs its loops: calibration, scoring and test-time training follow the end of training."""
+        """Whether the model runs its loops after training: calibration, scoring and adaptation do as training ended."""
         return self.num_loops > 0 and self.enable_looping_at < 1
 
     def settings(self) -> dict:
@@ -387,75 +520,14 @@ class Config:
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
 
 
-NOT_SETTINGS = frozenset(
-    (
-        "data_path",
-        "tokenizer_path",
-        "artifact_dir",
-        "ledger_path",
-        "ttt_eval_only",
-        "quantize_only",
-        "check_only",
-        "device",
-        "attention",
-        "fa3_library",
-        "rank",
-        "local_rank",
-        "world_size",
-        "train_log_every",
-    )
+# A variable of the environment that begins like one of our settings must be one. First words that other programs use,
+# as in LOCAL_WORLD_SIZE, MAX_JOBS or PARALLEL_SEQ, do not count.
+SHARED_WORDS = set(
+    "ADAM ATTENTION CHECK DATA DEVICE ENABLE GLOBAL GRAD ITERATIONS LOCAL MAX MIN MODEL NUM PARALLEL QUANTIZE RANK "
+    "SCALAR SEED SEGMENT SEQ SKIP TOKENIZER VOCAB WARMUP WORLD".split()
 )
-# Settings of earlier versions -> the value that is fixed now.
-RETIRED = {
-    "gate_window": 12,
-    "parallel_final_lane": "mean",
-    "skip_gates_enabled": True,
-    "xsa_last_n": 11,
-    "ttt_grad_steps": 1,
-    "ngram_mode": "tilt",
-    "ngram_weight": 0.2,  # of the mixture: without effect on the tilt
-    "ngram_calibrate": False,
-    "awq_lite_bits": 8,
-    "awq_lite_group_size": 64,
-    "awq_lite_group_top_k": 1,
-    "lqer_asym_group": 64,
-    "lqer_gain_select": False,
-    "lqer_weight": "none",
-}
-OUR_PREFIXES = (
-    "TRAIN_",
-    "VAL_",
-    "EVAL_",
-    "TTT_",
-    "MUON_",
-    "GPTQ_",
-    "LQER_",
-    "AWQ_",
-    "LOOP_",
-    "ROPE_",
-    "EMBED_",
-    "MLP_",
-    "ATTN_",
-    "MATRIX_",
-    "XSA_",
-    "EMA_",
-    "NGRAM_",
-    "PHASED_",
-    "PREQUANT_",
-    "GLOBAL_TTT_",
-    "PARALLEL_",
-    "SMEAR_",
-    "SPARSE_",
-    "SKIP_",
-    "RATE_",
-    "GATED_",
-    "LOGIT_",
-    "ARTIFACT_",
-    "LEDGER_",
-    "WARMDOWN_",
-    "MICRO_",
-    "GATE_",
-)
+FIRST_WORDS = {f.name.upper().split("_")[0] for f in dataclasses.fields(Config)}
+OUR_PREFIXES = tuple(f"{word}_" for word in sorted(FIRST_WORDS - SHARED_WORDS))
 
 
 def still_set(stored: dict) -> dict:
@@ -469,99 +541,115 @@ def still_set(stored: dict) -> dict:
 
 
 def check_names(env, fields):
-    """A name with one of our prefixes that is no setting is an error; a near miss without one is a warning."""
+    """Refuse a name that begins like a setting and is none; warn of a near miss without one of our prefixes."""
     for name in sorted(set(env) - set(fields)):
+        if name.lower() in RETIRED:
+            fixed = RETIRED[name.lower()]
+            same = parse_setting(name, env[name], type(fixed)) == fixed
+            require(same, f"{name} is no longer a setting: its value is always {fixed}")
+            continue
         ours = name.startswith(OUR_PREFIXES)
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
-        require(
-            not ours,
-            f"{name} is not a setting{f'; did you mean {nearest[0]}?' if nearest else ''} (--help lists them all)",
-        )
-        if nearest and nearest[0] not in env and len(name) > 4 and name.isupper():
-            print(
-                f"warning: the environment has {name}, which is not a setting; did you mean {nearest[0]}?",
-                file=sys.stderr,
-            )
+        question = f"; did you mean {nearest[0]}?" if nearest else ""
+        require(not ours, f"{name} is not a setting{question} (--help lists them all)")
+        if nearest and nearest[0] not in env and len(name) > 4:
+            print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
 
 
 def parse_setting(name: str, text: str, kind: type):
     """Text of an environment variable -> bool, int, float or str."""
-    with explained(
-        f"{name}={text!r} is not {'0 or 1' if kind is bool else 'of type ' + kind.__name__}", ValueError, KeyError
-    ):
-        if kind is bool:
-            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}[
-                text.strip().lower()
-            ]
+    if kind is bool:
+        word = text.strip().lower()
+        require(word in ("1", "true", "yes", "0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
+        return word in ("1", "true", "yes")
+    with explained(f"{name}={text!r} is not of type {kind.__name__}", ValueError):
         value = kind(text)
     require(kind is not float or math.isfinite(value), f"{name}={text!r} is not finite")
     return value
 
 
-def context_schedule(cfg: Config) -> list[tuple[float, int]]:
-    """TRAIN_SEQ_SCHEDULE as (progress at which the stage ends, attention span), in order; the last stage ends at infinity (#2014)."""
+class Stage(NamedTuple):
+    """A part of training with one attention span."""
+
+    end: float  # progress at which the next stage begins
+    span: int  # tokens
+
+
+def context_schedule(cfg: Config) -> list[Stage]:
+    """The stages of TRAIN_SEQ_SCHEDULE in order; the last one ends at infinity (#2014).
+
+    "1024@0.1,2048@1.0" -> [Stage(0.1, 1024), Stage(inf, 2048)]"""
     if not cfg.train_seq_schedule:
-        return [(math.inf, cfg.train_seq_len)]
+        return [Stage(math.inf, cfg.train_seq_len)]
     name = f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r}"
     with explained(f"{name} is not of the form 1024@0.1,2048@0.7,3072@1.0", ValueError):
-        stages = sorted(
-            (float(end), int(length)) for length, end in (part.split("@") for part in cfg.train_seq_schedule.split(","))
-        )
-    require(all(length > 0 and end > 0 for end, length in stages), f"{name}: lengths and ends must be positive")
+        parts = [part.split("@") for part in cfg.train_seq_schedule.split(",")]
+        stages = sorted(Stage(float(end), int(span)) for span, end in parts)
+    require(all(span > 0 and end > 0 for end, span in stages), f"{name}: lengths and ends must be positive")
     require(
-        max(length for _, length in stages) == cfg.train_seq_len,
+        max(stage.span for stage in stages) == cfg.train_seq_len,
         f"{name}: the longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}",
     )
-    return [*stages[:-1], (math.inf, stages[-1][1])]
+    return [*stages[:-1], stages[-1]._replace(end=math.inf)]
 
 
 def help_text() -> str:
     """The table of --help."""
     lines = [
-        "Settings (environment variables), their defaults, meaning and limits; a number without them is in [0, inf):"
+        "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf))"
     ]
     for f in dataclasses.fields(Config):
-        shown = int(f.default) if isinstance(f.default, bool) else f.default
-        limits = f"; {f.metadata['within']}" if f.metadata["within"] not in ("", "[0, inf)") else ""
-        lines.append(f"  {f.name.upper():28s} {str(shown) or '(empty)':>12s}   {f.metadata['meaning']}{limits}")
+        if f.name in GROUPS:
+            lines.append(f"\n{GROUPS[f.name]}")
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        within = f.metadata["within"]
+        limits = "" if within in ("", "[0, inf)") else f"; {within}"
+        lines.append(f"  {f.name.upper():28s} {str(default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
 
 
-# ======== Runtime: ranks, log, clock, budgets, verdicts, ledger ===============================================================================================
+# ======== Runtime: ranks, log, clock, budgets, verdicts, ledger =======================================================
 
 
 class Ranks:
     """The process group. On one rank every collective is a no-op, so nothing else asks how many there are."""
 
     def __init__(self, cfg: Config):
-        self.rank, self.world, self.main = cfg.rank, cfg.world_size, cfg.rank == 0
-        use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+        self.rank = cfg.rank
+        self.world = cfg.world_size
+        self.main = cfg.rank == 0
+        gpu = torch.cuda.is_available()
+        use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and gpu)
         require(
-            torch.cuda.is_available() or not use_cuda,
+            gpu or not use_cuda,
             "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch",
         )
         self.device = torch.device("cuda", cfg.local_rank) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            # torch.optim imports this, whose defaults keep the group that exists by then: gloo's threads would outlive close() and abort some exits.
+            # torch.optim imports this module, whose defaults hold on to the group that exists by then: imported later,
+            # gloo's threads would outlive close() and abort some exits.
             importlib.import_module("torch.distributed.nn.functional")
-            # Tensors on the CPU travel over gloo, so the clock is shared without touching the GPU's queue.
+            # Tensors on the CPU travel over gloo, so sharing the clock does not wait for the GPU's queue.
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
 
     def all_reduce_(self, t: Tensor) -> Tensor:
+        """`t` becomes its sum over the ranks."""
         if self.world > 1:
             dist.all_reduce(t)
         return t
 
     def all_reduce_flat(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Their sums over the ranks, through one buffer."""
+        """The sums over the ranks of all `tensors`, through one buffer."""
         if self.world == 1:
             return tensors
         flat = self.all_reduce_(torch.cat([t.flatten() for t in tensors]))
-        return [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+        pieces = flat.split([t.numel() for t in tensors])
+        return [piece.view_as(t) for piece, t in zip(pieces, tensors)]
 
     def broadcast_(self, t: Tensor, source: int = 0) -> Tensor:
+        """`t` becomes that of rank `source`."""
         if self.world > 1:
             dist.broadcast(t, source)
         return t
@@ -580,15 +668,19 @@ class Ranks:
 
 
 class Log:
-    """Lines to the console and, once ``open`` has been called, to a file; from rank 0 only. Flushed at once, so that a killed run keeps its log."""
+    """Lines to the console and, once `open` has been called, to a file; from rank 0 only.
+
+    Every line is flushed, so a killed run leaves its log."""
 
     def __init__(self, ranks: Ranks):
-        self.main, self.file = ranks.main, io.StringIO()
+        self.main = ranks.main
+        self.file = io.StringIO()  # until there is a file
 
     def open(self, path: Path, mode: str):
         """Only now is an earlier log replaced: a run that fails its checks leaves it alone."""
         if self.main:
-            early, self.file = self.file.getvalue(), open(path, mode, encoding="utf-8")
+            early = self.file.getvalue()
+            self.file = open(path, mode, encoding="utf-8")
             self.file.write(early)
 
     def __call__(self, line: str = "", console: bool = True):
@@ -601,28 +693,38 @@ class Log:
 
 
 class Clock:
-    """Seconds of training, the same on every rank: rank 0's reading, sent over the CPU group, with no drain of the GPU's queue.
-    At most ``LEAD`` steps are queued on the GPU; the reading counts them at the mean time of a step, so it is when the next step will begin."""
+    """Seconds of training, the same on every rank: rank 0's reading, sent over the CPU group.
+
+    Reading it does not drain the GPU's queue. Up to LEAD steps are still queued there; their expected duration is
+    added, so `tick` predicts when the next step starts."""
 
     LEAD = 2
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.pending, self.steps = ranks, collections.deque(), 0
+        self.ranks = ranks
+        self.steps = 0  # steps launched
+        self.pending = collections.deque()  # an event for each step that may not have ended
         ranks.synchronize()
-        ranks.agree(0)
+        ranks.agree(0)  # all ranks start together
         self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """This rank's seconds since construction."""
+        return time.perf_counter() - self.start
 
     def tick(self) -> float:
         """Call before each step; returns its predicted start in seconds since construction."""
-        while len(self.pending) > self.LEAD:
+        while len(self.pending) > self.LEAD:  # launch no further ahead: a prediction of few steps errs little
             self.pending.popleft().synchronize()
-        while self.pending and self.pending[0].query():
+        while self.pending and self.pending[0].query():  # the step has ended
             self.pending.popleft()
-        now = time.perf_counter() - self.start
-        done = self.steps - len(self.pending)
-        return self.ranks.agree(now + len(self.pending) * (now / done if done else 0.0))
+        now = self.seconds()
+        queued = len(self.pending)
+        done = self.steps - queued
+        return self.ranks.agree(now + queued * (now / done if done else 0.0))
 
     def step_done(self):
+        """Call after each step has been launched."""
         self.steps += 1
         if self.ranks.device.type == "cuda":
             event = torch.cuda.Event()
@@ -630,183 +732,239 @@ class Clock:
             self.pending.append(event)
 
     def stop(self) -> float:
+        """Wait for the GPU and return the seconds since construction."""
         self.ranks.synchronize()
-        return self.ranks.agree(time.perf_counter() - self.start)
+        return self.ranks.agree(self.seconds())
 
 
 class Phases:
-    """Wall seconds by phase, and the two budgets they add up to: training data changes the model, or validation data is touched."""
+    """Wall seconds by phase, and the two budgets they add up to."""
 
     BUDGET = {
+        # training data changes the model
         "steps": "train",
         "calibrate": "train",
         "quantize": "train",
+        # validation data is read
         "load": "eval",
         "prepare": "eval",
         "score": "eval",
         "adapt": "eval",
         "read": "eval",
         "prequant": "eval",
+        # neither
         "setup": None,
         "warmup": None,
         "diagnostic": None,
         "write": None,
     }
 
-    def __init__(self, ranks: Ranks, log: Log):
-        self.ranks, self.log, self.seconds = ranks, log, {}
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.seconds = collections.defaultdict(float)  # phase -> wall seconds so far
 
     @contextlib.contextmanager
     def __call__(self, name: str):
+        """Time the block as part of phase `name`."""
         assert name in self.BUDGET, name
         start = time.perf_counter()
         yield
-        self.ranks.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.ranks.synchronize()  # what the block launched belongs to it
+        self.seconds[name] += time.perf_counter() - start
 
     def charge(self, name: str, to: str, seconds: float):
-        """Move seconds of one phase to another."""
+        """Move seconds that were timed as phase `name` to phase `to`."""
         self.seconds[name] -= seconds
-        self.seconds[to] = self.seconds.get(to, 0.0) + seconds
+        self.seconds[to] += seconds
 
     def budget(self, which: str) -> float:
+        """Seconds of all phases that count towards the budget "train" or "eval"."""
         return sum(s for name, s in self.seconds.items() if self.BUDGET[name] == which)
 
 
 class Verdicts:
-    """PASS, FAIL, DISPUTED or NOT RUN for each condition, with the reason; what only an audit can show starts as NOT RUN."""
+    """PASS, FAIL, DISPUTED or NOT RUN for each condition, with the reason. What only an audit can show is NOT RUN."""
+
+    CONDITIONS = ("C1", "C2", "C3", "C4", "bytes", "train_budget", "eval_budget", "packaging", "data")
 
     def __init__(self):
-        self.table = dict.fromkeys(
-            ("C1", "C2", "C3", "C4", "bytes", "train_budget", "eval_budget", "packaging", "data"),
-            ("NOT RUN", "shown by tools/audit.py"),
-        )
+        self.table = dict.fromkeys(self.CONDITIONS, ("NOT RUN", "shown by tools/audit.py"))
 
     def set(self, condition: str, verdict: str, reason: str):
+        """A condition that has failed stays failed."""
         if self.table[condition][0] != "FAIL":
             self.table[condition] = (verdict, reason)
 
+    def judge(self, condition: str, holds: bool, reason: str):
+        self.set(condition, "PASS" if holds else "FAIL", reason)
+
     def failed(self) -> list[str]:
-        return [c for c, (verdict, _) in self.table.items() if verdict == "FAIL"]
+        return [condition for condition, (verdict, _) in self.table.items() if verdict == "FAIL"]
 
 
 class Ledger:
-    """Write-once record of one scoring pass: ``nats`` of every validation target in stream order, float64 (targets,), NaN until scored.
-    Writing a target twice, training on one that is not written, or closing with a hole raises: a run whose ledger does not hold is not a result."""
+    """Write-once record of one scoring pass: `nats` of every validation target in stream order, NaN until scored.
+
+    Scoring a target twice, training on one that is not scored, or closing with a hole raises RuntimeError: a run whose
+    ledger does not hold is not a result."""
 
     ROUNDING = 1e-4  # a certain token may come out this far below zero nats: fp32 logits of up to 30
 
     def __init__(self, name: str, target_bytes: np.ndarray, verdicts: Verdicts):
-        self.name, self.bytes, self.verdicts = name, target_bytes, verdicts
-        self.nats = np.full(len(target_bytes), np.nan)
-        self.merged, self.begun, self.shown = np.zeros(len(target_bytes), bool), None, None
-
-    def check(self, holds: bool, fault: str):
-        if not holds:
-            raise RuntimeError(f"ledger {self.name}: {fault}")
+        self.name = name
+        self.bytes = target_bytes  # uint16 (targets,)
+        self.verdicts = verdicts
+        self.nats = np.full(len(target_bytes), np.nan)  # float64 (targets,)
+        self.merged = np.zeros(len(target_bytes), bool)  # scored by any rank before the last merge
 
     @property
     def scored(self) -> np.ndarray:
+        """bool (targets,): scored by this rank, or by any before the last merge."""
         return ~np.isnan(self.nats)
 
     def write(self, targets: np.ndarray, nats: np.ndarray):
-        """targets: int64 indices; nats: float, the same length."""
-        self.check(
-            np.isnan(self.nats[targets]).all() and len(np.unique(targets)) == len(targets), "a target was scored twice"
-        )
-        self.check(
-            np.isfinite(nats).all() and (nats >= -self.ROUNDING).all(),
-            "a score is not finite or implies a probability above 1",
-        )
+        """Record the scores of `targets`, int64 indices; `nats` is float, of the same length."""
+        unscored = np.isnan(self.nats[targets]).all()
+        distinct = len(np.unique(targets)) == len(targets)
+        self.check(unscored and distinct, "a target was scored twice")
+        possible = np.isfinite(nats).all() and (nats >= -self.ROUNDING).all()
+        self.check(possible, "a score is not finite or implies a probability above 1")
         self.nats[targets] = np.maximum(nats, 0.0)
 
+    def merge(self, ranks: Ranks):
+        """Join what the ranks have scored since the last merge; one rank alone must have scored each target."""
+        new = self.scored & ~self.merged
+        if ranks.world > 1:
+            # Only what is new travels, so that a sum over the ranks adds one score and zeros.
+            writers = ranks.all_reduce_(torch.from_numpy(new.astype(np.int32))).numpy()
+            nats = ranks.all_reduce_(torch.from_numpy(np.where(new, self.nats, 0.0))).numpy()
+            once = writers.max() <= 1 and not writers[self.merged].any()
+            self.check(once, "two ranks scored the same target")
+            self.nats = np.where(writers > 0, nats, self.nats)
+        self.merged = self.scored
+
     def may_train(self, targets: np.ndarray):
+        """Call before learning from `targets`: all of them must be scored (C3)."""
         if np.isnan(self.nats[targets]).any():
             self.break_condition("C3", f"pass {self.name} trained on a target before it was scored")
             self.check(False, "training on a target that is not scored")
 
     def break_condition(self, condition: str, reason: str):
-        """The one door for settings that break a condition: the run goes on, its number never becomes ``val_bpb``."""
+        """Record that a setting breaks a condition: the run goes on, its number never becomes `val_bpb`."""
         self.verdicts.set(condition, "FAIL", reason)
-
-    def merge(self, ranks: Ranks):
-        """Join what the ranks have scored since the last merge; each target must have been scored by exactly one rank."""
-        fresh = self.scored & ~self.merged
-        if ranks.world > 1:
-            counts = ranks.all_reduce_(torch.from_numpy(fresh.astype(np.int32))).numpy()
-            nats = ranks.all_reduce_(torch.from_numpy(np.where(fresh, self.nats, 0.0))).numpy()
-            self.check(counts.max() <= 1 and not counts[self.merged].any(), "two ranks scored the same target")
-            self.nats = np.where(counts > 0, nats, self.nats)
-        self.merged = self.scored
-
-    def progress(self, ranks: Ranks, log: Log):
-        """Call before each batch: every five seconds a line says how far the pass is, if the other ranks have scored as much as this one."""
-        now = time.perf_counter()
-        self.begun, self.shown = self.begun or now, self.shown or now
-        if now - self.shown > 5:
-            self.shown, done = now, int(self.merged.sum()) + ranks.world * int((self.scored & ~self.merged).sum())
-            rate, left = max(done, 1) / (now - self.begun), max(len(self.nats) - done, 0)
-            log(
-                f"  {100 * (1 - left / len(self.nats)):5.1f} %  BPB so far {self.partial_bpb(self.scored):.4f}  {rate:,.0f} targets/s  {left / rate:.0f} s left"
-            )
-
-    def partial_bpb(self, which: np.ndarray) -> float:
-        """Bits per byte over the targets that the mask ``which`` (targets,) selects."""
-        return float(self.nats[which].sum() / math.log(2) / max(self.bytes[which].sum(dtype=np.int64), 1))
 
     def bpb(self) -> float:
         """Bits per byte over all targets; raises if one is missing."""
         self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
         return self.partial_bpb(self.scored)
 
+    def partial_bpb(self, which: np.ndarray) -> float:
+        """Bits per byte over the targets that the mask `which` (targets,) selects."""
+        size = self.bytes[which].sum(dtype=np.int64)  # uint16 would overflow
+        return float(self.nats[which].sum() / math.log(2) / max(size, 1))
+
+    def check(self, holds: bool, fault: str):
+        if not holds:
+            raise RuntimeError(f"ledger {self.name}: {fault}")
+
+
+class Progress:
+    """Says every few seconds how far a scoring pass is."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, ranks: Ranks, log: Log):
+        self.ranks = ranks
+        self.log = log
+        self.begun = time.perf_counter()
+        self.shown = self.begun  # time of the last line
+
+    def show(self, ledger: Ledger):
+        """Call before each batch. The other ranks are taken to have scored as much as this one since the last merge."""
+        now = time.perf_counter()
+        if now - self.shown <= self.EVERY:
+            return
+        self.shown = now
+        targets = len(ledger.nats)
+        new = ledger.scored & ~ledger.merged
+        done = ledger.merged.sum() + self.ranks.world * new.sum()
+        left = max(targets - done, 0)
+        rate = max(done, 1) / (now - self.begun)
+        self.log(
+            f"  {100 * (1 - left / targets):5.1f} %  BPB so far {ledger.partial_bpb(ledger.scored):.4f}  "
+            f"{rate:,.0f} targets/s  {left / rate:.0f} s left"
+        )
+
 
 @contextlib.contextmanager
 def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
-    """Open ``path`` for writing bytes so that it appears whole, by rename, or not at all. ``setting`` is what an error tells the user to change."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    """Open `path` for writing bytes so that it appears complete, by rename, or not at all.
+
+    `setting` is what an error tells the user to change."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")  # on the same disk, for the rename
     with explained(f"{path}: cannot be written ({{}}); free space there or set {setting} to another place", OSError):
         try:
             with open(part, "wb") as f:
                 yield f
                 f.flush()
-                os.fsync(f.fileno())
+                os.fsync(f.fileno())  # a rename may reach the disk before the data
             os.replace(part, path)
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # after the rename there is none
                 part.unlink()
 
 
-# ======== Data: shards, packed training batches, the validation stream ========================================================================================
+# ======== Data: shards, packed training batches, the validation stream ================================================
 
-SHARD_MAGIC, SHARD_HEADER_BYTES = 20240520, 1024
+SHARD_MAGIC = 20240520
+SHARD_HEADER_BYTES = 1024
+# Contest sets by their tokens: the bytes that the published exports count.
 CONTEST_SETS = {
-    47_853_344: (151_080_645, 151_074_309),
-    40_540_160: (151_078_222,),
-}  # tokens -> bytes of the exports with CaseOps and without
+    47_853_344: (151_080_645, 151_074_309),  # CaseOps
+    40_540_160: (151_078_222,),  # plain SentencePiece
+}
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-map the uint16 values of a shard: 256 little-endian int32 of header ([magic, 1, count, 0, ...]), then the values."""
+    """Memory-map the uint16 values of a shard; before them stand 256 little-endian int32: magic, 1, count, 0, ..."""
     header = np.fromfile(path, dtype="<i4", count=256)
-    require(
-        len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, 1),
-        f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py",
-    )
-    size, expected = path.stat().st_size, SHARD_HEADER_BYTES + 2 * int(header[2])
+    genuine = len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, 1)
+    require(genuine, f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py")
+    count = int(header[2])
+    size = path.stat().st_size
+    expected = SHARD_HEADER_BYTES + 2 * count
     require(
         size == expected,
-        f"{path}: {size} bytes, its header promises {expected}; the file is truncated or damaged: fetch or make it again",
+        f"{path}: {size} bytes, its header promises {expected}; the file is truncated or damaged: "
+        "fetch or make it again",
     )
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]:
-    """Files of ``pattern`` (its * is digits) in name order; UserError where there are none and one is required."""
-    paths = sorted(
-        p for p in folder.glob(pattern) if re.fullmatch(pattern.replace("*", r"\d+"), p.name) and p.is_file()
-    )  # val_* must not match val_bytes_*
+    """Files of `pattern` (its * is digits) in name order; UserError where there are none and one is required."""
+    digits = re.compile(pattern.replace("*", r"\d+"))  # fineweb_val_*.bin must not match fineweb_val_bytes_0.bin
+    paths = sorted(path for path in folder.glob(pattern) if digits.fullmatch(path.name) and path.is_file())
     require(paths or not required, f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
     return paths
+
+
+def check_start(path: Path, tokens: np.ndarray, cfg: Config):
+    """The first token of a stream begins a document."""
+    require(
+        list(tokens[:1]) == [cfg.bos_id],
+        f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again",
+    )
+
+
+def check_tokens(path: Path, tokens: np.ndarray, cfg: Config):
+    """Every token is in the vocabulary."""
+    highest = tokens.max(initial=0)
+    require(
+        highest < cfg.vocab_size,
+        f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; "
+        "set VOCAB_SIZE or use shards of the right tokenizer",
+    )
 
 
 class Seq(NamedTuple):
@@ -923,51 +1081,35 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def check_tokens(path: Path, tokens: np.ndarray, cfg: Config, from_start: bool = False):
-    """Every token is in the vocabulary; the first is BOS where the tokens are a stream ``from_start``."""
-    if from_start:
-        require(
-            list(tokens[:1]) == [cfg.bos_id],
-            f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again",
-        )
-    highest = tokens.max(initial=0)
-    require(
-        highest < cfg.vocab_size,
-        f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; set VOCAB_SIZE or use shards of the right tokenizer",
-    )
-
-
 class TrainStream:
-    """The training tokens as one endless stream over all shards in name order. Step s reads the same tokens at any world size."""
+    """The training tokens as one endless stream over all shards in name order: step s reads the same at any world size.
+
+    The methods stand in the order in which a step calls them."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.paths = find_shards(Path(cfg.data_path), "fineweb_train_*.bin")
-        self.shards = [open_shard(p) for p in self.paths]
-        self.ends = np.cumsum([len(s) for s in self.shards])
+        self.shards = [open_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])  # of each shard, in the stream
         self.tokens = int(self.ends[-1])
         require(
             self.tokens > cfg.micro_batch_tokens,
             f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
             "lower MICRO_BATCH_TOKENS or prepare more documents",
         )
-        for i, (path, shard) in enumerate(zip(self.paths, self.shards)):  # the whole shard is checked as it is read
-            check_tokens(path, shard[: 1 << 20], cfg, from_start=i == 0)
+        check_start(self.paths[0], self.shards[0], cfg)
+        for path, shard in zip(self.paths, self.shards):
+            check_tokens(path, shard[: 1 << 20], cfg)  # `read` checks the rest when its turn comes
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """``count`` tokens from position ``start`` of the endless stream, int64."""
-        pieces = []
-        while count:
-            start %= self.tokens
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - (int(self.ends[i]) - len(self.shards[i]))
-            pieces.append(self.shards[i][offset : offset + count].astype(np.int64))
-            check_tokens(self.paths[i], pieces[-1], self.cfg)
-            start, count = start + len(pieces[-1]), count - len(pieces[-1])
-        return np.concatenate(pieces)
+    def step(self, step: int, span: int, rank: int, world: int) -> list[Batch]:
+        """This rank's micro-batches of a step: the global batch cut every MICRO_BATCH_TOKENS, dealt in turn."""
+        total = self.cfg.train_batch_tokens
+        micro = self.cfg.micro_batch_tokens
+        cuts = range(rank * micro, total, world * micro)
+        return [self.micro_batch(step * total + cut, min(micro, total - cut), span) for cut in cuts]
 
     def micro_batch(self, start: int, count: int, span: int) -> Batch:
-        """Inputs [start, start + count) and their targets; a document already running at ``start`` begins anew there."""
+        """Inputs [start, start + count) and their targets; a document already running at `start` begins anew there."""
         tokens = self.read(start, count + 1)
         starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
         if not len(starts) or starts[0] != 0:
@@ -975,26 +1117,37 @@ class TrainStream:
         capacity = self.cfg.micro_batch_tokens
         return pack_documents(tokens[:-1], tokens[1:], starts, span, self.cfg.train_seq_len, capacity, "train")
 
-    def step(self, step: int, span: int, rank: int, world: int) -> list[Batch]:
-        """This rank's micro-batches of a step: the global batch cut every MICRO_BATCH_TOKENS, dealt to the ranks in turn."""
-        total, micro = self.cfg.train_batch_tokens, self.cfg.micro_batch_tokens
-        return [
-            self.micro_batch(step * total + at, min(micro, total - at), span)
-            for at in range(rank * micro, total, world * micro)
-        ]
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from position `start` of the endless stream, int64."""
+        pieces = []
+        while count:
+            start %= self.tokens  # another epoch
+            i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds `start`
+            offset = start - (int(self.ends[i]) - len(self.shards[i]))
+            piece = self.shards[i][offset : offset + count].astype(np.int64)
+            check_tokens(self.paths[i], piece, self.cfg)
+            pieces.append(piece)
+            start += len(piece)
+            count -= len(piece)
+        return np.concatenate(pieces)
 
 
 class Prefetch:
-    """Builds the next step's batches in a thread; a change of span only costs the one batch that was built for the old one."""
+    """Builds the next step's batches in a thread. A change of span only wastes what was built for the earlier span."""
 
     def __init__(self, stream: TrainStream, ranks: Ranks):
-        pool, self.device, self.waiting = ThreadPoolExecutor(1), ranks.device, {}
-        self.submit = lambda step, span: pool.submit(stream.step, step, span, ranks.rank, ranks.world)
+        self.stream = stream
+        self.ranks = ranks
+        self.pool = ThreadPoolExecutor(1)
+        self.waiting = {}  # (step, span) -> future of its batches
+
+    def submit(self, step: int, span: int):
+        return self.pool.submit(self.stream.step, step, span, self.ranks.rank, self.ranks.world)
 
     def __call__(self, step: int, span: int) -> list[Batch]:
         future = self.waiting.pop((step, span), None) or self.submit(step, span)
-        self.waiting = {(step + 1, span): self.submit(step + 1, span)}
-        return [to_device(b, self.device) for b in future.result()]
+        self.waiting = {(step + 1, span): self.submit(step + 1, span)}  # the guess: no change of span
+        return [to_device(batch, self.ranks.device) for batch in future.result()]
 
 
 class ValidationStream:
@@ -1002,29 +1155,29 @@ class ValidationStream:
 
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
-        self.tokens = np.concatenate([open_shard(p) for p in find_shards(folder, "fineweb_val_*.bin")])
-        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg, from_start=True)
+        self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, "fineweb_val_*.bin")])
+        check_start(folder / "fineweb_val_*.bin", self.tokens, cfg)
+        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg)
+        self.targets = len(self.tokens) - 1  # target i is token i + 1
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
-        self.targets = len(self.tokens) - 1
-        self.lengths = np.diff(
-            np.append(self.starts, self.targets)
-        )  # inputs of each document; its last target is the next one's BOS
+        # Inputs of each document. The target of its last input is the next document's BOS.
+        self.lengths = np.diff(np.append(self.starts, self.targets))
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
-        self.byte_source = "sidecar" if sidecars else "tokenizer"
-        self.bytes = (
-            np.concatenate([open_shard(p) for p in sidecars]) if sidecars else tokenizer_bytes(cfg, self.tokens)
-        )
-        require(
-            len(self.bytes) == len(self.tokens),
-            f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; prepare both in one go",
-        )
-        require(
-            not sidecars or self.bytes.any(),
-            f"{folder}/fineweb_val_bytes_*.bin: the byte sidecar holds only zeros; prepare the data again",
-        )
+        if sidecars:
+            self.byte_source = "sidecar"
+            self.bytes = np.concatenate([open_shard(path) for path in sidecars])
+            require(
+                len(self.bytes) == len(self.tokens),
+                f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; "
+                "prepare both in one go",
+            )
+            require(self.bytes.any(), f"{sidecars[0]}: the byte sidecar holds only zeros; prepare the data again")
+        else:
+            self.byte_source = "tokenizer"
+            self.bytes = tokenizer_bytes(cfg, self.tokens)
         require(
             not self.bytes[self.starts].any(),
-            f"{folder}: the byte sidecar counts bytes for BOS; prepare the data again",
+            f"{folder}: the byte {self.byte_source} counts bytes for BOS; prepare the data again",
         )
 
     @property
@@ -1040,81 +1193,104 @@ def tokenizer_path(cfg: Config) -> Path:
     return path
 
 
-def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
-    """Bytes per token from the piece table, for plain tokenizers without a sidecar: control 0, byte fallback 1, a space for each \u2581.
-    A tokenizer that puts a space before every document (add_dummy_prefix) is not paid for it."""
+def open_tokenizer(cfg: Config):
+    """The SentencePieceProcessor at `tokenizer_path`; UserError if it cannot be the one of shards without a sidecar."""
     import sentencepiece
 
     path = tokenizer_path(cfg)
     with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one", RuntimeError, OSError):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = sp.vocab_size()
+    require(pieces == cfg.vocab_size, f"TOKENIZER_PATH={path}: {pieces} pieces, VOCAB_SIZE={cfg.vocab_size}")
+    case_marks = "\ue001\ue002\ue003\ue004"  # pieces of a CaseOps tokenizer, which stand for no bytes
     require(
-        sp.vocab_size() == cfg.vocab_size,
-        f"TOKENIZER_PATH={path}: {sp.vocab_size()} pieces, VOCAB_SIZE={cfg.vocab_size}",
+        not any(sp.id_to_piece(i) in case_marks for i in range(8)),
+        f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; "
+        "prepare the data again",
     )
-    require(
-        not any(sp.id_to_piece(i) in "\ue001\ue002\ue003\ue004" for i in range(8)),
-        f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; prepare the data again",
-    )
-    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(cfg.vocab_size)])
-    texts = ["" if special[i] else sp.id_to_piece(i).replace("\u2581", " ") for i in range(cfg.vocab_size)]
-    table = np.array([1 if sp.is_byte(i) else len(text.encode()) for i, text in enumerate(texts)], np.uint16)
-    counts = table[tokens]
-    if sp.encode("a", out_type=str)[0].startswith("\u2581"):
+    return sp
+
+
+def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
+    """Bytes of each token from the pieces of a plain tokenizer, uint16: for data without a sidecar.
+
+    A control token has 0 bytes, a byte-fallback token 1, and \\u2581 is a space. Many tokenizers put a space of their
+    own before a document: it does not count, since the text does not have it."""
+    sp = open_tokenizer(cfg)
+    ids = range(cfg.vocab_size)
+    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+    texts = ["" if special[i] else sp.id_to_piece(i).replace("\u2581", " ") for i in ids]
+    sizes = np.array([1 if sp.is_byte(i) else len(texts[i].encode()) for i in ids], np.uint16)
+    counts = sizes[tokens]  # (tokens,)
+    if sp.encode("a", out_type=str)[0].startswith("\u2581"):  # the tokenizer has add_dummy_prefix
         spaced = np.array([text.startswith(" ") for text in texts])
-        counts -= np.concatenate([[True], special[tokens[:-1]]]) & spaced[tokens]
+        opens = np.concatenate([[True], special[tokens[:-1]]])  # the first token after BOS
+        counts -= opens & spaced[tokens]
     return counts
 
 
-def describe_data(cfg: Config, val: ValidationStream) -> dict:
-    """Fingerprint of the validation set. All must be as manifest.json says, where there is one: counts, vocabulary, BOS; tokenizer and validation files by hash."""
-    have = {"tokens": len(val.tokens), "documents": len(val.starts), "bytes": int(val.bytes.sum(dtype=np.int64))}
-    contest = have["bytes"] in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
-    manifest, sha256 = Path(cfg.data_path) / "manifest.json", lambda data: hashlib.sha256(data).hexdigest()
-    found = {
+def sha256(data) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def fingerprint(cfg: Config, val: ValidationStream) -> dict:
+    """What identifies the data, for the log and result.json; first it must be what its manifest says."""
+    size = int(val.bytes.sum(dtype=np.int64))
+    # The contest's validation set has the first 50,000 documents of FineWeb.
+    contest = size in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
+    manifest = Path(cfg.data_path) / "manifest.json"
+    facts = {
         "val_tokens": len(val.tokens),
         "val_targets": val.targets,
         "val_documents": len(val.starts),
-        "val_bytes": have["bytes"],
+        "val_bytes": size,
         "byte_source": val.byte_source,
-        "val_sha256": sha256(np.ascontiguousarray(val.tokens)),
+        "val_sha256": sha256(np.ascontiguousarray(val.tokens)),  # however the tokens are cut into shards
         "dataset": "contest" if contest else "other",
         "manifest": manifest.is_file(),
     }
-    if not found["manifest"]:
-        return found
-    with explained(
-        f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again",
-        ValueError,
-        KeyError,
-        TypeError,
-    ):
+    return facts | check_manifest(cfg, manifest, facts) if facts["manifest"] else facts
+
+
+def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
+    """Raise UserError unless the data is as its manifest says; return the manifest's transform and tokenizer hash.
+
+    Checked are counts, vocabulary and BOS; validation files and tokenizer by hash, training shards by their length."""
+    damaged = f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again"
+    with explained(damaged, ValueError, KeyError, TypeError):
         promised = json.loads(manifest.read_text())
-        for key, count in have.items():
+        for key in ("tokens", "documents", "bytes"):
+            count = facts[f"val_{key}"]
+            wanted = promised["val"][key]
             require(
-                promised["val"][key] in (None, count),
-                f"{manifest}: promises {promised['val'][key]} validation {key}, the shards hold {count}; prepare the data again",
+                wanted in (None, count),
+                f"{manifest}: promises {wanted} validation {key}, the shards hold {count}; prepare the data again",
             )
         for name, file in promised["files"].items():
-            path = manifest.parent / name
-            require(path.is_file(), f"{path}: promised by {manifest.name}, not there; prepare the data again")
-            intact = (
-                len(open_shard(path)) == file["tokens"]
-                if "train" in name
-                else sha256(path.read_bytes()) == file["sha256"]
-            )
-            require(intact, f"{path}: not the file that {manifest.name} describes; fetch or prepare it again")
+            check_promised_file(manifest.parent / name, file)
         for key in ("vocab_size", "bos_id"):
+            ours = getattr(cfg, key)
             require(
-                promised[key] == getattr(cfg, key),
-                f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {getattr(cfg, key)}",
+                promised[key] == ours,
+                f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {ours}",
             )
-        model, made_by = tokenizer_path(cfg), promised["tokenizer"]["sha256"]
+        made_by = promised["tokenizer"]["sha256"]
+        model = tokenizer_path(cfg)
         require(
             sha256(model.read_bytes()) == made_by,
             f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})",
         )
-        return found | {"transform": promised["transform"], "tokenizer_sha256": made_by}
+        return {"transform": promised["transform"], "tokenizer_sha256": made_by}
+
+
+def check_promised_file(path: Path, file: dict):
+    """A file of the manifest is there and intact. `file` has its "tokens" and "sha256"."""
+    require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
+    if "train" in path.name:  # hashing gigabytes would take minutes
+        intact = len(open_shard(path)) == file["tokens"]
+    else:
+        intact = sha256(path.read_bytes()) == file["sha256"]
+    require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
 
 
 # ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
@@ -2202,7 +2378,7 @@ def combine_gradient_kernel(
     Each of dys, dns and grads may be None."""
     ws = load_rows(w_ptr, R, D, BLOCK)
     row_sums = ()  # this program's part of the gradient of each row of weights
-    for r in tl.static_range(R):
+    for _ in tl.static_range(R):
         row_sums = row_sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         at, ok = tile_at(first, T, D, BLOCK, ROWS)
@@ -3206,7 +3382,7 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
     return LoRA(a, b, widths, alpha / rank)
 
 
-# ======== Optimizers: Muon for matrices, Adam for the rest, the averaged weights ==============================================================================
+# ======== Optimizers: Muon for matrices, Adam for the rest, the averaged weights ======================================
 
 MUON_COEFFICIENTS = {  # (a, b, c) of each iteration
     "polar_express": (  # arXiv 2505.16932, #1344
@@ -3220,186 +3396,254 @@ MUON_COEFFICIENTS = {  # (a, b, c) of each iteration
 }
 
 
+class Rule(NamedTuple):
+    """How one parameter is trained: its matrices by Muon, or its elements by Adam."""
+
+    lr: float
+    weight_decay: float
+    heights: tuple[int, ...] = ()  # Muon: the rows of each of the matrices that a layer stacks; empty: Adam
+
+
+def parameter_rules(model: GPT, cfg: Config) -> dict[str, Rule]:
+    """The rule of every parameter by name. A parameter that the table does not name gets the rule of the scalars."""
+    muon = Rule(cfg.matrix_lr, cfg.muon_wd)
+    scalars = Rule(cfg.scalar_lr, cfg.adam_wd)
+    table = {
+        "qkv": muon._replace(heights=(model.q_dim, model.kv_dim, model.kv_dim)),  # Q, K and V are three matrices
+        "o": muon._replace(heights=(model.o.size(1),)),
+        "up": muon._replace(heights=(model.up.size(1),)),
+        "down": muon._replace(heights=(model.down.size(1),)),
+        "tok_emb": Rule(cfg.tied_embed_lr, cfg.embed_wd),
+        "caps": scalars._replace(weight_decay=0.0),  # decay would pull them from LOGIT_SOFTCAP to zero
+    }
+    return {name: table.get(name, scalars) for name, _ in model.named_parameters()}
+
+
 def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
-    """Nearest semi-orthogonal matrices of u (n, rows, cols), by one odd quintic iteration for each (a, b, c). Five of Polar Express leave singular values
-    within about 0.1 of 1, five of the constant ones within about 0.3."""
-    x, wide = u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7), u.size(1) <= u.size(2)
-    for a, b, c in coefficients:  # the Gram matrix of the shorter side
+    """Nearest semi-orthogonal matrices of u (n, rows, cols), by one odd quintic iteration for each (a, b, c).
+
+        x <- a x + (b G + c G^2) x    with G = x x^T, the Gram matrix of the shorter side
+
+    Five iterations leave singular values within about 0.1 of 1 (Polar Express) or 0.3 (constant coefficients)."""
+    x = u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values below 1, or the iteration diverges
+    wide = u.size(1) <= u.size(2)
+    for a, b, c in coefficients:
         gram = x @ x.mT if wide else x.mT @ x
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, *((polynomial, x) if wide else (x, polynomial)), beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+        factors = (polynomial, x) if wide else (x, polynomial)
+        x = torch.baddbmm(x, *factors, beta=a)
     return x
 
 
-class MuonGroup:
-    """Matrices of one shape out of several parameters: blocks are (parameter, first row, end row), all layers each."""
+class Block(NamedTuple):
+    """Rows low to high of a parameter (layers, rows, cols): one matrix in each layer."""
 
-    def __init__(self, blocks: list[tuple[nn.Parameter, int, int]], world: int, dtype: torch.dtype):
+    parameter: nn.Parameter
+    low: int
+    high: int
+
+
+class MuonGroup:
+    """All matrices of one shape, from several parameters, in one tensor (matrices, rows, cols) cut over the ranks."""
+
+    def __init__(self, blocks: list[Block], world: int, dtype: torch.dtype):
+        first = blocks[0]
         self.blocks = blocks
-        self.rows, self.cols = blocks[0][2] - blocks[0][1], blocks[0][0].size(2)
-        self.count = sum(p.size(0) for p, _, _ in blocks)
-        self.shard = -(-self.count // world)  # matrices of one rank; the last rank's may be padding
+        self.rows = first.high - first.low
+        self.cols = first.parameter.size(2)
+        self.count = sum(len(block.parameter) for block in blocks)
+        self.shard = -(-self.count // world)  # matrices of one rank; the last ranks' may be padding
         self.padded = self.shard * world
-        self.momentum = torch.zeros(self.shard, self.rows, self.cols, dtype=dtype, device=blocks[0][0].device)
-        self.scale = math.sqrt(max(1.0, self.rows / self.cols))
+        # This rank's momentum, (shard, rows, cols).
+        self.momentum = torch.zeros(self.shard, self.rows, self.cols, dtype=dtype, device=first.parameter.device)
+        self.scale = math.sqrt(max(1.0, self.rows / self.cols))  # of the update: tall matrices need larger entries
 
     def gradient(self) -> Tensor:
         """(padded, rows, cols) in the momentum's dtype."""
-        pieces = [p.grad[:, lo:hi].to(self.momentum.dtype) for p, lo, hi in self.blocks]
-        return torch.cat([*pieces, self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)])
+        pieces = [p.grad[:, low:high].to(self.momentum.dtype) for p, low, high in self.blocks]
+        padding = self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)
+        return torch.cat([*pieces, padding])
 
-    def apply_(self, update: Tensor, lr: float, wd: float):
-        at = 0
-        for p, lo, hi in self.blocks:
-            p[:, lo:hi].mul_(1 - lr * wd).add_(update[at : at + p.size(0)], alpha=-lr * self.scale)
-            at += p.size(0)
+    def apply_(self, update: Tensor, lr: float, weight_decay: float):
+        """w <- (1 - lr * weight_decay) w - lr * scale * update, with update (padded, rows, cols)."""
+        pieces = update[: self.count].split([len(block.parameter) for block in self.blocks])
+        for (p, low, high), piece in zip(self.blocks, pieces):
+            p[:, low:high].mul_(1 - lr * weight_decay).add_(piece, alpha=-lr * self.scale)
 
 
 class Optimizer:
-    """One step: reduce the summed gradients over the ranks, clip their global norm, update. Muon's matrices are sharded over the ranks.
+    """One step: sum the gradients over the ranks, clip their global norm, update. The ranks share Muon's matrices out.
+
     Gradients must hold the sum over this rank's tokens of the loss divided by the global number of tokens."""
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
-        self.cfg, self.ranks, self.model, self.parameters = cfg, ranks, model, list(model.parameters())
-        q, kv, shapes, dtype = (
-            model.q_dim,
-            model.kv_dim,
-            {},
-            torch.bfloat16 if ranks.device.type == "cuda" else torch.float32,
-        )
-        blocks = [
-            (model.qkv, 0, q),
-            (model.qkv, q, q + kv),
-            (model.qkv, q + kv, q + 2 * kv),
-            *((p, 0, p.size(1)) for p in (model.o, model.up, model.down)),
-        ]
-        for p, lo, hi in blocks:  # one group for each shape: q and o, k and v, up, down where the widths differ
-            shapes.setdefault((hi - lo, p.size(2)), []).append((p, lo, hi))
-        self.muon = sorted(
-            (MuonGroup(blocks, ranks.world, dtype) for blocks in shapes.values()), key=lambda g: -g.momentum.numel()
-        )  # communication hides best
-        in_muon = {id(p) for g in self.muon for p, _, _ in g.blocks}
-        self.small = [p for p in self.parameters if id(p) not in in_muon]
-        covered = sum(p.numel() for p in self.small) + sum(g.count * g.rows * g.cols for g in self.muon)
-        assert covered == sum(p.numel() for p in self.parameters), (
-            "every element of every parameter needs exactly one rule"
-        )
-        rules = (
-            ([model.tok_emb], cfg.tied_embed_lr, cfg.embed_wd),
-            ([p for p in self.small if p is not model.tok_emb and p is not model.caps], cfg.scalar_lr, cfg.adam_wd),
-            ([model.caps] if cfg.asym_logit_rescale else [], cfg.scalar_lr, 0.0),
-        )
+        self.cfg = cfg
+        self.ranks = ranks
+        self.parameters = list(model.parameters())
+        self.small = []  # Adam's parameters
+        alike = {}  # rule -> those of `small` that share it
+        shapes = {}  # shape -> Muon's blocks: q with o, k with v, and up and down where their shapes differ
+        for p, rule in zip(self.parameters, parameter_rules(model, cfg).values()):
+            if not rule.heights:
+                self.small.append(p)
+                alike.setdefault(rule, []).append(p)
+            low = 0
+            for height in rule.heights:
+                shapes.setdefault((height, p.size(2)), []).append(Block(p, low, low + height))
+                low += height
+            assert low == (p.size(1) if rule.heights else 0), "Muon needs every row of a parameter once"
+        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        groups = [MuonGroup(blocks, ranks.world, dtype) for blocks in shapes.values()]
+        # Largest first: its communication overlaps the others' work.
+        self.muon = sorted(groups, key=lambda group: -group.momentum.numel())
         self.adam = torch.optim.AdamW(
-            [{"params": params, "base_lr": lr, "lr": lr, "weight_decay": wd} for params, lr, wd in rules if params],
+            [
+                {"params": params, "base_lr": rule.lr, "lr": rule.lr, "weight_decay": rule.weight_decay}
+                for rule, params in alike.items()
+            ],
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
-            fused=True,
+            fused=True,  # one kernel for each group
         )
         self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
         self.averaged_steps = 0
 
     def reset(self):
         """Forget everything: momentum, Adam's moments and the average."""
-        for t in (*(g.momentum for g in self.muon), *self.average):
+        for t in (*(group.momentum for group in self.muon), *self.average):
             t.zero_()
         self.adam.state.clear()
         self.averaged_steps = 0
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float):
-        for p in self.parameters:  # a rank without a micro-batch still joins the sums
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        """Update every parameter with its gradient and forget the gradients. Adam works while Muon's updates travel."""
+        cfg = self.cfg
+        # 1. Sum over the ranks: each gets its shard of Muon's gradients and all of Adam's.
+        for p in self.parameters:
+            if p.grad is None:  # a rank without a micro-batch still takes part in the sums
+                p.grad = torch.zeros_like(p)
         shards, waits = self.reduce_scatter()
         for p, grad in zip(self.small, self.ranks.all_reduce_flat([p.grad for p in self.small])):
             p.grad = grad
         for wait in waits:
             wait.wait()
+
+        # 2. Clip the norm of the sum, not that of each rank's part.
         clip = self.clip_factor(shards)
         torch._foreach_mul_([p.grad for p in self.small], clip)
-        warm = min(step / self.cfg.muon_momentum_warmup_steps, 1.0) if self.cfg.muon_momentum_warmup_steps else 1.0
-        momentum = (1 - warm) * self.cfg.muon_momentum_warmup_start + warm * self.cfg.muon_momentum
+
+        # 3. Update.
+        momentum = self.muon_momentum(step)
         updates = [self.direction(g, shard * clip.to(shard.dtype), momentum) for g, shard in zip(self.muon, shards)]
-        gathered = [self.gather(g, u) for g, u in zip(self.muon, updates)]
+        gathered = [self.gather(g, update) for g, update in zip(self.muon, updates)]
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        for g, (update, wait) in zip(self.muon, gathered):
+        for group, (update, wait) in zip(self.muon, gathered):
             if wait is not None:
                 wait.wait()
-            g.apply_(update, self.cfg.matrix_lr * lr_scale, self.cfg.muon_wd)
+            group.apply_(update, cfg.matrix_lr * lr_scale, cfg.muon_wd)
+
+        # 4. Average.
         for p in self.parameters:
             p.grad = None
         if self.average:
-            torch._foreach_lerp_(self.average, self.parameters, 1 - self.cfg.ema_decay)
+            torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)
             self.averaged_steps += 1
 
     def reduce_scatter(self) -> tuple[list[Tensor], list]:
         """This rank's shard of each Muon group's summed gradient, and what to wait for."""
-        full = [g.gradient() for g in self.muon]
-        if self.ranks.world == 1:
-            return full, []
-        if self.ranks.device.type == "cpu":  # gloo has no reduce_scatter
-            return [
-                self.ranks.all_reduce_(t)[self.ranks.rank * g.shard : (self.ranks.rank + 1) * g.shard]
-                for t, g in zip(full, self.muon)
-            ], []
-        shards = [torch.empty_like(g.momentum) for g in self.muon]
-        return shards, [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, full)]
+        ranks = self.ranks
+        gradients = [group.gradient() for group in self.muon]
+        if ranks.world == 1:
+            return gradients, []
+        if ranks.device.type == "cpu":  # gloo has no reduce_scatter
+            return [ranks.all_reduce_(t).chunk(ranks.world)[ranks.rank] for t in gradients], []
+        shards = [torch.empty_like(group.momentum) for group in self.muon]
+        waits = [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, gradients)]
+        return shards, waits
 
     def clip_factor(self, shards: list[Tensor]) -> Tensor:
-        """min(1, GRAD_CLIP_NORM / norm of the whole reduced gradient), a scalar on the device."""
+        """min(1, GRAD_CLIP_NORM / norm of the gradient of all parameters over all ranks), a scalar on the device."""
         if not self.cfg.grad_clip_norm:
             return torch.ones((), device=self.ranks.device)
-        norms = torch._foreach_norm(shards, dtype=torch.float32)
+        norms = torch._foreach_norm(shards, dtype=torch.float32)  # fp32: the shards are bf16 on a GPU
         squares = self.ranks.all_reduce_(torch.stack(norms).square().sum())
-        squares = squares + torch.stack(torch._foreach_norm([p.grad for p in self.small])).square().sum()
+        # Every rank already has the sum of these.
+        small_norms = torch._foreach_norm([p.grad for p in self.small])
+        squares = squares + torch.stack(small_norms).square().sum()
         return (self.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
 
+    def muon_momentum(self, step: int) -> float:
+        """Muon's momentum after its linear warm-up or on the way there."""
+        cfg = self.cfg
+        warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+        return (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
+
     def direction(self, group: MuonGroup, grad: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum, row normalisation (MuonEq-R), orthogonalisation of this rank's matrices (n, rows, cols)."""
-        group.momentum.mul_(momentum).add_(grad)
-        u = grad.add_(group.momentum, alpha=momentum)
-        if self.cfg.muon_row_normalize:
-            u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(u.dtype)
-        return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients][: self.cfg.muon_backend_steps])
+        """Nesterov momentum, rows normed (MuonEq-R), orthogonalised: this rank's matrices (n, rows, cols)."""
+        group.momentum.mul_(momentum).add_(grad)  # m <- momentum m + g
+        u = grad.add_(group.momentum, alpha=momentum)  # g + momentum m
+        row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
+        u = u / row_norms.clamp_min(1e-7).to(u.dtype)
+        return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients])
 
     def gather(self, group: MuonGroup, update: Tensor):
+        """All ranks' updates (padded, rows, cols), and what to wait for before reading them."""
         if self.ranks.world == 1:
             return update, None
-        full = update.new_empty(group.padded, group.rows, group.cols)
-        return full, dist.all_gather_into_tensor(full, update.contiguous(), async_op=True)
+        everyones = update.new_empty(group.padded, group.rows, group.cols)
+        return everyones, dist.all_gather_into_tensor(everyones, update.contiguous(), async_op=True)
 
     @torch.no_grad()
     def use_average(self):
-        """Put the debiased average into the model: average / (1 - decay^steps), so that a short run is not averaged with zeros."""
+        """Put the debiased average into the model: average / (1 - decay^steps).
+
+        The average begins at zero; without the correction a short run would be averaged with zeros."""
         if self.averaged_steps:
             correction = 1 - self.cfg.ema_decay**self.averaged_steps
             for p, average in zip(self.parameters, self.average):
                 p.copy_(average / correction)
 
 
-# ======== Training ============================================================================================================================================
+# ======== Training ====================================================================================================
 
 
 class Schedule:
-    """Everything that depends on progress in [0, 1): learning rate, loops, attention span."""
+    """How far training is, and what depends on this progress in [0, 1): learning rate, loops, attention span.
+
+    Training may use MAX_WALLCLOCK_SECONDS but for the reserve or, if that setting is 0, a number of steps."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.stages = cfg, context_schedule(cfg)
+        self.cfg = cfg
+        limit = cfg.max_wallclock_seconds
+        self.seconds = limit - cfg.gptq_reserve_seconds if limit else math.inf
+        self.stages = context_schedule(cfg)
+
+    def allows(self, step: int, now: float) -> bool:
+        """Whether a step of mean duration, begun after `step` steps and `now` seconds, would end in time."""
+        return now + now / max(step, 1) <= self.seconds
+
+    def progress(self, step: int, now: float) -> float:
+        """The share of the budget that `step` steps and `now` seconds have used."""
+        return step / self.cfg.iterations if self.seconds == math.inf else now / self.seconds
 
     def looped(self, progress: float) -> bool:
         return self.cfg.num_loops > 0 and progress >= self.cfg.enable_looping_at
 
     def span(self, progress: float) -> int:
-        return next(length for end, length in self.stages if progress < end)
+        return next(stage.span for stage in self.stages if progress < stage.end)
 
     def lr_scale(self, progress: float) -> float:
-        if self.cfg.warmdown_frac <= 0 or progress < 1 - self.cfg.warmdown_frac:
+        """1, then linear to zero at the end of training, but never below MIN_LR."""
+        warmdown = self.cfg.warmdown_frac
+        if warmdown <= 0 or progress < 1 - warmdown:
             return 1.0
-        return max((1 - progress) / self.cfg.warmdown_frac, self.cfg.min_lr)
+        return max((1 - progress) / warmdown, self.cfg.min_lr)
 
     def ramp(self, step: int, changed_at: int | None) -> float:
-        """Extra factor after a change of span at step ``changed_at``: 1/n, 2/n, ..., 1."""
+        """Extra factor after a change of span at step `changed_at`: 1/n, 2/n, ..., 1."""
         n = self.cfg.seq_change_warmup_steps
         return 1.0 if changed_at is None or n == 0 else min((step - changed_at + 1) / n, 1.0)
 
@@ -3407,28 +3651,23 @@ class Schedule:
 class Trainer:
     """Everything a training run holds: data, optimizer, schedule, and the curve it leaves."""
 
-    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, phases: Phases):
-        self.model, self.cfg, self.ranks, self.log, self.phases = model, cfg, ranks, log, phases
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log):
+        self.model = model
+        self.cfg = cfg
+        self.ranks = ranks
+        self.log = log
         self.stream = TrainStream(cfg)
         self.optimizer = Optimizer(model, cfg, ranks)
         self.schedule = Schedule(cfg)
         self.curve = []  # (step, seconds, loss, learning-rate factor) of every logged step
 
-    def gradients(self, batches: list[Batch], looped: bool) -> Tensor:
-        """Backward through this rank's micro-batches; returns their part of the loss, on the device."""
-        loss = torch.zeros((), device=self.ranks.device)
-        for batch in batches:
-            assert batch.split == "train"
-            part = batch_loss(self.model, batch, self.cfg.train_batch_tokens, looped)
-            part.backward()
-            loss += part.detach()
-        return loss
-
     def warm_up(self):
-        """Run steps of both schedules on real shapes, so that kernels are compiled and libraries set up, then restore weights and optimizer entirely."""
+        """Run steps of both schedules on real shapes, then restore weights and optimizer entirely.
+
+        Kernels are compiled and libraries are set up before the clock starts."""
         saved = [p.detach().clone() for p in self.model.parameters()]
         fetch = Prefetch(self.stream, self.ranks)
-        for looped in sorted({self.schedule.looped(0.0), self.schedule.looped(1.0)}):
+        for looped in sorted({self.schedule.looped(0.0), self.schedule.looped(1.0)}):  # those that will occur
             for step in range(self.cfg.warmup_steps):
                 self.gradients(fetch(step, self.cfg.train_seq_len), looped)
                 self.optimizer.step(step, 1.0)
@@ -3438,44 +3677,68 @@ class Trainer:
 
     def run(self) -> dict:
         """Train until the budget or ITERATIONS ends, leave the averaged weights in the model, return the counts."""
-        cfg, fetch, timed = self.cfg, Prefetch(self.stream, self.ranks), self.cfg.max_wallclock_seconds > 0
-        budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
-        clock, step, span, changed_at, looped = Clock(self.ranks), 0, None, None, False
-        while step < cfg.iterations:
-            now = clock.tick()
-            if timed and now + now / max(step, 1) > budget:
-                break
-            progress = now / budget if timed else step / cfg.iterations
-            if self.schedule.looped(progress) != looped:
-                looped = True
-                self.log(
-                    f"step {step}: loops on at progress {progress:.3f}, visits {[v.layer for v in self.model.schedules[True]]}"
-                )
-            if span != self.schedule.span(progress):
-                changed_at = None if span is None else step
-                span = self.schedule.span(progress)
+        cfg = self.cfg
+        schedule = self.schedule
+        fetch = Prefetch(self.stream, self.ranks)
+        clock = Clock(self.ranks)
+        step = 0
+        looped = False
+        span = None  # attention span of the last step
+        changed_at = None  # step at which the span changed last
+        # All ranks read the same clock, so they stop, loop and change the span at the same step.
+        while step < cfg.iterations and schedule.allows(step, now := clock.tick()):
+            progress = schedule.progress(step, now)
+            if schedule.looped(progress) and not looped:
+                looped = True  # from here on a step visits more layers and takes longer
+                visits = [visit.layer for visit in self.model.schedules[True]]
+                self.log(f"step {step}: loops on at progress {progress:.3f}, visits {visits}")
+            if schedule.span(progress) != span:
+                changed_at = None if span is None else step  # the first span is no change: no ramp
+                span = schedule.span(progress)
                 self.log(f"step {step}: attention span {span}")
-            scale = self.schedule.lr_scale(progress) * self.schedule.ramp(step, changed_at)
-            loss = self.gradients(fetch(step, span), looped)
-            self.optimizer.step(step, scale)
+            lr_scale = schedule.lr_scale(progress) * schedule.ramp(step, changed_at)
+
+            loss = self.gradients(fetch(step, span), looped)  # a thread builds the next step's batches meanwhile
+            self.optimizer.step(step, lr_scale)
             clock.step_done()
             step += 1
-            if step <= 5 or step % cfg.train_log_every == 0:
-                loss, seconds = self.ranks.all_reduce_(loss.clone()).item(), time.perf_counter() - clock.start
-                require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
-                rate = seconds / step
-                left = budget - seconds if timed else (cfg.iterations - step) * rate
-                self.curve.append((step, round(seconds, 3), loss, scale))
-                self.log(
-                    f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {scale:.3f}  {1e3 * rate:7.1f} ms/step  "
-                    f"{cfg.train_batch_tokens / rate:11,.0f} tokens/s  {seconds:6.1f} s, {max(left, 0):.0f} s left"
-                )
+            if step <= 5 or step % cfg.train_log_every == 0:  # the first steps show a mistake early
+                self.report(step, loss, lr_scale, clock)
         seconds = clock.stop()
         self.optimizer.use_average()
-        tokens = step * cfg.train_batch_tokens
+        return self.summary(step, seconds)
+
+    def gradients(self, batches: list[Batch], looped: bool) -> Tensor:
+        """Backward through this rank's micro-batches; returns their part of the loss, on the device."""
+        loss = torch.zeros((), device=self.ranks.device)
+        for batch in batches:
+            assert batch.split == "train"  # validation tokens never train the model here
+            part = batch_loss(self.model, batch, self.cfg.train_batch_tokens, looped)
+            part.backward()
+            loss += part.detach()
+        return loss
+
+    def report(self, step: int, loss: Tensor, lr_scale: float, clock: Clock):
+        """A log line and a point of the curve, after `step` steps; `loss` is this rank's part."""
+        loss = self.ranks.all_reduce_(loss.clone()).item()  # waits for the GPU
+        seconds = clock.seconds()
+        require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
+        self.curve.append((step, round(seconds, 3), loss, lr_scale))
+        mean = seconds / step
+        progress = self.schedule.progress(step, seconds)
+        left = seconds * max(1 / progress - 1, 0)  # exact if the budget is of seconds, else an estimate
         self.log(
-            f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: {1e3 * seconds / max(step, 1):.1f} ms/step, {tokens / seconds:,.0f} tokens/s"
-            f"{' (averaged weights)' if cfg.ema_decay else ''}"
+            f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  "
+            f"{1e3 * mean:7.1f} ms/step  {self.cfg.train_batch_tokens / mean:11,.0f} tokens/s  "
+            f"{seconds:6.1f} s, {left:.0f} s left"
+        )
+
+    def summary(self, step: int, seconds: float) -> dict:
+        """The counts of the run for result.json, logged."""
+        tokens = step * self.cfg.train_batch_tokens
+        self.log(
+            f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: "
+            f"{1e3 * seconds / max(step, 1):.1f} ms/step, {tokens / seconds:,.0f} tokens/s"
         )
         return {
             "steps": step,
@@ -5123,7 +5386,12 @@ class ScoringPass(NamedTuple):
     log: Log
     val: ValidationStream
     ledger: Ledger  # of this pass alone
+    progress: Progress
     ngram: NGram | None = None  # tilts every score before it is written
+
+    @classmethod
+    def begin(cls, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
+        return cls(model, cfg, ranks, log, val, ledger, Progress(ranks, log))
 
 
 def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
@@ -5210,13 +5478,13 @@ def score_documents(scoring: ScoringPass, first: int, last: int):
 
     Windows never cross a document's start, and each target is scored once, whatever the number of ranks.
     """
-    model, cfg, ranks, log, val, ledger, ngram = scoring
+    model, cfg, ranks, _, val, ledger, progress, ngram = scoring
     stride = cfg.eval_stride or cfg.eval_seq_len
     end = int(np.append(val.starts, val.targets)[last])
     windows = plan_windows(val.starts[first:last], end, cfg.eval_seq_len, stride)
     buffers = group_windows(windows, cfg.val_batch_tokens)
     for buffer in buffers[ranks.rank :: ranks.world]:  # dealt to the ranks in turn
-        ledger.progress(ranks, log)
+        progress.show(ledger)
         batch, places, targets = window_batch(val, buffer, cfg)
         batch = to_device(batch, ranks.device)
         places = torch.from_numpy(places).to(ranks.device)
@@ -5775,7 +6043,7 @@ class AdaptDocuments:
         ranks = self.scoring.ranks
         ledger = self.scoring.ledger
         for batch in self.batches[segment]:
-            ledger.progress(ranks, self.scoring.log)
+            self.scoring.progress.show(ledger)
             self.documents.run(batch)
         ledger.merge(ranks)
         self.documents.adapters.next_segment(ranks)
@@ -5898,8 +6166,10 @@ def train_on_validation_set(model: GPT, cfg: Config, ranks: Ranks, log: Log, val
         log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
 
 
-# ======== Packer ==============================================================================================================================================
+# ======== Packer ======================================================================================================
 
+# A packed script decompresses its source into a temporary file, once, and runs that: Triton reads the source of kernels
+# from the file that holds them.
 BOOTSTRAP = """# coding: latin-1
 # Packed train_gpt.py. Its source: python3 train_gpt.py --unpack FILE, or the lzma stream in the string below.
 import hashlib,lzma,os,tempfile
@@ -5912,6 +6182,55 @@ if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
  os.replace(t,__file__)
 exec(compile(s,__file__,"exec"))
 """
+ESCAPES = {"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'}  # backslash first
+
+
+def pack_script(source: str) -> bytes:
+    """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
+    stripped = strip_source(source)
+    if without_docstrings(source) != without_docstrings(stripped):
+        raise RuntimeError("stripping comments would change the program")
+    # lc: four bits of the byte before select the literal's statistics, which suits text.
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
+    packed = lzma.compress(stripped.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters)
+    text = packed.decode("latin-1")
+    for char, escape in ESCAPES.items():
+        text = text.replace(char, escape)
+    return (BOOTSTRAP % text).encode("latin-1")
+
+
+def strip_source(source: str) -> str:
+    """The source without comments, docstrings and blank lines.
+
+    Names, annotations and layout stay, since Triton and torch read them."""
+    lines = source.split("\n")
+    docstrings = set()  # numbers of lines that hold nothing but a docstring
+    for node in documented(ast.parse(source)):
+        doc, following = node.body[:2]
+        starts_line = not lines[doc.lineno - 1][: doc.col_offset].strip()
+        if starts_line and following.lineno > doc.end_lineno:
+            docstrings.update(range(doc.lineno, doc.end_lineno + 1))
+    literal = set()  # numbers of lines of a string that spans several: they stay to the letter
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
+        if token.type == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+        elif token.end[0] > row and token.type not in (tokenize.NEWLINE, tokenize.NL):
+            literal.update(range(row, token.end[0] + 1))
+    remaining = []
+    for number, line in enumerate(lines, 1):
+        text = line if number in literal else line.rstrip()
+        if number not in docstrings and (text or number in literal):
+            remaining.append(text)
+    return "\n".join(remaining) + "\n"
+
+
+def without_docstrings(source: str) -> str:
+    """The syntax tree as text, docstrings left out."""
+    tree = ast.parse(source)
+    for node in documented(tree):
+        del node.body[0]
+    return ast.dump(tree)
 
 
 def documented(tree: ast.Module) -> list:
@@ -5925,186 +6244,173 @@ def documented(tree: ast.Module) -> list:
     ]
 
 
-def strip_source(source: str) -> str:
-    """The source without comments, docstrings and blank lines; names, annotations and layout stay, since Triton and torch read them."""
-    lines, drop, inside = source.split("\n"), set(), set()
-    for node in documented(ast.parse(source)):
-        doc = node.body[0]
-        alone = not lines[doc.lineno - 1][: doc.col_offset].strip() and node.body[1].lineno > doc.end_lineno
-        drop.update(range(doc.lineno, doc.end_lineno + 1) if alone else ())
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        row, col = token.start
-        if token.type == tokenize.COMMENT:
-            lines[row - 1] = lines[row - 1][:col].rstrip()
-        elif token.end[0] > row and token.type not in (tokenize.NEWLINE, tokenize.NL):
-            inside.update(range(row, token.end[0] + 1))  # a string of several lines stays to the letter
-    kept = [
-        line if number in inside else line.rstrip()
-        for number, line in enumerate(lines, 1)
-        if number not in drop and (number in inside or line.strip())
-    ]
-    return "\n".join(kept) + "\n"
-
-
-def without_docstrings(source: str) -> str:
-    """The syntax tree as text, docstrings left out."""
-    tree = ast.parse(source)
-    for node in documented(tree):
-        del node.body[0]
-    return ast.dump(tree)
-
-
-def pack_script(source: str) -> bytes:
-    """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
-    stripped = strip_source(source)
-    if without_docstrings(source) != without_docstrings(
-        stripped
-    ):  # a string with a blank line or a trailing space in it
-        raise RuntimeError("stripping comments would change the program")
-    payload = lzma.compress(stripped.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters).decode(
-        "latin-1"
-    )
-    for char, escape in (("\\", "\\\\"), ("\r", "\\r"), ("\n", "\\n"), ("\0", "\\x00"), ('"', '\\"')):
-        payload = payload.replace(char, escape)
-    return (BOOTSTRAP % payload).encode("latin-1")
-
-
 def unpack_script(path: Path) -> str:
     """The source inside a packed script, without running it."""
     require(path.is_file(), f"--unpack {path}: no such file")
-    head, tail = (re.escape(part) for part in BOOTSTRAP.split("%s"))
-    found = re.fullmatch(f"{head}(.*){tail}", path.read_bytes().decode("latin-1"))
-    with explained(
-        f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one",
-        TypeError,
-        ValueError,
-        SyntaxError,
-        lzma.LZMAError,
-    ):
-        return lzma.decompress(ast.literal_eval(f'"{found[1]}"').encode("latin-1")).decode()
+    before, after = (re.escape(part) for part in BOOTSTRAP.split("%s"))
+    match = re.fullmatch(f"{before}(.*){after}", path.read_bytes().decode("latin-1"))
+    damaged = f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one"
+    with explained(damaged, TypeError, ValueError, SyntaxError, lzma.LZMAError):
+        return lzma.decompress(ast.literal_eval(f'"{match[1]}"').encode("latin-1")).decode()
 
 
-# ======== Main ================================================================================================================================================
+# ======== Main ========================================================================================================
 
 
 class Run:
     """What the modes share: settings, ranks, log, timers, verdicts, validation data, attention backend."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.folder, self.ranks = cfg, artifact_folder(cfg), Ranks(cfg)
+        self.cfg = cfg
+        self.folder = artifact_folder(cfg)
+        self.ranks = Ranks(cfg)
+        self.log = Log(self.ranks)
+        self.phases = Phases(self.ranks)
+        self.verdicts = Verdicts()
+        self.result = {"bpb": {}, "bytes": {}}  # what result.json will hold
+
+    def prepare(self):
+        """Make the folder, read and check the validation data, choose the attention backend, and log what is used."""
+        cfg = self.cfg
         if self.ranks.main:
             with explained(f"ARTIFACT_DIR={self.folder}: cannot be made ({{}}); name another folder", OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = log = Log(self.ranks)
-        self.phases, self.verdicts, self.result = Phases(self.ranks, log), Verdicts(), {"bpb": {}, "bytes": {}}
         torch.manual_seed(cfg.seed)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         with self.phases("read"):
             self.val = ValidationStream(cfg)
-            self.data = describe_data(cfg, self.val)
+            self.data = fingerprint(cfg, self.val)
         with self.phases("setup"):
-            self.attention = choose_attention(cfg, self.ranks.device)
-        self.environment = {
-            "hardware": (
-                f"{self.ranks.world} x {torch.cuda.get_device_name()}"
-                if self.ranks.device.type == "cuda"
-                else f"CPU, {torch.get_num_threads()} threads x {self.ranks.world} rank(s)"
-            ),
+            self.attention_backend = choose_attention(cfg, self.ranks.device)
+        self.environment = self.describe_environment()
+        self.log_environment()
+
+    def describe_environment(self) -> dict:
+        """Hardware, versions and hashes, for result.json."""
+        ranks = self.ranks
+        hardware = f"CPU, {torch.get_num_threads()} threads x {ranks.world} rank(s)"
+        if ranks.device.type == "cuda":
+            hardware = f"{ranks.world} x {torch.cuda.get_device_name()}"
+        source = SOURCE if PACKED else strip_source(SOURCE)
+        fused = use_kernels(torch.bfloat16, ranks.device, self.cfg.model_dim // self.cfg.num_heads)
+        return {
+            "hardware": hardware,
+            "attention": self.attention_backend,
+            "kernels": "Triton" if fused else "plain PyTorch",
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "cuda": torch.version.cuda,
                 "numpy": np.__version__,
             },
-            "source_sha256": hashlib.sha256(
-                (SOURCE if "PACKED_PATH" in globals() else strip_source(SOURCE)).encode()
-            ).hexdigest(),
-            "settings_sha256": cfg.sha256(),
-            "attention": self.attention,
+            "source_sha256": sha256(source.encode()),
+            "settings_sha256": self.cfg.sha256(),
         }
-        changed = [f"{k.upper()}={v}" for k, v in cfg.settings().items() if v != getattr(Config(), k)]
-        kernels = (
-            "Triton"
-            if use_kernels(torch.bfloat16, self.ranks.device, cfg.model_dim // cfg.num_heads)
-            else "plain PyTorch"
-        )
-        log(
-            f"hardware {self.environment['hardware']}, attention {self.attention}, kernels {kernels}, "
-            + ", ".join(f"{k} {v}" for k, v in self.environment["versions"].items())
-        )
-        log(f"source sha256 {self.environment['source_sha256']}")
-        log(
-            f"settings sha256 {self.environment['settings_sha256']}; changed from their defaults: {' '.join(changed) or 'none'}"
-        )
-        log("all settings: " + json.dumps(cfg.settings()), console=False)
-        log("data: " + ", ".join(f"{k} {v}" for k, v in self.data.items()))
+
+    def log_environment(self):
+        """The first lines of the log."""
+        log = self.log
+        listed = lambda facts: ", ".join(f"{name} {value}" for name, value in facts.items())
+        facts = self.environment
+        versions = listed(facts["versions"])
+        log(f"hardware {facts['hardware']}, attention {facts['attention']}, kernels {facts['kernels']}, {versions}")
+        log(f"source sha256 {facts['source_sha256']}")
+        settings = self.cfg.settings()
+        defaults = Config().settings()
+        changed = [f"{name.upper()}={value}" for name, value in settings.items() if value != defaults[name]]
+        changes = " ".join(changed) or "none"
+        log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
+        log(f"all settings: {json.dumps(settings)}", console=False)
+        log(f"data: {listed(self.data)}")
         if not self.data["manifest"]:
             log("data: no manifest.json, so documents and hashes are unchecked")
 
     def scoring(self, model: GPT, name: str) -> ScoringPass:
         """A pass over the validation stream, with a ledger of its own."""
         ledger = Ledger(name, self.val.target_bytes, self.verdicts)
-        return ScoringPass(model, self.cfg, self.ranks, self.log, self.val, ledger)
+        return ScoringPass.begin(model, self.cfg, self.ranks, self.log, self.val, ledger)
+
+    def new_model(self, logit_calibration: LogitCalibration | None = None) -> GPT:
+        """A GPT in memory, its weights not set yet."""
+        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
+        return GPT(self.cfg, self.attention_backend, dtype, logit_calibration).to(self.ranks.device)
 
 
 def artifact_folder(cfg: Config) -> Path:
     """ARTIFACT_DIR; else runs/SEED, or a packed script's own folder."""
-    return Path(cfg.artifact_dir or (RUNNING.parent if "PACKED_PATH" in globals() else Path("runs") / str(cfg.seed)))
+    if cfg.artifact_dir:
+        return Path(cfg.artifact_dir)
+    return RUNNING.parent if PACKED else Path("runs") / str(cfg.seed)
 
 
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
     cfg = run.cfg
     if run.ranks.main:
-        probe = {
-            "q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8),
-            "q.0.step": np.arange(64, dtype=np.int16),
-            "r": np.ones(3, np.float16),
-        }
-        path = run.folder / f"preflight{os.getpid()}.bin"
-        save_artifact(path, probe, {"settings": cfg.settings()})
-        loaded, _ = load_artifact(path)
-        path.unlink()
-        if any((loaded[k] != probe[k]).any() for k in probe):
-            raise RuntimeError("the artifact codec does not reproduce its input")
+        try_codec(run)
         if cfg.ledger_path:
             with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
                 f.write(b"")
-        if not cfg.ttt_eval_only:  # a packed script may run in its own folder: it is not changed
-            script, packed = run.folder / "train_gpt.py", pack_script(SOURCE)
-            blocked = script.exists() and script.samefile(RUNNING) and script.read_bytes() != packed
-            require(
-                not blocked,
-                f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere",
-            )
-            need = (
-                4 * sum(p.numel() for p in GPT(cfg, run.attention, torch.float32).parameters()) + 2 * cfg.artifact_cap
-            )
-            free = shutil.disk_usage(run.folder).free
-            require(
-                free >= need,
-                f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; free space or set ARTIFACT_DIR elsewhere",
-            )
+        if not cfg.ttt_eval_only:  # scoring leaves the folder's script alone: it may be the one that runs
+            check_folder(run)
     if not cfg.ttt_eval_only and not cfg.quantize_only:
-        stream = TrainStream(cfg)
-        micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
-        run.log(
-            f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), {micro_batches} micro-batch(es) a step"
+        check_training(run)
+
+
+def try_codec(run: Run):
+    """Write and read a small artifact in the run's folder."""
+    probe = {
+        "q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8),
+        "q.0.step": np.arange(64, dtype=np.int16),
+        "r": np.ones(3, np.float16),
+    }
+    path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
+    save_artifact(path, probe, {"settings": run.cfg.settings()})
+    loaded, _ = load_artifact(path)
+    path.unlink()
+    if any((loaded[name] != probe[name]).any() for name in probe):
+        raise RuntimeError("the artifact codec does not reproduce its input")
+
+
+def check_folder(run: Run):
+    """The source can be packed, train_gpt.py would not overwrite the script that runs, and the files fit on the disk."""
+    packed = pack_script(SOURCE)
+    script = run.folder / "train_gpt.py"
+    if script.exists() and script.samefile(RUNNING):
+        require(
+            script.read_bytes() == packed,
+            f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere",
         )
-        if micro_batches < run.ranks.world:
-            run.log(
-                f"warning: {run.ranks.world - micro_batches} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS"
-            )
+    with torch.device("meta"):  # shapes alone
+        weights = sum(p.numel() for p in run.new_model().parameters())
+    need = 4 * weights + 2 * run.cfg.artifact_cap  # trained.npz, and model.bin beside an earlier one
+    free = shutil.disk_usage(run.folder).free
+    require(
+        free >= need,
+        f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; "
+        "free space or set ARTIFACT_DIR elsewhere",
+    )
+
+
+def check_training(run: Run):
+    """The training shards are there, and there is work for every rank."""
+    stream = TrainStream(run.cfg)
+    micro_batches = -(-run.cfg.train_batch_tokens // run.cfg.micro_batch_tokens)
+    run.log(
+        f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), "
+        f"{micro_batches} micro-batch(es) a step"
+    )
+    idle = run.ranks.world - micro_batches
+    if idle > 0:
+        run.log(f"warning: {idle} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
 
 
 def train(run: Run, model: GPT):
     """Train the model and keep its weights on disk (trained.npz)."""
     model.init_weights(run.cfg.seed)
-    run.log(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, visits {[v.layer for v in model.schedules[False]]}"
-    )
-    trainer = Trainer(model, run.cfg, run.ranks, run.log, run.phases)
+    weights = sum(p.numel() for p in model.parameters())
+    run.log(f"{weights:,} parameters, visits {[visit.layer for visit in model.schedules[False]]}")
+    trainer = Trainer(model, run.cfg, run.ranks, run.log)
     with run.phases("warmup"):
         trainer.warm_up()
     run.log(f"warmed up in {run.phases.seconds['warmup']:.1f} s")
@@ -6112,28 +6418,26 @@ def train(run: Run, model: GPT):
         run.result["training"] = trainer.run()
     with run.phases("write"):
         if run.ranks.main:
-            meta = {
-                "settings": run.cfg.settings(),
-                "training": run.result["training"],
-                "seconds": {k: run.phases.seconds[k] for k in ("warmup", "steps")},
-            }
-            with whole_file(run.folder / "trained.npz") as f:
-                np.savez(
-                    f,
-                    meta=np.array(json.dumps(meta)),
-                    **{n: p.detach().cpu().numpy() for n, p in model.named_parameters()},
-                )
+            save_trained(run, model)
+
+
+def save_trained(run: Run, model: GPT):
+    """Write trained.npz: the fp32 weights by name, and as JSON in "meta" what a later run needs to continue."""
+    meta = {
+        "settings": run.cfg.settings(),
+        "training": run.result["training"],
+        "seconds": {name: run.phases.seconds[name] for name in ("warmup", "steps")},
+    }
+    arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+    with whole_file(run.folder / "trained.npz") as f:
+        np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
 
 
 def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
+    remedy = "train again, or set ARTIFACT_DIR to the folder that holds it"
     with explained(
-        f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it",
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
+        f"{path}: cannot be read ({{}}); {remedy}", OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
     ):
         arrays = dict(np.load(path))
         return arrays, json.loads(str(arrays.pop("meta")))
@@ -6141,8 +6445,9 @@ def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def load_trained(run: Run, model: GPT):
     """Put the weights of trained.npz into the model, and its counts and times into the result."""
-    arrays, meta = read_trained(path := run.folder / "trained.npz")
-    load_state(model, {n: torch.from_numpy(a) for n, a in arrays.items()}, path)
+    path = run.folder / "trained.npz"
+    arrays, meta = read_trained(path)
+    load_state(model, {name: torch.from_numpy(array) for name, array in arrays.items()}, path)
     run.result["training"] = meta["training"]
     run.phases.seconds.update(meta["seconds"])
 
@@ -6251,7 +6556,7 @@ def write_artifact(run: Run, model: GPT):
 def quantized_calibration(run: Run, model: GPT, quantized: Quantized) -> np.ndarray:
     """fit_logit_calibration for the weights as the artifact will give them back, in a model of their own."""
     cfg = run.cfg
-    rounded = GPT(cfg, run.attention, model.dtype).to(run.ranks.device)
+    rounded = run.new_model()
     load_state(rounded, quantized.state(), run.folder)
     return fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
 
@@ -6265,7 +6570,7 @@ def load_quantized(run: Run, model: GPT) -> tuple[GPT, dict]:
     if quantized.logit_calibration is not None:
         values = torch.from_numpy(quantized.logit_calibration).to(device)
         calibration = to_logit_calibration(values, piece_features(cfg).to(device))
-        model = GPT(cfg, run.attention, model.dtype, calibration).to(device)
+        model = run.new_model(calibration)
     load_state(model, quantized.state(), path)
     return model, meta
 
@@ -6307,32 +6612,18 @@ def score_artifact(run: Run, model: GPT):
 
 def finish(run: Run):
     """Verdicts, result.json and the final table."""
-    cfg, result, phases = run.cfg, run.result, run.phases
+    cfg = run.cfg
+    result = run.result
     files = {"code": run.folder / "train_gpt.py", "model": run.folder / "model.bin"}
     result["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
-    result["bytes"]["total"] = total = sum(result["bytes"].values())
-    run.verdicts.set(
-        "bytes", "PASS" if total <= cfg.artifact_cap else "FAIL", f"{total:,} of {cfg.artifact_cap:,} bytes"
-    )
-    train_s, eval_s, limit = phases.budget("train"), phases.budget("eval"), cfg.max_wallclock_seconds
-    if limit and not cfg.ttt_eval_only:
-        run.verdicts.set(
-            "train_budget",
-            "PASS" if train_s < limit else "FAIL",
-            f"{train_s:.1f} of {limit:.0f} s: steps, calibration, quantisation",
-        )
-    if limit:
-        run.verdicts.set(
-            "eval_budget",
-            "PASS" if eval_s < limit else "FAIL",
-            f"{eval_s:.1f} of {limit:.0f} s: read, load, prepare, score",
-        )
+    result["bytes"]["total"] = sum(result["bytes"].values())
+    result["seconds"] = {which: run.phases.budget(which) for which in ("train", "eval")} | run.phases.seconds
+    judge_budgets(run)
     failed = run.verdicts.failed()
-    if not failed:
+    if not failed:  # the one place that makes a number the result
         result["val_bpb"] = result["bpb"][run.headline]
     result.update(
         dataset=run.data["dataset"],
-        seconds={"train": train_s, "eval": eval_s, **phases.seconds},
         settings=cfg.settings(),
         data=run.data,
         seed=cfg.seed,
@@ -6342,32 +6633,55 @@ def finish(run: Run):
     if run.ranks.main:
         with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
             f.write(json.dumps(result, indent=1).encode())
-    table = [("", "")] + [(f"{name} BPB", f"{bpb:.6f}") for name, bpb in result["bpb"].items()]
-    table += [(f"{name} bytes", f"{size:,}") for name, size in result["bytes"].items()]
-    table += [(f"{name} seconds", f"{seconds:.1f}") for name, seconds in result["seconds"].items()]
-    table += [(condition, f"{verdict:9s} {reason}") for condition, (verdict, reason) in run.verdicts.table.items()]
-    for name, value in table:
-        run.log(f"  {name:24s} {value}".rstrip())
+    log_table(run)
     run.log(
-        f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}"
-        if not failed
-        else f"no val_bpb: {', '.join(failed)} failed"
+        f"no val_bpb: {', '.join(failed)} failed"
+        if failed
+        else f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}"
     )
 
 
+def judge_budgets(run: Run):
+    """Verdicts on bytes and seconds."""
+    cap = run.cfg.artifact_cap
+    total = run.result["bytes"]["total"]
+    run.verdicts.judge("bytes", total <= cap, f"{total:,} of {cap:,} bytes")
+    parts = {"train": "steps, calibration, quantisation", "eval": "read, load, prepare, score"}
+    limit = run.cfg.max_wallclock_seconds
+    for which in ("eval",) if run.cfg.ttt_eval_only else ("train", "eval"):
+        spent = run.result["seconds"][which]
+        if limit:
+            run.verdicts.judge(f"{which}_budget", spent < limit, f"{spent:.1f} of {limit:.0f} s: {parts[which]}")
+
+
+def log_table(run: Run):
+    """The last lines of the log: every BPB, size, time and verdict."""
+    run.log()
+    for unit, form in (("BPB", ".6f"), ("bytes", ","), ("seconds", ".1f")):
+        for name, value in run.result[unit.lower()].items():
+            run.log(f"  {f'{name} {unit}':24s} {value:{form}}")
+    for condition, (verdict, reason) in run.verdicts.table.items():
+        run.log(f"  {condition:24s} {verdict:9s} {reason}".rstrip())
+
+
 def configure(env) -> Config:
-    """Settings from the environment; where a run continues from a file, that file's settings stand where the environment says nothing."""
-    cfg, stored, path = Config.from_env(env, check=False), {}, None
+    """Settings from the environment. Where a run continues from a file, the file's settings are the defaults."""
+    cfg = Config.from_env(env, check=False)  # the mode and the folder; the rest may need the stored settings
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
         stored = still_set(read_artifact(path)[0]["meta"]["settings"])
     elif cfg.quantize_only:
         path = artifact_folder(cfg) / "trained.npz"
-        stored = still_set(read_trained(path)[1]["settings"])
-    others = sorted(set(stored) ^ set(cfg.settings())) if path else []
+        stored = read_trained(path)[1]["settings"]
+    else:
+        return Config.from_env(env)
+    # A retired setting with the value that is fixed now is as good as absent; with another value the script differs.
+    stored = still_set(stored)
+    others = ", ".join(sorted(set(stored) ^ set(cfg.settings())))
     require(
         not others,
-        f"{path}: written by a script with other settings than this one's ({', '.join(others)}); use the train_gpt.py that was packed with it",
+        f"{path}: written by a script with other settings than this one's ({others}); "
+        "use the train_gpt.py that was packed with it",
     )
     return Config.from_env(env, stored)
 
@@ -6376,15 +6690,16 @@ def execute(cfg: Config):
     """One mode from beginning to end."""
     run = Run(cfg)
     try:
+        run.prepare()
         preflight(run)
         if cfg.check_only:
             return
+        # A run continued from trained.npz continues the log, too.
         run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        model = GPT(cfg, run.attention, torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32).to(
-            run.ranks.device
-        )
+        model = run.new_model()
         if not cfg.ttt_eval_only:
-            (load_trained if cfg.quantize_only else train)(run, model)
+            produce_weights = load_trained if cfg.quantize_only else train
+            produce_weights(run, model)
             diagnose(run, model, "trained")
             if cfg.prequant_ttt_enabled:  # scoring the artifact opens the door that keeps its number out of val_bpb
                 with run.phases("prequant"):
@@ -6414,10 +6729,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except OSError as e:
-        print(
-            f"error: {e.filename or 'a file'}: {e.strerror or e}; free space there or name another folder",
-            file=sys.stderr,
-        )
+        place = e.filename or "a file"
+        print(f"error: {place}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

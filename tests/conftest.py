@@ -13,5 +13,6 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-# A job that a script starts with & ignores SIGINT, and so would every process of these tests; some of them are about Ctrl-C.
+# A job that a script starts with & ignores SIGINT, and so would every process of these tests; some of them are about
+# Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,5 @@
-"""Tiny models, tiny data and runners shared by the tests. Importing this makes ``train_gpt`` importable from the repository's root."""
+"""Tiny models, tiny data and runners shared by the tests. Importing this makes `train_gpt` importable from the
+repository's root."""
 
 import atexit
 import contextlib
@@ -32,7 +33,8 @@ torch.set_num_threads(1)
 
 BOS, VOCAB = 1, 320
 CPU = torch.device("cpu")
-# A model of about 50k parameters in which everything is on: loops, two lanes, skips, gates, grouped heads, XSA and windows on some layers only.
+# A model of about 50k parameters in which everything is on: loops, two lanes, skips, gates, grouped heads, XSA and
+# windows on some layers only.
 TINY = dict(
     vocab_size=VOCAB,
     model_dim=32,
@@ -48,7 +50,8 @@ TINY = dict(
     attn_window=7,
     attn_full_layers="1,4",
 )
-# Training that takes a second: the last micro-batch of a step is not full, documents are longer than the span, and the loops switch on halfway.
+# Training that takes a second: the last micro-batch of a step is not full, documents are longer than the span, and the
+# loops switch on halfway.
 RUN = dict(
     TINY,
     train_batch_tokens=500,
@@ -64,7 +67,10 @@ RUN = dict(
     muon_momentum_warmup_steps=6,
     ema_decay=0.8,
 )
-WORDS = "the of and river stone walked quietly home again said nothing blue fire 1984 École naïve 北京 don't stop, ok. (maybe) x=1; 🙂 zebra under over light".split()
+WORDS = (
+    "the of and river stone walked quietly home again said nothing blue fire 1984 École naïve 北京 don't stop, ok. "
+    "(maybe) x=1; 🙂 zebra under over light"
+).split()
 
 
 def config(base: dict = TINY, **overrides) -> "train_gpt.Config":
@@ -147,7 +153,8 @@ class Stream:
 
 
 def network(cfg):
-    """Random weights in every parameter; a small embedding, so that logits stay off the softcap and float noise stays small."""
+    """Random weights in every parameter; a small embedding, so that logits stay off the softcap and float noise stays
+    small."""
     model = gpt(cfg)
     with torch.no_grad():
         model.tok_emb.mul_(0.2)
@@ -180,7 +187,8 @@ def sentence(rng: random.Random, words: int) -> str:
 
 @functools.cache
 def tokenizer(lines: tuple[str, ...] = (), **options) -> Path:
-    """A SentencePiece model of VOCAB pieces with byte fallback and no normalisation, so that bytes can be counted exactly."""
+    """A SentencePiece model of VOCAB pieces with byte fallback and no normalisation, so that bytes can be counted
+    exactly."""
     import sentencepiece
 
     rng = random.Random(1)
@@ -214,7 +222,8 @@ def processor(model: Path):
 
 
 def encode(text: str, model: Path | None = None) -> tuple[list[int], list[int]]:
-    """Tokens of a document with BOS, and the bytes of the text that each stands for, from SentencePiece's own surfaces."""
+    """Tokens of a document with BOS, and the bytes of the text that each stands for, from SentencePiece's own
+    surfaces."""
     sp = processor(model or tokenizer())
     if hasattr(sp, "encode_as_offset_mapping"):  # sentencepiece 0.2.2 and later
         pieces = sp.encode_as_offset_mapping(text)
@@ -232,7 +241,8 @@ def write_data(
     seed: int = 0,
     sidecar: bool = True,
 ) -> Path:
-    """A data folder as prepare_data.py leaves it: two train shards with a document across their joint, two validation shards, sidecar, manifest."""
+    """A data folder as prepare_data.py leaves it: two train shards with a document across their joint, two validation
+    shards, sidecar, manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     split = lambda sizes: tuple(zip(*(encode(sentence(rng, n)) for n in sizes)))
@@ -324,7 +334,8 @@ class Outcome:
 
 
 def main(settings: dict, artifact: Path | None = None, data_path: Path | None = None, argv=()) -> Outcome:
-    """train_gpt.main in this process: as the command line would run it, without the seconds to start an interpreter. A traceback is an exception here."""
+    """train_gpt.main in this process: as the command line would run it, without the seconds to start an interpreter. A
+    traceback is an exception here."""
     out, err = io.StringIO(), io.StringIO()
     with (
         replaced_environ(environment(settings, artifact, data_path)),
@@ -376,7 +387,8 @@ def spawn(settings: dict, artifact: Path | None = None, *args, timeout: float = 
 
 
 def forked(function, world: int, *args):
-    """function(rank, world, *args) in ``world`` forked processes that can form a process group: no interpreter has to start. Any failure fails the test."""
+    """function(rank, world, *args) in `world` forked processes that can form a process group: no interpreter has to
+    start. Any failure fails the test."""
     port, context = free_port(), multiprocessing.get_context("fork")
 
     def body(rank: int):

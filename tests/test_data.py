@@ -1,4 +1,5 @@
-"""Bad input of every kind: one line that names the file or setting and the remedy, status 2, no traceback, nothing lost. And bytes counted from a tokenizer's table."""
+"""Bad input of every kind: one line that names the file or setting and the remedy, status 2, no traceback, nothing
+lost. And bytes counted from a tokenizer's table."""
 
 import json
 import os
@@ -194,7 +195,7 @@ def test_files_that_are_no_shards_are_left_alone(tmp_path):
 
 def test_the_fingerprint(tmp_path):
     cfg = config(RUN, data_path=str(data()))
-    found = train_gpt.describe_data(cfg, train_gpt.ValidationStream(cfg))
+    found = train_gpt.fingerprint(cfg, train_gpt.ValidationStream(cfg))
     promised = json.loads((data() / "manifest.json").read_text())
     assert (
         found["val_documents"] == promised["val"]["documents"]
@@ -206,7 +207,7 @@ def test_the_fingerprint(tmp_path):
     (folder / "manifest.json").unlink()
     edit(VAL, put(5, 77))(folder)
     cfg = config(RUN, data_path=str(folder))
-    other = train_gpt.describe_data(cfg, train_gpt.ValidationStream(cfg))
+    other = train_gpt.fingerprint(cfg, train_gpt.ValidationStream(cfg))
     assert other["val_sha256"] != found["val_sha256"] and not other["manifest"]
 
 
@@ -252,7 +253,8 @@ HOSTILE = [
 
 
 def test_plain_tokenizer_bytes_on_hostile_text(tmp_path):
-    """An identity-normalising tokenizer with byte fallback: every document's bytes are its UTF-8 bytes, BOS counts nothing."""
+    """An identity-normalising tokenizer with byte fallback: every document's bytes are its UTF-8 bytes, BOS counts
+    nothing."""
     counts, starts = byte_counts(HOSTILE, tmp_path)
     assert not counts[starts].any()
     for text, part in zip(HOSTILE, np.split(counts, starts[1:])):
@@ -274,7 +276,8 @@ def test_plain_tokenizer_bytes_on_any_text(texts, tmp_path_factory):
 
 
 def test_stripping_tokenizer_bytes(tmp_path):
-    """SentencePiece's usual rules (extra white space removed) lose only what they strip at the ends, when there is none inside."""
+    """SentencePiece's usual rules (extra white space removed) lose only what they strip at the ends, when there is none
+    inside."""
     model = tokenizer(remove_extra_whitespaces=True)
     texts = ["plain words here", "  leading", "trailing   ", " both ", "北京 🙂", "a"]
     counts, starts = byte_counts(texts, tmp_path, model)
@@ -283,7 +286,8 @@ def test_stripping_tokenizer_bytes(tmp_path):
 
 
 def test_pieces_with_spaces_inside(tmp_path):
-    """Pieces that span words hold spaces that are not at their beginning: one byte each, not the three of SentencePiece's marker."""
+    """Pieces that span words hold spaces that are not at their beginning: one byte each, not the three of
+    SentencePiece's marker."""
     model = tokenizer(
         lines=(
             "the of and river stone",

@@ -232,7 +232,7 @@ def score(documents, cfg, group=None) -> np.ndarray:
     """Nats of every target."""
     stream = Stream(documents)
     ledger = stream.ledger()
-    scoring = ScoringPass(network(cfg), cfg, group or ranks(cfg), Silent(), stream, ledger)
+    scoring = ScoringPass.begin(network(cfg), cfg, group or ranks(cfg), Silent(), stream, ledger)
     TestTimeTraining(scoring).score()
     return ledger.nats
 
@@ -395,5 +395,5 @@ def test_the_scorer_asks_for_hints_where_it_scores(stride):
     )
     stream = Stream(documents)
     ledger = stream.ledger()
-    score_stream(ScoringPass(network(cfg), cfg, ranks(cfg), Silent(), stream, ledger))
+    score_stream(ScoringPass.begin(network(cfg), cfg, ranks(cfg), Silent(), stream, ledger))
     assert np.abs(ledger.nats - score(documents, cfg)).max() < 1e-5

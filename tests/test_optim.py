@@ -1,4 +1,5 @@
-"""Muon, Adam, clipping, the average and the warm-up against plain float64 references; sharded steps on two and three ranks against one."""
+"""Muon, Adam, clipping, the average and the warm-up against plain float64 references; sharded steps on two and three
+ranks against one."""
 
 import dataclasses
 import math
@@ -28,10 +29,10 @@ def set_gradients(model, seed: int, scale: float = 1.0):
 
 def coverage(opt: Optimizer) -> dict[int, torch.Tensor]:
     """How many rules own each element of each parameter."""
-    counts = {id(p): torch.zeros_like(p) for p in opt.model.parameters()}
+    counts = {id(p): torch.zeros_like(p) for p in opt.parameters}
     for group in opt.muon:
-        for p, lo, hi in group.blocks:
-            counts[id(p)][:, lo:hi] += 1
+        for p, low, high in group.blocks:
+            counts[id(p)][:, low:high] += 1
     for group in opt.adam.param_groups:
         for p in group["params"]:
             counts[id(p)] += 1
@@ -73,6 +74,23 @@ def test_caps_do_not_decay():
     assert [(group["base_lr"], group["weight_decay"]) for group in groups] == [(model.cfg.scalar_lr, 0.0)]
 
 
+def test_the_rules_name_every_parameter_once():
+    model = gpt(config(asym_logit_rescale=True))
+    rules = train_gpt.parameter_rules(model, model.cfg)
+    assert list(rules) == [name for name, _ in model.named_parameters()]
+    assert rules["qkv"].heights == (model.q_dim, model.kv_dim, model.kv_dim)
+    assert {name for name, rule in rules.items() if rule.heights} == {"qkv", "o", "up", "down"}
+
+
+def test_a_row_without_a_rule_is_an_error(monkeypatch):
+    model = gpt()
+    rules = train_gpt.parameter_rules(model, model.cfg)
+    rules["qkv"] = rules["qkv"]._replace(heights=(model.q_dim, model.kv_dim))
+    monkeypatch.setattr(train_gpt, "parameter_rules", lambda *_: rules)
+    with pytest.raises(AssertionError, match="every row"):
+        optimizer(model)
+
+
 def test_a_new_parameter_joins_the_scalars():
     """A parameter nobody wrote a rule for is trained, unlike in the published scripts, where it silently is not."""
     model = gpt()
@@ -85,7 +103,8 @@ def test_a_new_parameter_joins_the_scalars():
 
 
 def test_every_parameter_gets_a_gradient():
-    """Each row of each parameter, with the loops on; the two-lane parameters of layers before the lanes are never read."""
+    """Each row of each parameter, with the loops on; the two-lane parameters of layers before the lanes are never
+    read."""
     model = gpt(
         config(**{k: v for k, v in RUN.items() if k in ("train_batch_tokens", "micro_batch_tokens", "train_seq_len")})
     )
@@ -123,8 +142,7 @@ def plain_muon(w, grads, momenta, cfg, lr_scale: float) -> np.ndarray:
     for g, mu in zip(grads, momenta):
         buffer = mu * buffer + g
         u = g + mu * buffer
-        if cfg.muon_row_normalize:
-            u = u / np.linalg.norm(u, axis=1, keepdims=True)
+        u = u / np.linalg.norm(u, axis=1, keepdims=True)
         rows, cols = u.shape
         x = u.T if rows > cols else u
         x = x / np.linalg.norm(x)
@@ -143,14 +161,12 @@ def plain_muon(w, grads, momenta, cfg, lr_scale: float) -> np.ndarray:
     return w
 
 
-@pytest.mark.parametrize("row_normalize", (True, False))
 @pytest.mark.parametrize("variant", ({"mlp_mult": 3.0}, {"num_kv_heads": 4, "mlp_mult": 1.0}))
-def test_muon_against_the_plain_reference(variant, row_normalize):
-    """Momentum with its warm-up, Nesterov, row normalisation, scale and decay of every matrix on its own: q, k and v apart."""
+def test_muon_against_the_plain_reference(variant):
+    """Momentum with its warm-up, Nesterov, row normalisation, scale and decay of every matrix on its own: q, k and v
+    apart."""
     model = gpt(config(**variant))
-    opt = optimizer(
-        model, grad_clip_norm=0.0, muon_row_normalize=row_normalize, muon_momentum_warmup_steps=2, muon_wd=0.3
-    )
+    opt = optimizer(model, grad_clip_norm=0.0, muon_momentum_warmup_steps=2, muon_wd=0.3)
     before = {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
     grads = []
     for step in range(4):
@@ -225,7 +241,8 @@ def test_small_gradients_are_not_clipped():
 
 
 def share(rank: int, world: int, name: str, p: torch.Tensor, step: int) -> torch.Tensor:
-    """Rank's part of a gradient: large parts that nearly cancel, so that clipping each rank's own would give another answer."""
+    """Rank's part of a gradient: large parts that nearly cancel, so that clipping each rank's own would give another
+    answer."""
     generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
     total, noise = torch.randn(p.shape, generator=generator), torch.randn(p.shape, generator=generator) * 50
     if world == 1:
@@ -248,7 +265,8 @@ def three_steps(rank: int, world: int, out):
 
 
 def test_two_and_three_ranks_step_like_one(tmp_path):
-    """Sharded Muon with padding (5 layers over 2 and 3 ranks), reduced Adam, and clipping of the reduced gradient, not of each rank's own."""
+    """Sharded Muon with padding (5 layers over 2 and 3 ranks), reduced Adam, and clipping of the reduced gradient, not
+    of each rank's own."""
     for world in (1, 2, 3):
         forked(three_steps, world, tmp_path)
     one = torch.load(tmp_path / "1_0.pt")
@@ -299,11 +317,12 @@ def trainer(**overrides) -> train_gpt.Trainer:
     group, log = ranks(cfg), Silent()
     model = train_gpt.GPT(cfg, "reference", torch.float32)
     model.init_weights(7)
-    return train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log))
+    return train_gpt.Trainer(model, cfg, group, log)
 
 
 def test_warm_up_restores_everything():
-    """Weights, Muon's momentum, Adam's moments and step count, the average: bit for bit, and a run after it is the run without it."""
+    """Weights, Muon's momentum, Adam's moments and step count, the average: bit for bit, and a run after it is the run
+    without it."""
     fresh, warm = trainer(), trainer(warmup_steps=2)
     warm.warm_up()
     assert all(torch.equal(a, b) for a, b in zip(fresh.model.parameters(), warm.model.parameters()))
@@ -316,7 +335,8 @@ def test_warm_up_restores_everything():
 
 
 def test_warm_up_runs_every_graph(monkeypatch):
-    """Both loop settings and the optimizer, on training batches of the real size; nothing runs when the loops never switch."""
+    """Both loop settings and the optimizer, on training batches of the real size; nothing runs when the loops never
+    switch."""
     seen = []
     loss = train_gpt.batch_loss
     monkeypatch.setattr(

@@ -55,7 +55,9 @@ def test_stripping_keeps_the_program():
 
 HOSTILE = {
     "hash in strings": 'x = "# no comment"  # a comment\ny = \'#\' # "\nz = f"{x}#{y}"  # end\n',
-    "comment between decorators": "import functools\n\n\n@functools.cache\n# why\ndef f():\n    # first\n    return 1  # one\n",
+    "comment between decorators": (
+        "import functools\n\n\n@functools.cache\n# why\ndef f():\n    # first\n    return 1  # one\n"
+    ),
     "blank lines in a string": 'x = """one\n\n  two  \n\n# three\n"""\n',
     "trailing blanks in a string": "x = '''a   \nb\t\n'''\n",
     "only a docstring": 'def f():\n    """All there is."""\n\n\nclass A:\n    "Nothing else."\n',
@@ -101,7 +103,8 @@ def test_unpack_refuses_what_is_not_packed(name, tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_source_survives_packing(seed, tmp_path):
-    """Sizes and contents that put every byte value into the compressed stream, quotes, backslashes, returns and zeros among them."""
+    """Sizes and contents that put every byte value into the compressed stream, quotes, backslashes, returns and zeros
+    among them."""
     rng = random.Random(seed)
     source = (
         "x = [\n"
@@ -149,10 +152,9 @@ def test_getsource_works_in_a_packed_script(tmp_path):
     for _ in range(2):  # first it extracts, then it finds the extracted file
         out = run_alone(tmp_path)
         assert out.stderr == ""
-        assert (
-            out.stdout
-            == '@jit\ndef kernel(x, y: "tl.constexpr"):\n    return x + y\n    @jit\n    def method(self):\n        return 2\n'
-        )
+        kernel = '@jit\ndef kernel(x, y: "tl.constexpr"):\n    return x + y\n'
+        method = "    @jit\n    def method(self):\n        return 2\n"
+        assert out.stdout == kernel + method
 
 
 def test_a_tampered_extract_is_not_run(tmp_path, monkeypatch):
@@ -166,7 +168,8 @@ def test_a_tampered_extract_is_not_run(tmp_path, monkeypatch):
 
 
 def test_help_from_an_empty_folder(tmp_path):
-    """The repository cannot be imported there, and running the packed script does not change it or leave files beside it."""
+    """The repository cannot be imported there, and running the packed script does not change it or leave files beside
+    it."""
     shutil.copy(base_run() / "train_gpt.py", tmp_path)
     before = (tmp_path / "train_gpt.py").read_bytes()
     out = run_alone(tmp_path, "--help")
@@ -186,7 +189,8 @@ def test_help_from_an_empty_folder(tmp_path):
 
 
 def test_the_artifact_alone_gives_the_same_number(tmp_path):
-    """train_gpt.py and model.bin in an empty folder, without one setting of the model: every BPB of the run to the last digit."""
+    """train_gpt.py and model.bin in an empty folder, without one setting of the model: every BPB of the run to the last
+    digit."""
     for name in ("train_gpt.py", "model.bin"):
         shutil.copy(base_run() / name, tmp_path)
     out = run_alone(tmp_path, ttt_eval_only=True)
@@ -220,7 +224,8 @@ def test_the_total_is_the_size_of_the_two_files():
 
 
 def test_the_running_script_is_never_overwritten(tmp_path, monkeypatch):
-    """ARTIFACT_DIR is the folder of the unpacked script: refused before training, by a line that names the setting, the file as it was."""
+    """ARTIFACT_DIR is the folder of the unpacked script: refused before training, by a line that names the setting, the
+    file as it was."""
     shutil.copy(ROOT / "train_gpt.py", tmp_path)
     monkeypatch.setattr(train_gpt, "RUNNING", tmp_path / "train_gpt.py")
     monkeypatch.setattr(train_gpt, "train", lambda *_: pytest.fail("trained"))

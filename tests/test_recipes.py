@@ -1,4 +1,5 @@
-"""Recipes are the systems they name: parameter counts, visits and optimizer groups; scales fit every recipe; and what breaks a condition says so."""
+"""Recipes are the systems they name: parameter counts, visits and optimizer groups; scales fit every recipe; and what
+breaks a condition says so."""
 
 import dataclasses
 import re
@@ -14,7 +15,8 @@ from train_gpt import GPT, Config
 
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.env") if not p.stem.startswith("scale_"))
 SCALES = sorted(p.stem.removeprefix("scale_") for p in (ROOT / "recipes").glob("scale_*.env"))
-# The matrices and the embedding of #1855, then what every recipe has: two scales, two rows of residual mix, query gains, weights and gates of eight skips.
+# The matrices and the embedding of #1855, then what every recipe has: two scales, two rows of residual mix, query
+# gains, weights and gates of eight skips.
 COMMON = 31_719_424 + 8192 * 512 + 11 * (2 * 512 + 2 * 512 + 8) + 2 * 8 * 512
 LANES, GATE, SMEAR = 11 * (4 + 2), 11 * 8 * 12, 12 + 1
 PARAMETERS = {  # 35,945,671 is logged by #1855, two more by #2140; the others follow from the table
@@ -59,7 +61,8 @@ def test_parameter_count(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_visits(name):
-    """Three passes over layers 3-5 from 35 % of the budget on; eight skips; two lanes from layer 8, or one stream whose sublayers share an input from layer 7."""
+    """Three passes over layers 3-5 from 35 % of the budget on; eight skips; two lanes from layer 8, or one stream whose
+    sublayers share an input from layer 7."""
     cfg = recipe(name)
     looped, plain = train_gpt.visit_schedule(cfg, True), train_gpt.visit_schedule(cfg, False)
     assert [v.layer for v in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10] and [
@@ -73,7 +76,8 @@ def test_visits(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameter_groups(name):
-    """Muon has the 66 matrices, one Adam group the embedding, the other everything small that the recipe has, and no more."""
+    """Muon has the 66 matrices, one Adam group the embedding, the other everything small that the recipe has, and no
+    more."""
     cfg = recipe(name)
     model = GPT(cfg, "reference", torch.float32)
     optimizer = train_gpt.Optimizer(model, cfg, train_gpt.Ranks(dataclasses.replace(cfg, device="cpu")))
@@ -145,7 +149,8 @@ PREQUANT = {
 
 
 def test_training_on_the_validation_set_fails_c3_and_gives_no_val_bpb(tmp_path):
-    """It lowers the number, and neither the run nor a rerun of its artifact under other settings lets that number become a result."""
+    """It lowers the number, and neither the run nor a rerun of its artifact under other settings lets that number
+    become a result."""
     main({**RUN, **PREQUANT}, tmp_path).ok()
     first = result(tmp_path)
     main({"ttt_eval_only": True, "prequant_ttt_enabled": False}, tmp_path).ok()

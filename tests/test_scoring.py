@@ -33,7 +33,7 @@ def ledger_of(stream) -> Ledger:
 def score(model, stream, cfg, stride: int) -> tuple[float, np.ndarray]:
     ledger = ledger_of(stream)
     cfg = dataclasses.replace(cfg, eval_stride=stride)
-    bpb = score_stream(ScoringPass(model, cfg, ranks(cfg), Silent(), stream, ledger))
+    bpb = score_stream(ScoringPass.begin(model, cfg, ranks(cfg), Silent(), stream, ledger))
     return bpb, ledger.nats
 
 

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import dataclasses
+import re
 import resource
 import signal
 
@@ -32,6 +33,19 @@ def test_every_setting_is_read_from_its_name():
 def test_the_environment_beats_the_artifact_and_the_artifact_the_default():
     cfg = Config.from_env({"EVAL_STRIDE": "64"}, stored={"eval_stride": 32, "seed": 5})
     assert (cfg.eval_stride, cfg.seed, cfg.model_dim) == (64, 5, 512)
+
+
+@pytest.mark.parametrize("first, heading", train_gpt.GROUPS.items())
+def test_help_and_the_table_have_the_same_groups(first, heading):
+    assert f"    # {heading}\n    {first}: " in SOURCE
+    assert f"\n{heading}\n  {first.upper()} " in train_gpt.help_text()
+
+
+@pytest.mark.parametrize("meaning", [f.metadata["meaning"] for f in FIELDS])
+def test_a_meaning_stands_alone(meaning):
+    """It is read in --help, in grep and in error messages, without the line above it."""
+    riddles = r"^(its|the same)\b|\b(of those|of that|that prefix|that sigmoid|such a|the same for)\b"
+    assert not re.search(riddles, meaning)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +97,31 @@ def test_a_foreign_variable_is_nobodys_business(capsys):
     assert capsys.readouterr().err == ""
 
 
+SHARED = (
+    "LOCAL_WORLD_SIZE NUM_PROC MODEL_DIR DATA_DIR MAX_JOBS MIN_FREE PARALLEL_SEQ GLOBAL_RANK DEVICE_ORDER SEED_FILE "
+    "CHECK_HOST BETA1 BETA_2 ADAM_LR WORLD RANK_TABLE_FILE SKIP_TESTS SEGMENT_KEY TOKENIZERS_PARALLELISM"
+)
+
+
+@pytest.mark.parametrize("name", SHARED.split())
+def test_a_word_that_others_use_is_no_error(name):
+    Config.from_env({name: "1"}, check=False)
+
+
+@pytest.mark.parametrize("name", train_gpt.RETIRED)
+def test_a_retired_setting_is_refused_and_an_artifact_with_its_fixed_value_loads(name, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=f"^{name.upper()} is no longer a setting"):
+        Config.from_env({name.upper(): "1"})
+    assert name not in {f.name for f in FIELDS}
+    stored = {**Config(seed=5).settings(), **train_gpt.RETIRED}
+    monkeypatch.setattr(train_gpt, "read_trained", lambda path: ({}, {"settings": stored}))
+    env = {"QUANTIZE_ONLY": "1", "ARTIFACT_DIR": str(tmp_path)}
+    assert train_gpt.configure(env).seed == 5
+    stored[name] = "something else"
+    with pytest.raises(UserError, match=name):
+        train_gpt.configure(env)
+
+
 def test_a_near_miss_without_our_prefix_warns(capsys):
     Config.from_env({"ITERATION": "5"})
     assert "ITERATION" in (err := capsys.readouterr().err) and "ITERATIONS?" in err and err.count("\n") == 1
@@ -102,7 +141,7 @@ BAD = {
     "LOOP_END": ("2", "11"),
     "DEVICE": ("tpu",),
     "ATTENTION": ("fa4000",),
-    "MUON_BACKEND_STEPS": ("6",),
+    "MUON_COEFFICIENTS": ("newton",),
     "EVAL_STRIDE": ("-1", "4096"),
     "VAL_BATCH_TOKENS": ("100",),
     "MATRIX_BITS": ("9",),
@@ -120,18 +159,19 @@ def test_a_bad_value_is_one_line(setting, tmp_path):
 
 
 def tried(cfg: Config):
-    """Everything a short run does with the settings, without files: schedule, a training step, quantisation, windows."""
+    """Everything a short run does with the settings, without files: schedule, a training step, quantisation,
+    windows."""
     model = train_gpt.GPT(cfg, "reference", torch.float32)
     model.init_weights(cfg.seed)
     log, group = Silent(), ranks(cfg)
-    trainer = train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log))
+    trainer = train_gpt.Trainer(model, cfg, group, log)
     trainer.warm_up()
     trainer.run()
     hessians = train_gpt.collect_hessians(model, trainer.stream, cfg, group)
     train_gpt.Quantizer(model, hessians, cfg, group).quantize()
     val = train_gpt.ValidationStream(cfg)
     ledger = train_gpt.Ledger("test", val.target_bytes, train_gpt.Verdicts())
-    scoring = train_gpt.ScoringPass(model, cfg, group, log, val, ledger)
+    scoring = train_gpt.ScoringPass.begin(model, cfg, group, log, val, ledger)
     if cfg.ngram_enabled:
         train_gpt.TestTimeTraining(scoring).score()
     else:
@@ -176,7 +216,8 @@ def attempt(name: str, value) -> str:
             else f"{name.upper()}={value} is refused without its name: {e}"
         )
     except BaseException as e:
-        return f"{name.upper()}={value} is accepted and ends in {type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}"
+        said = str(e).splitlines()[0][:150] if str(e) else ""
+        return f"{name.upper()}={value} is accepted and ends in {type(e).__name__}: {said}"
     return ""
 
 
@@ -198,7 +239,8 @@ def attempt_all(rank: int, world: int, name: str, path):
 
 @pytest.mark.parametrize("name", EXTREMES)
 def test_an_extreme_value_works_or_is_refused_at_the_start(name, tmp_path):
-    """Zero, negative and odd values of every number: a run or one line that names the setting, never an exception after minutes of training."""
+    """Zero, negative and odd values of every number: a run or one line that names the setting, never an exception after
+    minutes of training."""
     forked(attempt_all, 1, name, tmp_path / "wrong")
     assert (tmp_path / "wrong").read_text() == ""
 

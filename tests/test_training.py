@@ -1,4 +1,5 @@
-"""Training: the stream, the packed batches, accumulation, the schedule, the same result for any number of ranks, and the same bytes from the same settings."""
+"""Training: the stream, the packed batches, accumulation, the schedule, the same result for any number of ranks, and
+the same bytes from the same settings."""
 
 import math
 
@@ -51,7 +52,8 @@ def real(batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_every_token_once_in_shard_order(tmp_path):
-    """Three shards, documents across their joints: the inputs of successive steps are the shards one after the other, and every target follows its input."""
+    """Three shards, documents across their joints: the inputs of successive steps are the shards one after the other,
+    and every target follows its input."""
     flat = np.random.default_rng(0).integers(2, 300, 2400)
     flat[::37] = BOS
     s = stream(write_train(tmp_path, flat[:1001], flat[1001:1003], flat[1003:]))
@@ -92,7 +94,8 @@ def test_a_step_reads_the_same_tokens_at_any_world_size(total, micro, world, ste
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), span=st.integers(1, 30), padding=st.integers(0, 50)
 )
 def test_packing(lengths, span, padding):
-    """Segments are the documents cut every span tokens; positions count from the document's start; padding is segments of its own without targets."""
+    """Segments are the documents cut every span tokens; positions count from the document's start; padding is segments
+    of its own without targets."""
     documents = [[BOS, *range(100, 99 + n)] for n in lengths]
     tokens = np.array([*sum(documents, []), BOS])
     n = len(tokens) - 1
@@ -155,7 +158,7 @@ def test_loss_is_the_mean_over_all_tokens():
             nats = model.nll(model.trunk(batch.tokens, batch.seq, looped=False), batch.targets.clamp(min=0)).nats.double()
         total, count = total + nats[batch.targets >= 0].sum().item(), count + int((batch.targets >= 0).sum())
     log, group = Silent(), ranks(cfg)
-    trainer = train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log))
+    trainer = train_gpt.Trainer(model, cfg, group, log)
     assert count == 500
     assert trainer.gradients(TrainStream(cfg).step(0, 48, 0, 1), False).item() == pytest.approx(total / 500, rel=1e-5)
 
@@ -169,7 +172,7 @@ def test_micro_batches_add_up_to_one_big_batch(tmp_path):
     for micro in (320, 64, 96):
         cfg = config(RUN, data_path=str(tmp_path), train_batch_tokens=320, micro_batch_tokens=micro)
         model, log, group = gpt(cfg), Silent(), ranks(cfg)
-        trainer = train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log))
+        trainer = train_gpt.Trainer(model, cfg, group, log)
         losses.append(trainer.gradients(trainer.stream.step(0, 48, 0, 1), True).item())
         gradients.append([p.grad for p in model.parameters()])
     for loss, other in zip(losses[1:], gradients[1:]):
@@ -180,7 +183,7 @@ def test_micro_batches_add_up_to_one_big_batch(tmp_path):
 def test_validation_batches_cannot_be_trained_on():
     cfg = config(RUN, data_path=str(data()))
     log, group = Silent(), ranks(cfg)
-    trainer = train_gpt.Trainer(gpt(cfg), cfg, group, log, train_gpt.Phases(group, log))
+    trainer = train_gpt.Trainer(gpt(cfg), cfg, group, log)
     batch = trainer.stream.step(0, 48, 0, 1)[0]
     with pytest.raises(AssertionError):
         trainer.gradients([batch._replace(split="val")], False)
@@ -241,7 +244,7 @@ def test_the_run_follows_its_schedule(tmp_path, monkeypatch):
     )
     cfg = config(run)
     log, group = Silent(), ranks(cfg)
-    trainer = train_gpt.Trainer(gpt(cfg), cfg, group, log, train_gpt.Phases(group, log))
+    trainer = train_gpt.Trainer(gpt(cfg), cfg, group, log)
     counts = trainer.run()
     assert [looped for looped, _ in used] == [False] * 5 + [True] * 5
     assert [span for _, span in used] == [12] * 3 + [24] * 3 + [48] * 4
@@ -259,13 +262,14 @@ def test_iterations_mode_does_not_depend_on_the_clock(monkeypatch):
             patch.setattr(train_gpt.time, "perf_counter", lambda clock=clock, speed=speed: clock() * speed)
             cfg = config(RUN, data_path=str(data()), iterations=4, enable_looping_at=0.5)
             model, log, group = gpt(cfg), Silent(), ranks(cfg)
-            train_gpt.Trainer(model, cfg, group, log, train_gpt.Phases(group, log)).run()
+            train_gpt.Trainer(model, cfg, group, log).run()
         weights.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights))
 
 
 def test_wallclock_mode_stops_inside_its_budget(monkeypatch):
-    """A step takes a tenth of a second of a false clock: the run ends before the reserve, and the schedule follows time, not steps."""
+    """A step takes a tenth of a second of a false clock: the run ends before the reserve, and the schedule follows
+    time, not steps."""
     now = [0.0]
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
     loss = train_gpt.batch_loss
@@ -285,7 +289,7 @@ def test_wallclock_mode_stops_inside_its_budget(monkeypatch):
         enable_looping_at=0.5,
     )
     log, group = Silent(), ranks(cfg)
-    counts = train_gpt.Trainer(gpt(cfg), cfg, group, log, train_gpt.Phases(group, log)).run()
+    counts = train_gpt.Trainer(gpt(cfg), cfg, group, log).run()
     assert counts["steps"] in (19, 20) and counts["seconds"] <= 2.0 + 1e-9
     switch = [line for line in log.lines if "loops on" in line]
     assert len(switch) == 1 and switch[0].startswith(("step 10:", "step 11:"))

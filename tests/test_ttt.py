@@ -78,7 +78,7 @@ def ttt_config(base: dict = TTT, **overrides):
 
 def passing(cfg, stream, model=None, ledger=None) -> ScoringPass:
     """A pass over the stream on one rank."""
-    return ScoringPass(model or network(cfg), cfg, ranks(cfg), Silent(), stream, ledger or stream.ledger())
+    return ScoringPass.begin(model or network(cfg), cfg, ranks(cfg), Silent(), stream, ledger or stream.ledger())
 
 
 def adapt(documents, cfg, model=None) -> np.ndarray:
@@ -395,7 +395,7 @@ def adapt_on(rank: int, world: int, folder):
     cfg = ttt_config(SHARED, rank=rank, world_size=world)
     group, model, stream = train_gpt.Ranks(cfg), network(cfg), Stream(random_documents(LENGTHS))
     ledger = stream.ledger()
-    TestTimeTraining(ScoringPass(model, cfg, group, Silent(), stream, ledger)).score()
+    TestTimeTraining(ScoringPass.begin(model, cfg, group, Silent(), stream, ledger)).score()
     np.savez(
         folder / f"{world}_{rank}",
         nats=ledger.nats,
@@ -748,7 +748,7 @@ def sgd_on(rank: int, world: int, folder):
     cfg = ttt_config(SGD, rank=rank, local_rank=rank, world_size=world)
     group, stream = train_gpt.Ranks(cfg), Stream(random_documents(SGD_LENGTHS))
     ledger = stream.ledger()
-    TestTimeTraining(ScoringPass(network(cfg), cfg, group, Silent(), stream, ledger)).score()
+    TestTimeTraining(ScoringPass.begin(network(cfg), cfg, group, Silent(), stream, ledger)).score()
     np.save(folder / f"sgd.{rank}.npy", ledger.nats)
     group.close()
 

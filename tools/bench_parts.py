@@ -174,7 +174,7 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
         return [shard * clip.to(shard.dtype) for shard in shards]
 
     shards = with_gradients(reduce)()
-    coefficients = ours.MUON_COEFFICIENTS[cfg.muon_coefficients][: cfg.muon_backend_steps]
+    coefficients = ours.MUON_COEFFICIENTS[cfg.muon_coefficients]
     updates = [ours.orthogonalize(shard, coefficients) for shard in shards]
     muon, small, wide = sum(s.numel() for s in shards), sum(p.numel() for p in o.small), shards[0].element_size()
     everything, flops = 4 * (muon + small), orthogonalize_flops(o.muon, len(coefficients))

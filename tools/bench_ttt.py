@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 import train_gpt as ours
 
 
@@ -31,9 +29,8 @@ def ttt(
     began, environment = time.perf_counter(), environment | {"ARTIFACT_DIR": str(folder), "TTT_EVAL_ONLY": "1"}
     first = ours.configure(environment)
     run = ours.Run(first)
-    model = ours.GPT(first, run.attention, torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32).to(
-        run.ranks.device
-    )
+    run.prepare()
+    model = run.new_model()
     weights = ours.unflatten(ours.load_artifact(folder / "model.bin")[0]).state()
     for line, cfg in variants(environment, lines):
         if time.perf_counter() - began > budget:
