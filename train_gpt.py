@@ -6331,9 +6331,9 @@ class Run:
         return ScoringPass.begin(model, self.cfg, self.ranks, self.log, self.val, ledger)
 
     def new_model(self, logit_calibration: LogitCalibration | None = None) -> GPT:
-        """A GPT in memory, its weights not set yet."""
+        """A GPT on the CPU, its weights not set yet."""
         dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
-        return GPT(self.cfg, self.attention_backend, dtype, logit_calibration).to(self.ranks.device)
+        return GPT(self.cfg, self.attention_backend, dtype, logit_calibration)
 
 
 def artifact_folder(cfg: Config) -> Path:
@@ -6556,7 +6556,7 @@ def write_artifact(run: Run, model: GPT):
 def quantized_calibration(run: Run, model: GPT, quantized: Quantized) -> np.ndarray:
     """fit_logit_calibration for the weights as the artifact will give them back, in a model of their own."""
     cfg = run.cfg
-    rounded = run.new_model()
+    rounded = run.new_model().to(run.ranks.device)
     load_state(rounded, quantized.state(), run.folder)
     return fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
 
@@ -6570,7 +6570,7 @@ def load_quantized(run: Run, model: GPT) -> tuple[GPT, dict]:
     if quantized.logit_calibration is not None:
         values = torch.from_numpy(quantized.logit_calibration).to(device)
         calibration = to_logit_calibration(values, piece_features(cfg).to(device))
-        model = run.new_model(calibration)
+        model = run.new_model(calibration).to(device)
     load_state(model, quantized.state(), path)
     return model, meta
 
@@ -6696,7 +6696,7 @@ def execute(cfg: Config):
             return
         # A run continued from trained.npz continues the log, too.
         run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        model = run.new_model()
+        model = run.new_model().to(run.ranks.device)
         if not cfg.ttt_eval_only:
             produce_weights = load_trained if cfg.quantize_only else train
             produce_weights(run, model)

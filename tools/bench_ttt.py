@@ -30,7 +30,7 @@ def ttt(
     first = ours.configure(environment)
     run = ours.Run(first)
     run.prepare()
-    model = run.new_model()
+    model = run.new_model().to(run.ranks.device)
     weights = ours.unflatten(ours.load_artifact(folder / "model.bin")[0]).state()
     for line, cfg in variants(environment, lines):
         if time.perf_counter() - began > budget:
