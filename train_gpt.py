@@ -2788,7 +2788,7 @@ class Attention(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_backend: str) -> Tensor:
-    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype; `window`: tokens that a query reaches back, -1: all."""
+    """q (Tq, H, D); k, v (Tk, KV, D) -> (Tq, H, D) in q's dtype. `window`: tokens a query reaches back, -1: all."""
     dtype = q.dtype
     if attention_backend != "reference":  # the flash kernels take no fp32
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
