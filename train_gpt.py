@@ -1961,7 +1961,7 @@ def combine_gradient_kernel(
     Each of dys, dns and grads may be None."""
     ws = load_rows(w_ptr, R, D, BLOCK)
     row_sums = ()  # this program's part of the gradient of each row of weights
-    for r in tl.static_range(R):
+    for _ in tl.static_range(R):
         row_sums = row_sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         at, ok = tile_at(first, T, D, BLOCK, ROWS)
@@ -2745,7 +2745,7 @@ class GPT(nn.Module):
         tap: Callable | None = None,
         cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
-        """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache, also that of the new tokens.
+        """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens'.
         With lora or cache, tokens are rows of one length, flattened. The tap sees the input of every product."""
         residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
         angle = seq.positions[:, None].float() * self.rope_frequency
