@@ -3201,7 +3201,7 @@ class GPT(nn.Module):
         tap: Callable | None = None,
         cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
-        """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache, also that of the new tokens.
+        """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens'.
         With lora or cache, tokens are rows of one length, flattened. The tap sees the input of every product."""
         residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
         angle = seq.positions[:, None].float() * self.rope_frequency

@@ -1,4 +1,5 @@
-"""The model against a plain reference written from the published formulas, and the properties that scores rest on: causality, isolation, caches, graphs."""
+"""The model against a plain reference written from the published formulas, and the properties that scores rest on:
+causality, isolation, caches, graphs."""
 
 import dataclasses
 import math
@@ -194,7 +195,8 @@ def test_forward_equals_the_plain_reference(variant, looped):
 
 
 def test_small_embeddings_are_not_crushed_by_the_norm():
-    """At the initial standard deviation of 0.005 the mean square is 2.5e-5: an epsilon of bf16's size would shrink the stream 17 times."""
+    """At the initial standard deviation of 0.005 the mean square is 2.5e-5: an epsilon of bf16's size would shrink the
+    stream 17 times."""
     model = gpt()
     with torch.no_grad():
         model.tok_emb.mul_(0.005 / model.tok_emb.std())
@@ -285,7 +287,8 @@ def test_the_same_document_scores_the_same_wherever_it_lies():
 
 
 def test_gradients_stay_in_their_document():
-    """Backward through the custom operator: the loss of one document gives no gradient to the tokens that only the other holds."""
+    """Backward through the custom operator: the loss of one document gives no gradient to the tokens that only
+    the other holds."""
     model = gpt()
     a, b = np.array([BOS, 10, 11, 12, 13]), np.array([BOS, 20, 21, 22])
     hidden = trunk(model, [a, b], True)
@@ -440,7 +443,8 @@ def test_probabilities_sum_to_one_and_the_hint_is_right():
 
 @pytest.mark.parametrize("fault", [None, "no window", "keys aligned at the front", "zero gradient"])
 def test_a_backend_is_taken_only_if_it_agrees(monkeypatch, fault):
-    """FlashAttention 4's functions, played by the reference with one fault each, through the same check that every backend must pass on a GPU."""
+    """FlashAttention 4's functions, played by the reference with one fault each, through the same check that every
+    backend must pass on a GPU."""
 
     def where(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size_left):
         assert causal and (window_size_left is None or window_size_left >= 0)

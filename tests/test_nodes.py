@@ -15,7 +15,8 @@ def one_node(rank: int, world: int, folder: Path):
 
 
 def test_two_nodes_give_the_artifact_and_the_score_of_one(tmp_path):
-    """Static rendezvous, as in the README: the first node's address and port, one process each. The same bytes and the same score, to the last digit."""
+    """Static rendezvous, as in the README: the first node's address and port, one process each. The same bytes and the
+    same score, to the last digit."""
     env = clean_environ(environment(SHORT, tmp_path / "two")) | {"GLOO_SOCKET_IFNAME": "lo"}
     launch = [
         "-m",
