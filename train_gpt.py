@@ -3660,7 +3660,7 @@ class Quantized(NamedTuple):
 
     matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
     parameters: dict[str, np.ndarray | QuantizedGate]  # fp16 but for the gate
-    logit_calibration: np.ndarray | None = None  # fp32 (15,), see logit_calibration()
+    logit_calibration: np.ndarray | None = None  # fp32 (15,), see to_logit_calibration
 
     def state(self) -> dict[str, Tensor]:
         """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
@@ -4170,14 +4170,14 @@ def piece_features(cfg: Config) -> Tensor:
     return features
 
 
-def logit_calibration(values: Tensor, features: Tensor) -> LogitCalibration:
+def to_logit_calibration(values: Tensor, features: Tensor) -> LogitCalibration:
     """15 numbers -> the factor of the softcapped logits, 0.9..1.1, and their biases (V,): +-0.5 for each category."""
     scale = 0.9 + 0.2 * torch.sigmoid(values[0])
     return LogitCalibration(scale, features @ values[1:].clamp(-0.5, 0.5))
 
 
 def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> np.ndarray:
-    """The 15 numbers (fp32) of logit_calibration that suit the quantised model, by 256 steps of Adam on
+    """The 15 numbers (fp32) of to_logit_calibration that suit the quantised model, by 256 steps of Adam on
     LOGIT_FIT_TOKENS training tokens. The model is only read."""
     features = piece_features(cfg).to(ranks.device)
     parts = []  # (hidden, targets) of 4,096 tokens
@@ -4194,7 +4194,7 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
         real = targets >= 0
         with torch.no_grad():
             z = model.logits(hidden)
-        calibration = logit_calibration(values, features)
+        calibration = to_logit_calibration(values, features)
         nats = calibrated_scores(z, targets.clamp(min=0), model.caps, calibration).nats
         penalty = values[1:].square().mean() + (calibration.scale - 1).square()
         mean_nats = (nats * real).sum() / real.sum().clamp_min(1)
@@ -5490,7 +5490,7 @@ def load_quantized(run: Run, model: GPT) -> tuple[GPT, dict]:
     quantized = unflatten(arrays)
     if quantized.logit_calibration is not None:
         values = torch.from_numpy(quantized.logit_calibration).to(device)
-        calibration = logit_calibration(values, piece_features(cfg).to(device))
+        calibration = to_logit_calibration(values, piece_features(cfg).to(device))
         model = GPT(cfg, run.attention, model.dtype, calibration).to(device)
     load_state(model, quantized.state(), path)
     return model, meta

@@ -607,7 +607,7 @@ def test_calibration_reads_training_data_only(tmp_path):
 
 def calibrated(model, values):
     """The same weights in a model with logit calibration."""
-    calibration = train_gpt.logit_calibration(values, train_gpt.piece_features(model.cfg))
+    calibration = train_gpt.to_logit_calibration(values, train_gpt.piece_features(model.cfg))
     other = train_gpt.GPT(model.cfg, "reference", torch.float32, calibration)
     load_state(other, dict(model.named_parameters()), "memory")
     return other

@@ -161,7 +161,7 @@ class Lab:
         model, device = self.scored, self.ranks.device
         if logit_values is not None:
             values, features = torch.from_numpy(logit_values).to(device), ours.piece_features(self.cfg).to(device)
-            model = self.new_model(ours.logit_calibration(values, features))
+            model = self.new_model(ours.to_logit_calibration(values, features))
         ours.load_state(model, state, "memory")
         scorer = ours.Scorer(model, self.cfg, self.ranks, lambda *_, **__: None)
         ledger = ours.Ledger("bench", self.val.target_bytes, ours.Verdicts())
