@@ -4981,6 +4981,7 @@ def flatten(quantized: Quantized) -> dict[str, np.ndarray]:
             add(name, MATRIX_PARTS[: 2 + has_columns], matrix)
             if matrix.correction is not None:
                 corrections[name] = matrix.correction
+    # Corrections follow all matrices, the largest error first.
     for name, correction in sorted(corrections.items(), key=lambda item: -item[1].error):
         add(name, LQER_PARTS, correction)
     for name, value in quantized.parameters.items():
@@ -4998,7 +4999,7 @@ def unflatten(arrays: dict[str, np.ndarray]) -> Quantized:
     matrices = {}
     parameters = {}
     for full_name, array in arrays.items():
-        name, _, part = full_name.rpartition(".")
+        name, _, part = full_name.rpartition(".")  # "qkv.3", "symbols"; a parameter has no dot: "", "caps"
         parts = lambda suffixes, name=name: [arrays.get(f"{name}.{suffix}") for suffix in suffixes]
         if part == "symbols":
             correction = Correction(*parts(LQER_PARTS)) if f"{name}.lqer_a" in arrays else None
@@ -5059,13 +5060,14 @@ def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
     for name, a in tensors.items():
         is_integer = a.dtype.kind in "iu" and a.size >= LEAST_CODED
         if is_integer and int(a.max()) - int(a.min()) < 1 << 15:
-            key = (re.sub(r"\d+", "#", name), a.shape, a.dtype.str)
+            key = (re.sub(r"\d+", "#", name), a.shape, a.dtype.str)  # "qkv.3.symbols" -> "qkv.#.symbols"
             groups.setdefault(key, {})[name] = a
         else:
             rest.setdefault(a.dtype.str, {})[name] = a
     coded = []
     stacks = []
     for (_, shape, dtype), members in groups.items():
+        # The coder expects values around 0, so codes of step sizes lose their median.
         centres = [round(float(np.median(a))) for a in members.values()]
         centred = [a.astype(np.int64) - centre for a, centre in zip(members.values(), centres)]
         coded.append([dtype, shape, list(members), centres])
@@ -5077,7 +5079,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
         plain.append([dtype, shapes])
         raw += planes(members.values(), dtype)
     raw = lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA)
-    code, ridden = encode_stacks(stacks, raw)
+    code, ridden = encode_stacks(stacks, raw)  # the first `ridden` bytes of raw travel in the code's states
     header = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
     header = zlib.compress(json.dumps(header, separators=(",", ":"), sort_keys=True).encode(), 9)
     body = header + code + raw[ridden:]
@@ -5156,7 +5158,7 @@ def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, np.ndarr
         sizes = [math.prod(shape) for _, shape in members]
         values = from_planes(raw, dtype, sum(sizes))
         raw = raw[values.nbytes :]
-        pieces = np.split(values, np.cumsum(sizes)[:-1])
+        pieces = np.split(values, np.cumsum(sizes)[:-1])  # one for each member
         for (name, shape), a in zip(members, pieces):
             tensors[name] = a.reshape(shape)
     return tensors
