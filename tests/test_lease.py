@@ -1,6 +1,5 @@
 """tools/lease.py with stub scripts: a queue's order, its gate, its end, what comes back and what is printed."""
 
-import importlib.util
 import json
 import lzma
 import math
@@ -12,17 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-LEASE = Path(__file__).resolve().parents[1] / "tools" / "lease.py"
-spec = importlib.util.spec_from_file_location("lease", LEASE)
-lease = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(lease)
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+LEASE = TOOLS / "lease.py"
+sys.path.insert(0, str(TOOLS))
+
+import lease  # noqa: E402
+import lease_report  # noqa: E402
 
 OURS = """
 import json, os
 import numpy as np
 steps, bpb = 10, 1.0 + float(os.environ["SEED"]) / 100
 if os.environ.get("TTT_EVAL_ONLY"):
-    name, result = "eval_result.json", {"bpb": {"quantized": bpb, "adapted": bpb - 0.1}, "bytes": {}, "seconds": {"adapt": 2.0}}
+    name, result = "eval_result.json", {"bpb": {"quantized": bpb, "adapted": bpb - 0.1}, "bytes": {}, "seconds": {}}
 else:
     name, result = "result.json", {"bpb": {"trained": bpb - 0.05, "quantized": bpb}, "bytes": {"total": 15},
                                    "seconds": {"steps": 5.0}, "training": {"steps": steps, "tokens": 1000}}
@@ -101,7 +102,7 @@ def test_gate_order_and_report(root: Path, capsys):
     assert "480" in (root / "runs" / "ours_s1" / "console.log").read_text()
 
     lease.collect(root, root / "out", ledgers=True)
-    files = [path for path in (root / "out").iterdir()]
+    files = list((root / "out").iterdir())
     assert len(files) <= 8 and (root / "out" / "ours_s1_adapted.f32.xz").exists()
     found = json.loads((root / "out" / "runs.json").read_text())["runs"]
     assert found["pub_s1"]["steps"] == 945 and found["pub_s1"]["tokens"] == 945 * 786432
@@ -114,9 +115,9 @@ def test_gate_order_and_report(root: Path, capsys):
     assert bits["ours_s1/quantized"][0] == pytest.approx(5 * 1.01 / math.log(2))
     assert 5 < bits["in_b"].sum() < 35
 
-    lease.report([root / "out"])
+    lease_report.report([root / "out"])
     text = capsys.readouterr().out
-    assert "quantized: ours less pub" in text and "2 against 1, no standard error over seeds" in text
+    assert "quantized: pub less ours" in text and "1 against 2, no standard error over seeds" in text
     assert "| pub_s1 (ended) | 945 | 422.8 |" in text
 
 
@@ -144,8 +145,16 @@ def test_detached_start_and_status(root: Path):
     """The queue runs on after the call that started it."""
     (root / "queue.json.in").write_text(json.dumps({"gpus": 1, "runs": [stub(root, "one", "print('a last line')")]}))
     subprocess.run([sys.executable, LEASE, "start", root, root / "queue.json.in"], check=True)
-    found = subprocess.run([sys.executable, LEASE, "status", root, "--wait", "20"], check=True, capture_output=True)
+    asked = [sys.executable, LEASE, "status", root, "--wait", "20", "--out", root / "out"]
+    found = subprocess.run(asked, check=True, capture_output=True)
+    assert (root / "out" / "logs.tar.xz").exists() and (root / "out" / "runs.json").exists()
     assert "queue: ended" in found.stdout.decode() and "a last line" in found.stdout.decode()
+
+
+def test_another_machine_is_noticed_at_once(tmp_path: Path):
+    """A machine that went back between two calls took the queue along: no minute is spent waiting on its successor."""
+    with pytest.raises(SystemExit, match="another machine"):
+        lease.status(tmp_path, 600, None)
 
 
 @pytest.mark.parametrize(
@@ -174,13 +183,13 @@ def test_documents_are_shuffled_the_same_way(tmp_path: Path):
 
 def test_differences():
     """Paired where the seeds are the same, Welch where they are not, nothing from one run."""
-    mean, error, how = lease.difference({"1": 1.0, "2": 1.2}, {"1": 0.9, "2": 1.0})
+    mean, error, how = lease_report.difference({"1": 1.0, "2": 1.2}, {"1": 0.9, "2": 1.0})
     assert mean == pytest.approx(0.15) and error == pytest.approx(0.05) and "pairs" in how
-    mean, error, how = lease.difference({"1": 1.0, "2": 1.2}, {"3": 0.9, "4": 1.0, "5": 1.1})
+    mean, error, how = lease_report.difference({"1": 1.0, "2": 1.2}, {"3": 0.9, "4": 1.0, "5": 1.1})
     assert mean == pytest.approx(0.1) and error == pytest.approx(math.sqrt(0.02 / 2 + 0.01 / 3)) and "Welch" in how
-    assert lease.difference({"1": 1.0}, {"1": 0.9})[1] is None
+    assert lease_report.difference({"1": 1.0}, {"1": 0.9})[1] is None
     size = np.full(50, 10.0)
     a = np.random.default_rng(0).normal(10, 1, 50)
-    assert lease.over_documents(a, np.full(50, 10.0), size) == pytest.approx(
+    assert lease_report.over_documents(a, np.full(50, 10.0), size) == pytest.approx(
         a.std(ddof=1) / math.sqrt(50) / 10, rel=1e-6
     )

@@ -1,20 +1,28 @@
 """Half an hour on a machine with GPUs, as one queue of runs that outlives the call that started it.
 
-    lease.py unpack  ROOT FOLDER...                 corpus files, FlashAttention kit and wheels that were carried, to ROOT
+    lease.py unpack  ROOT FOLDER...                 carried corpus files, FlashAttention kit and wheels, to ROOT
     lease.py prepare ROOT --prepare-data FILE ...   documents in one fixed random order -> shards in ROOT/data
     lease.py start   ROOT QUEUE.json                start the queue in a session of its own and return at once
-    lease.py status  ROOT [--wait SECONDS]          one line for each run; waits until the queue ends, at most that long
+    lease.py status  ROOT [--wait SECONDS] [--out OUT]   one line for each run, when the queue ends or the time is over;
+                                                    fails at once where there is no queue: the machine is another one
     lease.py stop    ROOT                           end every run and the queue
     lease.py collect ROOT OUT [--ledgers]           logs.tar.xz, runs.json, docs.npz (bits of each document) in OUT
-    lease.py score   SCRIPT OUT.npy                 nats of the trained weights in ARTIFACT_DIR, one per validation target
-    lease.py report  FOLDER...                      tables of what was collected
+    lease.py score   SCRIPT OUT.npy                 nats of the trained weights in ARTIFACT_DIR, one per target
 
-A queue is {"seconds": limit, "gpus": 4, "env": {...}, "runs": [...]}. A run has a `name` (GROUP_sSEED where groups are to be
-compared), a `script`, and optionally: `scale` (third: 4 GPUs, 400 s, 786,432 tokens a step; tenth: 1 GPU, 480 s, 196,608),
-`gpus`, `seed`, `env_file` and `env` (NAME=value words; later ones win), `after` (conditions to start), `gate` (conditions under
-which its start-up, waiting for the file LEASE_GATE, may go on; it holds no GPU while it waits), `frees` (a pattern of its log from
-which on it needs no GPU), `shares` (runs beside whatever is there), `continues` (a run whose ARTIFACT_DIR it uses; its score is
-that run's `pass`), `command` (words in place of the script). A condition is NAME (it has ended) or NAME:PATTERN (its log says so).
+A machine that is idle for half a minute between two calls is given back with all that lies on it. So every call is
+written beforehand and all are sent together; the queue holds everything; the calls after `start` are the same `status
+ROOT --wait 570 --out $OUT` again and again, and each brings back what there is so far. tools/lease_report.py prints the
+tables.
+
+A queue is {"seconds": limit, "gpus": 4, "env": {...}, "runs": [...]}. A run has a `name` (GROUP_sSEED where groups are
+to be compared), a `script`, and optionally
+    scale       third: 4 GPUs, 400 s, 786,432 tokens a step; tenth: 1 GPU, 480 s, 196,608 (`gpus` overrides)
+    seed, env_file, env     settings, NAME=value words; later ones win
+    after       conditions to start: NAME (that run has ended) or NAME:PATTERN (its log says so)
+    gate        conditions under which it may leave its start-up, where it waits for the file LEASE_GATE, using no GPU
+    shares      true: runs beside whatever is there
+    continues   a run whose ARTIFACT_DIR it uses; its score is that run's `pass` (adapted)
+    command     words to run in place of the script
 """
 
 import argparse
@@ -30,7 +38,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -53,7 +60,7 @@ NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"
 
 
 def unpack(root: Path, folders: list[Path]) -> None:
-    """Puts what was carried where later steps look: *.jsonl.xz in corpus/, the FlashAttention kit in fa3/, wheels in site/."""
+    """Puts what was carried where later steps look: *.jsonl.xz in corpus/, FlashAttention in fa3/, wheels in site/."""
     for path in (path for folder in folders for path in sorted(folder.iterdir())):
         if path.name.endswith(".jsonl.xz"):
             (root / "corpus").mkdir(parents=True, exist_ok=True)
@@ -66,22 +73,8 @@ def unpack(root: Path, folders: list[Path]) -> None:
             (root / "fa3").mkdir(parents=True, exist_ok=True)
             shutil.copy(path, root / "fa3" / path.name)
         elif path.suffix == ".whl":
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "pip",
-                    "install",
-                    "-q",
-                    "--no-index",
-                    "--no-deps",
-                    "--no-compile",
-                    "--target",
-                    str(root / "site"),
-                    str(path),
-                ],
-                check=True,
-            )
+            options = "-m pip install -q --no-index --no-deps --no-compile --target".split()
+            subprocess.run([sys.executable, *options, root / "site", path], check=True)
 
 
 def numeric(path: Path) -> list:
@@ -94,8 +87,9 @@ def read_lines(path: Path) -> list[bytes]:
 
 
 def write_documents(corpus: Path, pattern: str, out: Path, seed: int) -> int:
-    """Writes val.jsonl (as it is) and train.jsonl (files in numeric order, then one shuffle by `seed`); returns the number of
-    validation documents."""
+    """Writes val.jsonl (as it is) and train.jsonl (files in numeric order, then one shuffle by `seed`).
+
+    Returns the number of validation documents."""
     paths = sorted(corpus.glob(pattern), key=numeric)
     if not paths or not (corpus / "val-web.jsonl.xz").exists():
         raise SystemExit(f"{corpus}: needs val-web.jsonl.xz and files {pattern}")
@@ -113,22 +107,10 @@ def write_documents(corpus: Path, pattern: str, out: Path, seed: int) -> int:
 def prepare(root: Path, args: argparse.Namespace) -> None:
     text = root / f"text-{args.out}"
     val_docs = write_documents(root / "corpus", args.docs, text, args.seed)
-    command = [
-        sys.executable,
-        str(args.prepare_data),
-        "--source",
-        str(text / "val.jsonl"),
-        str(text / "train.jsonl"),
-        "--val-docs",
-        str(val_docs),
-        "--tokenizer",
-        str(args.tokenizer),
-        "--shard-tokens",
-        str(args.shard_tokens),
-        "--out",
-        str(root / args.out),
-    ]
-    subprocess.run(command + args.more.split(), check=True)
+    command = [sys.executable, args.prepare_data, "--source", text / "val.jsonl", text / "train.jsonl"]
+    command += ["--val-docs", str(val_docs), "--tokenizer", args.tokenizer, "--out", root / args.out]
+    command += ["--shard-tokens", str(args.shard_tokens), *args.more.split()]
+    subprocess.run(command, check=True)
     shutil.rmtree(text)
 
 
@@ -151,70 +133,51 @@ class Job:
 
     @property
     def gated(self) -> bool:
-        return (
-            self.state == "runs" and "gate" in self.entry and not (self.folder / "gate").exists() and self.says(WAITING)
-        )
+        closed = "gate" in self.entry and not (self.folder / "gate").exists()
+        return self.state == "runs" and closed and self.says(WAITING)
 
     @property
     def busy(self) -> bool:
         """Whether others must stay away from its GPUs."""
-        frees = self.entry.get("frees")
-        return (
-            self.state == "runs"
-            and not self.entry.get("shares")
-            and not self.gated
-            and not (frees and self.says(frees))
-        )
+        return self.state == "runs" and not self.entry.get("shares") and not self.gated
 
     def words(self) -> dict[str, str]:
         """Its own settings."""
         file = Path(self.entry["env_file"]).read_text() if "env_file" in self.entry else ""
-        lines = [line for line in file.splitlines() if not line.startswith("#")] + [
-            self.scale_words,
-            self.entry.get("env", ""),
-        ]
+        lines = [line for line in file.splitlines() if not line.startswith("#")]
+        lines += [self.scale_words, self.entry.get("env", "")]
         return dict(word.split("=", 1) for line in lines for word in shlex.split(line))
 
     def start(self, root: Path, queue: dict, gpus: list[int]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         site, threads = root / "site", max((os.cpu_count() or 1) // queue.get("gpus", 1), 1)
-        env = (
-            NO_MULTICAST
-            | os.environ
-            | {
-                "PYTHONUNBUFFERED": "1",
-                "OMP_NUM_THREADS": str(threads),
-                "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
-                "PYTHONPATH": f"{site}:{os.environ.get('PYTHONPATH', '')}",
-                "PATH": f"{os.environ['PATH']}:{site}/bin",
-                "TORCHINDUCTOR_CACHE_DIR": str(root / "cache" / "inductor"),
-                "TRITON_CACHE_DIR": str(root / "cache" / "triton"),
-                "DATA_PATH": str(root / "data"),
-                "ARTIFACT_DIR": str(self.artifacts),
-            }
-        )
+        env = NO_MULTICAST | os.environ
+        env["PYTHONUNBUFFERED"], env["OMP_NUM_THREADS"] = "1", str(threads)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        env["PYTHONPATH"] = f"{site}:{os.environ.get('PYTHONPATH', '')}"
+        env["PATH"] = f"{os.environ['PATH']}:{site}/bin"
+        env["TORCHINDUCTOR_CACHE_DIR"], env["TRITON_CACHE_DIR"] = f"{root}/cache/inductor", f"{root}/cache/triton"
+        env["DATA_PATH"], env["ARTIFACT_DIR"] = str(root / "data"), str(self.artifacts)
         if (root / "fa3" / "fa3.so").exists():
-            env |= {
-                "FA3_LIBRARY": str(root / "fa3" / "fa3.so"),
-                "LD_LIBRARY_PATH": f"{root}/fa3:{os.environ.get('LD_LIBRARY_PATH', '')}",
-            }
-        env |= {"SEED": str(self.entry["seed"])} if "seed" in self.entry else {}
-        env |= {"LEDGER_PATH": str(self.folder / "ledger.npy")} if "script" in self.entry else {}
-        env |= {"LEASE_GATE": str(self.folder / "gate")} if "gate" in self.entry else {}
+            env["FA3_LIBRARY"] = f"{root}/fa3/fa3.so"
+            env["LD_LIBRARY_PATH"] = f"{root}/fa3:{os.environ.get('LD_LIBRARY_PATH', '')}"
+        if "seed" in self.entry:
+            env["SEED"] = str(self.entry["seed"])
+        if "script" in self.entry:
+            env["LEDGER_PATH"] = str(self.folder / "ledger.npy")
+        if "gate" in self.entry:
+            env["LEASE_GATE"] = str(self.folder / "gate")
         env |= queue.get("env", {}) | self.words()
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(gpus)}"]
-        command = self.entry.get("command") or [
-            *(launcher if len(gpus) > 1 else [sys.executable]),
-            self.entry["script"],
-        ]
+        launcher = launcher if len(gpus) > 1 else [sys.executable]
+        command = self.entry.get("command") or [*launcher, self.entry["script"]]
         with open(self.folder / "console.log", "ab") as log:
-            self.child = subprocess.Popen(
-                command, env=env, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-            )
+            where = {"cwd": self.folder, "stdout": log, "stderr": log, "start_new_session": True}
+            self.child = subprocess.Popen(command, env=env, **where)
         self.state, self.gpus, self.begun = "runs", gpus, time.time()
 
     def poll(self) -> None:
-        """Notes its end, and keeps its result beside its log: a later run may overwrite the one in the artifact folder."""
+        """Notes its end, and keeps its result beside its log: a later run may overwrite that in the artifact folder."""
         if self.state == "runs" and (rc := self.child.poll()) is not None:
             self.state, self.rc, self.ended = "ended" if rc == 0 else f"failed({rc})", rc, time.time()
             path = self.artifacts / ("eval_result.json" if "continues" in self.entry else "result.json")
@@ -238,25 +201,16 @@ class Job:
             self.poll()
 
     def describe(self) -> dict:
-        return {
-            "entry": self.entry,
-            "state": self.state,
-            "gated": self.gated,
-            "gpus": self.gpus,
-            "begun": self.begun,
-            "ended": self.ended,
-            "rc": self.rc,
-        }
+        return {key: getattr(self, key) for key in ("entry", "state", "gated", "gpus", "begun", "ended", "rc")}
 
 
 def descendants(pid: int) -> list[int]:
     """Children of a process and theirs: torchrun's workers lead sessions of their own."""
     try:
-        children = [
-            int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()
-        ]
+        listings = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError:
         return []
+    children = [int(word) for listing in listings for word in listing.split()]
     return children + [below for child in children for below in descendants(child)]
 
 
@@ -289,9 +243,8 @@ class Queue:
             if job.gated and self.holds(job.entry["gate"]) and set(job.gpus) <= set(self.free()):
                 (job.folder / "gate").touch()
         for job in self.jobs.values():
-            if job.state != "waits" or not self.holds(
-                [*job.entry.get("after", []), *filter(None, [job.entry.get("continues")])]
-            ):
+            parent = [job.entry["continues"]] if "continues" in job.entry else []
+            if job.state != "waits" or not self.holds(job.entry.get("after", []) + parent):
                 continue
             gpus = list(range(self.queue.get("gpus", 1))) if job.entry.get("shares") else self.free()
             if len(gpus) < job.gpus_wanted:
@@ -300,9 +253,8 @@ class Queue:
         state = {name: job.describe() for name, job in self.jobs.items()}
         left = any(job.state in ("waits", "runs") for job in self.jobs.values())
         part = self.root / "state.json.part"
-        part.write_text(
-            json.dumps({"pid": os.getpid(), "begun": self.begun, "ended": not left, "runs": state}, indent=1)
-        )
+        about = {"pid": os.getpid(), "begun": self.begun, "ended": not left, "runs": state}
+        part.write_text(json.dumps(about, indent=1))
         part.replace(self.root / "state.json")
         return left
 
@@ -323,34 +275,33 @@ def start(root: Path, path: Path) -> None:
         (root / stale).unlink(missing_ok=True)
     shutil.copy(path, root / "queue.json")
     with open(root / "queue.log", "ab") as log:
-        subprocess.Popen(
-            [sys.executable, __file__, "run", str(root)],
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        detached = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+        subprocess.Popen([sys.executable, __file__, "run", str(root)], **detached)
 
 
-def status(root: Path, wait: float) -> bool:
-    """Prints one line for each run; True when the queue has ended."""
-    deadline = time.time() + wait
-    while True:
-        path = root / "state.json"
-        state = json.loads(path.read_text()) if path.exists() else {"begun": time.time(), "ended": False, "runs": {}}
-        if state["ended"] or time.time() >= deadline:
-            break
+def status(root: Path, wait: float, out: Path | None) -> None:
+    """Prints one line for each run, once the queue has ended or `wait` seconds are over, and collects in `out`."""
+    if not (root / "queue.json").exists():
+        raise SystemExit(f"{root}: no queue was started here; if one was, this is another machine: give it back")
+    deadline, state = time.time() + wait, read_state(root)
+    while not state["ended"] and time.time() < deadline:
         time.sleep(min(1.0, max(deadline - time.time(), 0.0)))
+        state = read_state(root)
     print(f"queue: {'ended' if state['ended'] else 'on its way'}, {time.time() - state['begun']:.0f} s")
     for name, run in state["runs"].items():
         log = root / "runs" / name / "console.log"
         lines = log.read_text(errors="replace").split("\n") if log.exists() else []
         last = next((line for line in reversed(lines) if line.strip()), "")
         seconds = (run["ended"] or time.time()) - run["begun"] if run["begun"] else 0
-        print(
-            f"{name:24s} {'at its gate' if run['gated'] else run['state']:12s} {seconds:6.0f} s  {last.strip()[:150]}"
-        )
-    return state["ended"]
+        doing = "at its gate" if run["gated"] else run["state"]
+        print(f"{name:24s} {doing:12s} {seconds:6.0f} s  {last.strip()[:150]}")
+    if out:
+        collect(root, out, ledgers=False)
+
+
+def read_state(root: Path) -> dict:
+    path = root / "state.json"
+    return json.loads(path.read_text()) if path.exists() else {"begun": time.time(), "ended": False, "runs": {}}
 
 
 # ---------------------------------------------------------------- what comes back
@@ -432,45 +383,43 @@ def summarize(folder: Path) -> dict:
     }
 
 
+def found_nats(folder: Path, entry: dict, bpb: dict) -> dict[str, Path]:
+    """Files of nats that a run left, by pass. The ledger of our script is that of its last pass."""
+    found = {path.stem.removeprefix("nats_"): path for path in folder.glob("nats_*.npy")}
+    ledger = folder / "ledger.npy"
+    if bpb and ledger.exists() and ledger.stat().st_size:
+        found[entry.get("pass") or [name for name in PASSES if name in bpb][-1]] = ledger
+    return found
+
+
 def collect(root: Path, out: Path, ledgers: bool) -> None:
-    state = json.loads((root / "state.json").read_text())
+    """What there is so far, in few and small files; logs alone where no data were prepared."""
     out.mkdir(parents=True, exist_ok=True)
-    manifest = json.loads((root / "data" / "manifest.json").read_text())
-    documents = Documents(root / "data")
+    with tarfile.open(out / "logs.tar.xz", "w:xz") as tar:
+        logs = [path for pattern in ("runs/*/*.log", "runs/*/*.json", "queue.*") for path in sorted(root.glob(pattern))]
+        for path in logs:
+            tar.add(path, path.relative_to(root))
+    if not (root / "data" / "manifest.json").exists():
+        return
+    manifest, documents = json.loads((root / "data" / "manifest.json").read_text()), Documents(root / "data")
     arrays, runs = {"bytes": documents.bytes, "in_b": documents.in_b}, {}
-    for name, run in state["runs"].items():
+    for name, run in read_state(root)["runs"].items():
         folder, parent = root / "runs" / name, run["entry"].get("continues", name)
         runs[name] = run | summarize(folder)
-        found = {path.stem.removeprefix("nats_"): path for path in folder.glob("nats_*.npy")}
-        if (folder / "ledger.npy").exists() and (folder / "ledger.npy").stat().st_size:
-            found[run["entry"].get("pass") or next(p for p in reversed(PASSES) if p in runs[name]["bpb"])] = (
-                folder / "ledger.npy"
-            )
-        for which, path in found.items():
-            nats = np.load(path)
+        for which, path in found_nats(folder, run["entry"], runs[name]["bpb"]).items():
+            try:
+                nats = np.load(path)
+            except (ValueError, EOFError):  # it is being written
+                continue
             arrays[f"{parent}/{which}"] = documents.bits(nats)
             if ledgers:
-                with lzma.open(out / f"{parent}_{which}.f32.xz", "wb", preset=1) as file:
-                    file.write(nats.astype("<f4").tobytes())
+                data = nats.astype("<f4").tobytes()
+                (out / f"{parent}_{which}.f32.xz").write_bytes(lzma.compress(data, preset=1))
     np.savez_compressed(out / "docs.npz", **arrays)
-    gpus = (
-        subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-        if shutil.which("nvidia-smi")
-        else ""
-    )
-    data = {key: manifest[key] for key in ("train", "val", "duplicates_dropped")}
-    (out / "runs.json").write_text(
-        json.dumps({"gpus": re.sub(r" \(UUID.*?\)", "", gpus), "data": data, "runs": runs}, indent=1)
-    )
-    with tarfile.open(out / "logs.tar.xz", "w:xz") as tar:
-        for path in [
-            root / "queue.json",
-            root / "queue.log",
-            *sorted((root / "runs").glob("*/*.log")),
-            *sorted((root / "runs").glob("*/*.json")),
-        ]:
-            if path.exists():
-                tar.add(path, path.relative_to(root))
+    listing = ["nvidia-smi", "-L"] if shutil.which("nvidia-smi") else ["true"]
+    gpus = re.sub(r" \(UUID.*?\)", "", subprocess.run(listing, capture_output=True, text=True).stdout)
+    about = {"gpus": gpus, "data": {key: manifest[key] for key in ("train", "val", "duplicates_dropped")}, "runs": runs}
+    (out / "runs.json").write_text(json.dumps(about, indent=1))
 
 
 def score(script: Path, out: Path) -> None:
@@ -484,169 +433,57 @@ def score(script: Path, out: Path) -> None:
     cfg = ours.configure(os.environ | {"QUANTIZE_ONLY": "1"})
     run = ours.Run(cfg)
     kind = torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32
-    model = ours.GPT(cfg, run.attention, kind).to(run.ranks.device)
+    if hasattr(run, "prepare"):  # since the refactoring of 2026-11-27
+        run.prepare()
+    backend = run.attention_backend if hasattr(run, "attention_backend") else run.attention
+    model = ours.GPT(cfg, backend, kind).to(run.ranks.device)
     ours.load_trained(run, model)
     ledger = run.ledger("trained")
     print(f"trained: {ours.Scorer(model, cfg, run.ranks, run.log).score(run.val, ledger, cfg.eval_stride):.6f} BPB")
     np.save(out, ledger.nats)
 
 
-# ---------------------------------------------------------------- tables
-
-
-def load(folders: list[Path]) -> tuple[dict, dict, dict]:
-    """Runs, bits of documents by RUN/PASS, and the data of several collected folders, which must have scored the same documents."""
-    runs, bits, data = {}, {}, None
-    for folder in folders:
-        found, arrays = json.loads((folder / "runs.json").read_text()), dict(np.load(folder / "docs.npz"))
-        if data and (data["val"] != found["data"]["val"] or (bits["bytes"] != arrays["bytes"]).any()):
-            raise SystemExit(f"{folder}: scored other documents than {folders[0]}")
-        data, runs, bits = found["data"] | {"gpus": found["gpus"]}, runs | found["runs"], bits | arrays
-    return runs, bits, data
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Group and seed of GROUP_sSEED."""
-    match = re.fullmatch(r"(.*)_s(\d+)", name)
-    return (match[1], match[2]) if match else (name, "")
-
-
-def difference(a: dict[str, float], b: dict[str, float]) -> tuple[float, float | None, str]:
-    """Mean of a less mean of b over seeds, its standard error, and how it was found: paired by seed where at least two are shared and
-    none is left over, else Welch's; none from a single run."""
-    if set(a) == set(b) and len(a) > 1:
-        pairs = [a[seed] - b[seed] for seed in a]
-        return statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs)), f"{len(pairs)} pairs of seeds"
-    mean = statistics.mean(a.values()) - statistics.mean(b.values())
-    if min(len(a), len(b)) < 2:
-        return mean, None, f"{len(a)} against {len(b)}, no standard error over seeds"
-    return (
-        mean,
-        math.sqrt(sum(statistics.variance(x.values()) / len(x) for x in (a, b))),
-        f"{len(a)} against {len(b)}, Welch",
-    )
-
-
-def over_documents(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> float:
-    """Standard error of the difference in BPB over the documents, for these very weights."""
-    gap = a - b
-    rest = gap - gap.sum() / size.sum() * size
-    return float(math.sqrt(len(gap) / (len(gap) - 1) * (rest**2).sum()) / size.sum())
-
-
-def report(folders: list[Path]) -> None:
-    runs, bits, data = load(folders)
-    keys = [key for key in bits if "/" in key]
-    whole = ~np.isnan(np.stack([bits[key] for key in keys])).any(0) if keys else np.ones(len(bits["bytes"]), bool)
-    halves = {"all": whole, "A": whole & ~bits["in_b"], "B": whole & bits["in_b"]}
-    bpb = {
-        key: {half: bits[key][mask].sum() / bits["bytes"][mask].sum() for half, mask in halves.items()} for key in keys
-    }
-    tokens = data["train"]["tokens"]
-    print(
-        f"{data['gpus'].strip()}\ntraining {data['train']['documents']:,} documents, {tokens:,} tokens; validation "
-        f"{data['val']['documents']:,} documents, {data['val']['bytes']:,} bytes; documents compared: "
-        + ", ".join(f"{half} {mask.sum():,}" for half, mask in halves.items())
-    )
-    print("\n| run | steps | ms/step | passes | bytes | seconds |\n|---|---|---|---|---|---|")
-    for name, run in runs.items():
-        seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in run["seconds"].items() if value >= 0.05)
-        steps, spent = run["steps"], run["seconds"].get("steps")
-        cells = (
-            (f"{steps:,}", f"{1000 * spent / steps:.1f}", f"{run['tokens'] / tokens:.2f}")
-            if steps and spent
-            else ("", "", "")
-        )
-        print(f"| {name} ({run['state']}) | {' | '.join(cells)} | {run['bytes'] or 0:,} | {seconds} |")
-    print("\n| run | pass | as its script prints it | all | A | B |\n|---|---|---|---|---|---|")
-    for key in keys:
-        name, which = key.split("/")
-        own = runs[name]["bpb"].get(which) or next(
-            (
-                r["bpb"].get("adapted")
-                for r in runs.values()
-                if r["entry"].get("continues") == name and r["entry"].get("pass", "adapted") == which
-            ),
-            None,
-        )
-        print(
-            f"| {name} | {which} | {f'{own:.5f}' if own else ''} | "
-            + " | ".join(f"{bpb[key][half]:.5f}" for half in halves)
-            + " |"
-        )
-    for key_a, key_b in itertools.combinations(
-        sorted({(split_name(key.split("/")[0])[0], key.split("/")[1]) for key in keys}), 2
-    ):
-        if key_a[1] == key_b[1]:
-            sides = [
-                {
-                    split_name(key.split("/")[0])[1]: key
-                    for key in keys
-                    if (split_name(key.split("/")[0])[0], key.split("/")[1]) == side
-                }
-                for side in (key_a, key_b)
-            ]
-            print(f"\n{key_a[1]}: {key_a[0]} less {key_b[0]}")
-            for half, mask in halves.items():
-                mean, error, how = difference(*({seed: bpb[key][half] for seed, key in side.items()} for side in sides))
-                a, b = (np.mean([bits[key][mask] for key in side.values()], axis=0) for side in sides)
-                print(
-                    f"  {half:3s} {mean:+.5f}" + (f" +- {error:.5f}" if error is not None else "") + f" ({how}; +- "
-                    f"{over_documents(a, b, bits['bytes'][mask]):.5f} over documents)"
-                )
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, more in {
-        "unpack": ["folders+"],
-        "prepare": [],
-        "start": ["queue"],
-        "run": [],
-        "status": [],
-        "stop": [],
-        "collect": ["out"],
-        "score": ["out"],
-        "report": [],
-    }.items():
-        command = commands.add_parser(name)
-        command.add_argument("root", type=Path, nargs="+" if name == "report" else None)
-        for word in more:
-            command.add_argument(word.rstrip("+"), type=Path, nargs="+" if word.endswith("+") else None)
-        if name == "status":
-            command.add_argument("--wait", type=float, default=0.0)
-        elif name == "collect":
-            command.add_argument("--ledgers", action="store_true", help="also the nats of every target, float32")
-        elif name == "prepare":
-            command.add_argument("--prepare-data", type=Path, required=True, help="the prepare_data.py to run")
-            command.add_argument("--tokenizer", type=Path, required=True)
-            command.add_argument(
-                "--docs", default="docs-*.jsonl.xz", help="training files in ROOT/corpus (default: %(default)s)"
-            )
-            command.add_argument("--out", default="data", help="folder in ROOT (default: %(default)s)")
-            command.add_argument(
-                "--seed", type=int, default=0, help="of the order of the training documents (default: %(default)s)"
-            )
-            command.add_argument(
-                "--shard-tokens", type=int, default=20_000_000, help="public scripts want a shard for each rank"
-            )
-            command.add_argument("--more", default="", help="further options of prepare_data.py, in one word")
+    unpacking, preparing, starting, running, asking, stopping, collecting, scoring = (
+        commands.add_parser(name)
+        for name in ("unpack", "prepare", "start", "run", "status", "stop", "collect", "score")
+    )
+    for command in (unpacking, preparing, starting, running, asking, stopping, collecting):
+        command.add_argument("root", type=Path)
+    unpacking.add_argument("folders", type=Path, nargs="+")
+    preparing.add_argument("--prepare-data", type=Path, required=True, help="the prepare_data.py to run")
+    preparing.add_argument("--tokenizer", type=Path, required=True)
+    preparing.add_argument("--docs", default="docs-*.jsonl.xz", help="training files in ROOT/corpus")
+    preparing.add_argument("--out", default="data", help="folder in ROOT")
+    preparing.add_argument("--seed", type=int, default=0, help="of the order of the training documents")
+    preparing.add_argument("--shard-tokens", type=int, default=20_000_000, help="public scripts want a shard a rank")
+    preparing.add_argument("--more", default="", help="further options of prepare_data.py, in one word")
+    starting.add_argument("queue", type=Path)
+    asking.add_argument("--wait", type=float, default=0.0)
+    asking.add_argument("--out", type=Path, help="also collect there")
+    collecting.add_argument("out", type=Path)
+    collecting.add_argument("--ledgers", action="store_true", help="also the nats of every target, float32")
+    scoring.add_argument("script", type=Path)
+    scoring.add_argument("out", type=Path)
     args = parser.parse_args(argv)
     if args.command == "stop":
         (args.root / "stop").touch()
     elif args.command == "run":
         Queue(args.root, json.loads((args.root / "queue.json").read_text())).run()
+    elif args.command == "unpack":
+        unpack(args.root, args.folders)
+    elif args.command == "prepare":
+        prepare(args.root, args)
+    elif args.command == "start":
+        start(args.root, args.queue)
+    elif args.command == "status":
+        status(args.root, args.wait, args.out)
+    elif args.command == "collect":
+        collect(args.root, args.out, args.ledgers)
     else:
-        {
-            "unpack": lambda: unpack(args.root, args.folders),
-            "prepare": lambda: prepare(args.root, args),
-            "start": lambda: start(args.root, args.queue),
-            "status": lambda: status(args.root, args.wait),
-            "collect": lambda: collect(args.root, args.out, args.ledgers),
-            "score": lambda: score(args.root, args.out),
-            "report": lambda: report(args.root),
-        }[args.command]()
+        score(args.script, args.out)
     return 0
 
 
