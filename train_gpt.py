@@ -5528,7 +5528,9 @@ def plan_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
     phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)} - {0}
     full = range(cfg.segment_docs, documents, cfg.segment_docs)
     cuts = sorted({0, *phase_ends, *full, documents})
-    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(cuts)]
+    ends = cuts[1:]
+    then_learn = [end in phase_ends for end in ends]
+    return list(map(Segment, cuts, ends, then_learn))
 
 
 def plan_sgd_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
@@ -5543,7 +5545,9 @@ def plan_sgd_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
         filled = targets_before[cuts[-1]] + cfg.global_ttt_chunk_tokens
         last = int(np.searchsorted(targets_before, filled))
         cuts.append(min(last, documents))
-    return [Segment(first, last, last < documents) for first, last in itertools.pairwise(cuts)]
+    ends = cuts[1:]
+    then_learn = [end < documents for end in ends]
+    return list(map(Segment, cuts, ends, then_learn))
 
 
 def chunk_ends(longest: int, cfg: Config) -> list[int]:
