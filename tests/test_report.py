@@ -16,6 +16,7 @@ import lossless_caps
 import prepare_data
 from tools import baselines as counting
 from tools import report
+from tools.streams import document_texts, read_stream
 
 RESULT = {
     "bpb": {"trained": 1.5, "quantized": 1.5123456},
@@ -246,8 +247,8 @@ def test_baselines_are_kept_until_the_data_changes(tmp_path, capsys, dataset, mo
 
 def test_documents_come_back_from_their_tokens(dataset):
     data, texts = dataset
-    tokens = counting.read_stream(data, "val")
-    assert counting.document_texts(tokens, data / "tokenizer.model") == [re.sub(" +", " ", text) for text in texts]
+    tokens = read_stream(data, "val")
+    assert document_texts(tokens, data / "tokenizer.model") == [re.sub(" +", " ", text) for text in texts]
 
 
 def test_operators_that_normalisation_orphaned_are_dropped(dataset):
@@ -258,7 +259,7 @@ def test_operators_that_normalisation_orphaned_are_dropped(dataset):
     )  # E + accent: NFKC joins what the operator pointed at
     with pytest.raises(lossless_caps.CaseOpsError):
         lossless_caps.decode(encoder.sp.decode(tokens[1:].tolist()))
-    assert counting.document_texts(tokens, data / "tokenizer.model") == ["école word"]
+    assert document_texts(tokens, data / "tokenizer.model") == ["école word"]
 
 
 def test_bigram_is_a_distribution_and_knows_what_it_saw():

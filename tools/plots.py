@@ -1,12 +1,13 @@
 """Plots of finished runs, one PNG each."""
 
+import io
 import math
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
+from prepare_data import write_file
 from tools.runs import OUTSIDE_PHASES, Run, budget_parts
 
 INK, QUIET, COLOURS = (
@@ -46,9 +47,9 @@ def new_figure(columns: int, title: str, subtitle: str, widths: tuple[float, ...
 def save_figure(figure, path: Path) -> Path:
     from matplotlib import pyplot
 
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", metadata={"Software": None})
-    os.replace(part, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    write_file(path, picture.getvalue())
     pyplot.close(figure)
     return path
 

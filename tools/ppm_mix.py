@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file
+    import anywhere  # noqa: F401
 
-from tools.baselines import document_texts, read_stream  # noqa: E402
-from tools.runs import ReportError, write_file  # noqa: E402
+from prepare_data import BOS_ID, DataError, write_file
+from tools.runs import ReportError
+from tools.streams import document_texts, read_stream
 
 CONFIDENT, NETWORK_SHARE, NETWORK_SHARE_CONFIDENT, SURE_NATS = 0.9, 0.9, 0.05, 0.277
 WHY = "FAIL: a token's probability spread evenly over its bytes is no distribution over bytes, so the mixture is none over tokens"
@@ -86,8 +87,6 @@ def mix(nats: np.ndarray, sizes: np.ndarray, text: bytes, order: int, gate: str)
 
 def byte_stream(tokens: np.ndarray, sizes: np.ndarray, model: Path) -> bytes:
     """The bytes of the documents, cut or padded with spaces to what the ledger counts: SentencePiece shows a run of spaces as one."""
-    from prepare_data import BOS_ID
-
     starts, out = np.flatnonzero(tokens == BOS_ID), []
     for text, start, end in zip(document_texts(tokens, model), starts, [*starts[1:], len(tokens)], strict=True):
         wanted = int(sizes[start:end].sum())
@@ -158,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             write_file(args.out, (json.dumps(found, indent=1) + "\n").encode())
         return 0
-    except (ReportError, OSError) as error:
+    except (ReportError, DataError, OSError) as error:
         print(f"ppm_mix.py: {error}", file=sys.stderr)
         return 2
 

@@ -27,13 +27,14 @@ from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file
+    import anywhere  # noqa: F401
 
-from tools import submission as handed  # noqa: E402
-from tools.baselines import COMPRESSORS, add_baselines  # noqa: E402
-from tools.plots import INK, plot_bits, plot_documents, plot_loss, plot_phases  # noqa: E402
-from tools.runs import STAGES, ReportError, Run, bits_by_tensor, budget_parts, load_run, write_file  # noqa: E402
+from prepare_data import DataError, write_file
+from tools import submission
+from tools.baselines import COMPRESSORS, add_baselines
+from tools.plots import INK, plot_bits, plot_documents, plot_loss, plot_phases
+from tools.runs import ROOT, STAGES, ReportError, Run, bits_by_tensor, budget_parts, load_run
 
 # ---------------------------------------------------------------- tables
 
@@ -163,9 +164,9 @@ def headline_of(runs: list[Run]) -> tuple[str, str]:
 
 
 def verdict_rows(runs: list[Run]) -> str:
-    cells = ((name, verdict, reason) for name, (verdict, reason) in handed.joined_verdicts(runs).items())
+    cells = ((name, verdict, reason) for name, (verdict, reason) in submission.joined_verdicts(runs).items())
     return "\n".join(
-        f'<tr><td>{html.escape(name)}</td><td>{html.escape(handed.CONDITIONS.get(name, ""))}</td><td class="verdict" '
+        f'<tr><td>{html.escape(name)}</td><td>{html.escape(submission.CONDITIONS.get(name, ""))}</td><td class="verdict" '
         f'style="color: {VERDICT_COLOURS[verdict]}">{verdict}</td><td>{html.escape(reason)}</td></tr>'
         for name, verdict, reason in cells
     )
@@ -299,14 +300,14 @@ def words_of(args: argparse.Namespace) -> dict:
 
 
 def verify(args: argparse.Namespace, runs: list[Run]) -> int:
-    faults = [fault for run in runs for fault in handed.verify_run(run)]
+    faults = [fault for run in runs for fault in submission.verify_run(run)]
     checked = [f"{len(runs)} run(s)"] if runs else []
-    for path, compare in ((args.submission, handed.verify_submission), (args.record, handed.verify_record)):
+    for path, compare in ((args.submission, submission.verify_submission), (args.record, submission.verify_record)):
         if path:
             faults += compare(path, runs)
             checked.append(str(path))
     if args.settings:
-        faults += handed.verify_readme(args.readme)
+        faults += submission.verify_readme(args.readme)
         checked.append(str(args.readme))
     print(f"verified {', '.join(checked)}: {'no difference' if not faults else f'{len(faults)} difference(s)'}")
     return print_faults(faults)
@@ -321,16 +322,16 @@ def print_faults(faults: list[str]) -> int:
 def hand_in(args: argparse.Namespace, runs: list[Run]) -> None:
     """submission.json and the folder for records/, from runs that hold together."""
     words = words_of(args)
-    if (args.submission or args.record) and (faults := [fault for run in runs for fault in handed.verify_run(run)]):
+    if (args.submission or args.record) and (faults := [fault for run in runs for fault in submission.verify_run(run)]):
         raise ReportError(
             f"not handed in: {faults[0]}"
             + (f" (and {len(faults) - 1} more; --verify lists them)" if len(faults) > 1 else "")
         )
     if args.submission:
-        write_file(args.submission, handed.as_json(handed.submission(runs, words)).encode())
+        write_file(args.submission, submission.as_json(submission.submission(runs, words)).encode())
         print(f"wrote {args.submission}")
     if args.record:
-        files = handed.record_files(runs, words)
+        files = submission.record_files(runs, words)
         if args.record.exists() and any(args.record.iterdir()):
             raise ReportError(f"{args.record}: is not empty; name a new folder")
         args.record.mkdir(parents=True, exist_ok=True)
@@ -366,7 +367,7 @@ def report(args: argparse.Namespace) -> int:
     if args.settings:
         write_file(
             args.readme,
-            handed.with_blocks(args.readme.read_text(encoding="utf-8"), args.readme.resolve().parent).encode(),
+            submission.with_blocks(args.readme.read_text(encoding="utf-8"), args.readme.resolve().parent).encode(),
         )
         print(f"wrote the generated parts of {args.readme}")
     if runs:
@@ -377,7 +378,7 @@ def report(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     try:
         return report(parse_args(argv))
-    except (ReportError, OSError) as error:
+    except (ReportError, DataError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
 

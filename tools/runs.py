@@ -3,13 +3,13 @@
 import hashlib
 import json
 import math
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from prepare_data import write_file
+from tools.verdicts import FAIL, NOT_RUN, VERDICTS, overrules
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 REQUIRED = {
     "bpb": dict,
@@ -33,9 +33,6 @@ TRAIN_PHASES = ("steps", "calibrate", "quantize")  # what counts against the tra
 OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "write")  # in neither budget; every other phase is evaluation
 
 
-RANK = {"NOT RUN": 0, "PASS": 1, "DISPUTED": 2, "FAIL": 3}
-
-
 class ReportError(Exception):
     """A problem that the user can act on; printed as one line."""
 
@@ -54,14 +51,14 @@ class Run:
         """Condition -> (verdict, reason): the run's own, joined with the audit's. FAIL beats DISPUTED beats PASS beats NOT RUN."""
         table = {name: (entry["verdict"], entry["reason"]) for name, entry in self.result["verdicts"].items()}
         for condition, entry in self.audit["verdicts"].items() if self.audit else ():
-            if RANK[entry["verdict"]] > RANK[table.get(condition, ("NOT RUN", ""))[0]]:
+            if overrules(entry["verdict"], table.get(condition, (NOT_RUN, ""))[0]):
                 table[condition] = (entry["verdict"], f"audit, {' '.join(entry['reason'].split())}")
         return table
 
     @property
     def val_bpb(self) -> float | None:
         """The headline, only while no condition is FAIL, the audit's verdicts included."""
-        return None if any(verdict == "FAIL" for verdict, _ in self.verdicts.values()) else self.result.get("val_bpb")
+        return None if any(verdict == FAIL for verdict, _ in self.verdicts.values()) else self.result.get("val_bpb")
 
     @property
     def val_loss(self) -> float | None:
@@ -144,23 +141,13 @@ def check_audit(audit: dict, path: Path) -> dict:
         if isinstance(audit.get("verdicts"), dict) and isinstance(audit.get("checks"), dict)
         else []
     )
-    if not rows or not all(isinstance(row, dict) and row.get("verdict") in RANK for row in rows):
+    if not rows or not all(isinstance(row, dict) and row.get("verdict") in VERDICTS for row in rows):
         raise ReportError(f"{path}: holds no checks and verdicts; run tools/audit.py again")
     for name in ("train_gpt.py", "model.bin"):
         file, claimed = path.parent / name, audit.get("artifact", {}).get(name, {}).get("sha256")
         if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != claimed:
             raise ReportError(f"{path}: is the audit of another {name}; run tools/audit.py on this folder")
     return audit
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes `path` whole, by rename."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def budget_parts(seconds: dict[str, float], budget: str) -> list[tuple[str, float]]:

@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 
 from tools.runs import ROOT, STAGES, ReportError, Run, load_run, read_json
+from tools.verdicts import NOT_RUN, worst
 
 WORDS = ("author", "github_id", "name", "blurb", "date", "comparison_baseline_pr", "comparison_baseline_bpb")
 ATTRIBUTION = {
@@ -65,9 +66,8 @@ def check_together(runs: list[Run]) -> None:
 
 def joined_verdicts(runs: list[Run]) -> dict[str, tuple[str, str]]:
     """The worst verdict of any run; PASS only if every run passes."""
-    order = {"PASS": 0, "NOT RUN": 1, "DISPUTED": 2, "FAIL": 3}
     return {
-        condition: max((run.verdicts.get(condition, ("NOT RUN", "")) for run in runs), key=lambda v: order[v[0]])
+        condition: worst((run.verdicts.get(condition, (NOT_RUN, "")) for run in runs), lambda found: found[0])
         for condition in runs[0].verdicts
     }
 

@@ -30,9 +30,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+if not __package__:  # run as a file
+    import anywhere  # noqa: F401
+
+from tools.processes import stop
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tools.processes import stop  # noqa: E402
 
 START_SECONDS = 180  # start, compilation and diagnostics of one run at full size, from the logs of runs on an H200
 PASSED_ON = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "ATTENTION", "FA3_LIBRARY")

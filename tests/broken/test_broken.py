@@ -19,7 +19,6 @@ from helpers import processor, tokenizer, write_shard
 from workshop import (
     Launcher,
     artifact,
-    audit,
     audit_of,
     copy_of,
     data,
@@ -31,6 +30,10 @@ from workshop import (
     rewrite,
     shards,
 )
+
+from tools.audit.checks import run_checks
+from tools.audit.cli import table
+from tools.audit.run import Artifact, unpack
 
 SCORER = ("sum_to_one_20", "future", "tail", "documents", "lengths", "ledger")
 WORLDS, TRAINING = ("worlds", "ledger"), ("training", "pack")
@@ -412,12 +415,12 @@ def with_mark(folder, _):
 
 
 def raw_source(folder, _):
-    (folder / "train_gpt.py").write_text(audit.unpack((folder / "train_gpt.py").read_bytes()))
+    (folder / "train_gpt.py").write_text(unpack((folder / "train_gpt.py").read_bytes()))
 
 
 def better_settings(folder, data_path):
     """The number of a rerun with settings that suit the validation set."""
-    run = audit.Artifact(folder, folder.parent / "rerun", "cpu", 120, launcher())
+    run = Artifact(folder, folder.parent / "rerun", "cpu", 120, launcher())
     run.work.mkdir()
     edit_json(folder / "result.json", bpb=run.score(data_path, env={"TTT_LORA_LR": "0.02"}).result["bpb"], val_bpb=None)
 
@@ -836,27 +839,27 @@ def made(fixture: Fixture, tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda f: f"{f.row}-{f.check}-{f.what[:40].replace(' ', '_')}")
 def test_a_defect_is_found_by_its_check_and_no_other(fixture, tmp_path):
     folder, data_path = made(fixture, tmp_path)
-    found = audit.run_checks(
+    found = run_checks(
         audit_of(folder, data_path, tmp_path / "work", launcher(), **fixture.options(folder)), fixture.checks, workers=2
     )
-    assert found[fixture.check]["verdict"] == fixture.verdict, audit.table(found)
+    assert found[fixture.check]["verdict"] == fixture.verdict, table(found)
     others = objections(
         {name: row for name, row in found.items() if name != fixture.check and name not in fixture.also}
     )
-    assert not others, f"with {fixture.check} disabled the audit is not green:\n{audit.table(found)}"
+    assert not others, f"with {fixture.check} disabled the audit is not green:\n{table(found)}"
 
 
 @pytest.mark.parametrize("checks", (SCORER, WORLDS, TRAINING, PACKAGE, DATA), ids=lambda checks: checks[0])
 def test_the_sound_artifact_passes(checks, tmp_path):
-    found = audit.run_checks(audit_of(artifact(), data(), tmp_path / "work", launcher()), checks, workers=2)
-    assert all(row["verdict"] == "PASS" for row in found.values()), audit.table(found)
+    found = run_checks(audit_of(artifact(), data(), tmp_path / "work", launcher()), checks, workers=2)
+    assert all(row["verdict"] == "PASS" for row in found.values()), table(found)
 
 
 def test_the_sound_record_passes(tmp_path):
     folder = copy_of(artifact(), tmp_path / "artifact")
     record(folder)
     clocked()(folder, None)
-    found = audit.run_checks(
+    found = run_checks(
         audit_of(folder, data(), tmp_path / "work", launcher(), **other_seeds()(folder)), PAPERS, workers=2
     )
-    assert all(row["verdict"] == "PASS" for row in found.values()), audit.table(found)
+    assert all(row["verdict"] == "PASS" for row in found.values()), table(found)

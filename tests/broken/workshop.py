@@ -10,18 +10,20 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from helpers import ROOT, RUN, free_port, main, scratch, sentence, write_shard
+from helpers import RUN, free_port, main, scratch, sentence, write_shard
 
 import prepare_data
 import train_gpt
+from tools.audit.causality import sum_to_one
+from tools.audit.checks import CHECKS
+from tools.audit.run import Artifact, Launched
+from tools.audit.shared import Audit
 
-sys.path.insert(0, str(ROOT / "tools"))
-import audit  # noqa: E402
-
-audit.CHECKS["sum_to_one_20"] = lambda a: audit.sum_to_one(a, 20)  # the shortest that ends in a repeated phrase
+CHECKS["sum_to_one_20"] = partial(sum_to_one, length=20)  # the shortest that ends in a repeated phrase
 
 # 50,000 parameters; test-time training with several chunks a document, two phases of global SGD, and steps large enough for a leak to show.
 SETTINGS = dict(
@@ -163,7 +165,7 @@ def rewrite(folder: Path, **streams):
 
 
 class Launcher:
-    """audit.launch, in forks of ready processes; a blocked run has sockets that refuse to connect and an empty PATH."""
+    """`tools.audit.run.launch`, in forks of ready processes; a blocked run has sockets that refuse to connect and an empty PATH."""
 
     def __init__(self, processes: int = 2):
         self.idle = queue.Queue()
@@ -180,7 +182,7 @@ class Launcher:
         for process in self.processes:
             self.idle.put(process)
 
-    def __call__(self, folder: Path, env: dict, world: int, blocked: bool, timeout: float) -> audit.Launched:
+    def __call__(self, folder: Path, env: dict, world: int, blocked: bool, timeout: float) -> Launched:
         output = folder.with_name(folder.name + "_output")
         process = self.idle.get()
         try:
@@ -201,7 +203,7 @@ class Launcher:
             code = int(process.stdout.readline())
         finally:
             self.idle.put(process)
-        return audit.Launched(code, output.read_text(errors="replace"))
+        return Launched(code, output.read_text(errors="replace"))
 
     def close(self):
         for process in self.processes:
@@ -209,6 +211,6 @@ class Launcher:
             process.wait(20)
 
 
-def audit_of(folder: Path, data_path: Path, work: Path, launcher, **options) -> audit.Audit:
+def audit_of(folder: Path, data_path: Path, work: Path, launcher, **options) -> Audit:
     work.mkdir(parents=True, exist_ok=True)
-    return audit.Audit(audit.Artifact(folder, work, "cpu", 120, launcher), data_path, targets=1500, **options)
+    return Audit(Artifact(folder, work, "cpu", 120, launcher), data_path, targets=1500, **options)
