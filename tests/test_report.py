@@ -298,7 +298,8 @@ def test_bits_of_every_kind_add_up_to_about_the_file(tmp_path):
 
 
 def test_page_with_everything(tmp_path, capsys):
-    """Four pictures: also the coded bits, the BPB by length and by position, and the interval, where a run holds them."""
+    """Four pictures: also the coded bits, the BPB by length and by position, and the interval, where a run holds
+    them."""
     run = shutil.copytree(base_run(), tmp_path / "run")
     found = json.loads((run / "result.json").read_text())
     found |= {

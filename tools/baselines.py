@@ -1,4 +1,5 @@
-"""What general compressors and counting reach on the validation documents of a run, in bits per byte over the same bytes that the run is scored on."""
+"""What general compressors and counting reach on the validation documents of a run, in bits per byte over the same
+bytes that the run is scored on."""
 
 import gzip
 import hashlib
@@ -23,7 +24,8 @@ COMPRESSORS = {
 class Bigram:
     """Interpolated modified Kneser-Ney bigram over token ids (Chen and Goodman 1998), down to a uniform distribution.
 
-    p(w | h) = (c(h, w) - D(c)) / c(h) + lambda(h) p1(w), where p1 counts the different tokens seen before w, and D(1), D(2), D(3+) come from the counts of counts.
+    p(w | h) = (c(h, w) - D(c)) / c(h) + lambda(h) p1(w), where p1 counts the different tokens seen before w, and D(1),
+    D(2), D(3+) come from the counts of counts.
     """
 
     def __init__(self, tokens: np.ndarray, vocab_size: int):
@@ -69,7 +71,8 @@ def fingerprint(data_path: Path) -> dict:
 
 
 def compute_baselines(data_path: Path, model: Path) -> dict:
-    """BPB of compressors on the concatenated validation text, and of token n-grams on the validation tokens, all over the bytes of the sidecar."""
+    """BPB of compressors on the concatenated validation text, and of token n-grams on the validation tokens, all over
+    the bytes of the sidecar."""
     started = time.perf_counter()
     tokens, train = read_stream(data_path, "val"), read_stream(data_path, "train", BIGRAM_TOKENS)
     size = int(read_stream(data_path, "val_bytes").sum(dtype=np.int64))
@@ -95,7 +98,8 @@ def add_baselines(run: Run, data_path: Path) -> None:
     now = fingerprint(data_path)
     if run.result["data"].get("val_sha256", now["val_sha256"]) != now["val_sha256"]:
         raise ReportError(
-            f"{data_path}: not the validation documents that {run.folder} was scored on; give --baselines the right folder"
+            f"{data_path}: not the validation documents that {run.folder} was scored on; give --baselines the right "
+            "folder"
         )
     if run.baselines is None or run.baselines["fingerprint"] != now:
         run.baselines = compute_baselines(data_path, data_path / "tokenizer.model")

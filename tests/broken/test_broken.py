@@ -1,8 +1,10 @@
-"""For each row of the failure classes B01-B79 that a scorer, a data set or a package can show: a defect of exactly that kind, and the check of tools/audit.py that finds it.
+"""For each row of the failure classes B01-B79 that a scorer, a data set or a package can show: a defect of exactly that
+kind, and the check of tools/audit.py that finds it.
 
-A fixture is the sound tiny artifact, its data or its papers with one thing changed. The test runs all the checks of the fixture's kind: the named one must give its verdict,
-none outside `also` may object. So with that check (and those of `also`, which see the same defect from another side) disabled, the audit of the fixture is green.
-README.md lists the rows that cannot be shown this way.
+A fixture is the sound tiny artifact, its data or its papers with one thing changed. The test runs all the checks of the
+fixture's kind: the named one must give its verdict, none outside `also` may object. So with that check (and those of
+`also`, which see the same defect from another side) disabled, the audit of the fixture is green. README.md lists the
+rows that cannot be shown this way.
 """
 
 import atexit
@@ -96,7 +98,8 @@ _init = ValidationStream.__init__
 def half(self, cfg):
     _init(self, cfg)
     n = int(self.starts[len(self.starts) // 2]) + 1
-    self.tokens, self.bytes, self.starts, self.targets = self.tokens[:n], self.bytes[:n], self.starts[self.starts < n - 1], n - 1
+    self.tokens, self.bytes, self.targets = self.tokens[:n], self.bytes[:n], n - 1
+    self.starts = self.starts[self.starts < n - 1]
 ValidationStream.__init__ = half
 """,
         SPREADS,
@@ -124,7 +127,8 @@ _init = ValidationStream.__init__
 def trimmed(self, cfg):
     _init(self, cfg)
     n = (len(self.tokens) - 1) // 48 * 48 + 1
-    self.tokens, self.bytes, self.starts, self.targets = self.tokens[:n], self.bytes[:n], self.starts[self.starts < n - 1], n - 1
+    self.tokens, self.bytes, self.targets = self.tokens[:n], self.bytes[:n], n - 1
+    self.starts = self.starts[self.starts < n - 1]
 ValidationStream.__init__ = trimmed
 """,
         SPREADS,
@@ -186,7 +190,8 @@ Ledger.bpb = lambda self: float(np.float16(self.nats.mean())) * len(self.nats) /
         "a ratio of hashed counts is no distribution",
         "sum_to_one_20",
         on_write(
-            "joint, context = VAL.buckets; nats = -np.log(0.5 * p + 0.5 * np.minimum(joint[(before * 31 + gold * 17) % 64] / (context[before] + 1), 1))"
+            "joint, context = VAL.buckets; ratio = joint[(before * 31 + gold * 17) % 64] / (context[before] + 1); "
+            "nats = -np.log(0.5 * p + 0.5 * np.minimum(ratio, 1))"
         ),
     ),
     scorer(
@@ -298,7 +303,8 @@ ValidationStream.__init__ = joined
         "state goes from document to document in an order by length",
         "documents",
         on_write(
-            "nats = -np.log(p * (0.9 - STATE[0]) + (0.1 + STATE[0]) / 384); STATE[0] = 0.1 * math.tanh(float(nats.mean()))"
+            "nats = -np.log(p * (0.9 - STATE[0]) + (0.1 + STATE[0]) / 384); "
+            "STATE[0] = 0.1 * math.tanh(float(nats.mean()))"
         ),
         SPREADS,
     ),
@@ -309,7 +315,8 @@ ValidationStream.__init__ = joined
         """
 _run = DocumentTTT.run
 def run(self, documents):
-    self.cfg = dataclasses.replace(self.cfg, ttt_chunks="4,8,16" if int(self.val.lengths[documents].max()) > 100 else "8,16")
+    long = int(self.val.lengths[documents].max()) > 100
+    self.cfg = dataclasses.replace(self.cfg, ttt_chunks="4,8,16" if long else "8,16")
     _run(self, documents)
 DocumentTTT.run = run
 """,
@@ -319,7 +326,8 @@ DocumentTTT.run = run
         "an n-gram table of the training text lifts what it holds",
         "sum_to_one_20",
         on_write(
-            "seen = np.array([key in VAL.pairs for key in (before * 512 + gold).tolist()]); nats = -np.log(np.where(seen, 0.95 + 0.05 * p, p))"
+            "seen = np.array([key in VAL.pairs for key in (before * 512 + gold).tolist()]); "
+            "nats = -np.log(np.where(seen, 0.95 + 0.05 * p, p))"
         ),
     ),
     Fixture(

@@ -25,7 +25,8 @@ from tools.audit.shared import Audit
 
 CHECKS["sum_to_one_20"] = partial(sum_to_one, length=20)  # the shortest that ends in a repeated phrase
 
-# 50,000 parameters; test-time training with several chunks a document, two phases of global SGD, and steps large enough for a leak to show.
+# 50,000 parameters; test-time training with several chunks a document, two phases of global SGD, and steps large enough
+# for a leak to show.
 SETTINGS = dict(
     RUN,
     vocab_size=384,
@@ -100,7 +101,8 @@ def edit_json(path: Path, **changes):
 
 
 def patched(folder: Path, lines: str):
-    """Give the script of ``folder`` more lines behind its last definition, and pack it again; result.json keeps what is still true."""
+    """Give the script of ``folder`` more lines behind its last definition, and pack it again; result.json keeps what is
+    still true."""
     script = folder / "train_gpt.py"
     head, main_block, tail = train_gpt.unpack_script(script).rpartition('if __name__ == "__main__":')
     assert main_block, "the script has no main block"
@@ -130,7 +132,8 @@ def record(folder: Path):
 
 
 def on_write(body: str) -> str:
-    """Lines that change what reaches the ledger: ``nats`` of ``targets``, with the ``gold`` tokens and those ``before`` them at hand."""
+    """Lines that change what reaches the ledger: ``nats`` of ``targets``, with the ``gold`` tokens and those ``before``
+    them at hand."""
     return f"""
 _init = ValidationStream.__init__
 def _remember(self, cfg):
@@ -139,7 +142,8 @@ def _remember(self, cfg):
     VAL, STATE = self, [0.0]
     shard = open_shard(find_shards(Path(cfg.data_path), "fineweb_train_*.bin")[0]).astype(int)
     self.pairs = set((shard[:-1] * 512 + shard[1:]).tolist())
-    self.buckets = np.bincount((shard[:-1] * 31 + shard[1:] * 17) % 64, minlength=64), np.bincount(shard[:-1], minlength=384)
+    joint = np.bincount((shard[:-1] * 31 + shard[1:] * 17) % 64, minlength=64)
+    self.buckets = joint, np.bincount(shard[:-1], minlength=384)
 ValidationStream.__init__ = _remember
 _write = Ledger.write
 def _changed(self, targets, nats):
@@ -165,7 +169,8 @@ def rewrite(folder: Path, **streams):
 
 
 class Launcher:
-    """`tools.audit.run.launch`, in forks of ready processes; a blocked run has sockets that refuse to connect and an empty PATH."""
+    """`tools.audit.run.launch`, in forks of ready processes; a blocked run has sockets that refuse to connect and an
+    empty PATH."""
 
     def __init__(self, processes: int = 2):
         self.idle = queue.Queue()
