@@ -176,7 +176,7 @@ def variants(base: Path, names: list[str]) -> list[Variant]:
 
 def prepare(folder: Path) -> Path:
     """A small data folder: documents of the Python standard library."""
-    options = ["--source", "stdlib", "--vocab-size", "1024", "--val-docs", "24", "--max-train-docs", "300"]
+    options = ["--source", "stdlib", "--vocab-size", "1024", "--val-docs", "16", "--max-train-docs", "300"]
     command = [sys.executable, str(ROOT / "prepare_data.py"), *options, "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
