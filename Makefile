@@ -27,7 +27,7 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest
 
-# The core of every section in a minute or so; `make test` has the rest.
+# The core of every section in a minute or so, without what tests/conftest.py calls slow; `make test` has the rest.
 test-fast: $(READY)
 	$(PY) -m pytest -m "not slow"
 

@@ -6,10 +6,15 @@ from types import CodeType
 import pytest
 import torch
 
-PROCESSES = {"spawn", "forked", "start", "Popen"}  # helpers that start ranks or whole runs in processes of their own
-SLOW_FILES = {"test_audit.py", "test_broken.py", "test_nodes.py", "test_contributing.py"}
-# Whole runs, interpreter sweeps and others that take a second or more, by the beginning of their names.
-SLOW_TESTS: dict[str, tuple[str, ...]] = {}
+PROCESSES = {"spawn", "forked", "start", "subprocess"}  # what starts ranks or programs
+WHOLE_RUN = {"main", "ok"}  # `main(settings).ok()`: from data to score; what looks at `base_run()` shares one such run
+SLOW_FILES = {"test_audit.py", "test_broken.py", "test_nodes.py", "test_sweep.py"}
+# Sweeps through Triton's interpreter and other long ones, by the beginning of their names.
+SLOW_TESTS = {
+    "test_kernels.py": ("test_kernels_through_the_interpreter", "test_every_kernel_compiles"),
+    "test_bench.py": ("test_scaling", "test_startup"),
+    "test_contributing.py": ("test_a_new_",),
+}
 
 
 def names_in(code: CodeType) -> set[str]:
@@ -19,12 +24,11 @@ def names_in(code: CodeType) -> set[str]:
 
 
 def is_slow(item) -> bool:
-    """By file, by name, or because it starts processes."""
-    return (
-        item.path.name in SLOW_FILES
-        or item.originalname.startswith(SLOW_TESTS.get(item.path.name, ()))
-        or bool(PROCESSES & names_in(item.function.__code__))
-    )
+    """By file, by name, or because it starts processes or a whole run."""
+    file, names = item.path.name, names_in(item.function.__code__)
+    if file in SLOW_FILES or item.originalname.startswith(SLOW_TESTS.get(file, ())):
+        return True
+    return bool(PROCESSES & names) or names >= WHOLE_RUN
 
 
 def pytest_collection_modifyitems(items):
