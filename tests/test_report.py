@@ -14,8 +14,10 @@ from helpers import base_run
 
 import lossless_caps
 import prepare_data
+import train_gpt
 from tools import baselines as counting
-from tools import report
+from tools import report, runs
+from tools.audit.tamper import KNOWN
 from tools.streams import document_texts, read_stream
 
 RESULT = {
@@ -316,3 +318,13 @@ def test_page_with_everything(tmp_path, capsys):
         and f"{found['val_bpb']:.5f} BPB" in page
         and "score before update" in page
     )
+
+
+def test_facts_that_stand_twice_agree():
+    """train_gpt.py imports nothing of the project, and the auditor does not ask what it audits."""
+    budgets = train_gpt.Phases.BUDGET
+    assert runs.TRAIN_PHASES == tuple(name for name, budget in budgets.items() if budget == "train")
+    assert runs.OUTSIDE_PHASES == tuple(name for name, budget in budgets.items() if budget is None)
+    for tokens, sizes in train_gpt.CONTEST_SETS.items():
+        assert set(sizes) <= set(KNOWN[tokens])
+    assert set(prepare_data.CONTEST_VAL_TOKENS.values()) <= set(KNOWN)
