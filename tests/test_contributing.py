@@ -81,7 +81,7 @@ def test_a_new_setting(copy):
         + """
 other = t.GPT(dataclasses.replace(cfg, embed_scale=3.0), "reference", torch.float32)
 other.init_weights(1)
-print(float(other.tok_emb.norm() / model.tok_emb.norm()))
+print(other.tok_emb.norm().item() / model.tok_emb.norm().item())
 """
     )
     assert float(run(copy, "-c", norm)) == pytest.approx(3.0)
