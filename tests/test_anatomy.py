@@ -54,7 +54,7 @@ def test_from_a_ledger_to_the_report(tmp_path, capsys):
     assert low < found.val_bpb < high
     assert report.main([str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert "BPB by document" in page and f"{low:.5f} to {high:.5f}" in page
+    assert "Bits per byte by document length" in page and f"{low:.5f} to {high:.5f}" in page
     np.save(run / "ledger.npy", np.zeros(3))
     assert load_run(run).anatomy == {}  # of another ledger
 
