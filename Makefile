@@ -1,4 +1,5 @@
-# make demo | test | audit | lint | bench | clean        another interpreter: make demo PYTHON=python3.12        options for pip: PIP_OPTIONS="--index-url ..."
+# make demo | test | test-fast | audit | lint | bench | clean
+# Another interpreter: make demo PYTHON=python3.12        options for pip: PIP_OPTIONS="--index-url ..."
 PYTHON ?= python3
 PIP_OPTIONS ?=
 VENV := .venv
@@ -6,17 +7,19 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEMO_DATA := $(PY) prepare_data.py --source stdlib --vocab-size 1024 --val-docs 150 --out data/demo
 
-.PHONY: demo test audit lint bench clean
+.PHONY: demo test test-fast audit lint bench clean
 
 # The second scoring runs in one thread, as recipes/scale_demo.env does: sums in another order may differ in the last digit.
 demo: $(READY)
 	$(DEMO_DATA)
-	rm -rf runs/demo
-	set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; ATTN_WINDOW=64 MAX_WALLCLOCK_SECONDS=170 GPTQ_RESERVE_SECONDS=10 ARTIFACT_DIR=runs/demo $(PY) train_gpt.py
+	rm -rf runs/demo && mkdir -p runs/demo
+	set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; ATTN_WINDOW=64 MAX_WALLCLOCK_SECONDS=170 \
+		GPTQ_RESERVE_SECONDS=10 ARTIFACT_DIR=runs/demo LEDGER_PATH=runs/demo/ledger.npy $(PY) train_gpt.py
 	@echo; echo "The packed train_gpt.py and model.bin alone, in an empty folder and a clean process:"
 	@alone=$$(mktemp -d) && trap 'rm -rf "$$alone"' EXIT && cp runs/demo/train_gpt.py runs/demo/model.bin "$$alone" && cd "$$alone" \
 		&& env -i PATH="$$PATH" CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
-			DATA_PATH="$(CURDIR)/data/demo" TOKENIZER_PATH="$(CURDIR)/data/demo/tokenizer.model" TTT_EVAL_ONLY=1 "$(CURDIR)/$(PY)" train_gpt.py \
+			DATA_PATH="$(CURDIR)/data/demo" TOKENIZER_PATH="$(CURDIR)/data/demo/tokenizer.model" TTT_EVAL_ONLY=1 \
+			"$(CURDIR)/$(PY)" train_gpt.py \
 		&& cp eval_result.json "$(CURDIR)/runs/demo/"
 	@echo
 	$(PY) tools/report.py runs/demo --baselines data/demo --check
@@ -24,22 +27,36 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest
 
+# The core of every section in a minute or so, without what tests/conftest.py calls slow; `make test` has the rest.
+test-fast: $(READY)
+	$(PY) -m pytest -m "not slow"
+
 # Every check that a folder allows, on the demo's artifact; made first where it is not there.
 audit: $(READY)
 	test -f runs/demo/result.json -a -f data/demo/manifest.json || $(MAKE) demo
 	$(PY) tools/audit.py runs/demo --data data/demo
 
+# The limits that train_gpt.py is held to stand in tools/shape.py.
 lint: $(READY)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tools/shape.py --check *.py tools/*.py tools/*/*.py
 
-# On a GPU at the settings of the environment, DATA_PATH among them; on a CPU at the demo's. The artifact of a demo, where there is one, goes through the coders.
+# On a GPU at the settings of the environment, DATA_PATH among them; on a CPU at the demo's.
+# The artifact of a demo, where there is one, goes through the coders.
 bench: $(READY)
-	for name in caseops ngram; do $(PY) tools/bench.py $$name || exit 1; done
-	if test -f runs/demo/model.bin; then $(PY) tools/bench.py codec --artifact runs/demo/model.bin; fi
-	if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then names="attention optimizer train startup scaling"; \
-		if $(PY) -c 'import sys, torch, train_gpt; sys.exit(not train_gpt.processors(torch.device("cuda"), 9))'; then names="kernels $$names"; fi; \
-	else names="attention optimizer startup scaling"; test -f data/demo/manifest.json || $(DEMO_DATA) || exit 1; set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; fi; \
-	for name in $$names; do $(PY) tools/bench.py $$name || exit 1; done
+	for name in caseops ngram; do $(PY) -m tools.bench $$name || exit 1; done
+	if test -f runs/demo/model.bin; then $(PY) -m tools.bench codec --artifact runs/demo/model.bin; fi
+	if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		names="attention optimizer train startup scaling"; \
+		if $(PY) -c 'import sys, torch, train_gpt; sys.exit(not train_gpt.processors(torch.device("cuda"), 9))'; then \
+			names="kernels $$names"; fi; \
+	else \
+		names="attention optimizer startup scaling"; \
+		test -f data/demo/manifest.json || $(DEMO_DATA) || exit 1; \
+		set -a; . recipes/best.env; . recipes/scale_demo.env; set +a; \
+	fi; \
+	for name in $$names; do $(PY) -m tools.bench $$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) data/demo runs/demo .pytest_cache .hypothesis .ruff_cache

@@ -2,19 +2,19 @@
 
     "The NASA iPhone"  <->  "<TITLE>the <ALLCAPS>nasa i<CAPNEXT>phone"
 
-The four operators are private-use characters, 3 bytes each in UTF-8 and worth 0 bytes of the original text. The encoding is bit-compatible with
-the published `lossless_caps_caseops_v1` (parameter-golf PR #1729). Over maximal runs of ASCII letters:
+The four operators are private-use characters, 3 bytes each in UTF-8 and worth 0 bytes of the original text. The
+encoding is bit-compatible with the published `lossless_caps_caseops_v1` (parameter-golf PR #1729). Over maximal runs of
+ASCII letters:
 
-1. all lower case           the run
-2. all upper case, 2 or more ALLCAPS + the run in lower case
-3. anything else            TITLE if the first letter is upper case; then the run in lower case with CAPNEXT before every later capital
+1. all lower case           the run 2. all upper case, 2 or more ALLCAPS + the run in lower case 3. anything else
+TITLE if the first letter is upper case; then the run in lower case with CAPNEXT before every later capital
 
-A raw operator character is written as ESC + the character; every other character stands for itself. `decode` takes every string that `encode`
-makes and also harmless spellings that `encode` never chooses (CAPNEXT at the start of a word, ALLCAPS on one letter); a dangling, doubled or
-misplaced operator is a `CaseOpsError`.
+A raw operator character is written as ESC + the character; every other character stands for itself. `decode` takes
+every string that `encode` makes and also harmless spellings that `encode` never chooses (CAPNEXT at the start of a
+word, ALLCAPS on one letter); a dangling, doubled or misplaced operator is a `CaseOpsError`.
 
-A lone surrogate, which a JSON document can hold, is a character like any other to `encode` and `decode`; it has no UTF-8 form, so `piece_bytes`
-refuses it.
+A lone surrogate, which a JSON document can hold, is a character like any other to `encode` and `decode`; it has no
+UTF-8 form, so `piece_bytes` refuses it.
 """
 
 import re
@@ -26,7 +26,8 @@ TITLE, ALLCAPS, CAPNEXT, ESC = OPERATORS = "\ue001\ue002\ue003\ue004"
 
 _OPERATOR = re.compile("[\ue001-\ue004]")
 _ESCAPED = re.compile("\ue004[\ue001-\ue004]")
-# Each pattern starts with a character class: `re` then skips plain text at memory speed, which a leading look-behind would prevent.
+# Each pattern starts with a character class: `re` then skips plain text at memory speed, which a leading look-behind
+# would prevent.
 _CAPITALS_INSIDE_WORD = re.compile("[A-Z](?<=[a-z][A-Z])[A-Z]*")
 _CAPITALISED = re.compile("([A-Z][A-Za-z]*)")
 _CASED = re.compile("(\ue001\ue003?[A-Za-z]|\ue002[A-Za-z\ue003]+|\ue003[A-Za-z]|\ue004[\ue001-\ue004])")
@@ -36,7 +37,8 @@ _MALFORMED = re.compile(
 
 
 class CaseOpsError(ValueError):
-    """Malformed CaseOps text; `position` is the index of the offending character in the encoded text (the joined surfaces for `piece_bytes`)."""
+    """Malformed CaseOps text; `position` is the index of the offending character in the encoded text (the joined
+    surfaces for `piece_bytes`)."""
 
     def __init__(self, message: str, position: int):
         super().__init__(f"{message} at character {position}")
@@ -47,7 +49,8 @@ class CaseOpsError(ValueError):
 
 
 class _Table(dict):
-    """Remembers a function of short strings: `table[string]` costs one dict lookup when it is known, half of what lru_cache takes."""
+    """Remembers a function of short strings: `table[string]` costs one dict lookup when it is known, half of what
+    lru_cache takes."""
 
     def __init__(self, function):
         super().__init__()
@@ -97,8 +100,9 @@ def _decode_cased(part: str) -> str:
 def piece_bytes(surfaces: Sequence[str]) -> list[int]:
     """UTF-8 bytes of the original text for each SentencePiece surface of an encoded text, in order.
 
-    Operators and ESC count 0, the character behind ESC its 3 bytes, every other character its UTF-8 length (a letter has the same in either
-    case), so the sum is the length of the decoded text. A piece boundary may lie behind ESC. Raises CaseOpsError on malformed text.
+    Operators and ESC count 0, the character behind ESC its 3 bytes, every other character its UTF-8 length (a letter
+    has the same in either case), so the sum is the length of the decoded text. A piece boundary may lie behind ESC.
+    Raises CaseOpsError on malformed text.
     """
     text = "".join(surfaces)
     if text.isascii():

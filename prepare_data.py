@@ -1,15 +1,16 @@
 """Documents -> CaseOps -> SentencePiece -> token shards, byte sidecar, manifest.
 
-    OUT/fineweb_train_000000.bin ...      256 int32 header (magic, version, token count), then uint16 tokens, little endian
-    OUT/fineweb_val_000000.bin ...        the first --val-docs documents of the source, and nothing else ever is validation
+    OUT/fineweb_train_000000.bin ...      header of 256 int32 (magic, version, token count), then uint16 tokens
+    OUT/fineweb_val_000000.bin ...        the first --val-docs documents of the source, and nothing else
     OUT/fineweb_val_bytes_000000.bin ...  same format: bytes of the original text for each validation token
     OUT/tokenizer.model                   the SentencePiece model
     OUT/manifest.json                     counts, hashes, options; written last: a folder without it is unfinished
 
-Every document starts with BOS (id 1) and ends without EOS; a document may continue in the next shard. Documents that hold no token (empty, only
-spaces) are skipped and counted. A training document whose tokens equal those of a validation document is dropped and counted, so the splits are
-disjoint as the model sees them. For each validation document the bytes of its tokens must equal the UTF-8 length of the source text less what
-SentencePiece strips at its ends, or nothing is finished. Training text has no sidecar: its `bytes` in the manifest are its `utf8_bytes`.
+Every document starts with BOS (id 1) and ends without EOS; a document may continue in the next shard. Documents that
+hold no token (empty, only spaces) are skipped and counted. A training document whose tokens equal those of a validation
+document is dropped and counted, so the splits are disjoint as the model sees them. For each validation document the
+bytes of its tokens must equal the UTF-8 length of the source text less what SentencePiece strips at its ends, or
+nothing is finished. Training text has no sidecar: its `bytes` in the manifest are its `utf8_bytes`.
 """
 
 import argparse
@@ -122,7 +123,8 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 class ShardWriter:
-    """Collects the tokens of one split and writes a shard whenever `shard_tokens` are there. Keeps at most one shard in memory."""
+    """Collects the tokens of one split and writes a shard whenever `shard_tokens` are there. Keeps at most one shard in
+    memory."""
 
     def __init__(self, out: Path, names: tuple[str, ...], shard_tokens: int):
         self.out, self.names, self.shard_tokens = out, names, shard_tokens
@@ -207,7 +209,8 @@ class Source:
         hashes = sha256_files(list(self.paths))
         if self.expected_sha256 not in (None, hashes[0]):
             raise DataError(
-                f"{self.paths[0]}: SHA-256 {hashes[0]} is not the published {self.expected_sha256}; delete it and download it again"
+                f"{self.paths[0]}: SHA-256 {hashes[0]} is not the published {self.expected_sha256}; delete it and "
+                "download it again"
             )
         files = [
             {"path": str(path) if self.kind == "jsonl" else path.name, "bytes": path.stat().st_size, "sha256": sha}
@@ -263,8 +266,9 @@ def parse_document(line: Line) -> str:
 
 
 def stdlib_documents() -> tuple[bytes, ...]:
-    """The Python standard library as documents: its sources and the language reference that `help()` shows, cut between paragraphs into pieces
-    of about STDLIB_DOCUMENT_CHARS characters and ordered by a hash of their content. The same on every machine with the same Python version."""
+    """The Python standard library as documents: its sources and the language reference that `help()` shows, cut between
+    paragraphs into pieces of about STDLIB_DOCUMENT_CHARS characters and ordered by a hash of their content. The same on
+    every machine with the same Python version."""
     root = Path(sysconfig.get_path("stdlib"))
     texts = []
     for path in sorted(root.rglob("*.py")):
@@ -287,7 +291,8 @@ def stdlib_documents() -> tuple[bytes, ...]:
 
 
 def cut_text(text: str, limit: int) -> Iterator[str]:
-    """Pieces of whole paragraphs, or of whole lines where one paragraph is too long, of at most `limit` characters unless one line is longer."""
+    """Pieces of whole paragraphs, or of whole lines where one paragraph is too long, of at most `limit` characters
+    unless one line is longer."""
     piece = ""
     for paragraph in re.findall(r"(?:.*\S.*\n?)+|(?:\s*\n)+", text):
         for part in [paragraph] if len(paragraph) <= limit else paragraph.splitlines(keepends=True):
@@ -324,7 +329,8 @@ def open_source(args: argparse.Namespace) -> Source:
 
 
 def encode_pieces(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[str]]:
-    """Token ids and, for each, the part of `text` it stands for. When bytes stand for one character, the last one has it all."""
+    """Token ids and, for each, the part of `text` it stands for. When bytes stand for one character, the last one has
+    it all."""
     if hasattr(sp, "encode_as_offset_mapping"):  # 0.2.2 and later
         pieces = sp.encode_as_offset_mapping(text)
         return pieces["ids"], [text[start:end] for start, end in pieces["offsets"]]
@@ -333,8 +339,9 @@ def encode_pieces(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[
 
 
 class StrippedEnds:
-    """Counts the bytes that SentencePiece's normaliser drops at both ends of a text: white space in the wide sense of the model's rules
-    (no-break space, zero-width space, ...) and the control characters that vanish next to it. Looks only at characters, never at pieces."""
+    """Counts the bytes that SentencePiece's normaliser drops at both ends of a text: white space in the wide sense of
+    the model's rules (no-break space, zero-width space, ...) and the control characters that vanish next to it. Looks
+    only at characters, never at pieces."""
 
     def __init__(self, sp: sentencepiece.SentencePieceProcessor):
         self.sp = sp
@@ -380,7 +387,8 @@ class Encoder:
         return np.asarray(self.ids(lossless_caps.encode(text) if self.caseops else text), np.uint16)
 
     def tokens_and_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """uint16 ids, without BOS, and the bytes of the original text for each; every check that a validation document must pass."""
+        """uint16 ids, without BOS, and the bytes of the original text for each; every check that a validation document
+        must pass."""
         encoded = lossless_caps.encode(text) if self.caseops else text
         if self.caseops and lossless_caps.decode(encoded) != text:
             raise DataError("the case transform does not give the text back")
@@ -392,11 +400,13 @@ class Encoder:
         expected = len(text.encode()) - self.ends.count(text)
         if sizes.sum() != expected:
             raise DataError(
-                f"its tokens account for {sizes.sum()} bytes, its text for {expected}: the tokenizer's normalisation is not understood"
+                f"its tokens account for {sizes.sum()} bytes, its text for {expected}: the tokenizer's normalisation "
+                "is not understood"
             )
         if sizes.max(initial=0) > 65535:
             raise DataError(
-                f"one token stands for {sizes.max()} bytes, more than the sidecar's 65535; shorten its run of white space or drop it"
+                f"one token stands for {sizes.max()} bytes, more than the sidecar's 65535; shorten its run of white "
+                "space or drop it"
             )
         return np.asarray(ids, np.uint16), sizes.astype(np.uint16)
 
@@ -407,7 +417,8 @@ def check_tokenizer(encoder: Encoder, name: str) -> None:
         raise DataError(f"{name}: {sp.vocab_size()} pieces do not fit in uint16 shards; use at most 65536")
     if sp.bos_id() != BOS_ID:
         raise DataError(
-            f"{name}: BOS id is {sp.bos_id()}, shards need {BOS_ID}; train it with pad_id=0, bos_id=1, eos_id=2, unk_id=3"
+            f"{name}: BOS id is {sp.bos_id()}, shards need {BOS_ID}; train it with pad_id=0, bos_id=1, eos_id=2, "
+            "unk_id=3"
         )
     if encoder.caseops and any(sp.is_unknown(sp.piece_to_id(operator)) for operator in lossless_caps.OPERATORS):
         raise DataError(f"{name}: holds no CaseOps operators U+E001..U+E004; pass --no-caseops or another tokenizer")
@@ -492,7 +503,8 @@ def content_hash(text: str) -> bytes:
 
 
 def tokenizer_text(source: Source, args: argparse.Namespace) -> Iterator[str]:
-    """The first --tokenizer-mb of training documents, transformed; validation documents and their duplicates are passed over."""
+    """The first --tokenizer-mb of training documents, transformed; validation documents and their duplicates are passed
+    over."""
     lines = source.lines()
     val = {content_hash(parse_document(line)) for line in islice(lines, args.val_docs)}
     left = args.tokenizer_mb * 1_000_000
@@ -508,11 +520,13 @@ def tokenizer_text(source: Source, args: argparse.Namespace) -> Iterator[str]:
 
 
 def train_tokenizer(source: Source, args: argparse.Namespace) -> bytes:
-    """A byte-fallback BPE model: pad 0, BOS 1, EOS 2, unknown 3, then the four operators (with CaseOps), 256 bytes, and learned pieces."""
+    """A byte-fallback BPE model: pad 0, BOS 1, EOS 2, unknown 3, then the four operators (with CaseOps), 256 bytes, and
+    learned pieces."""
     text = tokenizer_text(source, args)
     if (first := next(text, None)) is None:
         raise DataError(
-            f"no training document is left behind the first {args.val_docs:,} of --val-docs; pass a smaller --val-docs or more text"
+            f"no training document is left behind the first {args.val_docs:,} of --val-docs; pass a smaller "
+            "--val-docs or more text"
         )
     log(f"training a tokenizer of {args.vocab_size} pieces on the first {args.tokenizer_mb} MB of training text")
     model = io.BytesIO()
@@ -600,7 +614,8 @@ def init_worker() -> None:
 
 
 def encode_all(batches: Iterable[Chunk], model: Path, caseops: bool, workers: int) -> Iterator[Encoded]:
-    """Encodes chunks on `workers` processes and yields them in order; a few are in flight per worker, so memory stays bounded."""
+    """Encodes chunks on `workers` processes and yields them in order; a few are in flight per worker, so memory stays
+    bounded."""
     load_encoder.cache_clear()  # the path may hold another model by now
     if workers == 1:
         yield from (encode_chunk(str(model), caseops, chunk) for chunk in batches)
@@ -662,7 +677,8 @@ def without_documents(chunk: Encoded, hashes: set[bytes]) -> Encoded:
 
 def too_few_documents(found: int, val_docs: int) -> DataError:
     return DataError(
-        f"the source has {found:,} documents, no more than the {val_docs:,} of --val-docs, so none would be left to train on; "
+        f"the source has {found:,} documents, no more than the {val_docs:,} of --val-docs, so none would be left to "
+        "train on; "
         f"pass a smaller --val-docs (for example {max(1, found // 20)}) or more text"
     )
 
@@ -690,7 +706,8 @@ def write_splits(source: Source, args: argparse.Namespace, out: Path) -> dict:
     for name, split in (("validation", val), ("training", train)):
         if not split.counts["documents"]:
             raise DataError(
-                f"no {name} document is left (empty: {val.empty + train.empty}, duplicates of validation: {duplicates}); give more text"
+                f"no {name} document is left (empty: {val.empty + train.empty}, duplicates of validation: "
+                f"{duplicates}); give more text"
             )
         split.writer.close()
     return {
@@ -707,13 +724,15 @@ def write_splits(source: Source, args: argparse.Namespace, out: Path) -> dict:
 
 @contextlib.contextmanager
 def unfinished(out: Path, overwrite: bool) -> Iterator[None]:
-    """Clears OUT for a new run. The marker file says that what lies there may be cleared by the next one; a lock on it keeps a second run out."""
+    """Clears OUT for a new run. The marker file says that what lies there may be cleared by the next one; a lock on it
+    keeps a second run out."""
     out.mkdir(parents=True, exist_ok=True)
     marker = out / UNFINISHED
     ours = marker.exists()
     if any(out.glob("fineweb_*.bin")) and not ours and not overwrite:
         raise DataError(
-            f"{out}: holds shards but neither {MANIFEST} nor the mark of an interrupted run; choose another --out or pass --overwrite"
+            f"{out}: holds shards but neither {MANIFEST} nor the mark of an interrupted run; choose another --out or "
+            "pass --overwrite"
         )
     with open(marker, "w") as file:
         try:
@@ -821,7 +840,8 @@ def prepare(args: argparse.Namespace) -> None:
             f"{counts['utf8_bytes'] / max(counts['tokens'] - counts['bos'], 1):.3f} bytes/token"
         )
     log(
-        f"dropped {result['duplicates_dropped']} duplicates of validation documents, skipped {result['empty_skipped']} empty ones; "
+        f"dropped {result['duplicates_dropped']} duplicates of validation documents, skipped "
+        f"{result['empty_skipped']} empty ones; "
         f"wrote {args.out / MANIFEST}"
     )
 
@@ -878,14 +898,15 @@ def document_hashes(shards: list[np.ndarray]) -> Iterator[bytes]:
 
 
 def download_shards(repo: str, variant: str, train_shards: int, out: Path) -> tuple[dict, dict[str, list[str]]]:
-    """Fetches shards, sidecar and tokenizer of one published export into OUT; returns its entry in the publisher's manifest and the file names of
-    each split."""
+    """Fetches shards, sidecar and tokenizer of one published export into OUT; returns its entry in the publisher's
+    manifest and the file names of each split."""
     remote = json.loads(hub_file(repo, "datasets/manifest.json").read_text(encoding="utf-8"))
     entries = {entry["name"]: entry for entry in remote["datasets"]}
     name = f"fineweb10B_{variant}"
     if name not in entries:
         raise DataError(
-            f"{repo}: has no {name}; pass --variant with one of: {', '.join(key.removeprefix('fineweb10B_') for key in entries)}"
+            f"{repo}: has no {name}; pass --variant with one of: "
+            f"{', '.join(key.removeprefix('fineweb10B_') for key in entries)}"
         )
     entry = entries[name]
     tokenizer = next((item for item in remote["tokenizers"] if item.get("name") == entry.get("tokenizer_name")), {})
@@ -918,7 +939,8 @@ def check_shards(repo: str, variant: str, vocab_size: int, shards: dict[str, lis
             )
         if max(int(shard.max()) for shard in shards[split]) >= vocab_size:
             raise DataError(
-                f"{repo}: the {split} shards hold tokens beyond the tokenizer's {vocab_size} pieces; they do not belong together"
+                f"{repo}: the {split} shards hold tokens beyond the tokenizer's {vocab_size} pieces; they do not "
+                "belong together"
             )
         counts[split] = {
             "first_document": 0,
@@ -945,7 +967,8 @@ def check_shards(repo: str, variant: str, vocab_size: int, shards: dict[str, lis
     shared = sum(digest in val_hashes for digest in document_hashes(shards["train"]))
     if shared > max(1, len(val_hashes) // 100):
         raise DataError(
-            f"{repo}: {shared:,} training documents are validation documents; this export leaks as in parameter-golf issue #2127, "
+            f"{repo}: {shared:,} training documents are validation documents; this export leaks as in parameter-golf "
+            "issue #2127, "
             "use another"
         )
     return counts | {"duplicates_kept": shared}
@@ -991,7 +1014,8 @@ def prepare_shards(args: argparse.Namespace) -> None:
             },
         )
     log(
-        f"val {counts['val']['tokens']:,} tokens, train {counts['train']['tokens']:,} tokens; wrote {args.out / MANIFEST}"
+        f"val {counts['val']['tokens']:,} tokens, train {counts['train']['tokens']:,} tokens; wrote "
+        f"{args.out / MANIFEST}"
     )
 
 
@@ -1016,10 +1040,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
-  python prepare_data.py --source docs-0.jsonl.xz docs-1.jsonl.xz --val-docs 2000 --tokenizer caseops.model --out data/mine
-  python prepare_data.py --source stdlib --vocab-size 1024 --out data/demo          a small corpus that is on every machine
-  python prepare_data.py --source fineweb --tokenizer caseops.model --out data/fw   the contest's documents (48 GB download)
-  python prepare_data.py --source shards --train-shards 80 --out data/caseops       the contest's published CaseOps shards (16 GB download)""",
+  python prepare_data.py --source docs-*.jsonl.xz --val-docs 2000 --tokenizer caseops.model --out data/mine
+  python prepare_data.py --source stdlib --vocab-size 1024 --out data/demo          a small corpus on every machine
+  python prepare_data.py --source fineweb --tokenizer caseops.model --out data/fw   the contest's documents (48 GB)
+  python prepare_data.py --source shards --train-shards 80 --out data/caseops       its CaseOps shards (16 GB)""",
     )
     parser.add_argument(
         "--source",

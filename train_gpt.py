@@ -6379,7 +6379,7 @@ def try_codec(run: Run):
 
 
 def check_folder(run: Run):
-    """The source can be packed, train_gpt.py would not overwrite the script that runs, and the files fit on the disk."""
+    """The source can be packed, the running script would not be overwritten, and the files fit on the disk."""
     packed = pack_script(SOURCE)
     script = run.folder / "train_gpt.py"
     if script.exists() and script.samefile(RUNNING):

@@ -9,43 +9,40 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, ROOT, RUN, TINY, base_run, config, data, environment, gpt, ranks, replaced_environ
+from helpers import CPU, RUN, TINY, base_run, config, data, environment, gpt, ranks, replaced_environ
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-
-sys.path.insert(0, str(ROOT / "tools"))
-import bench  # noqa: E402
-import bench_parts  # noqa: E402
-import bench_runs  # noqa: E402
-import processes  # noqa: E402
+from tools import processes
+from tools.bench import cli, parts, runs
+from tools.bench.table import Row
 
 
 @pytest.fixture
 def table(tmp_path):
     """Rows of a subcommand, as the command line gives them under the settings of a tiny run."""
 
-    def rows(*argv: str) -> list[bench.Row]:
+    def rows(*argv: str) -> list[Row]:
         with replaced_environ(environment(RUN)):
-            bench.main(["--json", str(tmp_path / "rows.json"), *argv])
-        return [bench.Row(**row) for row in json.loads((tmp_path / "rows.json").read_text())]
+            cli.main(["--json", str(tmp_path / "rows.json"), *argv])
+        return [Row(**row) for row in json.loads((tmp_path / "rows.json").read_text())]
 
     return rows
 
 
 def test_causal_pairs():
     lengths = [5, 1, 3]
-    assert bench_parts.causal_pairs(torch.tensor([0, 5, 6, 9], dtype=torch.int32)) == sum(
+    assert parts.causal_pairs(torch.tensor([0, 5, 6, 9], dtype=torch.int32)) == sum(
         1 for n in lengths for i in range(n) for j in range(n) if j <= i
     )
     within = sum(1 for n in lengths for i in range(n) for j in range(n) if i - 2 <= j <= i)
-    assert bench_parts.causal_pairs(torch.tensor([0, 5, 6, 9], dtype=torch.int32), 2) == within
+    assert parts.causal_pairs(torch.tensor([0, 5, 6, 9], dtype=torch.int32), 2) == within
 
 
 @pytest.mark.parametrize("where", ["data", "nowhere"])
 def test_documents_fill_the_buffer(where, tmp_path):
     cfg = config(RUN, data_path=str(data() if where == "data" else tmp_path), micro_batch_tokens=600)
-    seq, origin = bench_parts.documents(cfg)
+    seq, origin = parts.documents(cfg)
     assert (
         seq.cu_q[0] == 0
         and seq.cu_q[-1] == 600
@@ -80,7 +77,7 @@ def test_orthogonalize_flops(shapes):
     with FlopCounterMode(display=False) as counter:
         for g in o.muon:
             train_gpt.orthogonalize(torch.randn(g.shard, g.rows, g.cols), coefficients)
-    assert bench_parts.orthogonalize_flops(o.muon, len(coefficients)) == counter.get_total_flops() > 0
+    assert parts.orthogonalize_flops(o.muon, len(coefficients)) == counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("overrides", [{}, {"ema_decay": 0.0, "grad_clip_norm": 0.0}])
@@ -88,9 +85,9 @@ def test_orthogonalize_flops(shapes):
 def test_parts_of_a_step_repeat(overrides):
     """Bytes and FLOPs of the parts are the step's; no call changes the magnitude of what the next one works on."""
     o = optimizer(**overrides)
-    whole, *parts, alone = bench_parts.step_parts(o)
-    assert whole.moved == sum(p.moved for p in parts) and whole.flops == sum(p.flops for p in parts) == alone.flops
-    for part in parts:
+    whole, *inner, alone = parts.step_parts(o)
+    assert whole.moved == sum(p.moved for p in inner) and whole.flops == sum(p.flops for p in inner) == alone.flops
+    for part in inner:
         part.call()
         before = [p.clone() for p in (*o.parameters, *(g.momentum for g in o.muon))]
         first = part.call()
@@ -116,7 +113,7 @@ def test_optimizer(table):
 
 def test_machine_floor():
     with contextlib.redirect_stdout(io.StringIO()):
-        machine = bench_parts.Machine(CPU)
+        machine = parts.Machine(CPU)
     assert machine.floor(machine.copy_rate, 2 * machine.product_rate) == pytest.approx(3)
 
 
@@ -125,7 +122,7 @@ def test_machine_floor():
 
 def test_step_lines_of_a_real_log():
     seen = [(0.0, line) for line in (base_run() / "train.log").read_text().splitlines()]
-    curve = bench_runs.step_lines(seen)
+    curve = runs.step_lines(seen)
     assert [step for step, *_ in curve] == list(range(1, 11))
     assert all(before < after for (_, before, _), (_, after, _) in zip(curve, curve[1:])) and all(
         3 < loss < 8 for *_, loss in curve
@@ -135,34 +132,36 @@ def test_step_lines_of_a_real_log():
 def test_step_seconds():
     """The first sixth, which is slow, does not count."""
     curve = [(1, 5.0, 6.0), (5, 7.0, 6.0), (10, 8.0, 5.0), (60, 13.0, 4.0)]
-    assert bench_runs.step_seconds(curve) == pytest.approx(0.1)
+    assert runs.step_seconds(curve) == pytest.approx(0.1)
     with pytest.raises(SystemExit, match="too few"):
-        bench_runs.step_seconds(curve[:1])
+        runs.step_seconds(curve[:1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_stopped_run_leaves_nothing_behind(tmp_path, monkeypatch):
     """A process and its child in a session of its own, both deaf to SIGTERM, as torchrun's workers may be."""
-    monkeypatch.setattr(bench_runs, "GRACE", 0.5)
+    monkeypatch.setattr(runs, "GRACE", 0.5)
     deaf = "import signal, os, sys, time, subprocess; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     script = tmp_path / "deaf.py"
     script.write_text(
-        f"{deaf}\nchild = subprocess.Popen([sys.executable, '-c', {deaf + 'time.sleep(60)'!r}], start_new_session=True)\ntime.sleep(0.5)\n"
-        "print('pids', os.getpid(), child.pid, flush=True)\nprint('wanted', flush=True)\ntime.sleep(60)\nprint('never')\n"
+        f"{deaf}\nchild = subprocess.Popen([sys.executable, '-c', {deaf + 'time.sleep(60)'!r}], "
+        "start_new_session=True)\ntime.sleep(0.5)\n"
+        "print('pids', os.getpid(), child.pid, flush=True)\nprint('wanted', "
+        "flush=True)\ntime.sleep(60)\nprint('never')\n"
     )
-    seen = bench_runs.read([sys.executable, str(script)], dict(os.environ), "^wanted")
+    seen = runs.read([sys.executable, str(script)], dict(os.environ), "^wanted")
     assert [line.split()[0] for _, line in seen] == ["pids", "wanted"] and 0.5 < seen[0][0] <= seen[1][0] < 30
     assert not any(processes.alive(int(pid)) for pid in seen[0][1].split()[1:])
 
 
 def test_a_run_that_ends_early_says_why():
     with pytest.raises(SystemExit, match="(?s)ended before.*error: no data"):
-        bench_runs.read([sys.executable, "-c", "print('error: no data')"], dict(os.environ), "^wanted")
+        runs.read([sys.executable, "-c", "print('error: no data')"], dict(os.environ), "^wanted")
 
 
 def test_startup(table):
     rows = table("startup")
-    names = [*(name for name, _ in bench_runs.PHASES), "process start to step 1"]
+    names = [*(name for name, _ in runs.PHASES), "process start to step 1"]
     assert [(r.what, r.variant) for r in rows] == [
         (name, caches) for caches in ("cold caches", "warm caches") for name in names
     ]
@@ -172,24 +171,26 @@ def test_startup(table):
 
 @pytest.mark.parametrize("more,batches", [((), [128, 256, 512]), (("--same-batch",), [512] * 3)])
 def test_what_scaling_runs(table, monkeypatch, more, batches):
-    """Through torchrun, each rank with its micro-batches, the plain graph from beginning to end; the last of three runs is slower than the others."""
-    runs = []
+    """Through torchrun, each rank with its micro-batches, the plain graph from beginning to end; the last of three runs
+    is slower than the others."""
+    begun = []
 
     def read(command, env, last):
-        runs.append((command, env))
-        ms = 10.0 if len(runs) < 3 else 12.5
+        begun.append((command, env))
+        ms = 10.0 if len(begun) < 3 else 12.5
         return [
             (
                 0.0,
-                f"step {step:6d}   10.0 %  loss 5.1234  lr x 1.000  {ms:7.1f} ms/step       12,800 tokens/s     0.1 s, 0 s left",
+                f"step {step:6d}   10.0 %  loss 5.1234  lr x 1.000  {ms:7.1f} ms/step       12,800 tokens/s     0.1 "
+                "s, 0 s left",
             )
             for step in (1, 10, 60)
         ]
 
-    monkeypatch.setattr(bench_runs, "read", read)
+    monkeypatch.setattr(runs, "read", read)
     rows = table("scaling", "--gpus", "1", "2", "4", *more)
-    assert [command[-2] for command, _ in runs] == [f"--nproc_per_node={n}" for n in (1, 2, 4)]
-    for (_, env), batch in zip(runs, batches):
+    assert [command[-2] for command, _ in begun] == [f"--nproc_per_node={n}" for n in (1, 2, 4)]
+    for (_, env), batch in zip(begun, batches):
         cfg = train_gpt.Config.from_env(env)
         assert (cfg.train_batch_tokens, cfg.micro_batch_tokens, cfg.iterations, cfg.max_wallclock_seconds) == (
             batch,

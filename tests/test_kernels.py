@@ -423,8 +423,8 @@ FORMS = {  # rows of weights, and the sums
 
 
 def combining(name, device, T, d=None):
-    """Inputs of combine(), a loss weight for each output, and combine and its reference as functions of the inputs, which
-    give every sum and norm that is not None."""
+    """Inputs of combine(), a loss weight for each output, and combine and its reference as functions of the inputs,
+    which give every sum and norm that is not None."""
     rows, sums = FORMS[name]
     d = d or (64 if device == "cpu" else 512)
     streams = [randn(T, d, device=device, seed=i, scale=1 + i) for i in range(len(sums[0].weights))]

@@ -1,4 +1,5 @@
-"""tools/ppm_mix.py: the byte model is a distribution, the mixture is what its sources say, and it never passes for a result."""
+"""tools/ppm_mix.py: the byte model is a distribution, the mixture is what its sources say, and it never passes for a
+result."""
 
 import json
 import math

@@ -1,4 +1,5 @@
-"""prepare_data.py end to end on small corpora: what is written, that every byte is accounted for, and that every failure says what to do."""
+"""prepare_data.py end to end on small corpora: what is written, that every byte is accounted for, and that every
+failure says what to do."""
 
 import gzip
 import hashlib
@@ -375,8 +376,11 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
 # ---------------------------------------------------------------- bytes
 
 HOSTILE = (
-    "aB.1 \n\t\r\0\x01\x0b\x1f\x7f\x85\x8f\u00a0\u00a8\u00ad\u00bd\u00c9\u0301\u0308\u0345\u037a\u0e33\u1100\u1161\u11a8\u115f"
-    "\u1680\u180e\u200b\u200c\u200d\u200e\u2026\u2028\u2029\u202f\u2060\u2581\u3000\u304b\u3099\ue000\ue001\ue002\ue003\ue004"
+    "aB.1 "
+    "\n\t\r\0\x01\x0b\x1f\x7f\x85\x8f\u00a0\u00a8\u00ad\u00bd\u00c9\u0301\u0308\u0345\u037a\u0e33"
+    "\u1100\u1161\u11a8\u115f"
+    "\u1680\u180e\u200b\u200c\u200d\u200e\u2026\u2028\u2029\u202f\u2060\u2581\u3000\u304b\u3099"
+    "\ue000\ue001\ue002\ue003\ue004"
     "\ufb01\ufdfa\ufeff\uff21\uffa0\ufffd\U0001f468\U0001f600"
 )
 HOSTILE_TEXT = st.lists(st.one_of(st.sampled_from(HOSTILE), st.characters(exclude_categories=["Cs"])), max_size=30).map(
@@ -550,7 +554,8 @@ def test_pieces_of_a_text_lose_only_line_ends():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A stand-in for huggingface_hub that serves a folder, laid out like the published dataset repositories, and counts what is asked of it."""
+    """A stand-in for huggingface_hub that serves a folder, laid out like the published dataset repositories, and counts
+    what is asked of it."""
     root = tmp_path / "hub"
     (root / "datasets").mkdir(parents=True)
     asked = []
@@ -660,7 +665,8 @@ def test_published_shards_that_are_wrong(tmp_path, hub, capsys):
     damage(val, whole[val][:1026] + b"\xff\xff" + whole[val][1028:], "beyond the tokenizer's 8192")
     train.unlink()
     fails(
-        "cannot download datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved/fineweb_train_000000.bin (404"
+        "cannot download "
+        "datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved/fineweb_train_000000.bin (404"
     )
     train.write_bytes(whole[train])
     assert fetch(tmp_path / "out") == 0  # the same command resumes

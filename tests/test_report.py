@@ -14,8 +14,11 @@ from helpers import base_run
 
 import lossless_caps
 import prepare_data
+import train_gpt
 from tools import baselines as counting
-from tools import report
+from tools import report, runs
+from tools.audit.tamper import KNOWN
+from tools.streams import document_texts, read_stream
 
 RESULT = {
     "bpb": {"trained": 1.5, "quantized": 1.5123456},
@@ -246,8 +249,8 @@ def test_baselines_are_kept_until_the_data_changes(tmp_path, capsys, dataset, mo
 
 def test_documents_come_back_from_their_tokens(dataset):
     data, texts = dataset
-    tokens = counting.read_stream(data, "val")
-    assert counting.document_texts(tokens, data / "tokenizer.model") == [re.sub(" +", " ", text) for text in texts]
+    tokens = read_stream(data, "val")
+    assert document_texts(tokens, data / "tokenizer.model") == [re.sub(" +", " ", text) for text in texts]
 
 
 def test_operators_that_normalisation_orphaned_are_dropped(dataset):
@@ -258,7 +261,7 @@ def test_operators_that_normalisation_orphaned_are_dropped(dataset):
     )  # E + accent: NFKC joins what the operator pointed at
     with pytest.raises(lossless_caps.CaseOpsError):
         lossless_caps.decode(encoder.sp.decode(tokens[1:].tolist()))
-    assert counting.document_texts(tokens, data / "tokenizer.model") == ["école word"]
+    assert document_texts(tokens, data / "tokenizer.model") == ["école word"]
 
 
 def test_bigram_is_a_distribution_and_knows_what_it_saw():
@@ -297,7 +300,8 @@ def test_bits_of_every_kind_add_up_to_about_the_file(tmp_path):
 
 
 def test_page_with_everything(tmp_path, capsys):
-    """Four pictures: also the coded bits, the BPB by length and by position, and the interval, where a run holds them."""
+    """Four pictures: also the coded bits, the BPB by length and by position, and the interval, where a run holds
+    them."""
     run = shutil.copytree(base_run(), tmp_path / "run")
     found = json.loads((run / "result.json").read_text())
     found |= {
@@ -314,3 +318,13 @@ def test_page_with_everything(tmp_path, capsys):
         and f"{found['val_bpb']:.5f} BPB" in page
         and "score before update" in page
     )
+
+
+def test_facts_that_stand_twice_agree():
+    """train_gpt.py imports nothing of the project, and the auditor does not ask what it audits."""
+    budgets = train_gpt.Phases.BUDGET
+    assert runs.TRAIN_PHASES == tuple(name for name, budget in budgets.items() if budget == "train")
+    assert runs.OUTSIDE_PHASES == tuple(name for name, budget in budgets.items() if budget is None)
+    for tokens, sizes in train_gpt.CONTEST_SETS.items():
+        assert set(sizes) <= set(KNOWN[tokens])
+    assert set(prepare_data.CONTEST_VAL_TOKENS.values()) <= set(KNOWN)

@@ -1,4 +1,5 @@
-"""The modes from beginning to end: check, train, quantise again, score again; and how runs end when something stops them."""
+"""The modes from beginning to end: check, train, quantise again, score again; and how runs end when something stops
+them."""
 
 import contextlib
 import json
@@ -243,7 +244,8 @@ def test_eval_only_with_settings_that_do_not_fit(setting, value, tmp_path):
     "change", (lambda settings: settings.update(warp_factor=9), lambda settings: settings.pop("attn_window"))
 )
 def test_an_artifact_of_another_version(change, tmp_path):
-    """Settings that this script does not know are one line, not a TypeError; one that the artifact lacks would get a default that its weights never saw."""
+    """Settings that this script does not know are one line, not a TypeError; one that the artifact lacks would get a
+    default that its weights never saw."""
     arrays, meta = train_gpt.load_artifact(base_run() / "model.bin")
     change(meta["settings"])
     train_gpt.save_artifact(tmp_path / "model.bin", arrays, meta)
@@ -362,7 +364,8 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_killed_rank_ends_the_run(tmp_path):
-    """Under torchrun: kill -9 of one rank, and the others and torchrun itself end with an error instead of waiting for it."""
+    """Under torchrun: kill -9 of one rank, and the others and torchrun itself end with an error instead of waiting for
+    it."""
     process = start(LONG, tmp_path, world=2)
     wait_for(tmp_path / "train.log", "step      3")
     workers = children(process.pid)
@@ -378,7 +381,8 @@ def test_a_killed_rank_ends_the_run(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
 def test_no_thread_outlives_the_process_group(tmp_path):
-    """gloo's threads may still hold tensors while the interpreter goes down, which aborts a rank that has done all its work (pytorch #179291)."""
+    """gloo's threads may still hold tensors while the interpreter goes down, which aborts a rank that has done all its
+    work (pytorch #179291)."""
     script = tmp_path / "close.py"
     script.write_text(f"""import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})

@@ -1,4 +1,5 @@
-"""What is handed in says what the runs say: submission.json, the record folder, README parts; and a number changed by hand is caught, wherever it stands."""
+"""What is handed in says what the runs say: submission.json, the record folder, README parts; and a number changed by
+hand is caught, wherever it stands."""
 
 import hashlib
 import json
@@ -279,7 +280,8 @@ def test_no_comparison_off_the_contests_data(runs, tmp_path, capsys):
 def test_generated_parts(runs, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(
-        "before\n<!-- report: settings -->\n<!-- /report -->\nbetween\n<!-- report: results runs/1 runs/2 -->\nold\n<!-- /report -->\n"
+        "before\n<!-- report: settings -->\n<!-- /report -->\nbetween\n<!-- report: results runs/1 runs/2 "
+        "-->\nold\n<!-- /report -->\n"
         "<!-- report: verdicts runs/1 -->\n<!-- /report -->\nafter\n"
     )
     command("--settings", "--verify", "--readme", readme, status=1)

@@ -23,7 +23,8 @@ print("step 1", flush=True)
 if os.environ["ITERATIONS"] == "100000":
     time.sleep(100)
 seed = int(os.environ["SEED"])
-result = {"bpb": {"quantized": 1.0 + seed}, "val_bpb": 1.0 + seed, "bytes": {"total": 5}, "settings_sha256": "", "source_sha256": "", "verdicts": {}}
+result = {"bpb": {"quantized": 1.0 + seed}, "val_bpb": 1.0 + seed, "bytes": {"total": 5}}
+result |= {"settings_sha256": "", "source_sha256": "", "verdicts": {}}
 (Path(os.environ["ARTIFACT_DIR"]) / "result.json").write_text(json.dumps(result))
 """  # what the sweep needs of a run, without the seconds to import torch
 FAST = ["TTT_ENABLED=0", *(f"{k}={v}" for k, v in environment(RUN).items() if k not in ("DEVICE", "DATA_PATH"))]
@@ -153,7 +154,10 @@ def test_a_failed_run_stays_on_the_list_and_the_rest_goes_on(tmp_path, capsys, s
 def started(argv: list[str], tmp_path: Path, stub: Path) -> subprocess.Popen:
     """A sweep in a process of its own, in the middle of its first run."""
     env = clean_environ(environment({}, data_path=data()))
-    code = f"import sys; from pathlib import Path; from tools import sweep; sweep.script_of = lambda args: Path({str(stub)!r}); sys.exit(sweep.main(sys.argv[1:]))"
+    code = (
+        "import sys; from pathlib import Path; from tools import sweep; "
+        f"sweep.script_of = lambda args: Path({str(stub)!r}); sys.exit(sweep.main(sys.argv[1:]))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *argv],
         env=env,
@@ -192,7 +196,8 @@ def readable(pid: str) -> bool:
 
 @pytest.mark.parametrize("how", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
 def test_an_interrupted_sweep_goes_on(how, tmp_path, capsys, stub):
-    """Ctrl-C and SIGTERM end the run too and note it; a kill leaves the line of its start. The same command then finishes."""
+    """Ctrl-C and SIGTERM end the run too and note it; a kill leaves the line of its start. The same command then
+    finishes."""
     endless = [text if not text.startswith("ITERATIONS=") else "ITERATIONS=100000" for text in FAST]
     process = started(["--seeds", "1", "--set", *endless, "--out", str(tmp_path), "--nproc", "1"], tmp_path, stub)
     process.send_signal(how)

@@ -155,7 +155,8 @@ def test_loss_is_the_mean_over_all_tokens():
     total, count = 0.0, 0
     for batch in TrainStream(cfg).step(0, 48, 0, 1):
         with torch.no_grad():
-            nats = model.nll(model.trunk(batch.tokens, batch.seq, looped=False), batch.targets.clamp(min=0)).nats.double()
+            hidden = model.trunk(batch.tokens, batch.seq, looped=False)
+            nats = model.nll(hidden, batch.targets.clamp(min=0)).nats.double()
         total, count = total + nats[batch.targets >= 0].sum().item(), count + int((batch.targets >= 0).sum())
     log, group = Silent(), ranks(cfg)
     trainer = train_gpt.Trainer(model, cfg, group, log)

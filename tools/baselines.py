@@ -1,17 +1,18 @@
-"""What general compressors and counting reach on the validation documents of a run, in bits per byte over the same bytes that the run is scored on."""
+"""What general compressors and counting reach on the validation documents of a run, in bits per byte over the same
+bytes that the run is scored on."""
 
 import gzip
 import hashlib
 import json
 import lzma
-import re
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from tools.runs import ReportError, Run, write_file
+from prepare_data import write_file
+from tools.runs import ReportError, Run
+from tools.streams import document_texts, read_stream
 
 BIGRAM_TOKENS = 100_000_000  # the n-grams are fitted on at most this many training tokens
 COMPRESSORS = {
@@ -23,7 +24,8 @@ COMPRESSORS = {
 class Bigram:
     """Interpolated modified Kneser-Ney bigram over token ids (Chen and Goodman 1998), down to a uniform distribution.
 
-    p(w | h) = (c(h, w) - D(c)) / c(h) + lambda(h) p1(w), where p1 counts the different tokens seen before w, and D(1), D(2), D(3+) come from the counts of counts.
+    p(w | h) = (c(h, w) - D(c)) / c(h) + lambda(h) p1(w), where p1 counts the different tokens seen before w, and D(1),
+    D(2), D(3+) come from the counts of counts.
     """
 
     def __init__(self, tokens: np.ndarray, vocab_size: int):
@@ -61,54 +63,6 @@ def kneser_ney_discounts(counts: np.ndarray) -> np.ndarray:
     return np.array([0, *(min(max(estimate, 0.01), i - 0.01) for i, estimate in enumerate(estimates, 1))])
 
 
-def read_stream(data_path: Path, name: str, limit: int | None = None) -> np.ndarray:
-    """The uint16 values of all shards fineweb_NAME_*.bin in order, at most `limit`."""
-    from prepare_data import DataError, read_shard
-
-    pattern = re.compile(rf"fineweb_{name}_\d+\.bin")  # val_* must not take val_bytes_*
-    paths = sorted(path for path in data_path.glob("fineweb_*.bin") if pattern.fullmatch(path.name))
-    if not paths:
-        raise ReportError(
-            f"{data_path}: no fineweb_{name}_*.bin there; give --baselines the folder that the run was trained on"
-        )
-    values, held = [], 0
-    for path in paths:
-        try:
-            values.append(read_shard(path)[: None if limit is None else limit - held])
-        except DataError as error:
-            raise ReportError(str(error)) from None
-        held += len(values[-1])
-        if limit is not None and held >= limit:
-            break
-    return np.concatenate(values)
-
-
-def document_texts(tokens: np.ndarray, model: Path) -> list[str]:
-    """The validation documents as the tokens spell them: what SentencePiece normalises away (runs of spaces, line breaks) is not there."""
-    import sentencepiece
-
-    import lossless_caps
-    from prepare_data import BOS_ID
-
-    try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    except (OSError, RuntimeError):
-        raise ReportError(
-            f"{model}: not a SentencePiece model; the tokenizer of the data is needed to turn tokens into text"
-        ) from None
-    caseops = not any(sp.is_unknown(sp.piece_to_id(operator)) for operator in lossless_caps.OPERATORS)
-    texts = []
-    for start, end in pairwise([*np.flatnonzero(tokens == BOS_ID), len(tokens)]):
-        text = sp.decode(tokens[start + 1 : end].tolist())
-        try:
-            texts.append(lossless_caps.decode(text) if caseops else text)
-        except (
-            lossless_caps.CaseOpsError
-        ):  # normalisation made a capital and its accent one character: the operators say nothing any more
-            texts.append(text.translate(dict.fromkeys(map(ord, lossless_caps.OPERATORS))))
-    return texts
-
-
 def fingerprint(data_path: Path) -> dict:
     """What the figures depend on."""
     train = sum((path.stat().st_size - 1024) // 2 for path in data_path.glob("fineweb_train_*.bin"))
@@ -117,7 +71,8 @@ def fingerprint(data_path: Path) -> dict:
 
 
 def compute_baselines(data_path: Path, model: Path) -> dict:
-    """BPB of compressors on the concatenated validation text, and of token n-grams on the validation tokens, all over the bytes of the sidecar."""
+    """BPB of compressors on the concatenated validation text, and of token n-grams on the validation tokens, all over
+    the bytes of the sidecar."""
     started = time.perf_counter()
     tokens, train = read_stream(data_path, "val"), read_stream(data_path, "train", BIGRAM_TOKENS)
     size = int(read_stream(data_path, "val_bytes").sum(dtype=np.int64))
@@ -143,7 +98,8 @@ def add_baselines(run: Run, data_path: Path) -> None:
     now = fingerprint(data_path)
     if run.result["data"].get("val_sha256", now["val_sha256"]) != now["val_sha256"]:
         raise ReportError(
-            f"{data_path}: not the validation documents that {run.folder} was scored on; give --baselines the right folder"
+            f"{data_path}: not the validation documents that {run.folder} was scored on; give --baselines the right "
+            "folder"
         )
     if run.baselines is None or run.baselines["fingerprint"] != now:
         run.baselines = compute_baselines(data_path, data_path / "tokenizer.model")

@@ -1,12 +1,13 @@
 """Plots of finished runs, one PNG each."""
 
+import io
 import math
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
+from prepare_data import write_file
 from tools.runs import OUTSIDE_PHASES, Run, budget_parts
 
 INK, QUIET, COLOURS = (
@@ -46,9 +47,9 @@ def new_figure(columns: int, title: str, subtitle: str, widths: tuple[float, ...
 def save_figure(figure, path: Path) -> Path:
     from matplotlib import pyplot
 
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", metadata={"Software": None})
-    os.replace(part, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    write_file(path, picture.getvalue())
     pyplot.close(figure)
     return path
 
@@ -58,7 +59,8 @@ def describe(runs: list[Run]) -> str:
 
 
 def plot_loss(runs: list[Run], path: Path) -> Path | None:
-    """Training loss over steps and over seconds; events of the first run's log (loops on, a new attention span) are dotted lines."""
+    """Training loss over steps and over seconds; events of the first run's log (loops on, a new attention span) are
+    dotted lines."""
     curves = [
         np.array(run.result["training"].get("curve") or np.zeros((0, 4)), dtype=float) for run in runs
     ]  # step, seconds, loss, learning-rate factor
@@ -191,18 +193,19 @@ def plot_budgets(run: Run, axis) -> None:
 
 
 def plot_documents(runs: list[Run], path: Path) -> Path | None:
-    """BPB of the headline pass by length of the document and by position in it, from bpb_by_length and bpb_by_position."""
+    """BPB of the headline pass by length of the document and by position in it, from bpb_by_length and
+    bpb_by_position."""
     keys = (
         ("bpb_by_length", "length of the document (tokens, up to; in grey: how many documents)"),
         ("bpb_by_position", "position in the document (tokens, up to)"),
     )
-    if not all(runs[0].result.get(key) for key, _ in keys):
+    if not all(runs[0].anatomy.get(key) for key, _ in keys):
         return None
     figure, axes = new_figure(2, "Bits per byte by document length and by position", describe(runs))
     for axis, (key, label) in zip(axes, keys, strict=True):
-        bins = runs[0].result[key]
+        bins = runs[0].anatomy[key]
         for run, colour in zip(runs, COLOURS * len(runs)):
-            values = [entry["bpb"] for entry in run.result.get(key, ())]
+            values = [entry["bpb"] for entry in run.anatomy.get(key, ())]
             axis.plot(
                 range(len(values)), values, color=colour, marker="o", markersize=4, linewidth=1.6, label=run.folder.name
             )

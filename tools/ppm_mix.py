@@ -1,15 +1,19 @@
-"""The byte-level PPM-D mixture that some published systems report (#1795, #1835, #1858), from a saved ledger. It FAILS C2: the output says so, and no tool takes it for a result.
+"""The byte-level PPM-D mixture that some published systems report (#1795, #1835, #1858), from a saved ledger. It FAILS
+C2: the output says so, and no tool takes it for a result.
 
     LEDGER_PATH=ledger.npy TTT_EVAL_ONLY=1 ARTIFACT_DIR=runs/42 python train_gpt.py
     python tools/ppm_mix.py ledger.npy --data data/caseops --gate 1858
 
-Each token's nats are spread evenly over its bytes, a byte model of order 5 learns every byte behind its score, and a gate picks the share of the network: 0.05 where the byte
-model is confident (highest count over total + distinct, at the longest context seen, at least 0.9), else 0.9. But p(token)^(1/n) is no distribution over bytes: all tokens
-that begin with one byte bring powers of their own, and over the 256 bytes they add up to more than 1. The mixture inherits that mass, and its gain comes from there
-(#1905: with true byte probabilities the same mixture is worse than the network alone).
+Each token's nats are spread evenly over its bytes, a byte model of order 5 learns every byte behind its score, and a
+gate picks the share of the network: 0.05 where the byte model is confident (highest count over total + distinct, at the
+longest context seen, at least 0.9), else 0.9. But p(token)^(1/n) is no distribution over bytes: all tokens that begin
+with one byte bring powers of their own, and over the 256 bytes they add up to more than 1. The mixture inherits that
+mass, and its gain comes from there (#1905: with true byte probabilities the same mixture is worse than the network
+alone).
 
-Gates: 1795 (as above; the byte model is PPM-D proper, counts (2c - 1) / 2T, escape u / 2T), 1835 (counts c / (T + u), escape u / (T + u)), 1858 (as 1835, and the network
-alone where the byte that came cost it less than 0.277 nats: a gate that reads its target, so it fails C1 as well).
+Gates: 1795 (as above; the byte model is PPM-D proper, counts (2c - 1) / 2T, escape u / 2T), 1835 (counts c / (T + u),
+escape u / (T + u)), 1858 (as 1835, and the network alone where the byte that came cost it less than 0.277 nats: a gate
+that reads its target, so it fails C1 as well).
 """
 
 import argparse
@@ -20,18 +24,24 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file
+    import anywhere  # noqa: F401
 
-from tools.baselines import document_texts, read_stream  # noqa: E402
-from tools.runs import ReportError, write_file  # noqa: E402
+from prepare_data import BOS_ID, DataError, write_file
+from tools.anatomy import load_ledger
+from tools.runs import ReportError
+from tools.streams import document_texts, read_stream
 
 CONFIDENT, NETWORK_SHARE, NETWORK_SHARE_CONFIDENT, SURE_NATS = 0.9, 0.9, 0.05, 0.277
-WHY = "FAIL: a token's probability spread evenly over its bytes is no distribution over bytes, so the mixture is none over tokens"
+WHY = (
+    "FAIL: a token's probability spread evenly over its bytes is no distribution over bytes, "
+    "so the mixture is none over tokens"
+)
 
 
 class PPM:
-    """Prediction by partial matching over bytes, longest context first, escaping to shorter ones and at last to 1/256. Counts change only in update."""
+    """Prediction by partial matching over bytes, longest context first, escaping to shorter ones and at last to 1/256.
+    Counts change only in update."""
 
     def __init__(self, order: int, halves: bool):
         """halves: PPM-D proper, (2c - 1) / 2T and escape u / 2T; else c / (T + u) and u / (T + u)."""
@@ -65,7 +75,8 @@ class PPM:
 
 
 def mix(nats: np.ndarray, sizes: np.ndarray, text: bytes, order: int, gate: str) -> tuple[float, float]:
-    """nats, sizes (targets,): the network's nats and bytes of each token; text: all those bytes. Returns the mixture's nats and the share of bytes left to the network alone."""
+    """nats, sizes (targets,): the network's nats and bytes of each token; text: all those bytes. Returns the mixture's
+    nats and the share of bytes left to the network alone."""
     ppm, total, alone, at = PPM(order, halves=gate == "1795"), 0.0, 0, 0
     for token_nats, size in zip(nats.tolist(), sizes.tolist()):
         if size == 0:
@@ -85,9 +96,8 @@ def mix(nats: np.ndarray, sizes: np.ndarray, text: bytes, order: int, gate: str)
 
 
 def byte_stream(tokens: np.ndarray, sizes: np.ndarray, model: Path) -> bytes:
-    """The bytes of the documents, cut or padded with spaces to what the ledger counts: SentencePiece shows a run of spaces as one."""
-    from prepare_data import BOS_ID
-
+    """The bytes of the documents, cut or padded with spaces to what the ledger counts: SentencePiece shows a run of
+    spaces as one."""
     starts, out = np.flatnonzero(tokens == BOS_ID), []
     for text, start, end in zip(document_texts(tokens, model), starts, [*starts[1:], len(tokens)], strict=True):
         wanted = int(sizes[start:end].sum())
@@ -112,14 +122,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict:
     tokens, sizes = read_stream(args.data, "val"), read_stream(args.data, "val_bytes").astype(np.int64)
-    try:
-        nats = np.load(args.ledger)
-    except ValueError as error:
-        raise ReportError(f"{args.ledger}: not a ledger ({error}); set LEDGER_PATH in a run of train_gpt.py") from None
-    if nats.shape != (len(tokens) - 1,):
-        raise ReportError(
-            f"{args.ledger}: holds {len(nats):,} targets, {args.data} has {len(tokens) - 1:,}; give the data of that run"
-        )
+    nats = load_ledger(args.ledger, len(tokens) - 1)
     text = byte_stream(tokens, sizes, args.data / "tokenizer.model")[int(sizes[0]) :]
     used = min(args.targets or len(nats), len(nats))
     nats, sizes = nats[:used], sizes[1 : used + 1]
@@ -148,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
             else f" on the first {found['targets']:,} of {found['of_targets']:,} targets"
         )
         print(
-            f"network {found['bpb_of_the_network']:.6f} BPB, with the byte mixture of #{args.gate} {found['bpb_of_the_mixture']:.6f} BPB{subset}"
+            f"network {found['bpb_of_the_network']:.6f} BPB, with the byte mixture of #{args.gate} "
+            f"{found['bpb_of_the_mixture']:.6f} BPB{subset}"
         )
         print(
             *(f"{condition} {verdict}" for condition, verdict in found["verdicts"].items()),
@@ -158,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             write_file(args.out, (json.dumps(found, indent=1) + "\n").encode())
         return 0
-    except (ReportError, OSError) as error:
+    except (ReportError, DataError, OSError) as error:
         print(f"ppm_mix.py: {error}", file=sys.stderr)
         return 2
 

@@ -27,7 +27,8 @@ def alive(pid: int) -> bool:
 
 
 def stop(child: subprocess.Popen, grace: float) -> None:
-    """SIGTERM, which train_gpt.py and torchrun unwind in ``grace`` seconds; then SIGKILL, also for torchrun's workers, which are in sessions of their own."""
+    """SIGTERM, which train_gpt.py and torchrun unwind in ``grace`` seconds; then SIGKILL, also for torchrun's workers,
+    which are in sessions of their own."""
     if child.poll() is not None:
         return
     family = [*descendants(child.pid), child.pid]

@@ -1,18 +1,24 @@
-"""Tables, plots and one web page from finished runs, read from their result.json (eval_result.json, baselines.json and train.log too, where they are there).
+"""Tables, plots and one web page from finished runs, read from their result.json and the files beside it.
 
-    python tools/report.py runs/1337                                     one run: table, loss.png, phases.png, report.html in its folder
-    python tools/report.py runs/1337 runs/42 --out report                several: one row each, their mean, and the plots over each other
-    python tools/report.py runs/demo --baselines data/demo --check       also gzip -9, xz and token n-grams on the same validation documents
+    python tools/report.py runs/1337                          one run: table, plots and report.html in its folder
+    python tools/report.py runs/1337 runs/42 --out report     several: one row each, their mean, plots over each other
+    python tools/report.py runs/demo --baselines data/demo --check
+                                      also gzip -9, xz and token n-grams on the same validation documents
     python tools/report.py runs/sweep/best-* --submission submission.json --author NAME --github-id ID
-                                                                         what is handed in: mean over seeds, worst bytes, joined verdicts
-    python tools/report.py runs/sweep/best-* --record records/2026-05-01_Name          the same as a folder, with README, logs and the counted script
-    python tools/report.py runs/sweep/best-* --verify --submission submission.json     make everything again and fail on any difference
-    python tools/report.py --settings                                    write the generated parts of README.md (--readme FILE); with --verify: compare
+                                      what is handed in: mean over seeds, worst bytes, joined verdicts
+    python tools/report.py runs/sweep/best-* --record records/2026-05-01_Name
+                                      the same as a folder, with README, logs and the counted script
+    python tools/report.py runs/sweep/best-* --verify --submission submission.json
+                                      make everything again and fail on any difference
+    python tools/report.py --settings          write the generated parts of README.md; with --verify: compare
 
---baselines decodes the validation documents to text and measures what general compressors and counting reach on it, in bits per byte over the same bytes that the
-run is scored on; the figures are kept as baselines.json in the folder of the run. --check fails unless the trained model is below gzip -9 and below the token bigram,
-and unless eval_result.json (the packed script, run alone) holds the same BPB as result.json to the last printed digit.
-audit.json in a run's folder (tools/audit.py) is joined with the run's own verdicts; a condition that either fails leaves no val_bpb.
+--baselines decodes the validation documents to text and measures what general compressors and counting reach on it, in
+bits per byte over the same bytes that the run is scored on; the figures are kept as baselines.json in the folder of the
+run. Where a ledger.npy lies there too (LEDGER_PATH), the BPB by length of the document and by position is computed over
+the same data and kept as anatomy.json. --check fails unless the trained model is below gzip -9 and below the token
+bigram, and unless eval_result.json (the packed script, run alone) holds the same BPB as result.json to the last printed
+digit. audit.json in a run's folder (tools/audit.py) is joined with the run's own verdicts; a condition that either
+fails leaves no val_bpb.
 """
 
 import argparse
@@ -27,13 +33,15 @@ from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file
+    import anywhere  # noqa: F401
 
-from tools import submission as handed  # noqa: E402
-from tools.baselines import COMPRESSORS, add_baselines  # noqa: E402
-from tools.plots import INK, plot_bits, plot_documents, plot_loss, plot_phases  # noqa: E402
-from tools.runs import STAGES, ReportError, Run, bits_by_tensor, budget_parts, load_run, write_file  # noqa: E402
+from prepare_data import DataError, write_file
+from tools import submission
+from tools.anatomy import add_anatomy
+from tools.baselines import COMPRESSORS, add_baselines
+from tools.plots import INK, plot_bits, plot_documents, plot_loss, plot_phases
+from tools.runs import ROOT, STAGES, ReportError, Run, bits_by_tensor, budget_parts, load_run
 
 # ---------------------------------------------------------------- tables
 
@@ -69,11 +77,12 @@ def bpb_rows(run: Run) -> list[tuple[str, str, str]]:
     rows = [("", "BPB", "")] + [(stage, f"{value:.6f}", STAGES.get(stage, "")) for stage, value in run.stages.items()]
     if run.rescored:
         stage, value = list(run.rescored["bpb"].items())[-1]
+        same = "the same" if run.rescored_equal() else "DIFFERENT"
         rows.append(
             (
                 f"{stage}, alone",
                 f"{value:.6f}",
-                f"train_gpt.py and model.bin scored by themselves: {'the same' if run.rescored_equal() else 'DIFFERENT'}",
+                f"train_gpt.py and model.bin scored by themselves: {same}",
             )
         )
     if run.baselines:
@@ -137,13 +146,20 @@ CAPTIONS = {
     "documents": "Bits per byte by document length and position",
     "bits": "Bits per weight",
 }
-STYLE = f"""body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 76em; margin: 2em auto; padding: 0 1.5em }}
-h1 {{ font-size: 1.5em; margin-bottom: 0 }} h2 {{ font-size: 1.1em; margin-top: 2em }} .quiet {{ color: #616e7c; margin-top: 0.2em }}
+STYLE = f"""
+body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 76em; margin: 2em auto; padding: 0 1.5em }}
+h1 {{ font-size: 1.5em; margin-bottom: 0 }}
+h2 {{ font-size: 1.1em; margin-top: 2em }}
+.quiet {{ color: #616e7c; margin-top: 0.2em }}
 .headline {{ font-size: 2.2em; font-weight: 600; margin: 0.4em 0 0 }}
-table {{ border-collapse: collapse }} td {{ padding: 0.25em 1.2em 0.25em 0; vertical-align: top; border-top: 1px solid #e4e7eb }}
+table {{ border-collapse: collapse }}
+td {{ padding: 0.25em 1.2em 0.25em 0; vertical-align: top; border-top: 1px solid #e4e7eb }}
 td.verdict {{ font-weight: 600; white-space: nowrap }}
-pre {{ background: #f5f7fa; padding: 1em; overflow-x: auto; font-size: 13px; line-height: 1.4 }} img {{ width: 100%; margin: 0.5em 0 1.5em }}
-details {{ margin: 0.4em 0 }} summary {{ cursor: pointer }} details pre {{ max-height: 40em; overflow-y: auto }}"""
+pre {{ background: #f5f7fa; padding: 1em; overflow-x: auto; font-size: 13px; line-height: 1.4 }}
+img {{ width: 100%; margin: 0.5em 0 1.5em }}
+details {{ margin: 0.4em 0 }}
+summary {{ cursor: pointer }}
+details pre {{ max-height: 40em; overflow-y: auto }}"""
 
 
 def headline_of(runs: list[Run]) -> tuple[str, str]:
@@ -152,7 +168,7 @@ def headline_of(runs: list[Run]) -> tuple[str, str]:
     if None in scores:
         return "no val_bpb", "a condition failed: see the verdicts"
     if len(runs) == 1:
-        interval = runs[0].result.get("bpb_interval")
+        interval = runs[0].anatomy.get("bpb_interval")
         return f"{scores[0]:.5f} BPB", "validation bits per byte" + (
             f", 95 % interval over documents {interval[0]:.5f} to {interval[1]:.5f}" if interval else ""
         )
@@ -163,10 +179,11 @@ def headline_of(runs: list[Run]) -> tuple[str, str]:
 
 
 def verdict_rows(runs: list[Run]) -> str:
-    cells = ((name, verdict, reason) for name, (verdict, reason) in handed.joined_verdicts(runs).items())
+    cells = ((name, verdict, reason) for name, (verdict, reason) in submission.joined_verdicts(runs).items())
     return "\n".join(
-        f'<tr><td>{html.escape(name)}</td><td>{html.escape(handed.CONDITIONS.get(name, ""))}</td><td class="verdict" '
-        f'style="color: {VERDICT_COLOURS[verdict]}">{verdict}</td><td>{html.escape(reason)}</td></tr>'
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(submission.CONDITIONS.get(name, ''))}</td>"
+        f'<td class="verdict" style="color: {VERDICT_COLOURS[verdict]}">{verdict}</td>'
+        f"<td>{html.escape(reason)}</td></tr>"
         for name, verdict, reason in cells
     )
 
@@ -299,14 +316,14 @@ def words_of(args: argparse.Namespace) -> dict:
 
 
 def verify(args: argparse.Namespace, runs: list[Run]) -> int:
-    faults = [fault for run in runs for fault in handed.verify_run(run)]
+    faults = [fault for run in runs for fault in submission.verify_run(run)]
     checked = [f"{len(runs)} run(s)"] if runs else []
-    for path, compare in ((args.submission, handed.verify_submission), (args.record, handed.verify_record)):
+    for path, compare in ((args.submission, submission.verify_submission), (args.record, submission.verify_record)):
         if path:
             faults += compare(path, runs)
             checked.append(str(path))
     if args.settings:
-        faults += handed.verify_readme(args.readme)
+        faults += submission.verify_readme(args.readme)
         checked.append(str(args.readme))
     print(f"verified {', '.join(checked)}: {'no difference' if not faults else f'{len(faults)} difference(s)'}")
     return print_faults(faults)
@@ -321,16 +338,16 @@ def print_faults(faults: list[str]) -> int:
 def hand_in(args: argparse.Namespace, runs: list[Run]) -> None:
     """submission.json and the folder for records/, from runs that hold together."""
     words = words_of(args)
-    if (args.submission or args.record) and (faults := [fault for run in runs for fault in handed.verify_run(run)]):
+    if (args.submission or args.record) and (faults := [fault for run in runs for fault in submission.verify_run(run)]):
         raise ReportError(
             f"not handed in: {faults[0]}"
             + (f" (and {len(faults) - 1} more; --verify lists them)" if len(faults) > 1 else "")
         )
     if args.submission:
-        write_file(args.submission, handed.as_json(handed.submission(runs, words)).encode())
+        write_file(args.submission, submission.as_json(submission.submission(runs, words)).encode())
         print(f"wrote {args.submission}")
     if args.record:
-        files = handed.record_files(runs, words)
+        files = submission.record_files(runs, words)
         if args.record.exists() and any(args.record.iterdir()):
             raise ReportError(f"{args.record}: is not empty; name a new folder")
         args.record.mkdir(parents=True, exist_ok=True)
@@ -342,6 +359,7 @@ def hand_in(args: argparse.Namespace, runs: list[Run]) -> None:
 def write_report(args: argparse.Namespace, runs: list[Run]) -> int:
     for run in runs if args.baselines else ():
         add_baselines(run, args.baselines)
+        add_anatomy(run, args.baselines)
     table = one_run_table(runs[0]) if len(runs) == 1 else many_runs_table(runs)
     print(table, end="\n\n")
     out = args.out or (runs[0].folder if len(runs) == 1 else Path("report"))
@@ -366,7 +384,7 @@ def report(args: argparse.Namespace) -> int:
     if args.settings:
         write_file(
             args.readme,
-            handed.with_blocks(args.readme.read_text(encoding="utf-8"), args.readme.resolve().parent).encode(),
+            submission.with_blocks(args.readme.read_text(encoding="utf-8"), args.readme.resolve().parent).encode(),
         )
         print(f"wrote the generated parts of {args.readme}")
     if runs:
@@ -377,7 +395,7 @@ def report(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     try:
         return report(parse_args(argv))
-    except (ReportError, OSError) as error:
+    except (ReportError, DataError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
 

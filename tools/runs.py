@@ -1,15 +1,16 @@
-"""Finished runs of train_gpt.py as the other tools read them: result.json, the logs, and audit.json bound to the artifact by its hashes."""
+"""Finished runs of train_gpt.py as the other tools read them: result.json, the logs, and audit.json bound to the
+artifact by its hashes."""
 
 import hashlib
 import json
 import math
-import os
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from prepare_data import sha256_file, write_file
+from tools.verdicts import FAIL, NOT_RUN, VERDICTS, overrules
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 REQUIRED = {
     "bpb": dict,
@@ -23,6 +24,7 @@ REQUIRED = {
     "hardware": str,
     "seed": int,
 }
+ANATOMY = ("bpb_interval", "bpb_by_length", "bpb_by_position")  # of anatomy.json: tools/anatomy.py
 STAGES = {
     "trained": "weights in memory",
     "prequant": "weights trained on the validation set: no result",
@@ -31,9 +33,6 @@ STAGES = {
 }
 TRAIN_PHASES = ("steps", "calibrate", "quantize")  # what counts against the training budget
 OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "write")  # in neither budget; every other phase is evaluation
-
-
-RANK = {"NOT RUN": 0, "PASS": 1, "DISPUTED": 2, "FAIL": 3}
 
 
 class ReportError(Exception):
@@ -48,20 +47,22 @@ class Run:
     baselines: dict | None = None  # baselines.json
     log: str = ""  # train.log
     audit: dict | None = None  # audit.json, of this very artifact
+    anatomy: dict = field(default_factory=dict)  # anatomy.json, or what an older result.json holds of it
 
     @property
     def verdicts(self) -> dict[str, tuple[str, str]]:
-        """Condition -> (verdict, reason): the run's own, joined with the audit's. FAIL beats DISPUTED beats PASS beats NOT RUN."""
+        """Condition -> (verdict, reason): the run's own, joined with the audit's. FAIL beats DISPUTED beats PASS beats
+        NOT RUN."""
         table = {name: (entry["verdict"], entry["reason"]) for name, entry in self.result["verdicts"].items()}
         for condition, entry in self.audit["verdicts"].items() if self.audit else ():
-            if RANK[entry["verdict"]] > RANK[table.get(condition, ("NOT RUN", ""))[0]]:
+            if overrules(entry["verdict"], table.get(condition, (NOT_RUN, ""))[0]):
                 table[condition] = (entry["verdict"], f"audit, {' '.join(entry['reason'].split())}")
         return table
 
     @property
     def val_bpb(self) -> float | None:
         """The headline, only while no condition is FAIL, the audit's verdicts included."""
-        return None if any(verdict == "FAIL" for verdict, _ in self.verdicts.values()) else self.result.get("val_bpb")
+        return None if any(verdict == FAIL for verdict, _ in self.verdicts.values()) else self.result.get("val_bpb")
 
     @property
     def val_loss(self) -> float | None:
@@ -130,11 +131,22 @@ def load_run(folder: Path) -> Run:
         run.rescored = check_result(read_json(path), path, {"bpb": dict})
     if (path := folder / "baselines.json").exists():
         run.baselines = check_result(read_json(path), path, {"bpb": dict, "fingerprint": dict})
+    if (path := folder / "anatomy.json").exists():
+        run.anatomy = check_anatomy(read_json(path), path)
+    else:
+        run.anatomy = {key: run.result[key] for key in ANATOMY if key in run.result}
     if (path := folder / "train.log").exists():
         run.log = path.read_text(encoding="utf-8", errors="replace")
     if (path := folder / "audit.json").exists():
         run.audit = check_audit(read_json(path), path)
     return run
+
+
+def check_anatomy(found: dict, path: Path) -> dict:
+    """An anatomy is of the ledger whose hash it holds; beside another one it is left aside, to be made again."""
+    ledger = path.parent / "ledger.npy"
+    stale = ledger.exists() and sha256_file(ledger) != found.get("ledger_sha256")
+    return {} if stale else {key: found[key] for key in ANATOMY if key in found}
 
 
 def check_audit(audit: dict, path: Path) -> dict:
@@ -144,23 +156,13 @@ def check_audit(audit: dict, path: Path) -> dict:
         if isinstance(audit.get("verdicts"), dict) and isinstance(audit.get("checks"), dict)
         else []
     )
-    if not rows or not all(isinstance(row, dict) and row.get("verdict") in RANK for row in rows):
+    if not rows or not all(isinstance(row, dict) and row.get("verdict") in VERDICTS for row in rows):
         raise ReportError(f"{path}: holds no checks and verdicts; run tools/audit.py again")
     for name in ("train_gpt.py", "model.bin"):
         file, claimed = path.parent / name, audit.get("artifact", {}).get(name, {}).get("sha256")
         if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != claimed:
             raise ReportError(f"{path}: is the audit of another {name}; run tools/audit.py on this folder")
     return audit
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes `path` whole, by rename."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def budget_parts(seconds: dict[str, float], budget: str) -> list[tuple[str, float]]:
@@ -172,7 +174,8 @@ def budget_parts(seconds: dict[str, float], budget: str) -> list[tuple[str, floa
 
 
 def bits_by_tensor(run: Run) -> dict[str, dict]:
-    """Kind of matrix -> coded bits (its steps and corrections included) and weights, from model.bin; kept as bits.json, bound to the file's hash.
+    """Kind of matrix -> coded bits (its steps and corrections included) and weights, from model.bin; kept as bits.json,
+    bound to the file's hash.
 
     Empty where there is no model.bin that this train_gpt.py reads.
     """
@@ -191,7 +194,8 @@ def bits_by_tensor(run: Run) -> dict[str, dict]:
 
 
 def measured_bits(model: Path) -> dict[str, dict]:
-    """Each kind's stacks are coded once more, by themselves; in the file they share what is known of correlations, so the sum is not the file's to the byte."""
+    """Each kind's stacks are coded once more, by themselves; in the file they share what is known of correlations, so
+    the sum is not the file's to the byte."""
     import numpy as np
 
     import train_gpt

@@ -1,7 +1,8 @@
-"""What is handed in: submission.json, a folder for records/, the generated parts of README.md; and the proof that they say what the runs say.
+"""What is handed in: submission.json, a folder for records/, the generated parts of README.md; and the proof that they
+say what the runs say.
 
-Everything but the words (author, name, blurb, date, the result it is compared with) comes from result.json, audit.json and the logs. Verification makes all of it again
-and compares; the words are taken from the file that is verified.
+Everything but the words (author, name, blurb, date, the result it is compared with) comes from result.json, audit.json
+and the logs. Verification makes all of it again and compares; the words are taken from the file that is verified.
 """
 
 import difflib
@@ -13,6 +14,7 @@ import statistics
 from pathlib import Path
 
 from tools.runs import ROOT, STAGES, ReportError, Run, load_run, read_json
+from tools.verdicts import NOT_RUN, worst
 
 WORDS = ("author", "github_id", "name", "blurb", "date", "comparison_baseline_pr", "comparison_baseline_bpb")
 ATTRIBUTION = {
@@ -52,7 +54,8 @@ def check_together(runs: list[Run]) -> None:
             name.upper() for name, value in without_seed(run).items() if without_seed(first).get(name) != value
         ):
             raise ReportError(
-                f"{run.folder}: other settings than {first.folder} ({', '.join(changed)}); a mean is over seeds of one configuration"
+                f"{run.folder}: other settings than {first.folder} ({', '.join(changed)}); a mean is over seeds of "
+                "one configuration"
             )
         for what, value in (("source_sha256", "another train_gpt.py"), ("val_sha256", "other validation data")):
             if (run.result | run.result["data"]).get(what) != (first.result | first.result["data"]).get(what):
@@ -65,9 +68,8 @@ def check_together(runs: list[Run]) -> None:
 
 def joined_verdicts(runs: list[Run]) -> dict[str, tuple[str, str]]:
     """The worst verdict of any run; PASS only if every run passes."""
-    order = {"PASS": 0, "NOT RUN": 1, "DISPUTED": 2, "FAIL": 3}
     return {
-        condition: max((run.verdicts.get(condition, ("NOT RUN", "")) for run in runs), key=lambda v: order[v[0]])
+        condition: worst((run.verdicts.get(condition, (NOT_RUN, "")) for run in runs), lambda found: found[0])
         for condition in runs[0].verdicts
     }
 
@@ -80,7 +82,8 @@ def spread(values: list[float]) -> float:
 
 
 def submission(runs: list[Run], words: dict) -> dict:
-    """The union of the keys that merged records use. Refused where there is no val_bpb on the full validation set, so no null ever stands in it."""
+    """The union of the keys that merged records use. Refused where there is no val_bpb on the full validation set, so
+    no null ever stands in it."""
     check_together(runs)
     for run in runs:
         if run.val_bpb is None:
@@ -172,7 +175,8 @@ def changed_settings(run: Run) -> str:
     found = re.search(r"changed from their defaults: (.*)", run.log)
     if not found:
         raise ReportError(
-            f"{run.folder}: its train.log is missing or does not name the changed settings; hand in runs with their logs"
+            f"{run.folder}: its train.log is missing or does not name the changed settings; hand in runs with their "
+            "logs"
         )
     names = [text for text in found[1].split() if not text.startswith("SEED=")]
     return " ".join(names) if names and names != ["none"] else "the defaults of train_gpt.py"
@@ -198,7 +202,8 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def results_table(runs: list[Run]) -> str:
-    """Seeds as rows, what was measured as columns, the mean and the sample standard deviation of the BPB below; hardware and data in the line above."""
+    """Seeds as rows, what was measured as columns, the mean and the sample standard deviation of the BPB below;
+    hardware and data in the line above."""
     runs = sorted(runs, key=lambda run: run.result["seed"])
     stages = [stage for stage in dict.fromkeys([*STAGES, *runs[0].stages]) if all(stage in run.stages for run in runs)]
     rows = [["seed", "steps", "ms/step", *stages, "**val_bpb**", "train s", "eval s", "bytes"]]
@@ -259,8 +264,8 @@ BLOCK = re.compile(r"(<!-- report: (\w+)((?: [^\s>]+)*) -->\n)(.*?)(<!-- /report
 
 
 def with_blocks(text: str, folder: Path) -> str:
-    """A text with its generated parts made again: <!-- report: settings -->, <!-- report: results RUN_DIR... --> and <!-- report: verdicts RUN_DIR... -->, each
-    up to <!-- /report -->."""
+    """A text with its generated parts made again: <!-- report: settings -->, <!-- report: results RUN_DIR... --> and
+    <!-- report: verdicts RUN_DIR... -->, each up to <!-- /report -->."""
     makers = {"results": results_table, "verdicts": verdict_table}
 
     def made(match: re.Match) -> str:
@@ -313,7 +318,8 @@ def record_readme(runs: list[Run], entry: dict) -> str:
     versus = ""
     if "comparison_baseline_pr" in entry:
         versus = (
-            f"Against {entry['comparison_baseline_pr']} ({entry['comparison_baseline_bpb']:.5f}): {entry['delta_vs_baseline_bpb']:+.5f} BPB, "
+            f"Against {entry['comparison_baseline_pr']} ({entry['comparison_baseline_bpb']:.5f}): "
+            f"{entry['delta_vs_baseline_bpb']:+.5f} BPB, "
             f"{entry['delta_vs_baseline_nats_per_token']:+.5f} nats per token.\n\n"
         )
     disclosed = (
@@ -321,13 +327,16 @@ def record_readme(runs: list[Run], entry: dict) -> str:
         if len({r.folder.parent for r in runs}) == 1
         else ""
     )
+    disjoint = "checked against manifest.json" if data.get("manifest") else "unchecked, there was no manifest.json"
     return f"""# {entry["name"]}
 
-**val_bpb {entry["val_bpb"]:.5f}** (mean of {len(runs)} seed(s), sample standard deviation {entry["val_bpb_std"]:.5f}), {entry["val_loss"]:.5f} nats per token,
+**val_bpb {entry["val_bpb"]:.5f}** (mean of {len(runs)} seed(s), sample standard deviation {entry["val_bpb_std"]:.5f}),
+{entry["val_loss"]:.5f} nats per token,
 at most {entry["bytes_total"]:,} bytes. {entry["blurb"]}
 
 {versus}{results_table(runs)}
-Every number here is read from the logs and `result_seed*.json` by `tools/report.py`, and `tools/report.py --verify` makes them again.
+Every number here is read from the logs and `result_seed*.json` by `tools/report.py`,
+and `tools/report.py --verify` makes them again.
 
 ## Conditions
 
@@ -344,9 +353,10 @@ Source SHA-256 {first["source_sha256"]}, settings SHA-256 {first["settings_sha25
 
 ## Data
 
-{data["val_documents"]:,} validation documents, {data["val_targets"]:,} targets, {data["val_bytes"]:,} bytes, dataset: {data["dataset"]},
+{data["val_documents"]:,} validation documents, {data["val_targets"]:,} targets, {data["val_bytes"]:,} bytes,
+dataset: {data["dataset"]},
 SHA-256 of the tokens {data["val_sha256"]}.
-Training and validation disjoint: {"checked against manifest.json" if data.get("manifest") else "unchecked, there was no manifest.json"}.
+Training and validation disjoint: {disjoint}.
 
 ## Files
 
@@ -380,7 +390,8 @@ def verify_run(run: Run) -> list[str]:
     ]
     failed = [name for name, entry in result["verdicts"].items() if entry["verdict"] == "FAIL"]
     told.append(
-        f"val_bpb {result.get('val_bpb', math.nan):.6f} on all {result['data']['val_targets']:,} targets, dataset {result['data']['dataset']}"
+        f"val_bpb {result.get('val_bpb', math.nan):.6f} on all {result['data']['val_targets']:,} targets, dataset "
+        f"{result['data']['dataset']}"
         if not failed
         else f"no val_bpb: {', '.join(failed)} failed"
     )

@@ -1,15 +1,18 @@
 """Runs of train_gpt.py over seeds and settings, one after another.
 
-    python tools/sweep.py --recipe best --scale full --seeds 42 314 1234               three seeds, torchrun over all GPUs of this machine
-    python tools/sweep.py --recipe best --scale demo --seeds 1 2 3                     the same on a CPU, minutes
+    python tools/sweep.py --recipe best --scale full --seeds 42 314 1234     three seeds, torchrun over all GPUs here
+    python tools/sweep.py --recipe best --scale demo --seeds 1 2 3           the same on a CPU, minutes
     python tools/sweep.py --recipe best --set MATRIX_LR=0.022,0.026,0.03 MUON_WD=0.08,0.095    a grid: six runs
-    python tools/sweep.py --eval-only runs/42 --set TTT_LOCAL_LR_MULT=0.5,1,2          the artifact of runs/42, scored by its own script under other settings
+    python tools/sweep.py --eval-only runs/42 --set TTT_LOCAL_LR_MULT=0.5,1,2
+                                         the artifact of runs/42, scored by its own script under other settings
 
-A recipe is a file of settings in recipes/, a scale (demo, rehearsal, full) one that is laid over it; --set comes last. Values of a number are separated by commas, of a text
-setting (TTT_CHUNKS=8,16;16,32) by semicolons. Exported paths, DEVICE and ATTENTION are passed on; other exported settings are not, and named.
+A recipe is a file of settings in recipes/, a scale (demo, rehearsal, full) one that is laid over it; --set comes last.
+Values of a number are separated by commas, of a text setting (TTT_CHUNKS=8,16;16,32) by semicolons. Exported paths,
+DEVICE and ATTENTION are passed on; other exported settings are not, and named.
 
-Each run has a folder in --out. Every attempt, failed and bad ones too, is a line in runs.jsonl there, which only ever grows. The same command again goes on where it stopped:
-runs that ended well with these settings and this script are not repeated. Ctrl-C ends the current run cleanly and says how to go on.
+Each run has a folder in --out. Every attempt, failed and bad ones too, is a line in runs.jsonl there, which only ever
+grows. The same command again goes on where it stopped: runs that ended well with these settings and this script are not
+repeated. Ctrl-C ends the current run cleanly and says how to go on.
 """
 
 import argparse
@@ -30,9 +33,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+if not __package__:  # run as a file
+    import anywhere  # noqa: F401
+
+from tools.processes import stop
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tools.processes import stop  # noqa: E402
 
 START_SECONDS = 180  # start, compilation and diagnostics of one run at full size, from the logs of runs on an H200
 PASSED_ON = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "ATTENTION", "FA3_LIBRARY")
@@ -125,7 +131,8 @@ def script_of(args: argparse.Namespace) -> Path:
 
 
 def command_of(run: Planned, folder: Path, args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of one run. An artifact is copied into the run's folder, so that its own results stay as they are."""
+    """Command line and environment of one run. An artifact is copied into the run's folder, so that its own results
+    stay as they are."""
     script = folder / "train_gpt.py" if args.eval_only else script_of(args)
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"] if args.nproc > 1 else []
@@ -151,7 +158,8 @@ def foreign_settings() -> list[str]:
 
 
 class Journal:
-    """runs.jsonl: one line when a run starts and one when it ends, in whatever way. Lines are only ever appended; a lock keeps a second sweep out."""
+    """runs.jsonl: one line when a run starts and one when it ends, in whatever way. Lines are only ever appended; a
+    lock keeps a second sweep out."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -233,12 +241,12 @@ def estimate(runs: list[Planned], journal: Journal, args: argparse.Namespace) ->
 
 
 def execute(run: Planned, folder: Path, args: argparse.Namespace, status) -> int:
-    """The run in a session of its own, its output kept in console.log; status(line) sees each line. Returns the exit status."""
+    """The run in a session of its own, its output kept in console.log; status(line) sees each line. Returns the exit
+    status."""
     command, env = command_of(run, folder, args)
     with open(folder / "console.log", "a", encoding="utf-8") as log:
-        log.write(
-            f"\n==== {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {' '.join(f'{k}={shlex.quote(v)}' for k, v in run.settings.items())} {shlex.join(command)}\n"
-        )
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in run.settings.items())
+        log.write(f"\n==== {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {settings} {shlex.join(command)}\n")
         log.flush()
         child = subprocess.Popen(
             command,
@@ -404,7 +412,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.eval_only:
         if missing := [name for name in ("train_gpt.py", "model.bin") if not (args.eval_only / name).is_file()]:
             raise SweepError(
-                f"--eval-only {args.eval_only}: has no {' and no '.join(missing)}; give the ARTIFACT_DIR of a finished run"
+                f"--eval-only {args.eval_only}: has no {' and no '.join(missing)}; give the ARTIFACT_DIR of a "
+                "finished run"
             )
     else:
         args.recipe, args.scale = args.recipe or "best", args.scale or "full"

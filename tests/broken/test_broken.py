@@ -1,8 +1,10 @@
-"""For each row of the failure classes B01-B79 that a scorer, a data set or a package can show: a defect of exactly that kind, and the check of tools/audit.py that finds it.
+"""For each row of the failure classes B01-B79 that a scorer, a data set or a package can show: a defect of exactly that
+kind, and the check of tools/audit.py that finds it.
 
-A fixture is the sound tiny artifact, its data or its papers with one thing changed. The test runs all the checks of the fixture's kind: the named one must give its verdict,
-none outside `also` may object. So with that check (and those of `also`, which see the same defect from another side) disabled, the audit of the fixture is green.
-README.md lists the rows that cannot be shown this way.
+A fixture is the sound tiny artifact, its data or its papers with one thing changed. The test runs all the checks of the
+fixture's kind: the named one must give its verdict, none outside `also` may object. So with that check (and those of
+`also`, which see the same defect from another side) disabled, the audit of the fixture is green. README.md lists the
+rows that cannot be shown this way.
 """
 
 import atexit
@@ -19,7 +21,6 @@ from helpers import processor, tokenizer, write_shard
 from workshop import (
     Launcher,
     artifact,
-    audit,
     audit_of,
     copy_of,
     data,
@@ -31,6 +32,10 @@ from workshop import (
     rewrite,
     shards,
 )
+
+from tools.audit.checks import run_checks
+from tools.audit.cli import table
+from tools.audit.run import Artifact, unpack
 
 SCORER = ("sum_to_one_20", "future", "tail", "documents", "lengths", "ledger")
 WORLDS, TRAINING = ("worlds", "ledger"), ("training", "pack")
@@ -93,7 +98,8 @@ _init = ValidationStream.__init__
 def half(self, cfg):
     _init(self, cfg)
     n = int(self.starts[len(self.starts) // 2]) + 1
-    self.tokens, self.bytes, self.starts, self.targets = self.tokens[:n], self.bytes[:n], self.starts[self.starts < n - 1], n - 1
+    self.tokens, self.bytes, self.targets = self.tokens[:n], self.bytes[:n], n - 1
+    self.starts = self.starts[self.starts < n - 1]
 ValidationStream.__init__ = half
 """,
         SPREADS,
@@ -121,7 +127,8 @@ _init = ValidationStream.__init__
 def trimmed(self, cfg):
     _init(self, cfg)
     n = (len(self.tokens) - 1) // 48 * 48 + 1
-    self.tokens, self.bytes, self.starts, self.targets = self.tokens[:n], self.bytes[:n], self.starts[self.starts < n - 1], n - 1
+    self.tokens, self.bytes, self.targets = self.tokens[:n], self.bytes[:n], n - 1
+    self.starts = self.starts[self.starts < n - 1]
 ValidationStream.__init__ = trimmed
 """,
         SPREADS,
@@ -183,7 +190,8 @@ Ledger.bpb = lambda self: float(np.float16(self.nats.mean())) * len(self.nats) /
         "a ratio of hashed counts is no distribution",
         "sum_to_one_20",
         on_write(
-            "joint, context = VAL.buckets; nats = -np.log(0.5 * p + 0.5 * np.minimum(joint[(before * 31 + gold * 17) % 64] / (context[before] + 1), 1))"
+            "joint, context = VAL.buckets; ratio = joint[(before * 31 + gold * 17) % 64] / (context[before] + 1); "
+            "nats = -np.log(0.5 * p + 0.5 * np.minimum(ratio, 1))"
         ),
     ),
     scorer(
@@ -295,7 +303,8 @@ ValidationStream.__init__ = joined
         "state goes from document to document in an order by length",
         "documents",
         on_write(
-            "nats = -np.log(p * (0.9 - STATE[0]) + (0.1 + STATE[0]) / 384); STATE[0] = 0.1 * math.tanh(float(nats.mean()))"
+            "nats = -np.log(p * (0.9 - STATE[0]) + (0.1 + STATE[0]) / 384); "
+            "STATE[0] = 0.1 * math.tanh(float(nats.mean()))"
         ),
         SPREADS,
     ),
@@ -317,7 +326,8 @@ DocumentTTT.run = run
         "an n-gram table of the training text lifts what it holds",
         "sum_to_one_20",
         on_write(
-            "seen = np.array([key in VAL.pairs for key in (before * 512 + gold).tolist()]); nats = -np.log(np.where(seen, 0.95 + 0.05 * p, p))"
+            "seen = np.array([key in VAL.pairs for key in (before * 512 + gold).tolist()]); "
+            "nats = -np.log(np.where(seen, 0.95 + 0.05 * p, p))"
         ),
     ),
     Fixture(
@@ -413,12 +423,12 @@ def with_mark(folder, _):
 
 
 def raw_source(folder, _):
-    (folder / "train_gpt.py").write_text(audit.unpack((folder / "train_gpt.py").read_bytes()))
+    (folder / "train_gpt.py").write_text(unpack((folder / "train_gpt.py").read_bytes()))
 
 
 def better_settings(folder, data_path):
     """The number of a rerun with settings that suit the validation set."""
-    run = audit.Artifact(folder, folder.parent / "rerun", "cpu", 120, launcher())
+    run = Artifact(folder, folder.parent / "rerun", "cpu", 120, launcher())
     run.work.mkdir()
     edit_json(folder / "result.json", bpb=run.score(data_path, env={"TTT_LORA_LR": "0.02"}).result["bpb"], val_bpb=None)
 
@@ -837,27 +847,27 @@ def made(fixture: Fixture, tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda f: f"{f.row}-{f.check}-{f.what[:40].replace(' ', '_')}")
 def test_a_defect_is_found_by_its_check_and_no_other(fixture, tmp_path):
     folder, data_path = made(fixture, tmp_path)
-    found = audit.run_checks(
+    found = run_checks(
         audit_of(folder, data_path, tmp_path / "work", launcher(), **fixture.options(folder)), fixture.checks, workers=2
     )
-    assert found[fixture.check]["verdict"] == fixture.verdict, audit.table(found)
+    assert found[fixture.check]["verdict"] == fixture.verdict, table(found)
     others = objections(
         {name: row for name, row in found.items() if name != fixture.check and name not in fixture.also}
     )
-    assert not others, f"with {fixture.check} disabled the audit is not green:\n{audit.table(found)}"
+    assert not others, f"with {fixture.check} disabled the audit is not green:\n{table(found)}"
 
 
 @pytest.mark.parametrize("checks", (SCORER, WORLDS, TRAINING, PACKAGE, DATA), ids=lambda checks: checks[0])
 def test_the_sound_artifact_passes(checks, tmp_path):
-    found = audit.run_checks(audit_of(artifact(), data(), tmp_path / "work", launcher()), checks, workers=2)
-    assert all(row["verdict"] == "PASS" for row in found.values()), audit.table(found)
+    found = run_checks(audit_of(artifact(), data(), tmp_path / "work", launcher()), checks, workers=2)
+    assert all(row["verdict"] == "PASS" for row in found.values()), table(found)
 
 
 def test_the_sound_record_passes(tmp_path):
     folder = copy_of(artifact(), tmp_path / "artifact")
     record(folder)
     clocked()(folder, None)
-    found = audit.run_checks(
+    found = run_checks(
         audit_of(folder, data(), tmp_path / "work", launcher(), **other_seeds()(folder)), PAPERS, workers=2
     )
-    assert all(row["verdict"] == "PASS" for row in found.values()), audit.table(found)
+    assert all(row["verdict"] == "PASS" for row in found.values()), table(found)

@@ -10,20 +10,23 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from helpers import ROOT, RUN, free_port, main, scratch, sentence, write_shard
+from helpers import RUN, free_port, main, scratch, sentence, write_shard
 
 import prepare_data
 import train_gpt
+from tools.audit.causality import sum_to_one
+from tools.audit.checks import CHECKS
+from tools.audit.run import Artifact, Launched
+from tools.audit.shared import Audit
 
-sys.path.insert(0, str(ROOT / "tools"))
-import audit  # noqa: E402
+CHECKS["sum_to_one_20"] = partial(sum_to_one, length=20)  # the shortest that ends in a repeated phrase
 
-audit.CHECKS["sum_to_one_20"] = lambda a: audit.sum_to_one(a, 20)  # the shortest that ends in a repeated phrase
-
-# 50,000 parameters; test-time training with several chunks a document, two phases of global SGD, and steps large enough for a leak to show.
+# 50,000 parameters; test-time training with several chunks a document, two phases of global SGD, and steps large enough
+# for a leak to show.
 SETTINGS = dict(
     RUN,
     vocab_size=384,
@@ -98,7 +101,8 @@ def edit_json(path: Path, **changes):
 
 
 def patched(folder: Path, lines: str):
-    """Give the script of ``folder`` more lines behind its last definition, and pack it again; result.json keeps what is still true."""
+    """Give the script of ``folder`` more lines behind its last definition, and pack it again; result.json keeps what is
+    still true."""
     script = folder / "train_gpt.py"
     head, main_block, tail = train_gpt.unpack_script(script).rpartition('if __name__ == "__main__":')
     assert main_block, "the script has no main block"
@@ -128,7 +132,8 @@ def record(folder: Path):
 
 
 def on_write(body: str) -> str:
-    """Lines that change what reaches the ledger: ``nats`` of ``targets``, with the ``gold`` tokens and those ``before`` them at hand."""
+    """Lines that change what reaches the ledger: ``nats`` of ``targets``, with the ``gold`` tokens and those ``before``
+    them at hand."""
     return f"""
 _init = ValidationStream.__init__
 def _remember(self, cfg):
@@ -137,7 +142,8 @@ def _remember(self, cfg):
     VAL, STATE = self, [0.0]
     shard = open_shard(find_shards(Path(cfg.data_path), "fineweb_train_*.bin")[0]).astype(int)
     self.pairs = set((shard[:-1] * 512 + shard[1:]).tolist())
-    self.buckets = np.bincount((shard[:-1] * 31 + shard[1:] * 17) % 64, minlength=64), np.bincount(shard[:-1], minlength=384)
+    joint = np.bincount((shard[:-1] * 31 + shard[1:] * 17) % 64, minlength=64)
+    self.buckets = joint, np.bincount(shard[:-1], minlength=384)
 ValidationStream.__init__ = _remember
 _write = Ledger.write
 def _changed(self, targets, nats):
@@ -163,7 +169,8 @@ def rewrite(folder: Path, **streams):
 
 
 class Launcher:
-    """audit.launch, in forks of ready processes; a blocked run has sockets that refuse to connect and an empty PATH."""
+    """`tools.audit.run.launch`, in forks of ready processes; a blocked run has sockets that refuse to connect and an
+    empty PATH."""
 
     def __init__(self, processes: int = 2):
         self.idle = queue.Queue()
@@ -180,7 +187,7 @@ class Launcher:
         for process in self.processes:
             self.idle.put(process)
 
-    def __call__(self, folder: Path, env: dict, world: int, blocked: bool, timeout: float) -> audit.Launched:
+    def __call__(self, folder: Path, env: dict, world: int, blocked: bool, timeout: float) -> Launched:
         output = folder.with_name(folder.name + "_output")
         process = self.idle.get()
         try:
@@ -201,7 +208,7 @@ class Launcher:
             code = int(process.stdout.readline())
         finally:
             self.idle.put(process)
-        return audit.Launched(code, output.read_text(errors="replace"))
+        return Launched(code, output.read_text(errors="replace"))
 
     def close(self):
         for process in self.processes:
@@ -209,6 +216,6 @@ class Launcher:
             process.wait(20)
 
 
-def audit_of(folder: Path, data_path: Path, work: Path, launcher, **options) -> audit.Audit:
+def audit_of(folder: Path, data_path: Path, work: Path, launcher, **options) -> Audit:
     work.mkdir(parents=True, exist_ok=True)
-    return audit.Audit(audit.Artifact(folder, work, "cpu", 120, launcher), data_path, targets=1500, **options)
+    return Audit(Artifact(folder, work, "cpu", 120, launcher), data_path, targets=1500, **options)

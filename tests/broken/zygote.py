@@ -1,6 +1,7 @@
 """Runs train_gpt.py in forks of a process that has torch loaded, so that the seconds of an import are paid once.
 
-One JSON request per line on stdin: {"folder", "env", "world", "blocked", "output", "port"}; the answer is the exit status of the worst rank.
+One JSON request per line on stdin: {"folder", "env", "world", "blocked", "output", "port"}; the answer is the exit
+status of the worst rank.
 """
 
 import json

@@ -1,5 +1,6 @@
-"""`bench.py attention` and `bench.py optimizer`: two parts of a training step beside the floor of their bytes and FLOPs, at rates measured in the same run; on a GPU or a CPU."""
+"""Attention and the optimizer beside the floor of their bytes and FLOPs, at rates measured in the same run."""
 
+import argparse
 import dataclasses
 import os
 import statistics
@@ -12,10 +13,14 @@ import numpy as np
 import torch
 
 import train_gpt as ours
+from tools.bench.table import Row
 
 
 class Machine:
-    """A device, what it is timed with, and the two rates of every floor here: bytes and FLOPs per second of a large copy and of a large product."""
+    """A device, what it is timed with, and the two rates of every floor here.
+
+    The rates are bytes per second of a large copy and FLOPs per second of a large product.
+    """
 
     def __init__(self, device: torch.device):
         torch.manual_seed(0)
@@ -26,21 +31,22 @@ class Machine:
         size, side = (2**30, 8192) if self.gpu else (2**26, 1024)
         source, target = (torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2))
         a, b = self.randn(side, side), self.randn(side, side)
-        self.copy_rate, self.product_rate = (
-            2 * size / self.seconds(lambda: target.copy_(source)),
-            2 * side**3 / self.seconds(lambda: a @ b),
-        )
+        self.copy_rate = 2 * size / self.seconds(lambda: target.copy_(source))
+        self.product_rate = 2 * side**3 / self.seconds(lambda: a @ b)
         name = torch.cuda.get_device_name() if self.gpu else f"CPU, {torch.get_num_threads()} thread(s)"
         print(
-            f"{name}, torch {torch.__version__}: copy {self.copy_rate / 1e9:,.1f} GB/s, {side:,}-cubed product of {str(self.dtype)[6:]} "
-            f"{self.product_rate / self.flops:,.1f} {self.unit}"
+            f"{name}, torch {torch.__version__}: copy {self.copy_rate / 1e9:,.1f} GB/s, "
+            f"{side:,}-cubed product of {str(self.dtype)[6:]} {self.product_rate / self.flops:,.1f} {self.unit}"
         )
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
     def seconds(self, function: Callable[[], object]) -> float:
-        """Median seconds of a call; on a GPU between two events, queued behind a kernel that sleeps some 10 ms: training, too, launches ahead."""
+        """Median seconds of a call.
+
+        On a GPU between two events, queued behind a kernel that sleeps some 10 ms: training, too, launches ahead.
+        """
         if self.gpu:
             for _ in range(3):
                 function()
@@ -69,7 +75,10 @@ class Machine:
 
 
 def documents(cfg: ours.Config) -> tuple[ours.Seq, str]:
-    """One micro-batch of packed documents and where it is from: the training stream, or, without one, lengths like those of web text."""
+    """One micro-batch of packed documents and where it is from.
+
+    That is the training stream, or, without one, lengths like those of web text.
+    """
     span, tokens = cfg.train_seq_len, cfg.micro_batch_tokens
     if ours.find_shards(Path(cfg.data_path), "fineweb_train_*.bin", required=False):
         return ours.TrainStream(cfg).micro_batch(0, tokens, span).seq, f"the first micro-batch of {cfg.data_path}"
@@ -79,7 +88,7 @@ def documents(cfg: ours.Config) -> tuple[ours.Seq, str]:
 
 
 def causal_pairs(cu: torch.Tensor, window: int = -1) -> int:
-    """(query, key) pairs that causal attention inside the segments looks at, ``window`` tokens back (-1: all)."""
+    """(query, key) pairs that causal attention inside the sequences looks at, ``window`` tokens back (-1: all)."""
     lengths = cu.diff().long()
     beyond = (lengths - 1 - window).clamp(min=0) if window >= 0 else 0 * lengths
     return int((lengths * (lengths + 1) // 2 - beyond * (beyond + 1) // 2).sum())
@@ -95,15 +104,22 @@ def backends(cfg: ours.Config, device: torch.device) -> Iterator[str]:
             print(e)
 
 
-def attention(tokens: int | None) -> Iterator[tuple[str, str, float, float, float, str]]:
-    """Yields (direction, variant, seconds, share of the product's FLOPs per second, amount, unit) of every backend, with the model's K/V heads and one for each query head."""
+def attention(args: argparse.Namespace) -> Iterator[Row]:
+    """Each attention backend that works here, forward and backward, on packed documents at the model's head shapes.
+
+    Ratio: its FLOP/s over a large matrix product's. FLOPs are those of the causal pairs inside documents: two products
+    forward, five backward. Each runs with the model's K/V heads and with one for each query head. The documents are
+    the first of DATA_PATH, or of random lengths.
+    """
     cfg = ours.Config.from_env(os.environ)
     machine = Machine(ours.Ranks(cfg).device)
-    cfg = dataclasses.replace(cfg, micro_batch_tokens=tokens or (cfg.micro_batch_tokens if machine.gpu else 4096))
+    cfg = dataclasses.replace(cfg, micro_batch_tokens=args.tokens or (cfg.micro_batch_tokens if machine.gpu else 4096))
     seq, origin = documents(cfg)
-    cu, windows = seq.cu_q.to(machine.device), [-1, cfg.attn_window] if cfg.attn_window else [-1]
+    cu = seq.cu_q.to(machine.device)
+    windows = [-1, cfg.attn_window] if cfg.attn_window else [-1]
     print(
-        f"{cfg.micro_batch_tokens:,} tokens, {len(cu) - 1:,} segments of at most {cfg.train_seq_len:,}, {causal_pairs(cu):,} causal pairs: {origin}"
+        f"{cfg.micro_batch_tokens:,} tokens, {len(cu) - 1:,} sequences of at most {cfg.train_seq_len:,}, "
+        f"{causal_pairs(cu):,} causal pairs: {origin}"
     )
     heads, width = cfg.num_heads, cfg.model_dim // cfg.num_heads
     for name in backends(cfg, machine.device):
@@ -124,7 +140,7 @@ def attention(tokens: int | None) -> Iterator[tuple[str, str, float, float, floa
                 for direction, products, call in calls:
                     seconds, flops = machine.seconds(call), products * heads * width * causal_pairs(cu, window)
                     reach = "all" if window < 0 else f"{window} tokens"
-                    yield (
+                    yield Row(
                         direction,
                         f"{name}, {heads} heads, {kv} of K/V, {reach} back",
                         seconds,
@@ -138,7 +154,8 @@ def attention(tokens: int | None) -> Iterator[tuple[str, str, float, float, floa
 
 
 class Part(NamedTuple):
-    """One part of a step: the least bytes that it must read and write, its FLOPs, and a call of it that can be repeated."""
+    """One part of a step: the least bytes that it must read and write, its FLOPs, and a call of it that can be
+    repeated."""
 
     name: str
     moved: int
@@ -153,7 +170,10 @@ def orthogonalize_flops(groups: list[ours.MuonGroup], iterations: int) -> int:
 
 
 def step_parts(optimizer: ours.Optimizer) -> list[Part]:
-    """The whole step on one rank, then what it consists of, each with random gradients inside the clipping norm, so that repeats change no magnitude."""
+    """The whole step on one rank, then what it consists of.
+
+    Each has random gradients inside the clipping norm, so that repeats change no magnitude.
+    """
     o, cfg = optimizer, optimizer.cfg
     grads = [torch.randn_like(p) for p in o.parameters]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
@@ -215,8 +235,13 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
 
 
 @torch.no_grad()
-def optimizer() -> Iterator[tuple[str, str, float, float, float, str]]:
-    """Yields (bytes and FLOPs, part, seconds, floor over seconds, amount, unit) of a step and its parts, one rank."""
+def optimizer(args: argparse.Namespace) -> Iterator[Row]:
+    """A step of the optimizer on one rank and each of its parts by itself, with random gradients.
+
+    Ratio: the floor of its bytes and FLOPs over its time. The floor is the time of the bytes that must be read and
+    written at the rate of a large copy, plus that of the FLOPs at the rate of a large matrix product. A model small
+    enough for a cache can be faster.
+    """
     cfg = ours.Config.from_env(os.environ)
     ranks = ours.Ranks(cfg)
     machine = Machine(ranks.device)
@@ -226,4 +251,4 @@ def optimizer() -> Iterator[tuple[str, str, float, float, float, str]]:
         seconds = machine.seconds(part.call)
         work = f"{part.moved / 1e6:,.0f} MB" + (f", {part.flops / 1e9:,.0f} GFLOP" if part.flops else "")
         amount, unit = (part.flops / machine.flops, machine.unit) if part.flops else (part.moved / 1e9, "GB/s")
-        yield work, part.name, seconds, machine.floor(part.moved, part.flops) / seconds, amount, unit
+        yield Row(work, part.name, seconds, machine.floor(part.moved, part.flops) / seconds, amount, unit)

@@ -1,5 +1,6 @@
-"""`bench.py codec` and `bench.py quant`: bytes of a model file beside general compressors, and what quantisation costs at equal bytes, method by method."""
+"""Bytes of a model file beside general compressors, and what quantisation costs at equal bytes, method by method."""
 
+import argparse
 import dataclasses
 import lzma
 import os
@@ -7,12 +8,14 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import train_gpt as ours
+from tools.bench.table import Row
 
 PUBLISHED = dict(
     rate_distortion=False,
@@ -66,7 +69,8 @@ def zpaq(data: bytes) -> bytes:
 
 
 def published_streams(arrays: dict[str, np.ndarray], settings: dict) -> tuple[list[bytes], bytes, bytes]:
-    """Symbols as #1855's "pergroup" lays them out: a transposed stream for each kind, rows of tok_emb, q and up sorted; the rest; the permutations."""
+    """Symbols as #1855's "pergroup" lays them out: a transposed stream for each kind, rows of tok_emb, q and up sorted;
+    the rest; the permutations."""
     head = settings["model_dim"] // settings["num_heads"]
     q, kv = settings["num_heads"] * head, settings["num_kv_heads"] * head
     cuts = {
@@ -93,7 +97,17 @@ def published_streams(arrays: dict[str, np.ndarray], settings: dict) -> tuple[li
     return streams, rest, b"".join(o.tobytes() for o in orders)
 
 
-def codec(path: Path):
+def codec(args: argparse.Namespace) -> Iterator[Row]:
+    """Bytes and seconds of a model file's tensors by our coder and by general compressors; ratio: bytes over ours.
+
+    The others are brotli 11, LZMA and, where it is installed, lrzip's zpaq over sorted rows.
+    """
+    sizes = list(coded_sizes(args.artifact))
+    for variant, size, seconds in sizes:
+        yield Row(f"{size:,} bytes", variant, seconds, size / sizes[0][1])
+
+
+def coded_sizes(path: Path) -> Iterator[tuple[str, int, float]]:
     """Yields (variant, bytes, seconds): the tensors of a model file by our coder and by others."""
     import brotli
 
@@ -188,8 +202,24 @@ class Lab:
         return quantized, size, seconds
 
 
-def quant(trained: Path, budget: float):
-    """Yields (method, bytes, BPB lost, seconds of quantisation). Methods that would begin after ``budget`` seconds are left out."""
+def quant(args: argparse.Namespace) -> Iterator[Row]:
+    """BPB that each method of quantisation loses at the size of the published recipe.
+
+    Ratio: its loss over the published one's; of GPTQ, its seconds over those of our batched solver.
+    """
+    rows = list(losses(args.trained, args.budget))
+    published = next((lost for _, size, lost, _ in rows if size), 1.0)
+    solver = rows[0][3]
+    for method, size, lost, seconds in rows:
+        if size:
+            yield Row(f"{size:,} bytes, {lost:+.5f} BPB", method, seconds, lost / published)
+        else:
+            yield Row("solve", method, seconds, seconds / solver)
+
+
+def losses(trained: Path, budget: float) -> Iterator[tuple[str, int, float, float]]:
+    """Yields (method, bytes, BPB lost, seconds of quantisation). Methods that would begin after ``budget`` seconds are
+    left out."""
     began, target = time.perf_counter(), 0
     lab = Lab(trained)
     print(f"trained: {lab.trained:.5f} BPB", flush=True)
@@ -253,7 +283,8 @@ def solve_times(lab: Lab):
     same = sum(int((torch.stack(p) == f.cpu()).sum()) for p, f in zip(plain, found)) / sum(f.numel() for f in found)
     print(
         f"GPTQ of {sum(f.numel() for f in found):,} weights: batched on {lab.ranks.device.type} {seconds[-1]:.2f} s, "
-        f"column by column on one CPU thread {cpu:.2f} s, ratio {cpu / seconds[-1]:.1f}; {same:.2%} of the symbols equal",
+        f"column by column on one CPU thread {cpu:.2f} s, ratio {cpu / seconds[-1]:.1f}; {same:.2%} of the symbols "
+        "equal",
         flush=True,
     )
     yield "GPTQ, batched", 0, 0.0, seconds[-1]

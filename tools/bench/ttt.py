@@ -1,5 +1,7 @@
-"""`bench.py ttt`: one artifact adapted under several settings, one after another in one process, on the same documents."""
+"""One artifact adapted under several settings, one after another in one process, on the same documents."""
 
+import argparse
+import os
 import shlex
 import sys
 import time
@@ -7,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import train_gpt as ours
+from tools.anatomy import anatomy
+from tools.bench.table import Row
 
 
 class Silent(ours.Log):
@@ -17,15 +21,32 @@ class Silent(ours.Log):
 
 
 def variants(environment: dict[str, str], lines: list[str]) -> Iterator[tuple[str, ours.Config]]:
-    """(settings as given, the artifact's settings with these laid over them) for each line of NAME=value words; an empty line changes nothing."""
+    """(settings as given, the artifact's settings with these laid over them) for each line of NAME=value words.
+
+    An empty line changes nothing.
+    """
     for line in lines:
         yield line or "as stored", ours.configure(environment | dict(word.split("=", 1) for word in shlex.split(line)))
 
 
-def ttt(
+def ttt(args: argparse.Namespace) -> Iterator[Row]:
+    """BPB and targets/s of test-time training under each --set, on the same artifact and documents.
+
+    None of it is a result: settings other than the artifact's make C4 DISPUTED.
+    """
+    rows = list(passes(args.artifact, dict(os.environ), args.set or [""], args.budget))
+    for line, bpb, capture, seconds, targets in rows:
+        what = f"{bpb:.5f} BPB, captured in {capture:.1f} s"
+        yield Row(what, line, seconds, rows[0][3] / seconds, targets, "targets/s")
+
+
+def passes(
     folder: Path, environment: dict[str, str], lines: list[str], budget: float
 ) -> Iterator[tuple[str, float, float, float, int]]:
-    """Yields (settings, BPB, seconds to capture, seconds of adaptation, targets). Passes that would begin after ``budget`` seconds are left out."""
+    """Yields (settings, BPB, seconds to capture, seconds of adaptation, targets).
+
+    Passes that would begin after `budget` seconds are left out.
+    """
     began, environment = time.perf_counter(), environment | {"ARTIFACT_DIR": str(folder), "TTT_EVAL_ONLY": "1"}
     first = ours.configure(environment)
     run = ours.Run(first)
@@ -46,10 +67,13 @@ def ttt(
         bpb = adaptation.score()
         run.ranks.synchronize()
         marks.append(time.perf_counter())
+        parts = anatomy(scoring.ledger.nats, run.val.target_bytes, run.val.starts)
+        bands = " ".join(f"{band['bpb']:.4f}" for band in parts["bpb_by_position"])
+        capture = marks[1] - marks[0]
+        seconds = marks[2] - marks[1]
+        rate = run.val.targets / seconds
         print(
-            f"{bpb:.5f} BPB  {run.val.targets / (marks[2] - marks[1]):8,.0f} targets/s  "
-            f"capture {marks[1] - marks[0]:5.1f} s  {line}",
-            flush=True,
+            f"{bpb:.5f} BPB  {rate:8,.0f} targets/s  capture {capture:5.1f} s  by position {bands}  {line}", flush=True
         )
-        yield line, bpb, marks[1] - marks[0], marks[2] - marks[1], run.val.targets
+        yield line, bpb, capture, seconds, run.val.targets
         del adaptation

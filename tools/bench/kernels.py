@@ -1,14 +1,18 @@
-"""`bench.py kernels`: the Triton kernels on one GPU, against torch.compile of their references, against cuBLAS, and against the floor of bytes and FLOPs.
+"""The Triton kernels on one GPU, against torch.compile of their references, cuBLAS, and the floor of bytes and FLOPs.
 
-Medians of CUDA-event times on random data. Each timed call is queued behind a sleeping kernel, so that launches are not part of it. Floors
-use the rates measured here first: device copy for bytes, an 8,192-cubed bf16 product for FLOPs.
+Medians of CUDA-event times on random data. Each timed call is queued behind a sleeping kernel, so that launches are not
+part of it. Floors use the rates measured here first: device copy for bytes, an 8,192-cubed bf16 product for FLOPs.
 """
+
+import argparse
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from bench_parts import Machine
 
 import train_gpt as K
+from tools.bench.parts import Machine
+from tools.bench.table import Row
 
 T, D, HIDDEN, V, H, KV, HEAD = 98_304, 512, 2048, 8192, 4, 2, 128
 TILES = {  # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, programs per multiprocessor
@@ -34,7 +38,10 @@ def randn(*shape, scale=1.0, dtype=torch.bfloat16):
 
 
 def step(fn, inputs, learns, grads):
-    """A call of fn and of the gradients of its outputs with respect to inputs[i] for i in learns; an output whose gradient is None is not used."""
+    """A call of fn and of the gradients of its outputs with respect to inputs[i] for i in learns.
+
+    An output whose gradient is None is not used.
+    """
     leaves = [t.detach().requires_grad_(i in learns) for i, t in enumerate(inputs)]
 
     def both():
@@ -87,15 +94,17 @@ def head_tiles(machine, heads, gate):
     default = K.HEAD_TILE
     for size in (512, 1024, 2048, 4096):
         K.HEAD_TILE = size
-        print(
-            f"HEAD_TILE {size:5}: qkv_heads {1e3 * machine.seconds(heads):.3f} ms, xsa_gate {1e3 * machine.seconds(gate):.3f} ms"
-        )
+        ms = [1e3 * machine.seconds(call) for call in (heads, gate)]
+        print(f"HEAD_TILE {size:5}: qkv_heads {ms[0]:.3f} ms, xsa_gate {ms[1]:.3f} ms")
     K.HEAD_TILE = default
     print()
 
 
 def fp8(machine):
-    """The forward products of a visit and of the head from copies in fp8 (e4m3) beside those in bf16, and the cast of the activations on its own: what fp8 could bring."""
+    """What fp8 could bring: the forward products of a visit and of the head from copies in e4m3 beside those in bf16.
+
+    The cast of the activations is timed on its own.
+    """
     cast, hidden = lambda t: t.to(torch.float8_e4m3fn), torch.empty(T, HIDDEN, dtype=torch.bfloat16, device="cuda")
     scales = {"scale_a": torch.ones((), device="cuda"), "scale_b": torch.full((), 1 / 16, device="cuda")}
     for name, inner, outer in (
@@ -121,7 +130,11 @@ def fp8(machine):
     print()
 
 
-def main():
+def kernels(args: argparse.Namespace) -> Iterator[Row]:
+    """Each Triton kernel at the shapes of a training step, beside its compiled reference and its floor.
+
+    Needs a Hopper GPU. Printed; there is no table.
+    """
     machine = Machine(torch.device("cuda"))
     print(f"triton {K.triton.__version__}, {T:,} tokens\n")
     copy, product = machine.copy_rate, machine.product_rate
@@ -246,9 +259,8 @@ def main():
     fp8(machine)
     runs = {name: step(kernel, inputs, learns, grads) for name, kernel, _, inputs, learns, grads, _ in cases}
     head_tiles(machine, runs["qkv_heads"], runs["xsa_gate"])
-    print(
-        f"{'forward and backward':28} {'kernel':>8} {'plain':>8} {'compiled':>9} {'floor':>7}   ms;  peak GB kernel, compiled"
-    )
+    titles = f"{'kernel':>8} {'plain':>8} {'compiled':>9} {'floor':>7}   ms;  peak GB kernel, compiled"
+    print(f"{'forward and backward':28} {titles}")
     for name, _, reference, inputs, learns, grads, floor in cases:
         torch._dynamo.reset()
         plain, compiled = (
@@ -260,7 +272,6 @@ def main():
             if not off < 0.03:
                 print(f"  {name}: a gradient of shape {tuple(want.shape)} differs by {off:.1%}")
         ms = [1e3 * machine.seconds(fn) for fn in (runs[name], plain, compiled)]
-        print(
-            f"{name:28} {ms[0]:8.3f} {ms[1]:8.3f} {ms[2]:9.3f} {1e3 * floor:7.3f}       {peak(runs[name]):5.2f} {peak(compiled):5.2f}",
-            flush=True,
-        )
+        times = f"{ms[0]:8.3f} {ms[1]:8.3f} {ms[2]:9.3f} {1e3 * floor:7.3f}"
+        print(f"{name:28} {times}       {peak(runs[name]):5.2f} {peak(compiled):5.2f}", flush=True)
+    yield from ()

@@ -1,6 +1,10 @@
-"""`bench.py train`: step time and loss of our script and of a public one (#1855) beside it, on the same batches, on one GPU.
-Losses are compared where the two are the same network and begin with the same weights: NUM_HEADS=8 NUM_KV_HEADS=4 ROPE_DIMS=16 ATTN_WINDOW=0."""
+"""Step time and loss of our script and of a public one (#1855) beside it, on the same batches, on one GPU.
 
+Losses are compared where the two are the same network and begin with the same weights: NUM_HEADS=8 NUM_KV_HEADS=4
+ROPE_DIMS=16 ATTN_WINDOW=0.
+"""
+
+import argparse
 import importlib.util
 import math
 import os
@@ -8,18 +12,21 @@ import statistics
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import train_gpt as ours
+from tools.bench.table import Row
 
 BLOCK = 5
 
 
 def opaque_attention(backend: str):
-    """Our backend as an operator that torch.compile does not look into, as the public script's own FlashAttention-3 is."""
+    """Our backend as an operator that torch.compile does not look into, as the public script's own FlashAttention-3
+    is."""
     forward, backward = ours.BACKENDS[backend]
 
     @torch.library.custom_op("bench::attention", mutates_args=())
@@ -57,7 +64,8 @@ def opaque_attention(backend: str):
 
 
 def import_public(path: Path, settings: Path | None, backend: str):
-    """Import a published train_gpt.py from its folder, with KEY=VALUE words of ``settings`` in the environment; its FlashAttention-3 calls go to the same operator as ours."""
+    """Import a published train_gpt.py from its folder, with KEY=VALUE words of ``settings`` in the environment; its
+    FlashAttention-3 calls go to the same operator as ours."""
     words = (
         [w for line in settings.read_text().splitlines() if not line.startswith("#") for w in line.split()]
         if settings
@@ -157,8 +165,9 @@ class PublicSide:
 
 
 def side_by_side(cfg, ranks, backend, stream, public, looped: bool, steps: int):
-    """Both sides over the same batches, from the same fresh weights where they are the same network; BLOCK steps in a row, as in training, where nothing waits for
-    the GPU between two steps. Returns sides, losses, seconds of a step in each block but the first, seconds of the first block."""
+    """Both sides over the same batches, from the same fresh weights where they are the same network; BLOCK steps in a
+    row, as in training, where nothing waits for the GPU between two steps. Returns sides, losses, seconds of a step in
+    each block but the first, seconds of the first block."""
     torch.compiler.reset()
     mine = OurSide(cfg, ranks, backend)
     sides = [mine] + ([PublicSide(public, mine)] if public else [])
@@ -184,19 +193,24 @@ def print_losses(mode: str, losses: dict[str, list[float]]):
     print("  " + "  ".join(f"{i}: {a:.4f} {b:.4f}" for i, (a, b) in enumerate(pairs) if i < 10 or i % 5 == 4))
     differences = [a - b for a, b in pairs]
     print(
-        f"  mean |difference| {statistics.mean(map(abs, differences)):.5f}, mean {statistics.mean(differences):+.5f}, of the last ten {statistics.mean(differences[-10:]):+.5f}"
+        f"  mean |difference| {statistics.mean(map(abs, differences)):.5f}, mean {statistics.mean(differences):+.5f}, "
+        f"of the last ten {statistics.mean(differences[-10:]):+.5f}"
     )
 
 
-def measure(public_path: Path | None, public_settings: Path | None, steps: int):
-    """Yields (mode, variant, median seconds, ratio to the public script, tokens) for the plain and the looped graph."""
+def train(args: argparse.Namespace) -> Iterator[Row]:
+    """Step time and loss of the plain and the looped graph on one GPU, optimizer included.
+
+    Settings come from the environment as in training. Ratio: to the public script, where one is given.
+    """
+    steps = args.steps
     if steps < 2 * BLOCK:
         raise SystemExit(f"--steps {steps}: at least {2 * BLOCK} are needed, since the first {BLOCK} are not timed")
     cfg = ours.Config.from_env(os.environ)
     ranks = ours.Ranks(cfg)
     torch.set_float32_matmul_precision("high")
     backend = ours.choose_attention(cfg, ranks.device)
-    public = import_public(public_path.resolve(), public_settings, backend) if public_path else None
+    public = import_public(args.public.resolve(), args.public_settings, backend) if args.public else None
     stream = ours.TrainStream(cfg)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, attention {backend}, "
@@ -208,17 +222,22 @@ def measure(public_path: Path | None, public_settings: Path | None, steps: int):
         medians = {side.name: statistics.median(seconds[side.name]) for side in sides}
         for side in sides:
             print(f"{mode}: {side.name} sets up and runs its first {BLOCK} steps in {first[side.name][0]:.1f} s")
-            yield (
-                mode,
-                side.name,
-                medians[side.name],
-                medians.get("public", medians["ours"]) / medians[side.name],
-                cfg.train_batch_tokens,
-            )
+            ratio = medians.get("public", medians["ours"]) / medians[side.name]
+            yield Row(mode, side.name, medians[side.name], ratio, cfg.train_batch_tokens / 1e6, "Mtok/s")
         if public and sides[-1].same:
             print_losses(mode, losses)
         del sides
         torch.cuda.empty_cache()
+
+
+def protocol(args: argparse.Namespace) -> Iterator[Row]:
+    """BPB of trained weights in the windows of #1855's own diagnostic.
+
+    It cuts the stream every 65,536 tokens and drops its last batch. Printed; there is no table.
+    """
+    for folder in args.runs:
+        print(published_protocol(folder))
+    yield from ()
 
 
 @torch.no_grad()

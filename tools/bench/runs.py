@@ -1,5 +1,9 @@
-"""`bench.py startup` and `bench.py scaling`: whole runs of train_gpt.py in processes of their own, timed by the lines they print and ended once the last wanted one is there."""
+"""Whole runs of train_gpt.py in processes of their own.
 
+They are timed by the lines they print, and ended once the last wanted one is there.
+"""
+
+import argparse
 import os
 import re
 import shlex
@@ -13,9 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from processes import stop
 
 import train_gpt as ours
+from tools.bench.table import Row
+from tools.processes import stop
 
 SCRIPT = Path(ours.__file__).resolve()
 PATIENCE, GRACE = 900, 15  # seconds after which a run that hangs is ended, and that it has to end by itself
@@ -29,7 +34,10 @@ STEP = re.compile(r"^step +(\d+) .* loss ([\d.]+) .* ([\d.]+) ms/step")
 
 
 def environment(folder: str, **settings) -> dict[str, str]:
-    """The caller's environment with these settings: fixed steps, results in ``folder``. Its modes would run something else, its ledger would be overwritten."""
+    """The caller's environment with these settings: fixed steps, results in `folder`.
+
+    Without its modes, which would run something else, and without its ledger, which would be overwritten.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -43,7 +51,10 @@ def environment(folder: str, **settings) -> dict[str, str]:
 
 
 def read(command: list[str], env: dict[str, str], last: str) -> list[tuple[float, str]]:
-    """(seconds since the start, line) of all that a command prints up to the first line matching ``last``; there it is ended."""
+    """(seconds since the start, line) of all that a command prints up to the first line matching `last`.
+
+    There it is ended. Raises SystemExit with its last lines where it ends by itself before.
+    """
     seen, started = [], time.perf_counter()
     child = subprocess.Popen(
         command,
@@ -65,14 +76,8 @@ def read(command: list[str], env: dict[str, str], last: str) -> list[tuple[float
         watchdog.cancel()
         stop(child, GRACE)
         child.stdout.close()
-    raise SystemExit(
-        "\n".join(
-            (
-                f"{shlex.join(command)} ended before a line like {last!r}. Its last lines:",
-                *(line for _, line in seen[-15:]),
-            )
-        )
-    )
+    ended = f"{shlex.join(command)} ended before a line like {last!r}. Its last lines:"
+    raise SystemExit("\n".join((ended, *(line for _, line in seen[-15:]))))
 
 
 # ---------------------------------------------------------------- start-up
@@ -86,8 +91,20 @@ def phases(seen: list[tuple[float, str]]) -> Iterator[tuple[str, float]]:
     yield "process start to step 1", ends[-1]
 
 
-def startup() -> Iterator[tuple[str, str, float]]:
-    """Yields (phase, caches, seconds) of a start whose caches of compiled kernels are empty, and of one that finds what the first has left in them."""
+def startup(args: argparse.Namespace) -> Iterator[Row]:
+    """Seconds from the start of train_gpt.py's process to the end of its first training step.
+
+    With empty caches of compiled kernels, and again with those that the first start has left. Settings come from the
+    environment. Ratio: the cold start's seconds over this one's.
+    """
+    cold = {}
+    for phase, caches, seconds in starts():
+        cold.setdefault(phase, seconds)
+        yield Row(phase, caches, seconds, cold[phase] / seconds)
+
+
+def starts() -> Iterator[tuple[str, str, float]]:
+    """Yields (phase, caches, seconds) of a start with empty caches, and of one that finds what the first has left."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         env = environment(folder, ITERATIONS=2, TRITON_CACHE_DIR=Path(folder, "triton"))
         for caches in ("cold caches", "warm caches"):
@@ -99,7 +116,10 @@ def startup() -> Iterator[tuple[str, str, float]]:
 
 
 def step_lines(seen: list[tuple[float, str]]) -> list[tuple[int, float, float]]:
-    """(step, seconds since the first step began, loss) of the logged steps. The mean of ms/step has more digits than the seconds in the same line."""
+    """(step, seconds since the first step began, loss) of the logged steps.
+
+    The mean of ms/step has more digits than the seconds in the same line.
+    """
     found = [match for _, line in seen if (match := STEP.search(line))]
     return [
         (int(step), int(step) * float(ms) / 1e3, float(loss)) for step, loss, ms in (match.groups() for match in found)
@@ -114,14 +134,30 @@ def step_seconds(curve: list[tuple[int, float, float]]) -> float:
     return (last[1] - first[1]) / (last[0] - first[0])
 
 
-def scaling(counts: list[int] | None, steps: int, same_batch: bool) -> Iterator[tuple[int, int, float]]:
-    """Yields (ranks, tokens of a rank's step, seconds of a step) for each number of ranks, through torchrun; each has the machine to itself."""
+def scaling(args: argparse.Namespace) -> Iterator[Row]:
+    """Tokens/s per GPU of the plain graph through torchrun; ratio: over that of the first run.
+
+    MICRO_BATCH_TOKENS on each rank and step (weak scaling); with --same-batch the same tokens in all (strong scaling).
+    """
+    rate = None
+    for ranks, tokens, seconds in scaled_runs(args.gpus, args.steps, args.same_batch):
+        rate = rate or tokens / seconds
+        what = f"{tokens:,} tokens a rank"
+        yield Row(what, f"{ranks} rank(s)", seconds, tokens / seconds / rate, tokens / 1e3, "ktok/s a rank")
+
+
+def scaled_runs(counts: list[int] | None, steps: int, same_batch: bool) -> Iterator[tuple[int, int, float]]:
+    """Yields (ranks, tokens of a rank's step, seconds of a step) for each number of ranks, through torchrun.
+
+    Each has the machine to itself.
+    """
     cfg = ours.Config.from_env(os.environ)
     gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()
     counts = counts or [n for n in (1, 2, 4) if n <= (gpus or 2)]
     if gpus and max(counts) > gpus:
         raise SystemExit(f"scaling: {max(counts)} GPUs are asked for, {gpus} are here")
-    # NVLink multicast belongs to the whole host, which others may share; torchrun sets the threads of several ranks, not of one.
+    # NVLink multicast belongs to the whole host, which others may share; torchrun sets the threads of several ranks,
+    # not of one.
     defaults = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"}
     micro, curves = cfg.micro_batch_tokens, {}
     for n in counts:
@@ -154,6 +190,5 @@ def scaling(counts: list[int] | None, steps: int, same_batch: bool) -> Iterator[
     if same_batch:
         reference = [loss for *_, loss in curves[counts[0]]]
         for n in counts[1:]:
-            print(
-                f"loss on {n} and on {counts[0]} rank(s): they differ by at most {max(abs(a - loss) for (*_, a), loss in zip(curves[n], reference)):.4f}"
-            )
+            most = max(abs(other - loss) for (*_, other), loss in zip(curves[n], reference))
+            print(f"loss on {n} and on {counts[0]} rank(s): they differ by at most {most:.4f}")
