@@ -82,6 +82,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy import ndarray
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # captured once: editing the file during a run changes nothing
@@ -810,7 +811,7 @@ class Ledger:
 
     ROUNDING = 1e-4  # a certain token may come out this far below zero nats: fp32 logits of up to 30
 
-    def __init__(self, name: str, target_bytes: np.ndarray, verdicts: Verdicts):
+    def __init__(self, name: str, target_bytes: ndarray, verdicts: Verdicts):
         self.name = name
         self.bytes = target_bytes  # uint16 (targets,)
         self.verdicts = verdicts
@@ -818,11 +819,11 @@ class Ledger:
         self.merged = np.zeros(len(target_bytes), bool)  # scored by any rank before the last merge
 
     @property
-    def scored(self) -> np.ndarray:
+    def scored(self) -> ndarray:
         """bool (targets,): scored by this rank, or by any before the last merge."""
         return ~np.isnan(self.nats)
 
-    def write(self, targets: np.ndarray, nats: np.ndarray):
+    def write(self, targets: ndarray, nats: ndarray):
         """Record the scores of `targets`, int64 indices; `nats` is float, of the same length."""
         unscored = np.isnan(self.nats[targets]).all()
         distinct = len(np.unique(targets)) == len(targets)
@@ -843,7 +844,7 @@ class Ledger:
             self.nats = np.where(writers > 0, nats, self.nats)
         self.merged = self.scored
 
-    def may_train(self, targets: np.ndarray):
+    def may_train(self, targets: ndarray):
         """Call before learning from `targets`: all of them must be scored (C3)."""
         if np.isnan(self.nats[targets]).any():
             self.break_condition("C3", f"pass {self.name} trained on a target before it was scored")
@@ -858,7 +859,7 @@ class Ledger:
         self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
         return self.partial_bpb(self.scored)
 
-    def partial_bpb(self, which: np.ndarray) -> float:
+    def partial_bpb(self, which: ndarray) -> float:
         """Bits per byte over the targets that the mask `which` (targets,) selects."""
         size = self.bytes[which].sum(dtype=np.int64)  # uint16 would overflow
         return float(self.nats[which].sum() / math.log(2) / max(size, 1))
@@ -925,7 +926,7 @@ CONTEST_SETS = {
 }
 
 
-def open_shard(path: Path) -> np.ndarray:
+def open_shard(path: Path) -> ndarray:
     """Memory-map the uint16 values of a shard; before them stand 256 little-endian int32: magic, 1, count, 0, ..."""
     header = np.fromfile(path, dtype="<i4", count=256)
     genuine = len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, 1)
@@ -949,7 +950,7 @@ def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]
     return paths
 
 
-def check_start(path: Path, tokens: np.ndarray, cfg: Config):
+def check_start(path: Path, tokens: ndarray, cfg: Config):
     """The first token of a stream begins a document."""
     require(
         list(tokens[:1]) == [cfg.bos_id],
@@ -957,7 +958,7 @@ def check_start(path: Path, tokens: np.ndarray, cfg: Config):
     )
 
 
-def check_tokens(path: Path, tokens: np.ndarray, cfg: Config):
+def check_tokens(path: Path, tokens: ndarray, cfg: Config):
     """Every token is in the vocabulary."""
     highest = tokens.max(initial=0)
     require(
@@ -978,7 +979,7 @@ class Seq(NamedTuple):
     positions: Tensor  # int32 (tokens,): offset in the document; 0 means that no previous token may be seen
 
     @classmethod
-    def packed(cls, starts: np.ndarray, span: int, longest: int, capacity: int) -> "Seq":
+    def packed(cls, starts: ndarray, span: int, longest: int, capacity: int) -> "Seq":
         """Documents that begin at `starts` (starts[0] == 0) and fill a buffer of `capacity` tokens, on the CPU.
 
         Each document is cut every `span` tokens; `longest` is the longest span of the run. Positions count from the
@@ -1039,9 +1040,9 @@ class Batch(NamedTuple):
 
 
 def pack_documents(
-    inputs: np.ndarray,  # (tokens,)
-    targets: np.ndarray,  # (tokens,): what follows each input
-    starts: np.ndarray,  # where documents begin; starts[0] == 0
+    inputs: ndarray,  # (tokens,)
+    targets: ndarray,  # (tokens,): what follows each input
+    starts: ndarray,  # where documents begin; starts[0] == 0
     span: int,  # documents are cut every so many tokens
     longest: int,  # the longest span of the run
     capacity: int,  # tokens of the buffer, at least those given
@@ -1053,7 +1054,7 @@ def pack_documents(
     targets are -1, so it is never scored.
     """
 
-    def padded(values: np.ndarray, fill: int) -> Tensor:
+    def padded(values: ndarray, fill: int) -> Tensor:
         buffer = np.full(capacity, fill, np.int64)
         buffer[: len(values)] = values
         return torch.from_numpy(buffer)
@@ -1117,7 +1118,7 @@ class TrainStream:
         capacity = self.cfg.micro_batch_tokens
         return pack_documents(tokens[:-1], tokens[1:], starts, span, self.cfg.train_seq_len, capacity, "train")
 
-    def read(self, start: int, count: int) -> np.ndarray:
+    def read(self, start: int, count: int) -> ndarray:
         """`count` tokens from position `start` of the endless stream, int64."""
         pieces = []
         while count:
@@ -1181,7 +1182,7 @@ class ValidationStream:
         )
 
     @property
-    def target_bytes(self) -> np.ndarray:
+    def target_bytes(self) -> ndarray:
         """Bytes of target i, the token at i + 1."""
         return self.bytes[1:]
 
@@ -1211,7 +1212,7 @@ def open_tokenizer(cfg: Config):
     return sp
 
 
-def tokenizer_bytes(cfg: Config, tokens: np.ndarray) -> np.ndarray:
+def tokenizer_bytes(cfg: Config, tokens: ndarray) -> ndarray:
     """Bytes of each token from the pieces of a plain tokenizer, uint16: for data without a sidecar.
 
     A control token has 0 bytes, a byte-fallback token 1, and \\u2581 is a space. Many tokenizers put a space of their
@@ -1300,11 +1301,13 @@ def check_promised_file(path: Path, file: dict):
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     INTERPRET = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
 except ImportError:  # without Triton only the references run; the kernels are defined and stay plain functions
-    tl = SimpleNamespace(constexpr=int)
+    tl = SimpleNamespace()
+    constexpr = int
     triton = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f))
     INTERPRET = None
 HEAD_TILE = 1024  # elements of heads per program of 4 warps
@@ -1337,13 +1340,13 @@ def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @triton.jit
-def rows_from(first, ROWS: tl.constexpr):
+def rows_from(first, ROWS: constexpr):
     """first .. first + ROWS - 1 (ROWS,) int64."""
     return (first + tl.arange(0, ROWS)).to(tl.int64)
 
 
 @triton.jit
-def columns(WIDTH: tl.constexpr):
+def columns(WIDTH: constexpr):
     """0 .. WIDTH - 1 (1, WIDTH)."""
     return tl.arange(0, WIDTH)[None, :]
 
@@ -1355,7 +1358,7 @@ def load_fp32(ptrs, ok):
 
 
 @triton.jit
-def inverse_rms(x, D: tl.constexpr, eps):
+def inverse_rms(x, D: constexpr, eps):
     """1 / sqrt(mean(x^2) + eps) of each row of x (rows, D), as (rows,)."""
     return tl.rsqrt(tl.sum(x * x, 1) / D + eps)
 
@@ -1390,7 +1393,7 @@ def upper_halves(first, second):
 def hidden_words(p0, p1, slope):
     """Two tiles of pre-activations, fp32 -> both leaky_relu(p)^2 in bf16, each with the sign of its p as last bit, in
     one tile of int32. 0 <= slope <= 1."""
-    LAST_BITS: tl.constexpr = 0x00010001  # of both halves
+    LAST_BITS: constexpr = 0x00010001  # of both halves
     leaky0 = tl.maximum(p0, slope * p0)
     leaky1 = tl.maximum(p1, slope * p1)
     cut = upper_halves(leaky0 * leaky0, leaky1 * leaky1)
@@ -1415,19 +1418,19 @@ def mlp_gemm_kernel(
     d_pre_desc,  # (T, N) bf16: written by backward only
     slope,
     T,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    N: constexpr,
+    K: constexpr,
+    BACKWARD: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_K: constexpr,
 ):
     """Forward: p = a @ b.T, hidden = leaky_relu(p)^2. Backward: d_pre = (a @ b) * d hidden / d p.
 
     A program computes tiles (BLOCK_M, BLOCK_N), one after another: the next tile's loads are under way during the
     epilogue, which works on two halves to leave them shared memory."""
-    tiles_n: tl.constexpr = N // BLOCK_N
-    HALF: tl.constexpr = BLOCK_N // 2
+    tiles_n: constexpr = N // BLOCK_N
+    HALF: constexpr = BLOCK_N // 2
     tiles = tl.cdiv(T, BLOCK_M) * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m = tile // tiles_n * BLOCK_M
@@ -1595,11 +1598,11 @@ def softcap_nll_kernel(
     lse_ptr,  # (T,) fp32, written: ln(sum_j exp(l_j))
     dz_ptr,  # (T, V), written; may be z itself; None: no gradient
     cap,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
+    V: constexpr,
+    BLOCK: constexpr,
 ):
     """One row per program, held in registers: z is read once and dz written once. BLOCK: from V the next power of 2."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    LOG2E: constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row).to(tl.int32)
     to_doubled = 2 * LOG2E / cap  # z to_doubled = 2 (z / cap) log2(e)
@@ -1750,14 +1753,14 @@ def qkv_heads_reference(
 
 
 @triton.jit
-def head_and_rows(HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def head_and_rows(HEADS: constexpr, BLOCK: constexpr):
     """-> the head and the BLOCK tokens (int64) of this program. Neighbouring programs take heads of the same tokens."""
     pid = tl.program_id(0)
     return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)
 
 
 @triton.jit
-def store_rotated(out_ptr, x, a, b, cos, sin, ok, D: tl.constexpr, N: tl.constexpr):
+def store_rotated(out_ptr, x, a, b, cos, sin, ok, D: constexpr, N: constexpr):
     """Store R x for rows x (BLOCK, D), whose first 2N columns stand apart in a and b (BLOCK, N)."""
     col = columns(D)
     pair = columns(N)
@@ -1778,15 +1781,15 @@ def qkv_heads_kernel(
     rstd_ptr,  # (T, H + KV) fp32, written: r of the heads of q and k
     T,
     eps,
-    H: tl.constexpr,
-    KV: tl.constexpr,
-    COPIES: tl.constexpr,
-    D: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
+    H: constexpr,
+    KV: constexpr,
+    COPIES: constexpr,
+    D: constexpr,
+    N: constexpr,
+    BLOCK: constexpr,
 ):
     """One head of BLOCK tokens per program: y = g R n for q and k, v as it is."""
-    HEADS: tl.constexpr = H + 2 * KV
+    HEADS: constexpr = H + 2 * KV
     head, row = head_and_rows(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
@@ -1821,7 +1824,7 @@ def qkv_heads_kernel(
 
 
 @triton.jit
-def load_sum(ptr, offset, ok, COPIES: tl.constexpr, D: tl.constexpr):
+def load_sum(ptr, offset, ok, COPIES: constexpr, D: constexpr):
     """The sum of a tile's COPIES, D elements apart, fp32."""
     total = load_fp32(ptr + offset, ok)
     for c in tl.static_range(1, COPIES):
@@ -1830,7 +1833,7 @@ def load_sum(ptr, offset, ok, COPIES: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_head(ptr, ok, COPIES: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+def load_head(ptr, ok, COPIES: constexpr, D: constexpr, N: constexpr):
     """The sums of COPIES heads at ptr (BLOCK, 1): all D columns, and again, from the L1 cache, the halves a and b."""
     pair = columns(N)
     x = load_sum(ptr, columns(D), ok, COPIES, D)
@@ -1854,15 +1857,15 @@ def qkv_heads_gradient_kernel(
     d_qkv_ptr,  # (T, H + 2 KV, D), written
     d_gain_ptr,  # (H,) fp32, added to; None: no gradient
     T,
-    H: tl.constexpr,
-    KV: tl.constexpr,
-    COPIES: tl.constexpr,
-    D: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
+    H: constexpr,
+    KV: constexpr,
+    COPIES: constexpr,
+    D: constexpr,
+    N: constexpr,
+    BLOCK: constexpr,
 ):
     """One head of BLOCK tokens per program: dx from y and dy; dv sums the gradients of v's copies and of its view."""
-    HEADS: tl.constexpr = H + 2 * KV
+    HEADS: constexpr = H + 2 * KV
     head, row = head_and_rows(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
@@ -1990,10 +1993,10 @@ def xsa_gate_kernel(
     v_stride,
     slope,
     top,
-    KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KV: constexpr,
+    GROUP: constexpr,
+    D: constexpr,
+    BLOCK: constexpr,
 ):
     """BLOCK rows (token, KV head) per program; the GROUP query heads that share a v pass one after another."""
     row = rows_from(tl.program_id(0) * BLOCK, BLOCK)
@@ -2117,7 +2120,7 @@ def bf16(x):
 
 
 @triton.jit
-def smeared(row, inputs, T, C: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
+def smeared(row, inputs, T, C: constexpr, D: constexpr, GATE: constexpr):
     """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens, those before, c(e) (ROWS, GATE), of which C
     channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
     inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,), strength (); the last two or None."""
@@ -2148,10 +2151,10 @@ def embed_kernel(
     out_ptr,  # (T, D), written
     T,
     eps,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    GATE: tl.constexpr,
-    ROWS: tl.constexpr,
+    C: constexpr,
+    D: constexpr,
+    GATE: constexpr,
+    ROWS: constexpr,
 ):
     """ROWS smeared and normed embeddings per program."""
     row = rows_from(tl.program_id(0) * ROWS, ROWS)
@@ -2170,10 +2173,10 @@ def embed_gradient_kernel(
     d_strength_ptr,  # () fp32, added to; None without gate
     T,
     eps,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    GATE: tl.constexpr,
-    ROWS: tl.constexpr,
+    C: constexpr,
+    D: constexpr,
+    GATE: constexpr,
+    ROWS: constexpr,
 ):
     """Every program takes ROWS tokens at a time and sums the gradients of gate and strength in registers."""
     _, _, _, table_ptr, gate_ptr, strength_ptr = inputs
@@ -2258,7 +2261,7 @@ def embed(
 # --- Weighted sums of streams, channel by channel, and the RMSNorm of each sum ---
 ONE = -1  # a weight of Sum: the stream as it is
 ABSENT = -2  # a weight of Sum: the stream is no part of this sum
-IS_ONE = tl.constexpr(ONE)  # a kernel reads only globals of this type
+IS_ONE = constexpr(ONE)  # a kernel reads only globals of this type
 
 
 class Sum(NamedTuple):
@@ -2297,7 +2300,7 @@ def load_all(ptrs, at, ok):
 
 
 @triton.jit
-def load_rows(w_ptr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(w_ptr, R: constexpr, D: constexpr, BLOCK: constexpr):
     """The R rows of weights, each (1, BLOCK)."""
     col, ws = tl.arange(0, BLOCK)[None, :], ()
     for r in tl.static_range(R):
@@ -2306,7 +2309,7 @@ def load_rows(w_ptr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_at(first, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def tile_at(first, T, D: constexpr, BLOCK: constexpr, ROWS: constexpr):
     """-> offsets of the tile of ROWS tokens that begins at token `first`, and which of its elements exist."""
     col = tl.arange(0, BLOCK)[None, :]
     row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -2314,7 +2317,7 @@ def tile_at(first, T, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def weighted_sum(xs, ws, FORM: tl.constexpr, m: tl.constexpr):
+def weighted_sum(xs, ws, FORM: constexpr, m: constexpr):
     """Sum m of tiles xs, fp32."""
     y = tl.zeros(xs[0].shape, tl.float32)
     for k in tl.static_range(len(xs)):
@@ -2334,11 +2337,11 @@ def combine_kernel(
     scales,
     T,
     eps,
-    FORM: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    FORM: constexpr,
+    R: constexpr,
+    D: constexpr,
+    BLOCK: constexpr,
+    ROWS: constexpr,
 ):
     """FORM holds the weights of every Sum. ys and ns receive the sums and their norms; each may be None.
     BLOCK is D or the next power of two."""
@@ -2368,11 +2371,11 @@ def combine_gradient_kernel(
     dw_ptr,
     T,
     eps,
-    FORM: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    FORM: constexpr,
+    R: constexpr,
+    D: constexpr,
+    BLOCK: constexpr,
+    ROWS: constexpr,
 ):
     """Gradients of the streams; those of the weights are added to dw_ptr if given.
     Each of dys, dns and grads may be None."""
@@ -3843,7 +3846,7 @@ def binary_roots(n: int) -> list[int]:
     return [int(x.exp() * 2**60) for x in logarithms]
 
 
-def half_gaussian(top: int = 9) -> np.ndarray:
+def half_gaussian(top: int = 9) -> ndarray:
     """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, int64 (GAUSS_STEPS * top + 1,), by the trapezoid rule."""
     twice_variance = 2 * GAUSS_STEPS**2
     squares = (Decimal(i * i) for i in range(GAUSS_STEPS * top + 1))
@@ -3853,7 +3856,7 @@ def half_gaussian(top: int = 9) -> np.ndarray:
     return np.array([(a << 29) // area[-1] for a in area], np.int64)
 
 
-def bucket_sigmas_q20() -> np.ndarray:
+def bucket_sigmas_q20() -> ndarray:
     """Standard deviation of the Gaussian behind each variance bucket, int64 (VARIANCE_BUCKETS,)."""
     roots_q60 = binary_roots(2 * BUCKETS_PER_OCTAVE)
     sigmas = []
@@ -3866,7 +3869,7 @@ def bucket_sigmas_q20() -> np.ndarray:
     return np.array(sigmas)
 
 
-def frequency_tables() -> np.ndarray:
+def frequency_tables() -> ndarray:
     """Integer frequencies (mixtures, VARIANCE_BUCKETS * MEAN_FRACTIONS, 256), each table's sum 2**PROB_BITS.
     Symbols beyond 6 sigma + 2 have none and are escaped; ESCAPE has at least 1."""
     half = half_gaussian()
@@ -3901,7 +3904,7 @@ COST_BITS = np.where(FREQUENCIES > 0, COST_BITS, 0).astype(np.float32)
 LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
 
 
-def cell_starts(mixture: int) -> np.ndarray:
+def cell_starts(mixture: int) -> ndarray:
     """For every cell (table * 256 + code): frequency << PROB_BITS | sum of the frequencies before it."""
     freq = FREQUENCIES[mixture]
     before = np.minimum(np.cumsum(freq, 1) - freq, SLOT_MASK)
@@ -3911,14 +3914,14 @@ def cell_starts(mixture: int) -> np.ndarray:
 # --- The model ---
 
 
-def log2_fixed(x: np.ndarray) -> np.ndarray:
+def log2_fixed(x: ndarray) -> ndarray:
     """round(LOG2_STEPS * log2(x)), int64, equal on every machine."""
     mantissa, exponent = np.frexp(x)
     octaves = exponent.astype(np.int64) - 1
     return octaves * LOG2_STEPS + np.searchsorted(LOG2_EDGES, mantissa, side="right")
 
 
-def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
     """Correlations (G, n, n) to c = (I + L) diag(d) (I + L)^T: strictly lower L_q20 and d_q22, integers in float64.
 
     L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. |sum_k L_ik d_k L_jk| <= 1 and no
@@ -3945,14 +3948,14 @@ def ldl(c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low_q20, d_q22
 
 
-def correlation(moments: np.ndarray) -> np.ndarray:
+def correlation(moments: ndarray) -> ndarray:
     """(G, n, n) second moments to correlations."""
     square = np.diagonal(moments, axis1=1, axis2=2)
     scale = np.sqrt(np.maximum(square, 1e-9))
     return moments / scale[:, :, None] / scale[:, None, :]
 
 
-def blend(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
+def blend(a: ndarray, b: ndarray, weight: float) -> ndarray:
     """a (1 - weight) + b weight."""
     return a * (1 - weight) + b * weight
 
@@ -3960,7 +3963,7 @@ def blend(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
 class StackModel:
     """The distribution of every symbol of a stack, given those before it. Rows go in chunks, and in them columns."""
 
-    def __init__(self, header: StackHeader, pools: dict[int, np.ndarray]):
+    def __init__(self, header: StackHeader, pools: dict[int, ndarray]):
         """pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
         self.members, self.rows, self.width = header.shape
         self.variance = np.exp2(np.array(header.log2_variance, np.float64))  # of integers: exact
@@ -3972,12 +3975,12 @@ class StackModel:
         self.gain_sum_q8 = np.full(self.members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
         self.gain_count_q8 = 256.0 * UNIT_GAIN_SYMBOLS
 
-    def shared_moments(self) -> np.ndarray:
+    def shared_moments(self) -> ndarray:
         """Moments summed over the members, each at unit variance, (1, n, n)."""
         scaled = (m / v for m, v in zip(self.moments, self.variance))
         return sum(scaled)[None]
 
-    def column_variances(self, shared: np.ndarray) -> np.ndarray:
+    def column_variances(self, shared: ndarray) -> ndarray:
         """Of x (G, n): a column's own variance, drawn to that of all members."""
         total = self.seen * self.members
         common = UNIT_VARIANCE_ROWS + np.diagonal(shared, axis1=1, axis2=2)
@@ -3986,7 +3989,7 @@ class StackModel:
         variance = (self.column_trust * common + own) / (self.column_trust + self.seen)
         return np.maximum(variance, MIN_VARIANCE)
 
-    def correlations(self, shared: np.ndarray) -> np.ndarray:
+    def correlations(self, shared: ndarray) -> ndarray:
         """Of x (G, n, n). As rows come in they move from the pool's to all members' to the matrix's own."""
         identity = np.eye(self.width)[None]
         pool = self.pools.get(self.width, identity)
@@ -3999,7 +4002,7 @@ class StackModel:
             c = blend(c, correlation(self.moments), own)
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
-    def predictor(self) -> tuple[np.ndarray | None, np.ndarray]:
+    def predictor(self) -> tuple[ndarray | None, ndarray]:
         """L_q12 (G, n, n), integers in float64, of x = e + L e, or None for L = 0; and the variance of e (G, n)."""
         shared = self.shared_moments()
         variance = self.column_variances(shared)
@@ -4064,7 +4067,7 @@ class StackModel:
         self.gain_count_q8 += 256.0 * self.width * (end - start)
         self.learn(q)
 
-    def learn(self, q: np.ndarray):
+    def learn(self, q: ndarray):
         """Add a chunk (G, n, rows) to the moments; exact, see MAX_CHUNK_ROWS."""
         exact = q.astype(np.float32) if np.abs(q).max() <= 128 else q
         for moments, x in zip(self.moments, exact):
@@ -4072,7 +4075,7 @@ class StackModel:
         self.seen += q.shape[2]
 
 
-def first_tables(log2_variance: np.ndarray) -> np.ndarray:
+def first_tables(log2_variance: ndarray) -> ndarray:
     """The table of a variance, in 1 / LOG2_STEPS of an octave, at a mean without fraction."""
     above = log2_variance - MIN_LOG2_VARIANCE * LOG2_STEPS
     bucket = above // (LOG2_STEPS // BUCKETS_PER_OCTAVE)
@@ -4085,18 +4088,18 @@ def first_tables(log2_variance: np.ndarray) -> np.ndarray:
 class SymbolWriter:
     """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
 
-    def __init__(self, q: np.ndarray):
+    def __init__(self, q: ndarray):
         self.columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64)
-        self.cells: list[np.ndarray] = []  # of every step
-        self.escaped: list[np.ndarray] = []
+        self.cells: list[ndarray] = []  # of every step
+        self.escaped: list[ndarray] = []
 
     def column(
         self,
-        table: np.ndarray,  # (G, rows) int64: the table of each symbol
-        floor: np.ndarray,  # (G, rows) int64: whole part of its mean
+        table: ndarray,  # (G, rows) int64: the table of each symbol
+        floor: ndarray,  # (G, rows) int64: whole part of its mean
         rows: slice,
         j: int,
-    ) -> np.ndarray:
+    ) -> ndarray:
         """Values of column j in `rows` of all members, (G, rows) int64."""
         values = self.columns[j, :, rows]
         code = values - floor + MAX_SYMBOL
@@ -4113,14 +4116,14 @@ class SymbolWriter:
     def best_mixture(self) -> int:
         """The tail shape that codes every fifth column best."""
 
-        def cost(bits: np.ndarray) -> float:
+        def cost(bits: ndarray) -> float:
             sums = (bits[cells].sum(dtype=np.float64) for cells in self.cells[::5])
             return sum(float(x) for x in sums)
 
         return int(np.argmin([cost(bits.ravel()) for bits in COST_BITS]))
 
 
-def take(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def take(values: ndarray, count: int) -> tuple[ndarray, ndarray]:
     """The first `count` values and the rest."""
     if count > len(values):
         raise ValueError("the code ends early")
@@ -4130,7 +4133,7 @@ def take(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 class SymbolReader:
     """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
 
-    def __init__(self, states: np.ndarray, words: np.ndarray, escaped: np.ndarray):
+    def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
         self.states = states.astype(np.uint32)
         self.words = words.astype(np.uint32)
         self.escaped = escaped
@@ -4143,7 +4146,7 @@ class SymbolReader:
         self.starts = cell_starts(header.mixture).astype(np.uint32)
         self.codes = np.repeat(codes, FREQUENCIES[header.mixture].ravel())  # of every slot of every table
 
-    def column(self, table: np.ndarray, floor: np.ndarray, rows: slice, j: int) -> np.ndarray:
+    def column(self, table: ndarray, floor: ndarray, rows: slice, j: int) -> ndarray:
         """As SymbolWriter.column, but decoded."""
         state = self.states[: table.size]  # a view: the states advance in place
         table = table.ravel()
@@ -4164,7 +4167,7 @@ class SymbolReader:
         return values
 
 
-def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tuple[np.ndarray, np.ndarray]:
+def rans_encode(steps: list[tuple[ndarray, ndarray]], rider: bytes) -> tuple[ndarray, ndarray]:
     """steps: (cells, starts), in the order of decoding. Returns states uint32 and words uint16.
     A state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
     with."""
@@ -4186,7 +4189,7 @@ def rans_encode(steps: list[tuple[np.ndarray, np.ndarray]], rider: bytes) -> tup
 # --- What the encoder chooses ---
 
 
-def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
+def choose_prior(q: ndarray, pool: ndarray | None) -> int:
     """Index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most
     two members."""
     members, rows, width = q.shape
@@ -4214,7 +4217,7 @@ def choose_prior(q: np.ndarray, pool: np.ndarray | None) -> int:
     return int(nats.argmin())
 
 
-def common_weight(q: np.ndarray, axis: int) -> int:
+def common_weight(q: ndarray, axis: int) -> int:
     """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how
     far theirs lie apart."""
     square = (q.astype(np.float64) ** 2).mean(axis)
@@ -4223,7 +4226,7 @@ def common_weight(q: np.ndarray, axis: int) -> int:
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
 
 
-def repeated_rows(q: np.ndarray) -> dict[int, int]:
+def repeated_rows(q: ndarray) -> dict[int, int]:
     """Rows of a lone matrix (1, R, n) that equal an earlier row, and which: tokens that training never saw."""
     if len(q) > 1:
         return {}
@@ -4232,7 +4235,7 @@ def repeated_rows(q: np.ndarray) -> dict[int, int]:
     return {i: source for i, source in enumerate(first) if source != i}
 
 
-def residual_width(stacks: list[np.ndarray]) -> int:
+def residual_width(stacks: list[ndarray]) -> int:
     """The side that most values share: the width of the residual stream."""
     values = collections.Counter()
     for q in stacks:
@@ -4243,7 +4246,7 @@ def residual_width(stacks: list[np.ndarray]) -> int:
 # --- Stacks to bytes and back ---
 
 
-def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, int]:
+def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int]:
     """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of `rider` travel in
     it for nothing. A matrix that writes to or reads from the residual stream is turned so that vectors of that width
     are its rows."""
@@ -4285,7 +4288,7 @@ def encode_stacks(stacks: list[np.ndarray], rider: bytes = b"") -> tuple[bytes, 
     return b"".join(code), ridden
 
 
-def decode_stacks(code: bytes) -> tuple[list[np.ndarray], bytes]:
+def decode_stacks(code: bytes) -> tuple[list[ndarray], bytes]:
     """Inverse of encode_stacks: int16 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
     side, raw, count, words = struct.unpack_from("<4I", code)
     sizes = np.array([16, side, raw, 4 * count, 2 * words])
@@ -4346,14 +4349,14 @@ LQER_GROUP = 64  # values of the int4 factor that share a scale (#1797)
 # --- What is stored of a matrix ---
 
 
-def quantize_scales(scale: np.ndarray) -> np.ndarray:
+def quantize_scales(scale: ndarray) -> ndarray:
     """Positive floats to int16 codes. Weights are quantised with dequantize_scales(codes), so rounding only moves the
     step size by 2 %."""
     codes = np.rint(np.log2(np.maximum(scale, 1e-30)) * ROW_STEPS)
     return np.clip(codes, -1600, 1600).astype(np.int16)
 
 
-def dequantize_scales(codes: np.ndarray, per_octave: int = ROW_STEPS) -> np.ndarray:
+def dequantize_scales(codes: ndarray, per_octave: int = ROW_STEPS) -> ndarray:
     """2**(code / per_octave), float32, equal on every machine."""
     roots = np.array(binary_roots(per_octave), np.float64) / (1 << 60)
     octave, step = np.divmod(codes.astype(np.int64), per_octave)
@@ -4363,9 +4366,9 @@ def dequantize_scales(codes: np.ndarray, per_octave: int = ROW_STEPS) -> np.ndar
 class Correction(NamedTuple):
     """LQER: a product A B of low rank that is added to a matrix (rows, cols) to undo part of its rounding error."""
 
-    a: np.ndarray  # int8 -2..1 (rows, rank), one scale
-    b: np.ndarray  # int8 -8..7: B (rank, cols), flattened, padded with zeros, as rows of LQER_GROUP values
-    scales: np.ndarray  # fp16: of a, and of each row of b
+    a: ndarray  # int8 -2..1 (rows, rank), one scale
+    b: ndarray  # int8 -8..7: B (rank, cols), flattened, padded with zeros, as rows of LQER_GROUP values
+    scales: ndarray  # fp16: of a, and of each row of b
     error: float = 0.0  # Frobenius norm to be corrected; not stored, but model.bin lists the largest first
 
     def product(self, cols: int) -> Tensor:
@@ -4379,9 +4382,9 @@ class Correction(NamedTuple):
 class QuantizedMatrix(NamedTuple):
     """One matrix: symbol (row, column) * 2**(row code / ROW_STEPS) * 2**(column code / COLUMN_STEPS) + correction."""
 
-    symbols: np.ndarray  # int8 (rows, cols)
-    row_codes: np.ndarray  # int16 (rows,)
-    column_codes: np.ndarray | None = None  # int8 (cols,); None: zeros
+    symbols: ndarray  # int8 (rows, cols)
+    row_codes: ndarray  # int16 (rows,)
+    column_codes: ndarray | None = None  # int8 (cols,); None: zeros
     correction: Correction | None = None
 
     def dequantize(self) -> Tensor:
@@ -4397,8 +4400,8 @@ class QuantizedMatrix(NamedTuple):
 class QuantizedGate(NamedTuple):
     """The attention gate in int8 rows."""
 
-    symbols: np.ndarray  # int8 (layers, heads, channels)
-    scale: np.ndarray  # fp16 (layers, heads)
+    symbols: ndarray  # int8 (layers, heads, channels)
+    scale: ndarray  # fp16 (layers, heads)
 
     def dequantize(self) -> Tensor:
         scale = self.scale.astype(np.float32)
@@ -4409,8 +4412,8 @@ class Quantized(NamedTuple):
     """A model as the artifact holds it."""
 
     matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
-    parameters: dict[str, np.ndarray | QuantizedGate]  # fp16 but for the gate
-    logit_calibration: np.ndarray | None = None  # fp32 (15,), see to_logit_calibration
+    parameters: dict[str, ndarray | QuantizedGate]  # fp16 but for the gate
+    logit_calibration: ndarray | None = None  # fp32 (15,), see to_logit_calibration
 
     def state(self) -> dict[str, Tensor]:
         """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
@@ -4926,7 +4929,7 @@ def to_logit_calibration(values: Tensor, features: Tensor) -> LogitCalibration:
     return LogitCalibration(scale, features @ values[1:].clamp(-0.5, 0.5))
 
 
-def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> np.ndarray:
+def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks) -> ndarray:
     """The 15 numbers (fp32) of to_logit_calibration that suit the quantised model, by 256 steps of Adam on
     LOGIT_FIT_TOKENS training tokens. The model is only read."""
     features = piece_features(cfg).to(ranks.device)
@@ -4964,7 +4967,7 @@ LQER_PARTS = ("lqer_a", "lqer_b", "lqer_scales")
 GATE_PARTS = ("int8", "scale")
 
 
-def flatten(quantized: Quantized) -> dict[str, np.ndarray]:
+def flatten(quantized: Quantized) -> dict[str, ndarray]:
     """KIND.LAYER.symbols, .step and, where not all zero, .column of every matrix; KIND.LAYER.lqer_a, lqer_b,
     lqer_scales of the corrected ones; attn_gate.int8 and .scale; every other parameter by its name;
     logit_calibration."""
@@ -4994,7 +4997,7 @@ def flatten(quantized: Quantized) -> dict[str, np.ndarray]:
     return arrays
 
 
-def unflatten(arrays: dict[str, np.ndarray]) -> Quantized:
+def unflatten(arrays: dict[str, ndarray]) -> Quantized:
     """Inverse of flatten."""
     matrices = {}
     parameters = {}
@@ -5028,7 +5031,7 @@ class ArtifactError(UserError):
     """The model file is damaged or not ours; the message names it and the remedy."""
 
 
-def as_matrix(a: np.ndarray) -> np.ndarray:
+def as_matrix(a: ndarray) -> ndarray:
     """An integer array as (R, C): vectors and matrices of two long sides are folded, the last row padded with zeros."""
     if a.ndim > 1 and min(len(a), a[0].size) <= 1024:
         return a.reshape(len(a), -1)
@@ -5037,21 +5040,21 @@ def as_matrix(a: np.ndarray) -> np.ndarray:
     return padded.reshape(-1, width)
 
 
-def planes(arrays: Iterable[np.ndarray], dtype: str) -> bytes:
+def planes(arrays: Iterable[ndarray], dtype: str) -> bytes:
     """Bytes of arrays of one dtype, most significant bytes of all values first: these repeat, so LZMA sees runs."""
     raw = b"".join(a.tobytes() for a in arrays)
     values = np.frombuffer(raw, np.uint8).reshape(-1, np.dtype(dtype).itemsize)
     return values.T[::-1].tobytes()
 
 
-def from_planes(raw: bytes, dtype: str, count: int) -> np.ndarray:
+def from_planes(raw: bytes, dtype: str, count: int) -> ndarray:
     """Inverse of planes, (count,)."""
     size = np.dtype(dtype).itemsize
     planes = np.frombuffer(raw, np.uint8, size * count).reshape(size, count)
     return planes[::-1].T.copy().view(dtype).ravel()
 
 
-def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
+def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     """Arrays (any numpy dtype) and `meta` (JSON) as the bytes of a model file. Integer arrays of LEAST_CODED values or
     more are entropy-coded. Arrays whose names differ only in numbers, of one shape, are coded together, so many small
     ones cost little."""
@@ -5088,7 +5091,7 @@ def encode_artifact(tensors: dict[str, np.ndarray], meta: dict) -> bytes:
     return data + struct.pack("<I", zlib.crc32(data))
 
 
-def save_artifact(path: Path, tensors: dict[str, np.ndarray], meta: dict):
+def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict):
     """Write encode_artifact's bytes whole, by rename."""
     with whole_file(path) as f:
         f.write(encode_artifact(tensors, meta))
@@ -5134,7 +5137,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
     return header, data[code_at:rest_at], data[rest_at:-4]
 
 
-def load_artifact(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+def load_artifact(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Inverse of encode_artifact: arrays and meta."""
     header, code, rest = read_artifact(path)
     try:
@@ -5143,7 +5146,7 @@ def load_artifact(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         raise ArtifactError(f"{path}: cannot be decoded ({type(e).__name__}: {e}); write it anew") from e
 
 
-def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, np.ndarray]:
+def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, ndarray]:
     """The arrays that a model file's header describes."""
     stacks, rider = decode_stacks(code)
     tensors = {}
@@ -5362,12 +5365,12 @@ class NGram:
         orders = f"{cfg.ngram_min_order}..{cfg.ngram_order}"
         log(f"n-grams of order {orders}: hints at {hinted:.2f} % of the targets, {seconds:.1f} s")
 
-    def hints(self, targets: np.ndarray) -> Tensor:
+    def hints(self, targets: ndarray) -> Tensor:
         """The tokens whose log-probabilities `tilted` asks for, int64 on the device; 0 where there is no hint."""
         tokens = np.maximum(self.hint[targets], 0)
         return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
 
-    def tilted(self, targets: np.ndarray, nats: np.ndarray, hint_log_prob: np.ndarray) -> np.ndarray:
+    def tilted(self, targets: ndarray, nats: ndarray, hint_log_prob: ndarray) -> ndarray:
         """The network's nats of `targets` (n,) and its log-probabilities of their hints -> nats of p', float64 (n,)."""
         hint = self.hint[targets]
         boost = np.where(hint >= 0, self.boost, 0.0)
@@ -5396,7 +5399,7 @@ class ScoringPass(NamedTuple):
         return cls(model, cfg, ranks, log, val, ledger, Progress(ranks, log))
 
 
-def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> np.ndarray:
+def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> ndarray:
     """Windows (n, 3) int64, rows (begin, first, end): tokens begin..end are read, targets of first..end are scored.
 
     Every position 0..inputs is scored once. The first window of a document scores all it reads; each later one scores
@@ -5423,7 +5426,7 @@ def plan_windows(starts: np.ndarray, inputs: int, seq_len: int, stride: int) -> 
     return np.array(windows, dtype=np.int64).reshape(-1, 3)
 
 
-def group_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
+def group_windows(windows: ndarray, capacity: int) -> list[ndarray]:
     """Consecutive windows, as many for each buffer as `capacity` tokens hold."""
     lengths = windows[:, 2] - windows[:, 0]
     tokens_before = np.append(0, np.cumsum(lengths))  # each window, and after the last one
@@ -5438,9 +5441,9 @@ def group_windows(windows: np.ndarray, capacity: int) -> list[np.ndarray]:
 
 def window_batch(
     val: ValidationStream,
-    windows: np.ndarray,  # (n, 3) of plan_windows, together at most VAL_BATCH_TOKENS tokens
+    windows: ndarray,  # (n, 3) of plan_windows, together at most VAL_BATCH_TOKENS tokens
     cfg: Config,
-) -> tuple[Batch, np.ndarray, np.ndarray]:
+) -> tuple[Batch, ndarray, ndarray]:
     """One buffer of windows -> (batch, places in the buffer that are scored, the targets that they score)."""
     begin, first, end = windows.T
     lengths = end - begin
@@ -5460,10 +5463,10 @@ def window_batch(
     return batch, place[scored], position[scored]
 
 
-def book(scoring: ScoringPass, targets: np.ndarray, scores: Scores, places: Tensor):
+def book(scoring: ScoringPass, targets: ndarray, scores: Scores, places: Tensor):
     """Write what a forward gave at `places` (indices or a mask) as the nats of `targets`, tilted by n-grams if any."""
 
-    def of_targets(values: Tensor) -> np.ndarray:
+    def of_targets(values: Tensor) -> ndarray:
         # In float64 from here on: the ledger's sums run over the whole stream.
         return values.detach()[places].double().cpu().numpy()
 
@@ -5517,7 +5520,7 @@ class Segment(NamedTuple):
     then_learn: bool  # the base weights learn from scored targets before the next segment
 
 
-def plan_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
+def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
     """Segments of documents of these lengths end where a phase of global SGD follows and otherwise every SEGMENT_DOCS.
 
     Phase p = 1, 2, ... follows document PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES, never the last one.
@@ -5533,7 +5536,7 @@ def plan_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
     return list(map(Segment, cuts, ends, then_learn))
 
 
-def plan_sgd_segments(lengths: np.ndarray, cfg: Config) -> list[Segment]:
+def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
     """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
 
     All segments but the last are learnt from.
@@ -5572,7 +5575,7 @@ class Shape(NamedTuple):
     count: int  # tokens of the chunk
 
 
-def plan_lockstep(lengths: np.ndarray, cfg: Config, exact: bool) -> Iterator[tuple[int, int, Shape]]:
+def plan_lockstep(lengths: ndarray, cfg: Config, exact: bool) -> Iterator[tuple[int, int, Shape]]:
     """Steps of documents of these lengths, longest first: yields (begin, end, Shape) of each chunk.
 
     Finished rows leave the batch. Unless `exact`, rows and context are rounded up to powers of two, so that few shapes
@@ -5597,7 +5600,7 @@ def plan_lockstep(lengths: np.ndarray, cfg: Config, exact: bool) -> Iterator[tup
         begin = end
 
 
-def deal_batches(lengths: np.ndarray, first: int, cfg: Config, world: int) -> list[list[np.ndarray]]:
+def deal_batches(lengths: ndarray, first: int, cfg: Config, world: int) -> list[list[ndarray]]:
     """For each rank its batches of the documents first, first + 1, ... that have these lengths.
 
     Documents are taken by falling length. Each batch goes to the rank with the least work so far, counted in chunks of
@@ -5713,7 +5716,7 @@ class AdapterState:
             )
 
     @torch.no_grad()
-    def remember(self, lengths: np.ndarray):
+    def remember(self, lengths: ndarray):
         """Add up how far the batch's adapters have moved. lengths: of its documents, in the order of the rows.
 
         A document counts by its tokens, at most a context of them.
@@ -5825,7 +5828,7 @@ class DocumentTTT:
         self.ring = KeyValueRing(scoring.model, rows, cfg.ttt_eval_seq_len)
         self.graphs = GraphPool()
 
-    def prepare(self, batches: list[np.ndarray]):
+    def prepare(self, batches: list[ndarray]):
         """Capture every graph that these batches need, on random tokens: only lengths of documents are read (B29)."""
         cfg = self.scoring.cfg
         val = self.scoring.val
@@ -5839,7 +5842,7 @@ class DocumentTTT:
         tokens = torch.from_numpy(val.tokens.astype(np.int32))
         self.tokens.copy_(tokens)
 
-    def run(self, documents: np.ndarray):
+    def run(self, documents: ndarray):
         """Score every target of `documents` (indices, at most TTT_BATCH_SIZE, in any order), learning in between."""
         cfg = self.scoring.cfg
         val = self.scoring.val
@@ -5866,7 +5869,7 @@ class DocumentTTT:
                 self.graphs.learn(shape, scores, self.learn)
         self.adapters.remember(lengths)
 
-    def seat(self, starts: np.ndarray, lengths: np.ndarray):
+    def seat(self, starts: ndarray, lengths: ndarray):
         """Put documents into the rows, with new adapters. Rows that are left over are documents of no length."""
         self.adapters.reset()
         for memory, values in ((self.row_starts, starts), (self.row_lengths, lengths)):
@@ -6439,7 +6442,7 @@ def save_trained(run: Run, model: GPT):
         np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
 
 
-def read_trained(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+def read_trained(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
     remedy = "train again, or set ARTIFACT_DIR to the folder that holds it"
     with explained(
@@ -6559,7 +6562,7 @@ def write_artifact(run: Run, model: GPT):
     run.log(f"seconds: {', '.join(seconds)}")
 
 
-def quantized_calibration(run: Run, model: GPT, quantized: Quantized) -> np.ndarray:
+def quantized_calibration(run: Run, model: GPT, quantized: Quantized) -> ndarray:
     """fit_logit_calibration for the weights as the artifact will give them back, in a model of their own."""
     cfg = run.cfg
     rounded = run.new_model().to(run.ranks.device)
