@@ -109,11 +109,16 @@ def test_a_word_that_others_use_is_no_error(name):
 
 
 @pytest.mark.parametrize("name", train_gpt.RETIRED)
-def test_a_retired_setting_is_refused_and_an_artifact_with_its_fixed_value_loads(name, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=f"^{name.upper()} is no longer a setting"):
-        Config.from_env({name.upper(): "1"})
+def test_a_retired_setting_has_one_value_left(name, tmp_path, monkeypatch):
+    """In the environment, where published commands name it, and in an older artifact."""
     assert name not in {f.name for f in FIELDS}
-    stored = {**Config(seed=5).settings(), **train_gpt.RETIRED}
+    fixed = train_gpt.RETIRED[name]
+    text = str(int(fixed)) if isinstance(fixed, bool) else str(fixed)
+    assert Config.from_env({name.upper(): text, "SEED": "5"}).seed == 5
+    other = "elsewhere" if isinstance(fixed, str) else str(1 - fixed)
+    with pytest.raises(UserError, match=f"^{name.upper()} is no longer a setting: its value is always {fixed}"):
+        Config.from_env({name.upper(): other})
+    stored = {**Config(seed=5, ngram_enabled=True).settings(), **train_gpt.RETIRED}
     monkeypatch.setattr(train_gpt, "read_trained", lambda path: ({}, {"settings": stored}))
     env = {"QUANTIZE_ONLY": "1", "ARTIFACT_DIR": str(tmp_path)}
     assert train_gpt.configure(env).seed == 5

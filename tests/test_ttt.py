@@ -145,13 +145,13 @@ class PlainAdapters:
         self.squares = [torch.zeros_like(p) for p in self.leaves]
         self.steps = 0
 
-    def at(self, kind, visit):
-        def delta(kind, x):
+    def add_to(self, y, kind, visit, x):
+        def delta(kind):
             if (kind, visit) not in self.a:
                 return torch.zeros(len(x), self.widths[kind])
             return (self.scale * self.b[kind, visit] @ self.a[kind, visit] @ x.T).T
 
-        return lambda x: torch.cat([delta(k, x) for k in (("q", "k", "v") if kind == "qkv" else (kind,))], 1)
+        return y + torch.cat([delta(k) for k in (("q", "k", "v") if kind == "qkv" else (kind,))], 1)
 
     def step(self, loss, cfg):
         """AdamW with beta1 = 0, written out."""
