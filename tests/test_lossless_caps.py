@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import prepare_data
 from lossless_caps import ALLCAPS as A
+from lossless_caps import BEFORE_SPACE, BEHIND_SPACE, OPERATORS, CaseOpsError, decode, encode, piece_bytes
 from lossless_caps import CAPNEXT as N
 from lossless_caps import ESC as E
-from lossless_caps import OPERATORS, CaseOpsError, decode, encode, piece_bytes
 from lossless_caps import TITLE as T
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,6 +27,7 @@ CHARACTERS = st.one_of(
     st.characters(exclude_categories=["Cs"]),
 )
 STRINGS = st.lists(CHARACTERS, max_size=40).map("".join)
+FORMS = st.sampled_from([BEHIND_SPACE, BEFORE_SPACE])
 
 
 @pytest.mark.parametrize("row", TEXT, ids=range(len(TEXT)))
@@ -71,42 +72,77 @@ def test_rules(text, encoded):
     assert decode(encoded) == text
 
 
-@given(STRINGS)
-def test_round_trip(text):
-    assert decode(encode(text)) == text
+@pytest.mark.parametrize(
+    ("text", "encoded"),
+    [
+        ("a The", f"a{T} the"),
+        (" NASA", f"{A} nasa"),
+        ("The", f"{T}the"),
+        ("  I", f" {T} i"),
+        ("\nThe", f"\n{T}the"),
+        (" iPhone", f" i{N}phone"),
+        (" McDonald", f"{T} mc{N}donald"),
+        ("A THE", f"{T}a{A} the"),
+        (f"{T} the", f"{E}{T} the"),  # raw operators: ESC tells that the space is the text's own
+        (f"{T} The", f"{E}{T}{T} the"),
+        (f"{E} The", f"{E}{E}{T} the"),
+        ("\u00a0The", f"\u00a0{T}the"),  # only U+0020 moves
+    ],
+)
+def test_rules_of_the_operator_before_the_space(text, encoded):
+    assert encode(text, BEFORE_SPACE) == encoded
+    assert decode(encoded, BEFORE_SPACE) == text
 
 
-@given(st.text(st.characters(), max_size=40))  # lone surrogates too
-def test_round_trip_of_any_string(text):
-    assert decode(encode(text)) == text
+@pytest.mark.parametrize("row", TEXT, ids=range(len(TEXT)))
+def test_forms_differ_only_in_where_an_operator_stands(row):
+    before = encode(row["text"], BEFORE_SPACE)
+    assert decode(before, BEFORE_SPACE) == row["text"]
+    assert sorted(before) == sorted(row["encoded"])
+    assert [c for c in before if c in OPERATORS] == [c for c in row["encoded"] if c in OPERATORS]
 
 
-@given(STRINGS, st.lists(st.integers(0, 80)))
-def test_bytes_of_any_partition(text, cuts):
-    encoded = encode(text)
+def test_one_form_is_no_spelling_of_the_other():
+    with pytest.raises(CaseOpsError, match="TITLE is not followed by an ASCII letter at character 1"):
+        decode(encode("1 The", BEFORE_SPACE))
+
+
+@given(STRINGS, FORMS)
+def test_round_trip(text, form):
+    assert decode(encode(text, form), form) == text
+
+
+@given(st.text(st.characters(), max_size=40), FORMS)  # lone surrogates too
+def test_round_trip_of_any_string(text, form):
+    assert decode(encode(text, form), form) == text
+
+
+@given(STRINGS, st.lists(st.integers(0, 80)), FORMS)
+def test_bytes_of_any_partition(text, cuts, form):
+    encoded = encode(text, form)
     cuts = [0, *sorted(min(cut, len(encoded)) for cut in cuts), len(encoded)]
     surfaces = [encoded[start:end] for start, end in pairwise(cuts)]
-    counts = piece_bytes(surfaces)
+    counts = piece_bytes(surfaces, form)
     assert len(counts) == len(surfaces)
     assert sum(counts) == len(text.encode())
     # Cut at every character: an operator counts 0 unless ESC stands before it, everything else its own UTF-8 length.
     escaped = False
-    for char, count in zip(encoded, piece_bytes(list(encoded)), strict=True):
+    for char, count in zip(encoded, piece_bytes(list(encoded), form), strict=True):
         is_operator = char in OPERATORS and not escaped
         assert count == (0 if is_operator else len(char.encode()))
         escaped = is_operator and char == E
 
 
-@given(st.lists(st.sampled_from("abA 1\u00e9\ue000" + OPERATORS), max_size=10).map("".join))
-def test_decode_and_piece_bytes_accept_the_same_strings(encoded):
+@given(st.lists(st.sampled_from("abA 1\u00e9\ue000" + OPERATORS), max_size=10).map("".join), FORMS)
+def test_decode_and_piece_bytes_accept_the_same_strings(encoded, form):
     try:
-        text = decode(encoded)
+        text = decode(encoded, form)
     except CaseOpsError as error:
         assert encoded[error.position] in OPERATORS
         with pytest.raises(CaseOpsError):
-            piece_bytes(list(encoded))
+            piece_bytes(list(encoded), form)
     else:
-        assert sum(piece_bytes(list(encoded))) == len(text.encode())
+        assert sum(piece_bytes(list(encoded), form)) == len(text.encode())
 
 
 @pytest.mark.parametrize(
