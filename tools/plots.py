@@ -77,7 +77,7 @@ def plot_loss(runs: list[Run], path: Path) -> Path | None:
                 linewidth=1.6,
                 marker=marker,
                 markersize=3,
-                label=f"{run.folder.name}, seed {run.result['seed']}",
+                label=f"{run.name}, seed {run.result['seed']}",
             )
         for step, event in re.findall(r"^step (\d+): (loops on|attention span \d+)", runs[0].log, re.M):
             if int(step) > 0 and len(curves[0]):
@@ -116,7 +116,7 @@ def plot_stages(runs: list[Run], axis) -> None:
     stages = list(runs[0].stages)
     for run, colour in zip(runs, COLOURS * len(runs)):
         values = [run.stages.get(stage, math.nan) for stage in stages]
-        axis.plot(range(len(stages)), values, color=colour, marker="o", linewidth=1.8, zorder=3, label=run.folder.name)
+        axis.plot(range(len(stages)), values, color=colour, marker="o", linewidth=1.8, zorder=3, label=run.name)
         for x, value in enumerate(values if len(runs) == 1 else ()):
             axis.annotate(
                 f"{value:.4f}",
@@ -187,7 +187,7 @@ def plot_budgets(run: Run, axis) -> None:
             color="#dc2626",
             fontsize=8,
         )
-    axis.set(xlabel=f"seconds ({run.folder.name})", xlim=(0, longest * 1.04), ylim=(2.55, -0.6))
+    axis.set(xlabel=f"seconds ({run.name})", xlim=(0, longest * 1.04), ylim=(2.55, -0.6))
     axis.set_yticks(range(3), [name for name, _ in bars])
     axis.grid(axis="x")
 
@@ -206,9 +206,7 @@ def plot_documents(runs: list[Run], path: Path) -> Path | None:
         bins = runs[0].anatomy[key]
         for run, colour in zip(runs, COLOURS * len(runs)):
             values = [entry["bpb"] for entry in run.anatomy.get(key, ())]
-            axis.plot(
-                range(len(values)), values, color=colour, marker="o", markersize=4, linewidth=1.6, label=run.folder.name
-            )
+            axis.plot(range(len(values)), values, color=colour, marker="o", markersize=4, linewidth=1.6, label=run.name)
         axis.set_xticks(
             range(len(bins)),
             [f"{entry['upto']:,}" if entry["upto"] < 1e9 else "longer" for entry in bins],

@@ -41,7 +41,17 @@ from tools import submission
 from tools.anatomy import add_anatomy
 from tools.baselines import COMPRESSORS, add_baselines
 from tools.plots import INK, plot_bits, plot_documents, plot_loss, plot_phases
-from tools.runs import ROOT, STAGES, ReportError, Run, bits_by_tensor, budget_parts, load_run
+from tools.runs import (
+    ROOT,
+    STAGES,
+    ReportError,
+    Run,
+    bits_by_tensor,
+    budget_parts,
+    load_run,
+    show_all_text,
+    shown,
+)
 
 # ---------------------------------------------------------------- tables
 
@@ -64,13 +74,16 @@ def one_run_table(run: Run) -> str:
     result, training = run.result, run.result["training"]
     verdicts = ", ".join(f"{name} {verdict}" for name, (verdict, _) in run.verdicts.items() if verdict != "NOT RUN")
     headline = f"val_bpb {run.val_bpb:.6f}" if run.val_bpb is not None else "no val_bpb: a condition failed"
+    if run.doubts:
+        headline = "no val_bpb: a result is older than what lies beside it"
     steps = (
         "steps",
         f"{training.get('steps', 0):,}",
         f"{training.get('tokens', 0):,} tokens, {training.get('epochs', 0):.2f} passes over the training data",
     )
     table = align([*bpb_rows(run), *byte_rows(result), *second_rows(result), steps])
-    return f"{run.folder}: {run.hardware}, seed {result['seed']}\n{run.documents}\n\n{table}\n\n{headline}; {verdicts}"
+    head = f"{shown(run.folder)}: {run.hardware}, seed {result['seed']}\n{run.documents}"
+    return "\n\n".join([head, table, *run.doubts, f"{headline}; {verdicts}"])
 
 
 def bpb_rows(run: Run) -> list[tuple[str, str, str]]:
@@ -115,26 +128,32 @@ def many_runs_table(runs: list[Run]) -> str:
     stages = [stage for stage in STAGES if any(stage in run.stages for run in runs)]
     rows = [("run", "seed", *stages, "val_bpb", "bytes", "steps", "train s", "eval s")]
     scores = [[run.stages.get(stage) for stage in stages] + [run.val_bpb] for run in runs]
-    shown = lambda value: "-" if value is None else f"{value:.6f}"
+    figure = lambda value: "-" if value is None else f"{value:.6f}"
     for run, score in zip(runs, scores, strict=True):
         r = run.result
         rows.append(
             (
-                run.folder.name,
+                run.name,
                 str(r["seed"]),
-                *map(shown, score),
+                *map(figure, score),
                 f"{r['bytes'].get('total', 0):,}",
                 f"{r['training'].get('steps', 0):,}",
                 f"{r['seconds'].get('train', 0):.1f}",
                 f"{r['seconds'].get('eval', 0):.1f}",
             )
         )
-    columns = [[value for value in column if value is not None] for column in zip(*scores, strict=True)]
-    for name, function in (("mean", statistics.fmean), ("std", statistics.stdev)):
-        rows.append(
-            (name, "", *(shown(function(column) if len(column) > 1 else None) for column in columns), "", "", "", "")
-        )
-    return align(rows)
+    groups = submission.configurations(runs)
+    for label, members in groups.items():
+        if not submission.different_seeds(members):
+            continue
+        mine = [score for run, score in zip(runs, scores, strict=True) if any(run is member for member in members)]
+        columns = zip(*mine, strict=True)
+        held = [[value for value in column if value is not None] for column in columns]
+        for name, function in (("mean", statistics.fmean), ("std", statistics.stdev)):
+            means = (figure(function(column) if len(column) > 1 else None) for column in held)
+            rows.append((f"{name} {label}".rstrip(), "", *means, "", "", "", ""))
+    notes = [] if len(groups) == 1 else [f"{len(groups)} configurations: a mean is over the seeds of one of them"]
+    return "\n\n".join([align(rows), *notes, *(doubt for run in runs for doubt in run.doubts)])
 
 
 # ---------------------------------------------------------------- the page
@@ -165,6 +184,10 @@ details pre {{ max-height: 40em; overflow-y: auto }}"""
 def headline_of(runs: list[Run]) -> tuple[str, str]:
     """The number in large type, and what it is."""
     scores = [run.val_bpb for run in runs]
+    if any(run.doubts for run in runs):
+        return "no val_bpb", "a result is older than what lies beside it: see the figures"
+    if len(groups := submission.configurations(runs)) > 1:
+        return f"{len(runs)} runs", f"of {len(groups)} configurations, so without a mean: {', '.join(groups)}"
     if None in scores:
         return "no val_bpb", "a condition failed: see the verdicts"
     if len(runs) == 1:
@@ -172,6 +195,8 @@ def headline_of(runs: list[Run]) -> tuple[str, str]:
         return f"{scores[0]:.5f} BPB", "validation bits per byte" + (
             f", 95 % interval over documents {interval[0]:.5f} to {interval[1]:.5f}" if interval else ""
         )
+    if not submission.different_seeds(runs):
+        return f"{len(runs)} runs", "a seed occurs twice, so without a mean: that is over different seeds"
     return (
         f"{statistics.fmean(scores):.5f} BPB",
         f"mean of {len(runs)} runs, sample standard deviation {statistics.stdev(scores):.5f}",
@@ -195,7 +220,7 @@ def write_page(runs: list[Run], table: str, pictures: Iterable[Path], path: Path
         f'<img alt="{CAPTIONS.get(name, name)}" src="data:image/png;base64,{data}">' for name, data in encoded.items()
     )
     texts = [
-        (f"{run.folder}: {name}", text)
+        (f"{shown(run.folder)}: {name}", text)
         for run in runs
         for name, text in (("result.json", json.dumps(run.result, indent=1)), ("train.log", run.log))
         if text
@@ -204,7 +229,7 @@ def write_page(runs: list[Run], table: str, pictures: Iterable[Path], path: Path
         f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
         for title, text in texts
     )
-    title, (number, meaning) = html.escape(", ".join(run.folder.name for run in runs)), headline_of(runs)
+    title, (number, meaning) = html.escape(", ".join(run.name for run in runs)), headline_of(runs)
     where = "<br>".join(html.escape(text) for text in dict.fromkeys(f"{run.hardware}; {run.documents}" for run in runs))
     write_file(
         path,
@@ -225,7 +250,7 @@ def write_page(runs: list[Run], table: str, pictures: Iterable[Path], path: Path
 <h2>Results and logs, as written</h2>
 {details}
 </html>
-""".encode(),
+""".encode("utf-8", "replace"),
     )
 
 
@@ -234,7 +259,7 @@ def write_page(runs: list[Run], table: str, pictures: Iterable[Path], path: Path
 
 def check(run: Run) -> list[str]:
     """What --check finds wrong with a run, one line each."""
-    faults = []
+    faults = [*run.doubts]
     if run.baselines is None:
         faults.append(f"{run.folder}: has no baselines.json; pass --baselines DATA_PATH")
     else:
@@ -300,10 +325,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def words_of(args: argparse.Namespace) -> dict:
     """What submission.json says that no log knows."""
     words = {
-        "author": args.author,
-        "github_id": args.github_id,
-        "name": args.name,
-        "blurb": args.blurb,
+        "author": shown(args.author),
+        "github_id": shown(args.github_id),
+        "name": shown(args.name),
+        "blurb": shown(args.blurb),
         "date": args.date,
     }
     if args.baseline:
@@ -317,15 +342,16 @@ def words_of(args: argparse.Namespace) -> dict:
 
 def verify(args: argparse.Namespace, runs: list[Run]) -> int:
     faults = [fault for run in runs for fault in submission.verify_run(run)]
-    checked = [f"{len(runs)} run(s)"] if runs else []
     for path, compare in ((args.submission, submission.verify_submission), (args.record, submission.verify_record)):
         if path:
             faults += compare(path, runs)
-            checked.append(str(path))
     if args.settings:
         faults += submission.verify_readme(args.readme)
-        checked.append(str(args.readme))
-    print(f"verified {', '.join(checked)}: {'no difference' if not faults else f'{len(faults)} difference(s)'}")
+    for run in runs:
+        print("\n".join(submission.compared(run)))
+    said = [str(path) for path in (args.submission, args.record, args.settings and args.readme) if path]
+    where = ", ".join([*(["the run(s)"] if runs else []), *said])
+    print(f"verified {where}: {'no difference' if not faults else f'{len(faults)} difference(s)'}")
     return print_faults(faults)
 
 
@@ -364,7 +390,7 @@ def write_report(args: argparse.Namespace, runs: list[Run]) -> int:
     print(table, end="\n\n")
     out = args.out or (runs[0].folder if len(runs) == 1 else Path("report"))
     out.mkdir(parents=True, exist_ok=True)
-    bits_of = f"{runs[0].folder.name}, {runs[0].result['bytes'].get('model', 0):,} bytes"
+    bits_of = f"{runs[0].name}, {runs[0].result['bytes'].get('model', 0):,} bytes"
     drawn = (
         plot_loss(runs, out / "loss.png"),
         plot_phases(runs, out / "phases.png"),
@@ -378,7 +404,7 @@ def write_report(args: argparse.Namespace, runs: list[Run]) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    runs = [load_run(folder) for folder in args.runs]
+    runs = [load_run(folder, other_files=args.verify) for folder in args.runs]
     if args.verify:
         return verify(args, runs)
     if args.settings:
@@ -393,10 +419,11 @@ def report(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    show_all_text()
     try:
         return report(parse_args(argv))
     except (ReportError, DataError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
+        print(f"report.py: {shown(str(error))}", file=sys.stderr)
         return 2
 
 

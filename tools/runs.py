@@ -1,9 +1,12 @@
 """Finished runs of train_gpt.py as the other tools read them: result.json, the logs, and audit.json bound to the
 artifact by its hashes."""
 
+import codecs
 import hashlib
 import json
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +27,7 @@ REQUIRED = {
     "hardware": str,
     "seed": int,
 }
+DATA_COUNTS = ("val_documents", "val_targets", "val_bytes", "val_tokens")
 ANATOMY = ("bpb_interval", "bpb_by_length", "bpb_by_position")  # of anatomy.json: tools/anatomy.py
 STAGES = {
     "trained": "weights in memory",
@@ -33,6 +37,9 @@ STAGES = {
 }
 TRAIN_PHASES = ("steps", "calibrate", "quantize")  # what counts against the training budget
 OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "write")  # in neither budget; every other phase is evaluation
+ARTIFACT = ("train_gpt.py", "model.bin")
+# How much newer than its result a file may be: copying a folder gives new times, in any order. A run takes longer.
+COPY_SECONDS = 2.0
 
 
 class ReportError(Exception):
@@ -48,6 +55,17 @@ class Run:
     log: str = ""  # train.log
     audit: dict | None = None  # audit.json, of this very artifact
     anatomy: dict = field(default_factory=dict)  # anatomy.json, or what an older result.json holds of it
+    doubts: list[str] = field(default_factory=list)  # results that are older than the model.bin beside them
+
+    @property
+    def name(self) -> str:
+        """The folder's name as text that any encoding of the locale can show."""
+        return shown(self.folder.name)
+
+    @property
+    def bound(self) -> bool:
+        """Whether result.json names its artifact by hash."""
+        return isinstance(self.result.get("artifact_sha256"), dict)
 
     @property
     def verdicts(self) -> dict[str, tuple[str, str]]:
@@ -96,12 +114,40 @@ class Run:
         )
 
 
+class NotFinite(ValueError):
+    """A JSON file holds NaN or an infinity."""
+
+
+def refuse_constant(name: str) -> None:
+    """For json.loads: NaN and the infinities are no JSON, and Python would read, compare and print them as numbers."""
+    raise NotFinite(f"holds {name}, which is not finite")
+
+
+def shown(text: str | Path) -> str:
+    """A path or its name as plain text: bytes that the locale's encoding did not know are read as UTF-8, and what that
+    leaves is replaced, so that no page, picture or terminal refuses it."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def show_all_text() -> None:
+    """No text ends the program because the locale cannot spell it: ASCII, which every terminal of today extends, is
+    written as UTF-8, as Python itself does under the locale C; other encodings get escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a notebook has put a file of its own
+            if codecs.lookup(stream.encoding or "ascii").name in ("ascii", "utf-8"):
+                stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+            else:
+                stream.reconfigure(errors="backslashreplace")
+
+
 def read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    except NotFinite as error:
+        raise ReportError(f"{path}: {error}; no such number is a result: run again") from None
     except FileNotFoundError:
         raise ReportError(f"{path}: no such file; give the folder of a finished run of train_gpt.py") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
         raise ReportError(f"{path}: not JSON ({error}); the file is damaged, run again") from None
     except OSError as error:
         raise ReportError(
@@ -113,24 +159,76 @@ def read_json(path: Path) -> dict:
 
 
 def check_result(result: dict, path: Path, required: dict[str, type]) -> dict:
+    """What the tables and pages read of a result is of the kind that they take for granted."""
     for key, kind in required.items():
         if not isinstance(result.get(key), kind):
             raise ReportError(f"{path}: holds no {key}; it is not a result of train_gpt.py, or damaged: run again")
-    if not result["bpb"] or not all(
-        isinstance(value, float) and math.isfinite(value) for value in result["bpb"].values()
-    ):
+    if not result["bpb"] or not all(isinstance(value, float) and finite(value) for value in result["bpb"].values()):
         raise ReportError(f"{path}: its bpb is empty or not finite; run again")
+    if wrong := next(odd_entries(result, required), None):
+        raise ReportError(f"{path}: {wrong}; it is not a result of train_gpt.py, or damaged: run again")
     return result
 
 
-def load_run(folder: Path) -> Run:
-    run = Run(folder, check_result(read_json(folder / "result.json"), folder / "result.json", REQUIRED))
+def finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def odd_entries(result: dict, required: dict[str, type]) -> Iterator[str]:
+    """Numbers that are none, and verdicts that nobody gives."""
+    if "val_bpb" in result and not finite(result["val_bpb"]):
+        yield f"its val_bpb is {result['val_bpb']!r}, no number"
+    for group in {"bytes", "seconds"} & set(required):
+        for name, value in result[group].items():
+            if not finite(value) or value < 0:
+                yield f"its {group} of {name} are {value!r}, no number"
+    if "training" in required:
+        training, settings = result["training"], result["settings"]
+        numbers = {name: training[name] for name in ("steps", "tokens", "epochs", "seconds") if name in training}
+        numbers |= {name: settings[name] for name in ("max_wallclock_seconds", "artifact_cap") if name in settings}
+        yield from (f"its {name} is {value!r}, no number" for name, value in numbers.items() if not finite(value))
+        curve = training.get("curve", [])
+        if not isinstance(curve, list) or not all(
+            isinstance(row, list) and len(row) == 4 and all(map(finite, row)) for row in curve
+        ):
+            yield "its training curve is not rows of four numbers"
+    if "data" in required:
+        counts = {name: value for name, value in result["data"].items() if name in DATA_COUNTS}
+        yield from (
+            f"its {name} is {value!r}, no count"
+            for name, value in counts.items()
+            if type(value) is not int or value < 1
+        )
+    if "verdicts" in required:
+        for condition, entry in result["verdicts"].items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str):
+                yield f"its verdict on {condition} has no reason"
+            elif entry.get("verdict") not in VERDICTS:
+                yield f"its verdict on {condition} is {entry.get('verdict')!r}, none of {', '.join(VERDICTS)}"
+
+
+def load_run(folder: Path, other_files: bool = False) -> Run:
+    """A run's folder as its tools wrote it.
+
+    A result of other files than lie beside it is refused, or where `other_files` are asked for, kept among the doubts.
+    """
+    path = folder / "result.json"
+    run = Run(folder, check_result(read_json(path), path, REQUIRED))
     if missing := [key for key in ("dataset", "val_documents", "val_bytes") if key not in run.result["data"]]:
-        raise ReportError(f"{folder / 'result.json'}: its data lacks {', '.join(missing)}; it is damaged, run again")
+        raise ReportError(f"{path}: its data lacks {', '.join(missing)}; it is damaged, run again")
+    if others := other_artifact(run.result, path):
+        if not other_files:
+            raise ReportError(others[0])
+        run.doubts += others
+    run.doubts += older_than_model(run.result, path)
     if (path := folder / "eval_result.json").exists():
-        run.rescored = check_result(read_json(path), path, {"bpb": dict})
+        rescored = check_result(read_json(path), path, {"bpb": dict})
+        stale = [*other_artifact(rescored, path), *older_than_model(rescored, path)]
+        run.doubts += [f"{line}; it is left aside" for line in stale]
+        run.rescored = None if stale else rescored
     if (path := folder / "baselines.json").exists():
-        run.baselines = check_result(read_json(path), path, {"bpb": dict, "fingerprint": dict})
+        wanted = {"bpb": dict, "fingerprint": dict, "text_bytes": int, "bigram": str}
+        run.baselines = check_result(read_json(path), path, wanted)
     if (path := folder / "anatomy.json").exists():
         run.anatomy = check_anatomy(read_json(path), path)
     else:
@@ -140,6 +238,28 @@ def load_run(folder: Path) -> Run:
     if (path := folder / "audit.json").exists():
         run.audit = check_audit(read_json(path), path)
     return run
+
+
+def other_artifact(result: dict, path: Path) -> list[str]:
+    """The files beside a result whose hashes are not those that it holds: a later run has replaced them, or somebody
+    has changed them. Older results hold no hashes."""
+    claimed = result.get("artifact_sha256", {})
+    if not isinstance(claimed, dict):
+        return [f"{path}: its artifact_sha256 is no table of hashes; it is damaged, run again"]
+    return [
+        f"{path}: is of another {name} than lies beside it; score what lies there (TTT_EVAL_ONLY=1), or run again"
+        for name in ARTIFACT
+        if name in claimed and (file := path.parent / name).exists() and sha256_file(file) != claimed[name]
+    ]
+
+
+def older_than_model(result: dict, path: Path) -> list[str]:
+    """A result without hashes speaks of the model.bin that was there when it was written; a newer one is another's."""
+    model = path.parent / "model.bin"
+    if "artifact_sha256" in result or not model.exists():
+        return []
+    behind = model.stat().st_mtime - path.stat().st_mtime
+    return [f"{path}: stale, model.bin is {behind:.0f} s newer"] if behind > COPY_SECONDS else []
 
 
 def check_anatomy(found: dict, path: Path) -> dict:
@@ -158,7 +278,7 @@ def check_audit(audit: dict, path: Path) -> dict:
     )
     if not rows or not all(isinstance(row, dict) and row.get("verdict") in VERDICTS for row in rows):
         raise ReportError(f"{path}: holds no checks and verdicts; run tools/audit.py again")
-    for name in ("train_gpt.py", "model.bin"):
+    for name in ARTIFACT:
         file, claimed = path.parent / name, audit.get("artifact", {}).get(name, {}).get("sha256")
         if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != claimed:
             raise ReportError(f"{path}: is the audit of another {name}; run tools/audit.py on this folder")

@@ -11,23 +11,42 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
-from tools.runs import ROOT, STAGES, ReportError, Run, load_run, read_json
+from tools.audit.outcome import Broken
+from tools.audit.run import unpack
+from tools.runs import ARTIFACT, ROOT, STAGES, ReportError, Run, load_run, read_json, shown
 from tools.verdicts import NOT_RUN, worst
 
 WORDS = ("author", "github_id", "name", "blurb", "date", "comparison_baseline_pr", "comparison_baseline_bpb")
-ATTRIBUTION = {
-    "CaseOps": "#1729",
-    "GPTQ of embeddings, clip by row deviation": "#1394",
-    "Muon with Polar Express": "#1344",
-    "XSA": "#265",
-    "LoRA per document": "#1530",
-    "global SGD in phases": "#1626",
-    "two-lane decoder": "#1529",
-    "SmearGate": "#1667",
-    "sparse attention gate": "#1787",
-    "the stack it follows": "#1855",
+# What a run owes to whom, and whether it was on: asked of the settings and of the data of its result.json. Without a
+# question it is in every run of this script.
+ATTRIBUTION: dict[str, tuple[str, Callable[[dict, dict], bool] | None]] = {
+    "CaseOps": ("#1729", lambda s, data: data.get("transform", "none") != "none"),
+    "GPTQ of embeddings": ("#1394", None),
+    "clip by row deviation": ("#1394", lambda s, data: not s.get("rate_distortion")),
+    "Muon with Polar Express": ("#1344", lambda s, data: s.get("muon_coefficients") == "polar_express"),
+    "XSA": ("#265", None),
+    "LoRA per document": ("#1530", lambda s, data: s.get("ttt_enabled") and s.get("ttt_method") == "lora"),
+    "score-first SGD": ("#549", lambda s, data: s.get("ttt_enabled") and s.get("ttt_method") == "sgd"),
+    "global SGD in phases": (
+        "#1626",
+        lambda s, data: s.get("ttt_enabled") and s.get("ttt_method") == "lora" and s.get("phased_ttt_num_phases"),
+    ),
+    "n-gram tilt": ("#1145 and #1420", lambda s, data: s.get("ngram_enabled")),
+    "two-lane decoder": ("#1529", lambda s, data: side_by_side(s) and s.get("parallel_mode") == "lanes"),
+    "attention and MLP from one input": (
+        "#1493",
+        lambda s, data: side_by_side(s) and s.get("parallel_mode") == "gptj",
+    ),
+    "SmearGate": ("#1667", lambda s, data: s.get("smear_gate_enabled")),
+    "attention output gate": ("#1667", lambda s, data: s.get("attn_out_gate_enabled")),
+    "sparse attention gate": ("#1787", lambda s, data: s.get("sparse_attn_gate_enabled")),
+    "LQER": ("#1797", lambda s, data: s.get("lqer_enabled")),
+    "AWQ-lite": ("#1908", lambda s, data: s.get("awq_lite_enabled")),
+    "logit calibration": ("#1884", lambda s, data: s.get("logit_calibration_enabled")),
+    "the stack it follows": ("#1855", None),
 }
 CONDITIONS = {
     "C1": "causal",
@@ -42,7 +61,42 @@ CONDITIONS = {
 }
 
 
+def side_by_side(settings: dict) -> bool:
+    """Whether any layer has attention and MLP side by side."""
+    return 0 < settings.get("parallel_start_layer", 0) < settings.get("num_layers", 0)
+
+
+def attribution(run: Run) -> dict[str, str]:
+    """Credit for what was on in a run: its seeds differ in nothing else."""
+    settings, data = run.result["settings"], run.result["data"]
+    return {what: number for what, (number, on) in ATTRIBUTION.items() if on is None or on(settings, data)}
+
+
 # ---------------------------------------------------------------- several seeds, one system
+
+
+def configurations(runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs of each configuration, by what sets it apart from the others (nothing, where there is one alone)."""
+    groups = {}
+    for run in runs:
+        found = {name.upper(): value for name, value in run.result["settings"].items() if name != "seed"}
+        found |= {"source": str(run.result.get("source_sha256"))[:12]}
+        found |= {"validation": str(run.result["data"].get("val_sha256"))[:12]}
+        groups.setdefault(json.dumps(found, sort_keys=True), (found, []))[1].append(run)
+    each = [found for found, _ in groups.values()]
+    names = [
+        name for name in dict.fromkeys(name for found in each for name in found)
+        if len({json.dumps(found.get(name)) for found in each}) > 1
+    ]  # fmt: skip
+    return {
+        " ".join(f"{name}={found[name]}" for name in names if name in found) or "as elsewhere" * (len(groups) > 1): mine
+        for found, mine in groups.values()
+    }
+
+
+def different_seeds(runs: list[Run]) -> bool:
+    """Whether a mean over these runs of one configuration is one over seeds."""
+    return len(runs) > 1 and len({run.result["seed"] for run in runs}) == len(runs)
 
 
 def check_together(runs: list[Run]) -> None:
@@ -67,10 +121,10 @@ def check_together(runs: list[Run]) -> None:
 
 
 def joined_verdicts(runs: list[Run]) -> dict[str, tuple[str, str]]:
-    """The worst verdict of any run; PASS only if every run passes."""
+    """The worst verdict of any run on every condition that one of them names; PASS only if every run passes."""
     return {
         condition: worst((run.verdicts.get(condition, (NOT_RUN, "")) for run in runs), lambda found: found[0])
-        for condition in runs[0].verdicts
+        for condition in dict.fromkeys(condition for run in runs for condition in run.verdicts)
     }
 
 
@@ -134,7 +188,7 @@ def submission(runs: list[Run], words: dict) -> dict:
         "compliance": {
             name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in joined_verdicts(runs).items()
         },
-        "attribution": ATTRIBUTION,
+        "attribution": attribution(runs[0]),
     }
     if words.get("comparison_baseline_pr"):
         entry |= comparison(entry, words, contest)
@@ -221,7 +275,7 @@ def results_table(runs: list[Run]) -> str:
                 f"{result['bytes']['total']:,}",
             ]
         )
-    if len(runs) > 1:
+    if len(configurations(runs)) == 1 and different_seeds(runs):
         columns = [[run.stages[stage] for run in runs] for stage in stages] + [[run.val_bpb for run in runs]]
         for name, function in (("mean", statistics.fmean), ("std", statistics.stdev)):
             rows.append([name, "", "", *(f"{function(c):.5f}" if None not in c else "" for c in columns), "", "", ""])
@@ -306,10 +360,15 @@ def record_files(runs: list[Run], words: dict) -> dict[str, bytes]:
             if (run.folder / name).exists():
                 stem, suffix = name.split(".")
                 files[f"{stem}_seed{seed}.{suffix}"] = (run.folder / name).read_bytes()
-    journals = {run.folder.parent / "runs.jsonl" for run in runs}
-    if len(journals) == 1 and (journal := journals.pop()).exists():
+    if journal := journal_of(runs):
         files["runs.jsonl"] = journal.read_bytes()
     return files
+
+
+def journal_of(runs: list[Run]) -> Path | None:
+    """The sweep's list of all its runs, where these are of one sweep."""
+    journals = {run.folder.parent / "runs.jsonl" for run in runs}
+    return next((path for path in journals if len(journals) == 1 and path.exists()), None)
 
 
 def record_readme(runs: list[Run], entry: dict) -> str:
@@ -324,13 +383,23 @@ def record_readme(runs: list[Run], entry: dict) -> str:
         )
     disclosed = (
         "`runs.jsonl` lists every run that was started in that folder, failed and bad ones too.\n"
-        if len({r.folder.parent for r in runs}) == 1
+        if journal_of(runs)
         else ""
     )
-    disjoint = "checked against manifest.json" if data.get("manifest") else "unchecked, there was no manifest.json"
+    held = lambda name: any((run.folder / f"{name}.json").exists() for run in runs)
+    shipped = "".join(f", `{name}_seed*.json`" for name in ("eval_result", "audit") if held(name))
+    seeds = f"seed {first['seed']} alone"
+    if len(runs) > 1:
+        seeds = f"mean of {len(runs)} seeds, sample standard deviation {entry['val_bpb_std']:.5f}"
+    verdict, reason = joined_verdicts(runs).get("data", (NOT_RUN, ""))
+    disjoint = f"{verdict}" + (f" ({reason})" if reason else "")
+    manifest = (
+        "The run held the data against its manifest.json" if data.get("manifest") else "There was no manifest.json"
+    )
+    device = "DEVICE=cpu " if first["hardware"].startswith("CPU") else ""
     return f"""# {entry["name"]}
 
-**val_bpb {entry["val_bpb"]:.5f}** (mean of {len(runs)} seed(s), sample standard deviation {entry["val_bpb_std"]:.5f}),
+**val_bpb {entry["val_bpb"]:.5f}** ({seeds}),
 {entry["val_loss"]:.5f} nats per token,
 at most {entry["bytes_total"]:,} bytes. {entry["blurb"]}
 
@@ -345,8 +414,9 @@ NOT RUN means that nobody has shown it; `tools/audit.py` does.
 
 ## Command
 
-    SEED={runs[0].result["seed"]} {changed}{launcher(first["hardware"])} train_gpt.py
+    DATA_PATH=DATA SEED={first["seed"]} {device}{changed}{launcher(first["hardware"])} train_gpt.py
 
+DATA is the folder of the data described below.
 `train_gpt.py` is the file that was counted ({entry["bytes_code"]:,} bytes, with `model.bin` {entry["bytes_total"]:,}).
 `python3 train_gpt.py --unpack train_gpt.py` prints its source without running it.
 Source SHA-256 {first["source_sha256"]}, settings SHA-256 {first["settings_sha256"]} (seed {first["seed"]}).
@@ -356,14 +426,15 @@ Source SHA-256 {first["source_sha256"]}, settings SHA-256 {first["settings_sha25
 {data["val_documents"]:,} validation documents, {data["val_targets"]:,} targets, {data["val_bytes"]:,} bytes,
 dataset: {data["dataset"]},
 SHA-256 of the tokens {data["val_sha256"]}.
-Training and validation disjoint: {disjoint}.
+Training and validation disjoint, bytes true: {disjoint}.
+{manifest}.
 
 ## Files
 
-`train_seed*.log` and `result_seed*.json` as the script wrote them, `requirements.txt`. {disclosed}
+`train_seed*.log` and `result_seed*.json`{shipped} as they were written, `requirements.txt`. {disclosed}
 ## Credits
 
-{", ".join(f"{what} {number}" for what, number in ATTRIBUTION.items())}.
+{", ".join(f"{what} {number}" for what, number in entry["attribution"].items())}.
 """
 
 
@@ -377,11 +448,61 @@ def launcher(hardware: str) -> str:
 # ---------------------------------------------------------------- verification
 
 
+# What is verified and handed in of a result, beyond what the tables need.
+HANDED = {
+    "settings_sha256": lambda result: result,
+    "source_sha256": lambda result: result,
+    "val_targets": lambda result: result["data"],
+    "val_sha256": lambda result: result["data"],
+    "code": lambda result: result["bytes"],
+    "model": lambda result: result["bytes"],
+    "total": lambda result: result["bytes"],
+    "train": lambda result: result["seconds"],
+    "eval": lambda result: result["seconds"],
+    "steps": lambda result: result["training"],
+    "seconds": lambda result: result["training"],
+    "max_wallclock_seconds": lambda result: result["settings"],
+    "torch": lambda result: result["versions"],
+}
+
+
+def compared(run: Run) -> list[str]:
+    """What --verify holds against what, and what it cannot know."""
+    there = [name for name in ARTIFACT if (run.folder / name).exists()]
+    claimed = run.result.get("artifact_sha256", {}) if run.bound else {}
+    parts = ["result.json with every figure in train.log, and with itself"]
+    parts += [f"the SHA-256 of {name}" for name in there if name in claimed]
+    parts += [f"the size of {name} alone (result.json holds no hash of it)" for name in there if name not in claimed]
+    parts += ["the source inside train_gpt.py by its hash"] if "train_gpt.py" in there else []
+    parts += [f"not {name}, which is not there" for name in ARTIFACT if name not in there]
+    reload = (run.audit or {}).get("checks", {}).get("reload", {}).get("verdict")
+    said = f"its audit.json says reload {reload}" if reload else f"python tools/audit.py {shown(run.folder)}"
+    return [
+        f"{shown(run.folder)}: compared {'; '.join(parts)}",
+        f"  Who edits result.json and train.log alike passes: only the audit's reload scores model.bin again; {said}",
+    ]
+
+
+def script_faults(run: Run) -> list[str]:
+    """The packed script is the one whose source the result names."""
+    script = run.folder / "train_gpt.py"
+    if not script.exists():
+        return []
+    try:
+        source = unpack(script.read_bytes())
+    except (Broken, SyntaxError, ValueError) as error:
+        return [f"{script}: cannot be unpacked ({error})"]
+    held = hashlib.sha256(source.encode("utf-8", "replace")).hexdigest() == run.result["source_sha256"]
+    return [] if held else [f"{script}: holds another source than the one that result.json names"]
+
+
 def verify_run(run: Run) -> list[str]:
     """Where result.json disagrees with the log, with itself, or with the files beside it; one line each."""
     result, lines, at = run.result, set(run.log.splitlines()), run.folder / "result.json"
+    if missing := [name for name, holder in HANDED.items() if name not in holder(result)]:
+        return [f"{at}: lacks {', '.join(missing)}; it is not a result of train_gpt.py, or damaged: run again"]
     if not run.log:
-        return [f"{run.folder}: has no train.log, so nothing bears out its result.json"]
+        return [*run.doubts, f"{run.folder}: has no train.log, so nothing bears out its result.json"]
     told = [f"  {name + ' BPB':24s} {value:.6f}" for name, value in result["bpb"].items()]
     told += [f"  {name + ' bytes':24s} {size:,}" for name, size in result["bytes"].items()]
     told += [f"  {name + ' seconds':24s} {value:.1f}" for name, value in result["seconds"].items()]
@@ -414,7 +535,8 @@ def verify_run(run: Run) -> list[str]:
 
 def inner_faults(run: Run, failed: list[str]) -> list[str]:
     """Contradictions inside result.json, and with the files that lie beside it."""
-    result, at, faults = run.result, run.folder / "result.json", []
+    result, at = run.result, run.folder / "result.json"
+    faults = [*run.doubts, *script_faults(run)]
     size, cap = result["bytes"], result["settings"].get("artifact_cap", 0)
     headline = result["bpb"].get("adapted", result["bpb"].get("quantized"))
     tests = [
