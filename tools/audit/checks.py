@@ -9,6 +9,7 @@ from functools import partial
 from tools.audit import causality, data, package, papers
 from tools.audit.outcome import Broken, NotRun
 from tools.audit.shared import Audit
+from tools.runs import shown
 from tools.verdicts import FAIL, NOT_RUN, worst
 
 # In the order of the table. A check returns a verdict and what it rests on; its docstring says what it does.
@@ -57,7 +58,7 @@ def run_check(a: Audit, name: str) -> dict:
         verdict, said = FAIL, str(reason)
     except Exception as error:  # a stranger's file may be anything: the audit goes on
         verdict, said = FAIL, f"the check could not be done: {type(error).__name__}: {error}"
-    return {"verdict": verdict, "evidence": said, "seconds": round(time.perf_counter() - begun, 1)}
+    return {"verdict": verdict, "evidence": shown(said), "seconds": round(time.perf_counter() - begun, 1)}
 
 
 def condition_verdicts(found: dict[str, dict]) -> dict[str, dict]:

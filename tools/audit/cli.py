@@ -5,8 +5,9 @@
     python tools/audit.py runs/1337 --seeds runs/42 runs/314 --baseline 1.0611,1.0608,1.0614
     python tools/audit.py runs/demo --data data/demo --only sum_to_one_64 future
 
-Wanted of the folder: train_gpt.py and model.bin; beside them, where they exist, result.json, *.log, README.md and
-submission.json are checked too. Run alone with TTT_EVAL_ONLY=1, DATA_PATH and LEDGER_PATH, train_gpt.py must score the
+Wanted of the folder: train_gpt.py and model.bin; beside them, where they exist, result.json, logs, README.md and
+submission.json are checked too. A folder without model.bin, as records are published, is audited by its papers: what
+needs the artifact is NOT RUN. Run alone with TTT_EVAL_ONLY=1, DATA_PATH and LEDGER_PATH, train_gpt.py must score the
 fineweb_val_*.bin of that folder, write the nats of every target to LEDGER_PATH (float64 .npy, stream order) and
 eval_result.json (bpb, settings; `segments` where state crosses documents) beside itself. The auditor tampers with the
 validation data and compares ledgers.
@@ -30,6 +31,7 @@ from tools.audit.checks import CHECKS, condition_verdicts, run_checks
 from tools.audit.outcome import Broken, NotRun
 from tools.audit.run import Artifact
 from tools.audit.shared import Audit
+from tools.runs import ARTIFACT, show_all_text, shown
 from tools.verdicts import FAIL
 
 
@@ -87,6 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    show_all_text()
     args = parse_args(argv)
     data = args.data or (Path(os.environ["DATA_PATH"]) if os.environ.get("DATA_PATH") else None)
     names = [name for name in args.only or CHECKS if name not in args.skip]
@@ -97,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             baseline = tuple(float(value) for value in args.baseline.split(",") if value)
             audit = Audit(artifact, data.resolve() if data else None, args.targets, tuple(args.seeds), baseline)
         except (NotRun, Broken, ValueError) as error:
-            print(f"audit.py: {error}", file=sys.stderr)
+            print(f"audit.py: {shown(str(error))}", file=sys.stderr)
             return 2
         workers = args.workers or (
             min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 4)
@@ -107,12 +110,13 @@ def main(argv: list[str] | None = None) -> int:
         found = run_checks(audit, names, lambda line: print(line, file=sys.stderr, flush=True), workers)
     files = {
         name: {"sha256": sha256_file(args.artifact / name), "bytes": (args.artifact / name).stat().st_size}
-        for name in ("train_gpt.py", "model.bin")
+        for name in ARTIFACT
+        if (args.artifact / name).is_file()
     }
     report = {
         "artifact": files,
         "device": args.device,
-        "data": str(data) if data else None,
+        "data": shown(data) if data else None,
         "checks": found,
         "verdicts": condition_verdicts(found),
     }
@@ -124,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         counts = collections.Counter(row["verdict"] for row in found.values())
         said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         print(
-            f"\n{args.artifact}: {said} in {time.perf_counter() - begun:.0f} s; "
-            f"train_gpt.py {files['train_gpt.py']['sha256'][:12]}, model.bin {files['model.bin']['sha256'][:12]}"
+            f"\n{shown(args.artifact)}: {said} in {time.perf_counter() - begun:.0f} s; "
+            + ", ".join(f"{name} {files[name]['sha256'][:12]}" if name in files else f"no {name}" for name in ARTIFACT)
         )
     return 1 if any(row["verdict"] == FAIL for row in found.values()) else 0

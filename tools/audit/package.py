@@ -9,9 +9,11 @@ import sys
 import numpy as np
 
 from tools.audit.causality import LENGTH_TOLERANCE
+from tools.audit.logs import read_logs, total_bytes
 from tools.audit.outcome import NotRun, verdict_of
+from tools.audit.readme import variables_of_file
 from tools.audit.shared import Audit, full_run, moved, small
-from tools.runs import ROOT
+from tools.runs import ROOT, other_artifact
 from tools.streams import shard_paths
 from tools.verdicts import DISPUTED, FAIL
 
@@ -108,6 +110,8 @@ WRITTEN = (  # by a run and the tools
 def size(a: Audit) -> tuple[str, str]:
     """Sizes by stat against the cap and against what the run printed; files that the script names and does not
     count."""
+    if not (a.folder / "model.bin").is_file():
+        return size_by_logs(a)
     sizes = {name: (a.folder / name).stat().st_size for name in ("train_gpt.py", "model.bin")}
     total, claimed = sum(sizes.values()), a.artifact.result.get("bytes", {})
     faults = [f"{total:,} bytes are over the cap of {CAP:,}"] if total > CAP else []
@@ -121,6 +125,7 @@ def size(a: Audit) -> tuple[str, str]:
         and p.name not in (*sizes, *WRITTEN)
         and re.search(rf"[\"'/]{re.escape(p.name)}[\"']", a.source)
     ]
+    faults += other_artifact(a.artifact.result, a.folder / "result.json")
     raw = len(a.source.encode())
     return verdict_of(
         faults,
@@ -129,22 +134,40 @@ def size(a: Audit) -> tuple[str, str]:
     )
 
 
+def size_by_logs(a: Audit) -> tuple[str, str]:
+    """Without model.bin: the totals that the logs print, against the cap."""
+    totals = {name: total for name, text in read_logs(a.folder).items() if (total := total_bytes(text))}
+    if not totals:
+        raise NotRun("no model.bin, and no log that prints a total")
+    over = [f"{name} counts {total:,} bytes, over the cap of {CAP:,}" for name, total in totals.items() if total > CAP]
+    what = f"no model.bin; {len(totals)} log(s) count at most {max(totals.values()):,} of {CAP:,} bytes"
+    # Of several logs some may be of trials that were not handed in.
+    return verdict_of(over if len(over) == len(totals) else [], what, over)
+
+
 def source(a: Audit) -> tuple[str, str]:
     """The source can be read, compiles, is the one that made the log, loads nothing executable and imports no
     network."""
-    script, text = (a.folder / "train_gpt.py").read_bytes(), a.source
+    text = a.source
+    script = (a.folder / "train_gpt.py").read_bytes()
     faults = (
         ["train_gpt.py begins with a byte order mark"]
         if script.startswith(b"\xef\xbb\xbf") or text.startswith("\ufeff")
         else []
     )
-    try:
-        tree = ast.parse(text.removeprefix("\ufeff"))
-    except SyntaxError as error:
-        return FAIL, f"the source does not compile on Python {sys.version_info.major}.{sys.version_info.minor}: {error}"
     digest, claimed = hashlib.sha256(text.encode()).hexdigest(), a.artifact.result.get("source_sha256")
     if claimed and claimed != digest:
         faults.append(f"result.json is of another source ({claimed[:12]}, the shipped one is {digest[:12]})")
+    try:
+        tree = ast.parse(text.removeprefix("\ufeff"))
+    except (SyntaxError, ValueError, RecursionError) as error:
+        if faults:
+            return FAIL, "; ".join(faults)
+        # This Python can only say that the text is not its own: a later one has syntax that it does not know.
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise NotRun(
+            f"Python {version} does not read it ({error}); audit with the version that the record names"
+        ) from None
     modules = {
         name.split(".")[0]
         for node in ast.walk(tree)
@@ -163,7 +186,8 @@ def source(a: Audit) -> tuple[str, str]:
         for call in sorted(calls & {"torch.load", "pickle.load", "pickle.loads"})
     ]
     doubts += ["FORCE_STOP_STEP stops by step, not by clock"] if "FORCE_STOP_STEP" in text else []
-    head = (a.folder / "model.bin").read_bytes()[:4]
+    model = a.folder / "model.bin"
+    head = model.read_bytes()[:4] if model.is_file() else b""
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
         doubts.append("model.bin is a pickle")
     return verdict_of(
@@ -174,11 +198,6 @@ def source(a: Audit) -> tuple[str, str]:
     )
 
 
-NOT_SETTINGS = re.compile(
-    r"PATH|HOME|PYTHON.*|PIP_.*|OMP_.*|CUDA_.*|NCCL_.*|LD_.*|TORCH.*|PYTORCH_.*|TRITON_.*|TOKENIZERS_.*|S|RUN_ID"
-)
-
-
 def settings(a: Audit) -> tuple[str, str]:
     """Every variable that the README or a recipe sets for train_gpt.py is one that the script reads, and a misspelt one
     is refused."""
@@ -186,35 +205,35 @@ def settings(a: Audit) -> tuple[str, str]:
         a.folder / "README.md"
     ).is_file() or ROOT not in a.folder.resolve().parents  # a run of this repository: its README and recipes
     readme = (a.folder if here else ROOT) / "README.md"
-    files = [readme, *sorted((readme.parent / "recipes").glob("*.env"))]
+    files = [
+        readme,
+        *sorted((readme.parent / "recipes").glob("*.env")),
+        *(sorted(a.folder.glob("*.sh")) if here else ()),
+    ]
     named = collections.defaultdict(set)
     for path in files:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            if line.startswith("#") or (
-                path.suffix != ".env" and "train_gpt.py" not in line and not line.strip().startswith("export ")
-            ):
-                continue
-            for name in re.findall(r"(?<![\w$])([A-Z][A-Z0-9_]*)=", line):
-                if not NOT_SETTINGS.fullmatch(name):
-                    named[name].add(path.name)
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        for name in variables_of_file(path.name, text):
+            named[name].add(path.name)
     if not named:
         raise NotRun("no README or recipe that sets a variable")
+    helpers = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(a.folder.glob("*.py")))
+    sources = "\n".join([a.source, *helpers])  # modules beside the script read variables too
     known = (
-        set(re.findall(r"[\"']([A-Z][A-Z0-9_]+)[\"']", a.source))
+        set(re.findall(r"[\"']([A-Z][A-Z0-9_]+)[\"']", sources))
         | {name.upper() for name in a.artifact.settings}
-        | {name.upper() for name in re.findall(r"^\s+(\w+): (?:int|float|bool|str)\b", a.source, re.M)}
+        | {name.upper() for name in re.findall(r"^\s+(\w+): (?:int|float|bool|str)\b", sources, re.M)}
     )
     faults = [
         f"{name} ({', '.join(sorted(where))}) is not read by the script"
         for name, where in sorted(named.items())
         if name not in known
     ]
+    what = f"{len(named)} variables of {', '.join(path.name for path in files if path.is_file())}: all are read"
+    if not (a.folder / "model.bin").is_file():
+        return verdict_of(faults, f"{what} (no model.bin, so the script was not run with an unknown one)")
     folder = a.artifact.clean_folder(None, "train_gpt.py", "model.bin")
     bogus = a.artifact.environment(folder, {"TTT_EVAL_ONLY": 1, "TTT_NO_SUCH_SETTING": 1, "DATA_PATH": folder / "none"})
     code, _ = a.artifact.launcher(folder, bogus, 1, False, a.artifact.timeout)
     accepted = ["an unknown variable ends the run with status 0"] if code == 0 else []
-    return verdict_of(
-        faults,
-        f"{len(named)} variables of {', '.join(path.name for path in files if path.is_file())}: all are read",
-        accepted,
-    )
+    return verdict_of(faults, what, accepted)

@@ -21,6 +21,7 @@ import numpy as np
 
 from tools.audit.outcome import Broken, NotRun
 from tools.audit.tamper import Dataset
+from tools.runs import refuse_constant
 
 
 class Scored(NamedTuple):
@@ -90,12 +91,13 @@ def without_network(folder: Path, env: dict[str, str], command: list[str]) -> tu
 
 
 class Artifact:
-    """train_gpt.py and model.bin of a folder, run in clean folders and clean processes."""
+    """train_gpt.py and model.bin of a folder, run in clean folders and clean processes.
+
+    A folder without them, as records are published, is only read."""
 
     def __init__(self, folder: Path, work: Path, device: str, timeout: float, launcher: Callable = launch):
-        for name in ("train_gpt.py", "model.bin"):
-            if not (folder / name).is_file():
-                raise NotRun(f"{folder}: holds no {name}; give the folder of a finished run")
+        if not any(next(folder.glob(pattern), None) for pattern in ("train_gpt.py", "*.log", "README.md", "*.json")):
+            raise NotRun(f"{folder}: holds no train_gpt.py, log or README.md; give the folder of a finished run")
         self.folder = folder
         self.work = work
         self.device = device
@@ -127,7 +129,12 @@ class Artifact:
         }
 
     def clean_folder(self, script: bytes | None = None, *names: str) -> Path:
-        """A new folder that holds this script, or the named files of the artifact, and nothing else."""
+        """A new folder that holds this script, or the named files of the artifact, and nothing else.
+
+        Raises `NotRun` where the artifact lacks one of them."""
+        for name in names:
+            if not (self.folder / name).is_file():
+                raise NotRun(f"no {name} in the folder")
         with self.lock:
             self.runs += 1
             folder = self.work / f"run{self.runs}"
@@ -170,8 +177,9 @@ class Artifact:
 def read_json(path: Path) -> dict:
     """The object of a JSON file, empty where there is no such file; raises `Broken` where it is something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise Broken(f"{path.name}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise Broken(f"{path.name}: not a JSON object")
@@ -182,13 +190,17 @@ def unpack(script: bytes) -> str:
     """The readable source of a script, without running it.
 
     It is the script itself, or the largest compressed string in it: latin-1, base85 or base64; LZMA or zlib. Raises
-    `Broken` where the script executes a string that cannot be read so, and SyntaxError where it is not Python.
+    `Broken` where the script executes a string that cannot be read so. What this Python does not parse is taken as it
+    is: it may be in the syntax of a newer one.
     """
     try:
         text = script.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = script.decode("latin-1")
-    blob = max(byte_strings(text), key=len, default=b"")
+    try:
+        blob = max(byte_strings(text), key=len, default=b"")
+    except (SyntaxError, ValueError, RecursionError):
+        return text
     for decode in (bytes, base64.b85decode, base64.a85decode, base64.b64decode):
         for inflate in (lzma.decompress, zlib.decompress, inflate_raw_lzma):
             with contextlib.suppress(Exception):

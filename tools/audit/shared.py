@@ -55,6 +55,8 @@ class Audit:
 
     @property
     def source(self) -> str:
+        if not (self.folder / "train_gpt.py").is_file():
+            raise NotRun("no train_gpt.py in the folder")
         return self.once("source", lambda: unpack((self.folder / "train_gpt.py").read_bytes()))
 
     @property
