@@ -3,8 +3,11 @@
 import gzip
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 import zlib
 from itertools import pairwise
 
@@ -143,6 +146,72 @@ def test_several_runs(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"loss.png", "phases.png", "report.html"}
 
 
+def configured(folder, seed, bpb, **changes):
+    changes = {"seed": seed, "val_bpb": bpb, "bpb": {"trained": bpb - 0.01, "quantized": bpb}} | changes
+    return make_run(folder / f"{seed}-{len(list(folder.glob('*')))}", **changes)
+
+
+@pytest.mark.parametrize(
+    "other, word",
+    [
+        ({"settings": RESULT["settings"] | {"matrix_lr": 0.1}}, "MATRIX_LR=0.1"),
+        ({"source_sha256": "f" * 64}, "source=ffffffffffff"),
+        ({"data": RESULT["data"] | {"val_sha256": "e" * 64}}, "validation=eeeeeeeeeeee"),
+    ],
+)
+def test_a_mean_is_over_seeds_of_one_configuration(tmp_path, capsys, other, word):
+    """Of a sweep's folders each configuration has a mean of its own, and nothing is the headline."""
+    (tmp_path / "runs").mkdir()
+    runs = [configured(tmp_path / "runs", seed, bpb) for seed, bpb in ((1, 1.5), (2, 1.6))]
+    runs += [configured(tmp_path / "runs", seed, bpb, **other) for seed, bpb in ((1, 2.5), (2, 2.7))]
+    assert report.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    out, page = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
+    means = [line for line in out.splitlines() if line.startswith("mean")]
+    assert len(means) == 2 and "1.550000" in means[0] and "2.600000" in means[1] and word in means[1]
+    assert "2.075" not in out + page and "mean of 4" not in page and "2 configurations" in page
+
+
+def test_a_seed_twice_has_no_mean(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    runs = [configured(tmp_path / "runs", 1, bpb) for bpb in (1.5, 1.6)]
+    assert report.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    assert "\nmean" not in capsys.readouterr().out
+    assert "1.55" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_page_has_the_conditions_of_every_run(tmp_path):
+    """Also those that the first run does not name."""
+    (tmp_path / "runs").mkdir()
+    verdicts = RESULT["verdicts"] | {"C9": {"verdict": "FAIL", "reason": "only the second knows"}}
+    runs = [configured(tmp_path / "runs", 1, 1.5), configured(tmp_path / "runs", 2, 1.6, verdicts=verdicts)]
+    assert report.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    assert "only the second knows" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("coding", ("utf-8", "latin-1"))
+def test_names_outside_ascii_under_the_locale_c(tmp_path, coding):
+    """Tables, pictures, pages and errors; the second name is no UTF-8 at all."""
+    name = os.fsdecode(b"caf\xe9" if coding == "latin-1" else "café 北京".encode())
+    run = make_run(tmp_path / name)
+    (run / "train.log").write_text("step 1: École\n", encoding="utf-8")
+    bare = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHONUTF8"))}
+    env = bare | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    call = lambda *arguments: subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=runs.ROOT, env=env, capture_output=True
+    )
+    done = call("tools/report.py", run, "--name", name)
+    assert done.returncode == 0 and not done.stderr, done.stderr.decode(errors="replace")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert ("caf\ufffd" if coding == "latin-1" else "café 北京") in page and "École" in page
+    for arguments in (
+        ("tools/report.py", run / "none"),
+        ("tools/anatomy.py", run / "none", "--data", run),
+        ("tools/audit.py", run / "none"),
+    ):
+        failed = call(*arguments)
+        assert failed.returncode == 2 and failed.stderr.count(b"\n") == 1 and b"caf" in failed.stderr, failed.stderr
+
+
 def test_failed_condition_and_short_run(tmp_path, capsys):
     result = {key: value for key, value in RESULT.items() if key != "val_bpb"} | {
         "training": {"steps": 0},
@@ -168,6 +237,20 @@ def test_failed_condition_and_short_run(tmp_path, capsys):
         (json.dumps({key: value for key, value in RESULT.items() if key != "seconds"}), "holds no seconds"),
         (json.dumps(RESULT | {"bpb": {}}), "bpb is empty"),
         (json.dumps(RESULT | {"bpb": {"trained": math.nan}}), "not finite"),
+        (json.dumps(RESULT | {"val_bpb": math.nan}), "not finite"),
+        (json.dumps(RESULT | {"seconds": {"train": -math.inf}}), "not finite"),
+        (json.dumps(RESULT | {"settings": {"matrix_lr": math.inf}}), "not finite"),
+        (json.dumps(RESULT | {"val_bpb": "1.51"}), "val_bpb is '1.51'"),
+        (json.dumps(RESULT).replace('"val_bpb": 1.5123456', '"val_bpb": 1e999'), "val_bpb is inf"),
+        (json.dumps(RESULT | {"bytes": {"total": "530,000"}}), "bytes of total"),
+        (json.dumps(RESULT | {"seconds": {"eval": None}}), "seconds of eval"),
+        (json.dumps(RESULT | {"training": {"steps": "many"}}), "steps is 'many'"),
+        (json.dumps(RESULT | {"training": {"curve": [[1, 2.0]]}}), "curve"),
+        (json.dumps(RESULT | {"data": RESULT["data"] | {"val_bytes": 0}}), "val_bytes is 0"),
+        (json.dumps(RESULT | {"verdicts": {"C1": {"verdict": "LEGAL", "reason": ""}}}), "on C1 is 'LEGAL'"),
+        (json.dumps(RESULT | {"verdicts": {"C1": {"verdict": ["PASS"], "reason": ""}}}), "on C1 is ['PASS']"),
+        (json.dumps(RESULT | {"verdicts": {"C1": "PASS"}}), "on C1 has no reason"),
+        ("[" * 100_000, "not JSON"),
         (json.dumps(RESULT | {"data": {"dataset": "other"}}), "lacks val_documents"),
     ],
 )

@@ -3,6 +3,7 @@ hand is caught, wherever it stands."""
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import statistics
@@ -167,6 +168,106 @@ def test_an_artifact_of_another_size_is_caught(runs, capsys):
     assert "model.bin" in capsys.readouterr().err
 
 
+def bind(folder, name="result.json", **changes):
+    """The hashes of the artifact, as train_gpt.py writes them."""
+    hashes = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in ("train_gpt.py", "model.bin")}
+    edit(folder / name, lambda result: result.__setitem__("artifact_sha256", hashes | changes))
+
+
+def flip(path):
+    """One bit of a file, its size and its time kept."""
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ("model.bin", "train_gpt.py"))
+def test_a_result_of_other_files_is_refused(runs, tmp_path, capsys, name):
+    bind(runs[0])
+    command(runs[0], "--verify")
+    assert f"the SHA-256 of {name}" in capsys.readouterr().out
+    flip(runs[0] / name)
+    command(runs[0], "--verify", status=1)
+    assert f"another {name}" in capsys.readouterr().err
+    for more in ((), ("--check",), ("--submission", tmp_path / "s.json"), ("--record", tmp_path / "record")):
+        command(runs[0], "--out", tmp_path / "out", *more, status=2)
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and f"another {name}" in err and "TTT_EVAL_ONLY=1" in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "s.json").exists()
+
+
+def test_a_result_without_hashes_that_is_older_than_its_model_is_named_stale(runs, tmp_path, capsys):
+    """As a second run into the folder leaves it that was killed behind its model.bin."""
+    later = (runs[0] / "result.json").stat().st_mtime + 60
+    os.utime(runs[0] / "model.bin", (later, later))
+    command(runs[0], "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "stale, model.bin is 60 s newer" in out and "no val_bpb" in out
+    assert "no val_bpb" in (tmp_path / "out" / "report.html").read_text()
+    command(runs[0], "--verify", status=1)
+    command(runs[0], "--check", "--out", tmp_path / "out", status=1)
+    assert capsys.readouterr().err.count("stale") == 2
+    command(runs[0], "--submission", tmp_path / "s.json", status=2)
+    bind(runs[0])  # what is bound by hashes may be copied about
+    os.utime(runs[0] / "result.json", (0, 0))
+    command(runs[0], "--verify")
+
+
+@pytest.mark.parametrize("bound", (True, False))
+def test_a_stale_eval_result_is_left_aside_and_named(runs, tmp_path, capsys, bound):
+    bpb = json.loads((runs[0] / "result.json").read_text())["bpb"]["quantized"]
+    (runs[0] / "eval_result.json").write_text(json.dumps({"bpb": {"quantized": bpb}}))
+    if bound:
+        bind(runs[0], "eval_result.json", **{"model.bin": "0" * 64})
+    else:
+        os.utime(runs[0] / "eval_result.json", (0, 0))
+    command(runs[0], "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "left aside" in out and "scored by themselves" not in out
+    command(runs[0], "--verify", status=1)
+    assert "eval_result.json" in capsys.readouterr().err
+
+
+def test_a_packed_script_of_another_source_is_caught_without_hashes(runs, capsys):
+    flip(runs[0] / "train_gpt.py")
+    command(runs[0], "--verify", status=1)
+    assert "train_gpt.py" in capsys.readouterr().err
+
+
+def test_damaged_hashes_are_told(runs, capsys):
+    edit(runs[0] / "result.json", lambda result: result.__setitem__("artifact_sha256", "abc"))
+    command(runs[0], status=2)
+    assert "artifact_sha256 is no table" in capsys.readouterr().err
+
+
+def test_verify_says_what_it_compared_and_what_it_cannot_know(runs, capsys):
+    """An edit of result.json and train.log alike passes it."""
+    result = json.loads((runs[0] / "result.json").read_text())
+    true, false = result["val_bpb"], result["val_bpb"] - 0.5
+    edit(runs[0] / "result.json", lambda r: (r.__setitem__("val_bpb", false), r["bpb"].__setitem__("quantized", false)))
+    log = (runs[0] / "train.log").read_text()
+    (runs[0] / "train.log").write_text(log.replace(f"{true:.6f}", f"{false:.6f}"))
+    command(runs[0], "--verify")
+    out = capsys.readouterr().out
+    assert "only the audit's reload" in out and f"tools/audit.py {runs[0]}" in out
+    assert "the size of model.bin alone" in out and "holds no hash" in out
+    audited(runs[0], packaging="PASS")
+    edit(runs[0] / "audit.json", lambda audit: audit["checks"].__setitem__("reload", audit["checks"].popitem()[1]))
+    (runs[0] / "model.bin").rename(runs[0] / "elsewhere")
+    command(runs[0], "--verify")
+    out = capsys.readouterr().out
+    assert "says reload PASS" in out and "not model.bin, which is not there" in out
+
+
+@pytest.mark.parametrize("group, key", [(None, "source_sha256"), ("data", "val_targets"), ("bytes", "total")])
+def test_a_result_that_lacks_what_is_handed_in_is_told_in_one_line(runs, capsys, group, key):
+    edit(runs[0] / "result.json", lambda result: (result[group] if group else result).pop(key))
+    command(runs[0], "--verify", status=1)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"lacks {key}" in err
+
+
 def test_a_run_without_its_log_bears_nothing_out(runs, capsys):
     (runs[0] / "train.log").unlink()
     command(runs[0], "--verify", status=1)
@@ -259,6 +360,42 @@ def test_record_folder(runs, tmp_path, capsys):
     )
 
 
+def test_the_readme_claims_no_more_than_its_table(runs, tmp_path):
+    record = tmp_path / "record"
+    command(*runs, "--record", record, "--out", tmp_path / "out")
+    text = (record / "README.md").read_text()
+    assert "disjoint, bytes true: NOT RUN" in text and "disjoint: checked" not in text
+    assert "DATA_PATH=DATA SEED=1 DEVICE=cpu " in text and "mean of 3 seeds" in text
+    assert "runs.jsonl" not in text and "eval_result_seed" not in text  # neither is there
+    for run in runs:
+        audited(run, data="PASS")
+    (runs[0].parent / "runs.jsonl").write_text("{}\n")
+    command(runs[0], "--record", tmp_path / "one", "--out", tmp_path / "out")
+    text = (tmp_path / "one" / "README.md").read_text()
+    assert "disjoint, bytes true: PASS (audit, check_of_data: seen)" in text and "deviation" not in text
+    assert "`runs.jsonl` lists" in text and "`audit_seed*.json`" in text and (tmp_path / "one" / "runs.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, data, on, off",
+    [
+        ({"ttt_enabled": False}, {}, (), ("LoRA per document", "global SGD in phases", "score-first SGD")),
+        ({"ttt_enabled": True, "ttt_method": "sgd"}, {}, ("score-first SGD",), ("LoRA per document",)),
+        ({"smear_gate_enabled": False}, {}, ("XSA",), ("SmearGate",)),
+        ({"parallel_start_layer": 0}, {}, (), ("two-lane decoder", "attention and MLP from one input")),
+        ({"parallel_mode": "gptj"}, {}, ("attention and MLP from one input",), ("two-lane decoder",)),
+        ({"lqer_enabled": True}, {"transform": "caps"}, ("LQER", "CaseOps"), ("n-gram tilt",)),
+        ({}, {"transform": "none"}, ("the stack it follows",), ("CaseOps",)),
+    ],
+)
+def test_only_what_was_on_is_credited(runs, settings, data, on, off):
+    run = load_run(runs[0])
+    run.result["settings"] |= settings
+    run.result["data"] |= data
+    credited = submission.attribution(run)
+    assert set(on) <= set(credited) and not set(off) & set(credited)
+
+
 def test_the_command_has_the_ranks_of_the_run():
     assert [submission.launcher(h) for h in ("8 x NVIDIA H100", "1 x NVIDIA H200", "CPU, 1 threads x 2 rank(s)")] == [
         "torchrun --standalone --nproc_per_node=8",
@@ -307,6 +444,13 @@ def test_every_setting_is_in_the_table():
 
     table = submission.settings_table()
     assert all(f"| `{name.upper()}` |" in table for name in Config.__dataclass_fields__)
+
+
+def test_generated_results_of_two_configurations_have_no_mean(runs):
+    edit(runs[1] / "result.json", lambda result: result["settings"].__setitem__("matrix_lr", 0.1))
+    loaded = [load_run(run) for run in runs]
+    assert "| mean |" not in submission.results_table(loaded[:2])
+    assert "| mean |" in submission.results_table([loaded[0], loaded[2]])
 
 
 def test_the_readme_is_up_to_date():

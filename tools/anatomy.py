@@ -17,7 +17,7 @@ if not __package__:  # run as a file
     import anywhere  # noqa: F401
 
 from prepare_data import BOS_ID, DataError, sha256_file, write_file
-from tools.runs import ReportError, Run
+from tools.runs import ReportError, Run, show_all_text, shown
 from tools.streams import read_stream, shard_paths
 
 BOUNDS = (0, 64, 256, 1024, 2048, 8192)  # tokens; the last bin is open
@@ -105,10 +105,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("ledger", type=Path, help="file that LEDGER_PATH wrote: nats of every validation target")
     parser.add_argument("--data", type=Path, required=True, metavar="DATA_PATH", help="the data folder of that run")
     args = parser.parse_args(argv)
+    show_all_text()
     try:
         found = anatomy_of(args.ledger, args.data)
     except (ReportError, DataError, OSError) as error:
-        print(f"anatomy.py: {error}", file=sys.stderr)
+        print(f"anatomy.py: {shown(str(error))}", file=sys.stderr)
         return 2
     low, high = found["bpb_interval"]
     print(f"95 % of the draws of documents are between {low:.5f} and {high:.5f} BPB")

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,9 @@ def save_figure(figure, path: Path) -> Path:
     from matplotlib import pyplot
 
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():  # a folder may be named in letters that the font lacks: boxes, no news
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(picture, format="png", metadata={"Software": None})
     write_file(path, picture.getvalue())
     pyplot.close(figure)
     return path

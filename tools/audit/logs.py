@@ -13,9 +13,9 @@ LARGE = 64 << 20  # a text larger than this is no log
 
 
 def log_files(folder: Path) -> list[Path]:
-    """The logs of a folder and of those inside it: *.log, and every text that is not known as something else."""
+    """The logs of a folder and of those inside it: *.log, tables, and what text is not known as something else."""
     found = [path for pattern in ("*.log", "*/*.log") for path in sorted(folder.glob(pattern))]
-    texts = [path for pattern in ("*.txt", "*/*.txt") for path in sorted(folder.glob(pattern))]
+    texts = [path for pattern in ("*.txt", "*/*.txt", "*.tsv", "*.csv") for path in sorted(folder.glob(pattern))]
     return [
         path
         for path in found + [path for path in texts if not NO_LOGS.fullmatch(path.name)]
@@ -92,6 +92,12 @@ def total_bytes(text: str) -> int | None:
     ]
     totals += [int(size.replace(",", "")) for size in re.findall(r"^  total bytes +([\d,]+)$", text, re.M)]
     return min(totals, default=None)
+
+
+def code_bytes(text: str) -> int | None:
+    """What a log counts for the script."""
+    found = re.findall(r"^Code size[^:\n]*: *([\d,]+) bytes", text, re.M)
+    return int(found[-1].replace(",", "")) if found else None
 
 
 def clocks(text: str) -> tuple[float | None, float | None]:

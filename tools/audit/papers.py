@@ -183,8 +183,9 @@ def decimals(text: str) -> set[float]:
 
 
 def half_unit(value: float, most: int = 5) -> float:
-    """Half of the last place of a number as it is printed, of at most that many."""
-    return 0.5 * 10 ** -min(len(repr(value).partition(".")[2]) or 1, most)
+    """Half of the last place of a BPB as it was printed: of the fourth at least, since JSON drops zeros at the end, and
+    of at most that many."""
+    return 0.5 * 10 ** -min(max(len(repr(value).partition(".")[2]), 4), most)
 
 
 def claim_faults(
@@ -252,7 +253,7 @@ def evidence(a: Audit) -> tuple[str, str]:
     shown.numbers |= set(means(logs))
     bpb = number(claimed_bpb(claim))
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    mine, rest = figures(text, seed_names(claim))
+    mine, rest = figures(text, seed_names(claim), shown.backs)
     if bpb is not None:
         near = lambda found: [
             figure for figure in dict.fromkeys(found) if abs(float(figure) - bpb) < 0.05 and not shown.backs(figure)

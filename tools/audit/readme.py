@@ -1,7 +1,8 @@
 """What a README says, read as a person would: the commands that run train_gpt.py, and which figures are its own."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 # Variables of the machine and of other programs, not of the script.
 NOT_SETTINGS = re.compile(
@@ -77,15 +78,24 @@ def variables_of_file(name: str, text: str) -> set[str]:
     return variables_of(text if name.endswith(".sh") else "\n".join(code_of(text)))
 
 
-def figures(markdown: str, seeds: set[str]) -> tuple[list[str], list[str]]:
+def figures(markdown: str, seeds: set[str], backed: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     """The figures of a README like a BPB: those that it gives for its own seeds or as its val_bpb, and all others that
-    it does not lay to another record."""
-    own, others = [], []
+    it does not lay to another record.
+
+    In a seed's row one figure that something shows (`backed`) is the seed's; the others may be of what it is compared
+    with."""
+    own, others, heads = [], [], []
     for line in markdown.splitlines():
         numbers = FIGURE.findall(line)
-        cells = [re.sub(r"[*`\s]|seed", "", cell, flags=re.I) for cell in line.strip().strip("|").split("|")]
-        if line.strip().startswith("|") and cells[0] in seeds:
-            own += numbers
+        row = line.strip().strip("|").split("|") if line.strip().startswith("|") else []
+        heads = heads if row and heads else row
+        if row and re.sub(r"[*`\s]|seed", "", row[0], flags=re.I) in seeds:
+            mine = [cell for cell, head in zip_longest(row, heads, fillvalue="") if not CITES.search(head)]
+            numbers = FIGURE.findall(" ".join(mine))
+            if any(map(backed, numbers)):
+                others += numbers
+            else:
+                own += numbers
         elif CITES.search(line):
             continue
         elif re.search(r"\bval_bpb\b", line) and len(numbers) == 1:
