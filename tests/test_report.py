@@ -185,7 +185,27 @@ def test_the_page_has_the_conditions_of_every_run(tmp_path):
     verdicts = RESULT["verdicts"] | {"C9": {"verdict": "FAIL", "reason": "only the second knows"}}
     runs = [configured(tmp_path / "runs", 1, 1.5), configured(tmp_path / "runs", 2, 1.6, verdicts=verdicts)]
     assert report.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
-    assert "only the second knows" in (tmp_path / "out" / "report.html").read_text()
+    assert "<td>C9</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
+ROW = {"verdict": "PASS", "reason": "seen", "evidence": "seen"}
+
+
+@pytest.mark.parametrize(
+    "audit",
+    [
+        {"verdicts": {"C1": ROW | {"verdict": "LEGAL"}}, "checks": {"future": ROW}},
+        {"verdicts": {"C1": {"verdict": "PASS"}}, "checks": {"future": ROW}},
+        {"verdicts": {"C1": ROW}, "checks": {"future": {"verdict": "FAIL"}}},
+        {"verdicts": {"C1": ROW}, "checks": {"future": "PASS"}},
+        {"verdicts": {"C1": ROW}, "checks": {"future": ROW}, "artifact": ["model.bin"]},
+        {"verdicts": {"C1": ROW}, "checks": {"future": ROW}, "artifact": {"model.bin": "0"}},
+    ],
+)
+def test_refuses_a_bad_audit(tmp_path, capsys, audit):
+    run = make_run(tmp_path / "run")
+    (run / "audit.json").write_text(json.dumps(audit))
+    assert "run tools/audit.py again" in refused(capsys, run)
 
 
 @pytest.mark.parametrize("coding", ("utf-8", "latin-1"))

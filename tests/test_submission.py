@@ -365,6 +365,7 @@ def test_the_readme_claims_no_more_than_its_table(runs, tmp_path):
     command(*runs, "--record", record, "--out", tmp_path / "out")
     text = (record / "README.md").read_text()
     assert "disjoint, bytes true: NOT RUN" in text and "disjoint: checked" not in text
+    assert "LoRA per document" not in text and "XSA #265" in text  # TTT_ENABLED=0
     assert "DATA_PATH=DATA SEED=1 DEVICE=cpu " in text and "mean of 3 seeds" in text
     assert "runs.jsonl" not in text and "eval_result_seed" not in text  # neither is there
     for run in runs:

@@ -271,15 +271,17 @@ def check_anatomy(found: dict, path: Path) -> dict:
 
 def check_audit(audit: dict, path: Path) -> dict:
     """An audit speaks for the files whose hashes it holds; beside other files it is refused."""
-    rows = (
-        [*audit.get("verdicts", {}).values(), *audit.get("checks", {}).values()]
-        if isinstance(audit.get("verdicts"), dict) and isinstance(audit.get("checks"), dict)
-        else []
-    )
-    if not rows or not all(isinstance(row, dict) and row.get("verdict") in VERDICTS for row in rows):
+    files, tables = audit.get("artifact", {}), (audit.get("verdicts"), audit.get("checks"))
+    sound = all(isinstance(table, dict) and table for table in tables) and isinstance(files, dict)
+    for table, words in zip(tables, ("reason", "evidence")) if sound else ():
+        sound &= all(
+            isinstance(row, dict) and row.get("verdict") in VERDICTS and isinstance(row.get(words), str)
+            for row in table.values()
+        )
+    if not sound or not all(isinstance(file, dict) for file in files.values()):
         raise ReportError(f"{path}: holds no checks and verdicts; run tools/audit.py again")
     for name in ARTIFACT:
-        file, claimed = path.parent / name, audit.get("artifact", {}).get(name, {}).get("sha256")
+        file, claimed = path.parent / name, files.get(name, {}).get("sha256")
         if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != claimed:
             raise ReportError(f"{path}: is the audit of another {name}; run tools/audit.py on this folder")
     return audit

@@ -326,3 +326,4 @@ def test_a_result_of_another_model_is_found_by_its_hash(tmp_path):
     (folder / "result.json").write_text(json.dumps(result | {"artifact_sha256": {"model.bin": "0" * 64}}))
     row = checked(folder, "size")["size"]
     assert row["verdict"] == "FAIL" and "another model.bin" in row["evidence"]
+    assert "another model.bin" in checked(artifact(), "seeds", seeds=(folder,))["seeds"]["evidence"]
