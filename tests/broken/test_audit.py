@@ -116,6 +116,14 @@ def test_scripts_are_read_without_running_them(script):
     assert unpack(script) == SOURCE
 
 
+@pytest.mark.parametrize("pack", (lzma.compress, lambda data: zlib.compress(data, 9)), ids=("lzma", "zlib"))
+def test_a_script_that_unpacks_to_gigabytes_is_refused(pack):
+    """One of 64 MB stands for them."""
+    blob = base64.b85encode(pack(bytes(64 << 20)))
+    with pytest.raises(runner.Broken, match="more than"):
+        unpack(f"import lzma,base64\nexec(lzma.decompress(base64.b85decode({blob!r})))".encode())
+
+
 def test_the_shipped_script_is_read():
     assert "class Ledger" in unpack((artifact() / "train_gpt.py").read_bytes())
 

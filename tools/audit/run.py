@@ -2,7 +2,6 @@
 
 import ast
 import base64
-import contextlib
 import json
 import lzma
 import os
@@ -22,6 +21,8 @@ import numpy as np
 from tools.audit.outcome import Broken, NotRun
 from tools.audit.tamper import Dataset
 from tools.runs import refuse_constant
+
+LARGEST_SOURCE = 32 << 20
 
 
 class Scored(NamedTuple):
@@ -202,9 +203,13 @@ def unpack(script: bytes) -> str:
     except (SyntaxError, ValueError, RecursionError):
         return text
     for decode in (bytes, base64.b85decode, base64.a85decode, base64.b64decode):
-        for inflate in (lzma.decompress, zlib.decompress, inflate_raw_lzma):
-            with contextlib.suppress(Exception):
-                return inflate(decode(blob)).decode("utf-8")
+        for decompressor in (lzma.LZMADecompressor, zlib.decompressobj, raw_lzma):
+            try:
+                return inflate(decompressor(), decode(blob)).decode("utf-8")
+            except Broken:
+                raise
+            except Exception:  # another coding, or no code at all
+                continue
     if "exec(" in text and len(blob) > 0.5 * len(script):
         raise Broken("the source is hidden: its largest string is executed and is no LZMA or zlib stream")
     return text
@@ -222,6 +227,17 @@ def byte_strings(text: str) -> Iterator[bytes]:
                 yield node.value.encode("latin-1")
 
 
-def inflate_raw_lzma(blob: bytes) -> bytes:
+def raw_lzma() -> lzma.LZMADecompressor:
     """LZMA2 without a header, as minifiers write it."""
-    return lzma.decompress(blob, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
+    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
+
+
+def inflate(decompressor, blob: bytes) -> bytes:
+    """What a stream holds. Raises `Broken` where that is no source by its size: a stranger's kilobytes can become
+    gigabytes; and ValueError where the stream is cut short."""
+    text = decompressor.decompress(blob, LARGEST_SOURCE + 1)
+    if len(text) > LARGEST_SOURCE:
+        raise Broken(f"its {len(blob):,} packed bytes hold more than {LARGEST_SOURCE:,} of source")
+    if not decompressor.eof:
+        raise ValueError("cut short")
+    return text
