@@ -620,20 +620,19 @@ class Ranks:
         self.world = cfg.world_size
         self.main = cfg.rank == 0
         gpu = torch.cuda.is_available()
-        use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and gpu)
-        require(
-            gpu or not use_cuda,
-            "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch",
-        )
-        self.device = torch.device("cuda", cfg.local_rank) if use_cuda else torch.device("cpu")
-        if use_cuda:
+        self.cuda = gpu and cfg.device != "cpu"
+        self.device = torch.device("cpu")
+        if cfg.device == "cuda":
+            require(gpu, "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
+        if self.cuda:
+            self.device = torch.device("cuda", cfg.local_rank)
             torch.cuda.set_device(self.device)
         if self.world > 1:
             # torch.optim imports this module, whose defaults hold on to the group that exists by then: imported later,
             # gloo's threads would outlive close() and abort some exits.
             importlib.import_module("torch.distributed.nn.functional")
             # Tensors on the CPU travel over gloo, so sharing the clock does not wait for the GPU's queue.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo")
 
     def all_reduce_(self, t: Tensor) -> Tensor:
         """`t` becomes its sum over the ranks."""
@@ -660,7 +659,7 @@ class Ranks:
         return self.broadcast_(torch.tensor(value, dtype=torch.float64)).item()
 
     def synchronize(self):
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
 
     def close(self):
@@ -727,7 +726,7 @@ class Clock:
     def step_done(self):
         """Call after each step has been launched."""
         self.steps += 1
-        if self.ranks.device.type == "cuda":
+        if self.ranks.cuda:
             event = torch.cuda.Event()
             event.record()
             self.pending.append(event)
@@ -756,6 +755,7 @@ class Phases:
         # neither
         "setup": None,
         "warmup": None,
+        "save": None,
         "diagnostic": None,
         "write": None,
     }
@@ -767,16 +767,14 @@ class Phases:
     @contextlib.contextmanager
     def __call__(self, name: str):
         """Time the block as part of phase `name`."""
-        assert name in self.BUDGET, name
         start = time.perf_counter()
         yield
         self.ranks.synchronize()  # what the block launched belongs to it
         self.seconds[name] += time.perf_counter() - start
 
-    def charge(self, name: str, to: str, seconds: float):
-        """Move seconds that were timed as phase `name` to phase `to`."""
-        self.seconds[name] -= seconds
-        self.seconds[to] += seconds
+    def charge(self, name: str, to: str):
+        """Move what was timed as phase `name` to phase `to`."""
+        self.seconds[to] += self.seconds.pop(name)
 
     def budget(self, which: str) -> float:
         """Seconds of all phases that count towards the budget "train" or "eval"."""
@@ -6276,7 +6274,7 @@ class Run:
         self.log = Log(self.ranks)
         self.phases = Phases(self.ranks)
         self.verdicts = Verdicts()
-        self.result = {"bpb": {}, "bytes": {}}  # what result.json will hold
+        self.result = {"bpb": {}}  # what result.json will hold
 
     def prepare(self):
         """Make the folder, read and check the validation data, choose the attention backend, and log what is used."""
@@ -6288,19 +6286,24 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         with self.phases("read"):
             self.val = ValidationStream(cfg)
-            self.data = fingerprint(cfg, self.val)
+            data = fingerprint(cfg, self.val)
         with self.phases("setup"):
             self.attention_backend = choose_attention(cfg, self.ranks.device)
-        self.environment = self.describe_environment()
-        self.log_environment()
+        settings = cfg.settings()
+        facts = self.describe_environment() | {"dataset": data["dataset"], "data": data}
+        self.result |= facts | {"seed": cfg.seed, "settings": settings}
+        for name, value in facts.items():
+            self.log(f"{name} {value}")
+        changed = sorted(settings.items() - Config().settings().items())
+        self.log(f"changed from their defaults: {' '.join(f'{name.upper()}={value}' for name, value in changed)}")
+        self.log(f"settings {json.dumps(settings)}", console=False)
 
     def describe_environment(self) -> dict:
-        """Hardware, versions and hashes, for result.json."""
+        """Hardware, versions and hashes, for the log and result.json."""
         ranks = self.ranks
         hardware = f"CPU, {torch.get_num_threads()} threads x {ranks.world} rank(s)"
-        if ranks.device.type == "cuda":
+        if ranks.cuda:
             hardware = f"{ranks.world} x {torch.cuda.get_device_name()}"
-        source = SOURCE if PACKED else strip_source(SOURCE)
         fused = use_kernels(torch.bfloat16, ranks.device, self.cfg.model_dim // self.cfg.num_heads)
         return {
             "hardware": hardware,
@@ -6312,27 +6315,9 @@ class Run:
                 "cuda": torch.version.cuda,
                 "numpy": np.__version__,
             },
-            "source_sha256": sha256(source.encode()),
+            "source_sha256": sha256(strip_source(SOURCE).encode()),  # the same when packed
             "settings_sha256": self.cfg.sha256(),
         }
-
-    def log_environment(self):
-        """The first lines of the log."""
-        log = self.log
-        listed = lambda facts: ", ".join(f"{name} {value}" for name, value in facts.items())
-        facts = self.environment
-        versions = listed(facts["versions"])
-        log(f"hardware {facts['hardware']}, attention {facts['attention']}, kernels {facts['kernels']}, {versions}")
-        log(f"source sha256 {facts['source_sha256']}")
-        settings = self.cfg.settings()
-        defaults = Config().settings()
-        changed = [f"{name.upper()}={value}" for name, value in settings.items() if value != defaults[name]]
-        changes = " ".join(changed) or "none"
-        log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
-        log(f"all settings: {json.dumps(settings)}", console=False)
-        log(f"data: {listed(self.data)}")
-        if not self.data["manifest"]:
-            log("data: no manifest.json, so documents and hashes are unchecked")
 
     def scoring(self, model: GPT, name: str) -> ScoringPass:
         """A pass over the validation stream, with a ledger of its own."""
@@ -6340,9 +6325,20 @@ class Run:
         return ScoringPass.begin(model, self.cfg, self.ranks, self.log, self.val, ledger)
 
     def new_model(self, logit_calibration: LogitCalibration | None = None) -> GPT:
-        """A GPT on the CPU, its weights not set yet."""
-        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
-        return GPT(self.cfg, self.attention_backend, dtype, logit_calibration)
+        """A GPT on the run's device, its weights not set yet."""
+        dtype = torch.bfloat16 if self.ranks.cuda else torch.float32
+        return GPT(self.cfg, self.attention_backend, dtype, logit_calibration).to(self.ranks.device)
+
+    def record(self, name: str, bpb: float):
+        """Keep and log the BPB of pass `name`."""
+        self.result["bpb"][name] = bpb
+        self.log(f"{name}: {bpb:.5f} BPB")
+
+    def diagnose(self, model: GPT, name: str):
+        """BPB of the weights in memory, in a ledger and a time of its own."""
+        with self.phases("diagnostic"):
+            bpb = score_stream(self.scoring(model, name))
+        self.record(name, bpb)
 
 
 def artifact_folder(cfg: Config) -> Path:
@@ -6352,102 +6348,77 @@ def artifact_folder(cfg: Config) -> Path:
     return RUNNING.parent if PACKED else Path("runs") / str(cfg.seed)
 
 
+def parameter_count(model: GPT) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
     cfg = run.cfg
     if run.ranks.main:
         try_codec(run)
         if cfg.ledger_path:
-            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
-                f.write(b"")
+            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH"):
+                pass
         if not cfg.ttt_eval_only:  # scoring leaves the folder's script alone: it may be the one that runs
             check_folder(run)
-    if not cfg.ttt_eval_only and not cfg.quantize_only:
-        check_training(run)
+    if not (cfg.ttt_eval_only or cfg.quantize_only):
+        tokens = TrainStream(cfg).tokens
+        micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)  # ranks beyond this number would idle
+        run.log(f"checks passed: {tokens:,} training tokens, {micro_batches} micro-batch(es) a step")
 
 
 def try_codec(run: Run):
     """Write and read a small artifact in the run's folder."""
-    probe = {
-        "q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8),
-        "q.0.step": np.arange(64, dtype=np.int16),
-        "r": np.ones(3, np.float16),
-    }
+    symbols = np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8)
     path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
-    save_artifact(path, probe, {"settings": run.cfg.settings()})
-    loaded, _ = load_artifact(path)
+    save_artifact(path, {"q.0.symbols": symbols}, {"settings": {}})
+    arrays, _ = load_artifact(path)
     path.unlink()
-    if any((loaded[name] != probe[name]).any() for name in probe):
+    if not np.array_equal(arrays["q.0.symbols"], symbols):
         raise RuntimeError("the artifact codec does not reproduce its input")
 
 
 def check_folder(run: Run):
     """The source can be packed, the running script would not be overwritten, and the files fit on the disk."""
     packed = pack_script(SOURCE)
+    elsewhere = f"set ARTIFACT_DIR={run.folder} to another folder"
     script = run.folder / "train_gpt.py"
     if script.exists() and script.samefile(RUNNING):
-        require(
-            script.read_bytes() == packed,
-            f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere",
-        )
-    with torch.device("meta"):  # shapes alone
-        weights = sum(p.numel() for p in run.new_model().parameters())
-    need = 4 * weights + 2 * run.cfg.artifact_cap  # trained.npz, and model.bin beside an earlier one
+        require(script.read_bytes() == packed, f"the run would overwrite its own script; {elsewhere}")
+    # trained.npz, and model.bin beside an earlier one
+    need = 4 * parameter_count(run.new_model()) + 2 * run.cfg.artifact_cap
     free = shutil.disk_usage(run.folder).free
-    require(
-        free >= need,
-        f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; "
-        "free space or set ARTIFACT_DIR elsewhere",
-    )
-
-
-def check_training(run: Run):
-    """The training shards are there, and there is work for every rank."""
-    stream = TrainStream(run.cfg)
-    micro_batches = -(-run.cfg.train_batch_tokens // run.cfg.micro_batch_tokens)
-    run.log(
-        f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), "
-        f"{micro_batches} micro-batch(es) a step"
-    )
-    idle = run.ranks.world - micro_batches
-    if idle > 0:
-        run.log(f"warning: {idle} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
+    require(free >= need, f"{free:,} bytes free, {need:,} needed; free space or {elsewhere}")
 
 
 def train(run: Run, model: GPT):
-    """Train the model and keep its weights on disk (trained.npz)."""
+    """Train the model and keep its weights on disk: trained.npz holds the fp32 weights by name, and as JSON in "meta"
+    what a later run needs to continue."""
     model.init_weights(run.cfg.seed)
-    weights = sum(p.numel() for p in model.parameters())
-    run.log(f"{weights:,} parameters, visits {[visit.layer for visit in model.schedules[False]]}")
+    visits = [visit.layer for visit in model.schedules[False]]
+    run.log(f"{parameter_count(model):,} parameters, visits {visits}")
     trainer = Trainer(model, run.cfg, run.ranks, run.log)
+    seconds = run.phases.seconds
     with run.phases("warmup"):
         trainer.warm_up()
-    run.log(f"warmed up in {run.phases.seconds['warmup']:.1f} s")
+    run.log(f"warmed up in {seconds['warmup']:.1f} s")
     with run.phases("steps"):
-        run.result["training"] = trainer.run()
-    with run.phases("write"):
+        training = trainer.run()
+    run.result["training"] = training
+    with run.phases("save"):
         if run.ranks.main:
-            save_trained(run, model)
-
-
-def save_trained(run: Run, model: GPT):
-    """Write trained.npz: the fp32 weights by name, and as JSON in "meta" what a later run needs to continue."""
-    meta = {
-        "settings": run.cfg.settings(),
-        "training": run.result["training"],
-        "seconds": {name: run.phases.seconds[name] for name in ("warmup", "steps")},
-    }
-    arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
-    with whole_file(run.folder / "trained.npz") as f:
-        np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
+            times = {name: seconds[name] for name in ("warmup", "steps")}
+            meta = {"settings": run.cfg.settings(), "training": training, "seconds": times}
+            arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+            with whole_file(run.folder / "trained.npz") as f:
+                np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
 
 
 def read_trained(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
-    remedy = "train again, or set ARTIFACT_DIR to the folder that holds it"
-    with explained(
-        f"{path}: cannot be read ({{}}); {remedy}", OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
-    ):
+    damaged = f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it"
+    with explained(damaged, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         arrays = dict(np.load(path))
         return arrays, json.loads(str(arrays.pop("meta")))
 
@@ -6461,13 +6432,6 @@ def load_trained(run: Run, model: GPT):
     run.phases.seconds.update(meta["seconds"])
 
 
-def diagnose(run: Run, model: GPT, name: str):
-    """BPB of the weights in memory, in a ledger and a time of its own."""
-    with run.phases("diagnostic"):
-        run.result["bpb"][name] = score_stream(run.scoring(model, name))
-    run.log(f"{name}: {run.result['bpb'][name]:.5f} BPB")
-
-
 class RateSearch:
     """Looks for the bits to save per weight at which model.bin just fits. Sizes are measured, since a code's length is
     only known once it is written."""
@@ -6478,19 +6442,18 @@ class RateSearch:
     def __init__(self, cfg: Config, code_bytes: int, weights: int):
         self.cfg = cfg
         self.weights = weights
-        self.room = cfg.artifact_cap - cfg.artifact_margin - code_bytes
+        taken = cfg.artifact_margin + code_bytes
+        self.room = cfg.artifact_cap - taken
         # RATE_DISTORTION's own budget is the whole cap; the published rule's is what its settings give.
-        self.saved = 8 * (cfg.artifact_cap - self.room) / weights if cfg.rate_distortion else 0.0
-        self.sizes = []
+        self.saved = 8 * taken / weights if cfg.rate_distortion else 0.0
+        self.sizes = [math.inf]  # of each attempt; before the first, nothing fits
         self.best = b""  # the largest model.bin that fits; empty on ranks that do not write
 
     def propose(self) -> float:
         """Bits to save per weight in the next attempt."""
-        if len(self.sizes) == self.ATTEMPTS:
-            raise UserError(
-                f"ARTIFACT_CAP={self.cfg.artifact_cap}: the model does not fit with any step; "
-                "shrink the model or raise the cap"
-            )
+        cap = self.cfg.artifact_cap
+        failure = f"ARTIFACT_CAP={cap}: the model does not fit with any step; shrink the model or raise the cap"
+        require(len(self.sizes) <= self.ATTEMPTS, failure)
         return self.saved
 
     def observe(self, data: bytes, size: int):
@@ -6502,33 +6465,32 @@ class RateSearch:
         self.saved += 8 * (size - self.room * self.AIM) / self.weights
 
     def done(self) -> bool:
-        if not self.sizes or self.sizes[-1] > self.room:
+        size = self.sizes[-1]
+        if size > self.room:
             return False  # only a file that fits ends the search
-        left = self.room - self.sizes[-1]
-        before = self.sizes[-2] if len(self.sizes) > 1 else 0
         return (
             not self.cfg.rate_distortion  # the published rule has sizes of its own: it is only widened until it fits
-            or left < self.room / 1000  # the room is used
-            or len(self.sizes) > 3  # every attempt costs training time
-            or abs(self.sizes[-1] - before) < self.room / 10000  # nothing gains: the steps are as fine as symbols allow
+            or self.room - size < self.room / 1000  # the room is used
+            or len(self.sizes) > 4  # after four attempts: every one costs training time
+            or abs(size - self.sizes[-2]) < self.room / 10000  # nothing gains: the steps are as fine as symbols allow
         )
 
 
 def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> bytes:
     """Quantise and encode until RateSearch is content; the bytes of model.bin on rank 0."""
     cfg = run.cfg
-    search = RateSearch(cfg, code_bytes, sum(p.numel() for p in model.parameters()))
+    search = RateSearch(cfg, code_bytes, parameter_count(model))
     with run.phases("quantize"):
         quantizer = Quantizer(model, hessians, cfg, run.ranks)
     logit_values = None
     while True:
         with run.phases("quantize"):
             quantized = quantizer.quantize(search.propose())
-            if cfg.logit_calibration_enabled:
-                if logit_values is None:  # fitted to the first attempt, and kept
-                    logit_values = quantized_calibration(run, model, quantized)
-                quantized = quantized._replace(logit_calibration=logit_values)
-        before = run.phases.seconds.get("write", 0.0)
+            if cfg.logit_calibration_enabled and logit_values is None:  # fitted to the first attempt, and kept
+                rounded = run.new_model()
+                load_state(rounded, quantized.state(), run.folder)
+                logit_values = fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
+            quantized = quantized._replace(logit_calibration=logit_values)
         with run.phases("write"):
             data = encode_artifact(flatten(quantized), {"settings": cfg.settings()}) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
@@ -6536,8 +6498,7 @@ def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: i
         search.observe(data, size)
         if search.done():
             return search.best
-        # Encoding that only steers the search is part of it: training time.
-        run.phases.charge("write", to="quantize", seconds=run.phases.seconds["write"] - before)
+        run.phases.charge("write", to="quantize")  # encoding that only steers the search is part of it: training time
 
 
 def write_artifact(run: Run, model: GPT):
@@ -6550,127 +6511,93 @@ def write_artifact(run: Run, model: GPT):
     data = search_rate(run, model, hessians, len(packed))
     with run.phases("write"):
         if run.ranks.main:
-            with whole_file(run.folder / "model.bin") as f:
-                f.write(data)
-            script = run.folder / "train_gpt.py"
-            if not (script.exists() and script.read_bytes() == packed):  # a packed script may run in its own folder
-                with whole_file(script) as f:
-                    f.write(packed)
-    run.ranks.agree(0)
+            for name, content in (("model.bin", data), ("train_gpt.py", packed)):
+                with whole_file(run.folder / name) as f:
+                    f.write(content)
+    run.ranks.agree(0)  # the files are there before another rank reads them
     run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
-    seconds = [f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")]
-    run.log(f"seconds: {', '.join(seconds)}")
 
 
-def quantized_calibration(run: Run, model: GPT, quantized: Quantized) -> ndarray:
-    """fit_logit_calibration for the weights as the artifact will give them back, in a model of their own."""
-    cfg = run.cfg
-    rounded = run.new_model().to(run.ranks.device)
-    load_state(rounded, quantized.state(), run.folder)
-    return fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
-
-
-def load_quantized(run: Run, model: GPT) -> tuple[GPT, dict]:
-    """model.bin in the model, and its meta. An artifact with logit calibration needs a model that was made with it."""
-    cfg, device = run.cfg, run.ranks.device
+def load_quantized(run: Run) -> tuple[GPT, dict]:
+    """A model with the weights of model.bin, and the file's settings."""
+    device = run.ranks.device
     path = run.folder / "model.bin"
     arrays, meta = load_artifact(path)
     quantized = unflatten(arrays)
+    calibration = None
     if quantized.logit_calibration is not None:
         values = torch.from_numpy(quantized.logit_calibration).to(device)
-        calibration = to_logit_calibration(values, piece_features(cfg).to(device))
-        model = run.new_model(calibration).to(device)
+        calibration = to_logit_calibration(values, piece_features(run.cfg).to(device))
+    model = run.new_model(calibration)
     load_state(model, quantized.state(), path)
-    return model, meta
+    return model, meta["settings"]
 
 
-def score_artifact(run: Run, model: GPT):
-    """Load model.bin from disk into the model and score it; the number comes from what ships."""
+def score_artifact(run: Run):
+    """Load model.bin from disk and score it; the number comes from what ships."""
     cfg = run.cfg
     with run.phases("load"):
-        model, meta = load_quantized(run, model)
-    others = sorted(k.upper() for k, v in cfg.settings().items() if v != meta["settings"].get(k))
+        model, stored = load_quantized(run)
+    others = sorted(name.upper() for name, value in cfg.settings().items() if value != stored.get(name))
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
-    scoring = run.scoring(model, "quantized")
-    run.result["segments"] = [len(run.val.starts)]
-    if meta["settings"].get("prequant_ttt_enabled"):
+    if stored.get("prequant_ttt_enabled"):
         reason = "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
-        scoring.ledger.break_condition("C3", reason)
+        run.verdicts.set("C3", "FAIL", reason)
+    sizes = [len(run.val.starts)]
+    run.headline = "quantized"
+    scoring = run.scoring(model, run.headline)
     if cfg.ttt_enabled or cfg.ngram_enabled:
-        diagnose(run, model, "quantized")
-        scoring = run.scoring(model, "adapted")
+        run.diagnose(model, run.headline)
+        run.headline = "adapted"
+        scoring = run.scoring(model, run.headline)
         with run.phases("prepare"):
             adaptation = TestTimeTraining(scoring)
             adaptation.prepare()
         with run.phases("adapt"):
             bpb = adaptation.score()
-        # What the audit may hold us to: documents of a segment are independent.
-        run.result["segments"] = [segment.last - segment.first for segment in adaptation.segments]
+        sizes = [segment.last - segment.first for segment in adaptation.segments]
     else:
         with run.phases("score"):
             bpb = score_stream(scoring)
-    run.headline = scoring.ledger.name
-    run.result["bpb"][run.headline] = bpb
-    run.log(f"{run.headline}: {bpb:.5f} BPB")
+    run.record(run.headline, bpb)
+    run.result["segments"] = sizes  # what the audit may hold us to: documents of a segment are independent
     if cfg.ledger_path and run.ranks.main:
         with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
             np.save(f, scoring.ledger.nats)
-        run.log(f"ledger written to {cfg.ledger_path}")
 
 
 def finish(run: Run):
     """Verdicts, result.json and the final table."""
     cfg = run.cfg
     result = run.result
-    files = {"code": run.folder / "train_gpt.py", "model": run.folder / "model.bin"}
-    result["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
-    result["bytes"]["total"] = sum(result["bytes"].values())
-    result["seconds"] = {which: run.phases.budget(which) for which in ("train", "eval")} | run.phases.seconds
-    judge_budgets(run)
+    paths = {"code": run.folder / "train_gpt.py", "model": run.folder / "model.bin"}
+    sizes = {name: path.stat().st_size for name, path in paths.items() if path.exists()}
+    total = sum(sizes.values())
+    run.verdicts.judge("bytes", total <= cfg.artifact_cap, f"{total:,} of {cfg.artifact_cap:,} bytes")
+    budgets = {which: run.phases.budget(which) for which in ("train", "eval")}
+    limit = cfg.max_wallclock_seconds
+    for which, spent in budgets.items():
+        if limit and spent:  # an artifact that is scored again has spent nothing on training
+            run.verdicts.judge(f"{which}_budget", spent < limit, f"{spent:.1f} of {limit:.0f} s")
+    result["bytes"] = sizes | {"total": total}
+    result["seconds"] = budgets | run.phases.seconds
     failed = run.verdicts.failed()
+    headline = f"no val_bpb: {', '.join(failed)} failed"
     if not failed:  # the one place that makes a number the result
         result["val_bpb"] = result["bpb"][run.headline]
-    result.update(
-        dataset=run.data["dataset"],
-        settings=cfg.settings(),
-        data=run.data,
-        seed=cfg.seed,
-        verdicts={c: {"verdict": v, "reason": r} for c, (v, r) in run.verdicts.table.items()},
-        **run.environment,
-    )
+        headline = f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {result['dataset']}"
+    table = run.verdicts.table
+    result["verdicts"] = {name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in table.items()}
     if run.ranks.main:
         with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
             f.write(json.dumps(result, indent=1).encode())
-    log_table(run)
-    run.log(
-        f"no val_bpb: {', '.join(failed)} failed"
-        if failed
-        else f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}"
-    )
-
-
-def judge_budgets(run: Run):
-    """Verdicts on bytes and seconds."""
-    cap = run.cfg.artifact_cap
-    total = run.result["bytes"]["total"]
-    run.verdicts.judge("bytes", total <= cap, f"{total:,} of {cap:,} bytes")
-    parts = {"train": "steps, calibration, quantisation", "eval": "read, load, prepare, score"}
-    limit = run.cfg.max_wallclock_seconds
-    for which in ("eval",) if run.cfg.ttt_eval_only else ("train", "eval"):
-        spent = run.result["seconds"][which]
-        if limit:
-            run.verdicts.judge(f"{which}_budget", spent < limit, f"{spent:.1f} of {limit:.0f} s: {parts[which]}")
-
-
-def log_table(run: Run):
-    """The last lines of the log: every BPB, size, time and verdict."""
-    run.log()
     for unit, form in (("BPB", ".6f"), ("bytes", ","), ("seconds", ".1f")):
-        for name, value in run.result[unit.lower()].items():
+        for name, value in result[unit.lower()].items():
             run.log(f"  {f'{name} {unit}':24s} {value:{form}}")
-    for condition, (verdict, reason) in run.verdicts.table.items():
-        run.log(f"  {condition:24s} {verdict:9s} {reason}".rstrip())
+    for condition, (verdict, reason) in table.items():
+        run.log(f"  {condition:24s} {verdict:9s} {reason}")
+    run.log(headline)
 
 
 def configure(env) -> Config:
@@ -6678,7 +6605,7 @@ def configure(env) -> Config:
     cfg = Config.from_env(env, check=False)  # the mode and the folder; the rest may need the stored settings
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
-        stored = still_set(read_artifact(path)[0]["meta"]["settings"])
+        stored = read_artifact(path)[0]["meta"]["settings"]
     elif cfg.quantize_only:
         path = artifact_folder(cfg) / "trained.npz"
         stored = read_trained(path)[1]["settings"]
@@ -6695,6 +6622,21 @@ def configure(env) -> Config:
     return Config.from_env(env, stored)
 
 
+def produce_artifact(run: Run):
+    """Trained weights -> train_gpt.py and model.bin."""
+    model = run.new_model()
+    if run.cfg.quantize_only:
+        load_trained(run, model)
+    else:
+        train(run, model)
+    run.diagnose(model, "trained")
+    if run.cfg.prequant_ttt_enabled:  # scoring the artifact keeps its number out of val_bpb
+        with run.phases("prequant"):
+            train_on_validation_set(model, run.cfg, run.ranks, run.log, run.val)
+        run.diagnose(model, "prequant")
+    write_artifact(run, model)
+
+
 def execute(cfg: Config):
     """One mode from beginning to end."""
     run = Run(cfg)
@@ -6705,17 +6647,9 @@ def execute(cfg: Config):
             return
         # A run continued from trained.npz continues the log, too.
         run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        model = run.new_model().to(run.ranks.device)
         if not cfg.ttt_eval_only:
-            produce_weights = load_trained if cfg.quantize_only else train
-            produce_weights(run, model)
-            diagnose(run, model, "trained")
-            if cfg.prequant_ttt_enabled:  # scoring the artifact opens the door that keeps its number out of val_bpb
-                with run.phases("prequant"):
-                    train_on_validation_set(model, cfg, run.ranks, run.log, run.val)
-                diagnose(run, model, "prequant")
-            write_artifact(run, model)
-        score_artifact(run, model)
+            produce_artifact(run)
+        score_artifact(run)
         finish(run)
     finally:
         run.ranks.close()
@@ -6723,23 +6657,18 @@ def execute(cfg: Config):
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C."""
-    if argv in (["--help"], ["-h"]):
-        print(__doc__ or "", help_text(), sep="\n")
-        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: half-written files are removed
     try:
-        if len(argv) == 2 and argv[0] == "--unpack":
+        if argv in (["--help"], ["-h"]):
+            print(__doc__ or "", help_text(), sep="\n")
+        elif len(argv) == 2 and argv[0] == "--unpack":
             sys.stdout.write(unpack_script(Path(argv[1])))
-            return 0
-        require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
-        execute(configure(os.environ))
+        else:
+            require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
+            execute(configure(os.environ))
         return 0
-    except UserError as e:
+    except (UserError, OSError) as e:  # an OSError names its file and what is wrong with it
         print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        place = e.filename or "a file"
-        print(f"error: {place}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
