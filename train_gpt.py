@@ -68,7 +68,6 @@ import signal
 import struct
 import sys
 import time
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -470,43 +469,40 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             within = f.metadata["within"]
-            kind = "one of" if isinstance(value, str) else "in"
-            require(lies_within(value, within), f"{f.name.upper()}={value} must be {kind} {within}")
-        for name, holds, rule in self.rules():
-            require(holds, f"{name.upper()}={getattr(self, name)} {rule}")
+            require(lies_within(value, within), f"{f.name.upper()}={value} is not in {within}")
+        for rule, holds in self.rules().items():
+            name, duty = rule.split(maxsplit=1)
+            require(holds, f"{name}={getattr(self, name.lower())} {duty}")
         context_schedule(self)
 
-    def rules(self) -> tuple:
-        """What several settings owe each other: (setting to blame, whether the rule holds, the rule)."""
-        head_dim = self.model_dim // self.num_heads
+    def rules(self) -> dict:
+        """What several settings owe each other: a rule, which begins with the setting to blame -> whether it holds."""
+        limit = self.max_wallclock_seconds
         loops_fit = self.loop_start <= self.loop_end < self.num_layers
         two_gates = self.attn_out_gate_enabled and self.sparse_attn_gate_enabled
         size = r"[1-9]\d{0,8}"
         chunk_list = re.fullmatch(f"{size}(,{size})*", self.ttt_chunks)
         chunks_fit = chunk_list and max(map(int, self.ttt_chunks.split(","))) <= self.ttt_eval_seq_len
-        kinds = set(ADAPTER_KINDS)
         masked = set(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
-        return (
-            ("num_heads", self.model_dim % self.num_heads == 0, "must divide MODEL_DIM"),
-            ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "must divide NUM_HEADS"),
-            ("rope_dims", self.rope_dims in range(0, head_dim + 1, 2), "must be even and at most the head width"),
-            ("loop_end", self.num_loops == 0 or loops_fit, "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS"),
-            ("attn_out_gate_enabled", not two_gates, "needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate"),
-            ("mlp_mult", int(self.mlp_mult * self.model_dim) >= 8, "gives an MLP of fewer than 8 units"),
-            ("attn_full_layers", re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers), "must be layers like 2,5,10"),
-            (
-                "gptq_reserve_seconds",
-                self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
-                "must be below MAX_WALLCLOCK_SECONDS",
-            ),
-            ("artifact_margin", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
-            ("eval_stride", self.eval_stride <= self.eval_seq_len, "must be at most EVAL_SEQ_LEN"),
-            ("val_batch_tokens", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
-            ("ttt_chunks", chunks_fit, "must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN"),
-            ("ttt_mask", masked <= kinds, f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
-            ("ttt_mask", masked != kinds, "leaves no adapter to learn; set TTT_ENABLED=0"),
-            ("ngram_min_order", self.ngram_min_order <= self.ngram_order, "must be at most NGRAM_ORDER"),
-        )
+        kinds = set(ADAPTER_KINDS)
+        return {
+            "NUM_HEADS must divide MODEL_DIM": self.model_dim % self.num_heads == 0,
+            "NUM_KV_HEADS must divide NUM_HEADS": self.num_heads % self.num_kv_heads == 0,
+            "ROPE_DIMS must be even": self.rope_dims % 2 == 0,
+            "ROPE_DIMS must be at most the head width": self.rope_dims <= self.model_dim // self.num_heads,
+            "LOOP_END must satisfy LOOP_START <= LOOP_END < NUM_LAYERS": self.num_loops == 0 or loops_fit,
+            "ATTN_OUT_GATE_ENABLED needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate": not two_gates,
+            "MLP_MULT gives an MLP of fewer than 8 units": int(self.mlp_mult * self.model_dim) >= 8,
+            "ATTN_FULL_LAYERS must be layers like 2,5,10": re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers),
+            "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS": not limit or self.gptq_reserve_seconds < limit,
+            "ARTIFACT_MARGIN must be below ARTIFACT_CAP": self.artifact_margin < self.artifact_cap,
+            "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
+            "VAL_BATCH_TOKENS must be at least EVAL_SEQ_LEN": self.val_batch_tokens >= self.eval_seq_len,
+            "TTT_CHUNKS must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN": chunks_fit,
+            "TTT_MASK may name no_qv, q, k, v, o, mlp and head": masked <= kinds,
+            "TTT_MASK leaves no adapter to learn; set TTT_ENABLED=0": masked != kinds,
+            "NGRAM_MIN_ORDER must be at most NGRAM_ORDER": self.ngram_min_order <= self.ngram_order,
+        }
 
     @property
     def looped(self) -> bool:
@@ -533,12 +529,12 @@ OUR_PREFIXES = tuple(f"{word}_" for word in sorted(FIRST_WORDS - SHARED_WORDS))
 
 def still_set(stored: dict) -> dict:
     """An artifact's settings without those that are retired, where it had what is fixed now or its n-grams were off."""
-
-    def without_effect(name: str) -> bool:
+    remaining = dict(stored)
+    for name, fixed in RETIRED.items():
         idle = name.startswith("ngram_") and not stored["ngram_enabled"]
-        return name in RETIRED and (idle or stored[name] == RETIRED[name])
-
-    return {name: value for name, value in stored.items() if not without_effect(name)}
+        if idle or stored.get(name) == fixed:
+            remaining.pop(name, None)
+    return remaining
 
 
 def check_names(env, fields):
@@ -564,9 +560,7 @@ def parse_setting(name: str, text: str, kind: type):
         require(word in ("1", "true", "yes", "0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
         return word in ("1", "true", "yes")
     with explained(f"{name}={text!r} is not of type {kind.__name__}", ValueError):
-        value = kind(text)
-    require(kind is not float or math.isfinite(value), f"{name}={text!r} is not finite")
-    return value
+        return kind(text)
 
 
 class Stage(NamedTuple):
@@ -580,17 +574,15 @@ def context_schedule(cfg: Config) -> list[Stage]:
     """The stages of TRAIN_SEQ_SCHEDULE in order; the last one ends at infinity (#2014).
 
     "1024@0.1,2048@1.0" -> [Stage(0.1, 1024), Stage(inf, 2048)]"""
-    if not cfg.train_seq_schedule:
-        return [Stage(math.inf, cfg.train_seq_len)]
-    name = f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r}"
+    longest = cfg.train_seq_len
+    schedule = cfg.train_seq_schedule or f"{longest}@1.0"
+    name = f"TRAIN_SEQ_SCHEDULE={schedule!r}"
     with explained(f"{name} is not of the form 1024@0.1,2048@0.7,3072@1.0", ValueError):
-        parts = [part.split("@") for part in cfg.train_seq_schedule.split(",")]
+        parts = [part.split("@") for part in schedule.split(",")]
         stages = sorted(Stage(float(end), int(span)) for span, end in parts)
     require(all(span > 0 and end > 0 for end, span in stages), f"{name}: lengths and ends must be positive")
-    require(
-        max(stage.span for stage in stages) == cfg.train_seq_len,
-        f"{name}: the longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}",
-    )
+    spans = [stage.span for stage in stages]
+    require(max(spans) == longest, f"{name}: the longest span must equal TRAIN_SEQ_LEN={longest}")
     return [*stages[:-1], stages[-1]._replace(end=math.inf)]
 
 
@@ -845,22 +837,19 @@ class Ledger:
     def may_train(self, targets: ndarray):
         """Call before learning from `targets`: all of them must be scored (C3)."""
         if np.isnan(self.nats[targets]).any():
-            self.break_condition("C3", f"pass {self.name} trained on a target before it was scored")
+            self.verdicts.set("C3", "FAIL", f"pass {self.name} trained on a target before it was scored")
             self.check(False, "training on a target that is not scored")
-
-    def break_condition(self, condition: str, reason: str):
-        """Record that a setting breaks a condition: the run goes on, its number never becomes `val_bpb`."""
-        self.verdicts.set(condition, "FAIL", reason)
 
     def bpb(self) -> float:
         """Bits per byte over all targets; raises if one is missing."""
         self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
-        return self.partial_bpb(self.scored)
+        return self.bpb_so_far()
 
-    def partial_bpb(self, which: ndarray) -> float:
-        """Bits per byte over the targets that the mask `which` (targets,) selects."""
-        size = self.bytes[which].sum(dtype=np.int64)  # uint16 would overflow
-        return float(self.nats[which].sum() / math.log(2) / max(size, 1))
+    def bpb_so_far(self) -> float:
+        """Bits per byte over the targets that are scored."""
+        scored = self.scored
+        size = self.bytes[scored].sum(dtype=np.int64)  # uint16 would overflow
+        return float(self.nats[scored].sum() / math.log(2) / max(size, 1))
 
     def check(self, holds: bool, fault: str):
         if not holds:
@@ -884,15 +873,11 @@ class Progress:
         if now - self.shown <= self.EVERY:
             return
         self.shown = now
-        targets = len(ledger.nats)
-        new = ledger.scored & ~ledger.merged
-        done = ledger.merged.sum() + self.ranks.world * new.sum()
-        left = max(targets - done, 0)
-        rate = max(done, 1) / (now - self.begun)
-        self.log(
-            f"  {100 * (1 - left / targets):5.1f} %  BPB so far {ledger.partial_bpb(ledger.scored):.4f}  "
-            f"{rate:,.0f} targets/s  {left / rate:.0f} s left"
-        )
+        merged = ledger.merged.sum()
+        done = merged + self.ranks.world * (ledger.scored.sum() - merged)
+        share = done / len(ledger.nats)
+        rate = done / (now - self.begun)
+        self.log(f"  {100 * share:5.1f} %  BPB so far {ledger.bpb_so_far():.4f}  {rate:,.0f} targets/s")
 
 
 @contextlib.contextmanager
@@ -1071,13 +1056,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
             return t
         return t.pin_memory().to(device, non_blocking=True)
 
-    cu = move(batch.seq.cu_q)  # of queries and keys: without a cache both lie alike
-    positions = move(batch.seq.positions)
-    return batch._replace(
-        tokens=move(batch.tokens),
-        targets=move(batch.targets),
-        seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=positions),
-    )
+    seq = batch.seq
+    cu = move(seq.cu_q)  # of queries and keys: without a cache both lie alike
+    seq = Seq(cu, cu, seq.max_q, seq.max_k, move(seq.positions))
+    return Batch(move(batch.tokens), move(batch.targets), seq, batch.split)
 
 
 class TrainStream:
@@ -1110,20 +1092,18 @@ class TrainStream:
     def micro_batch(self, start: int, count: int, span: int) -> Batch:
         """Inputs [start, start + count) and their targets; a document already running at `start` begins anew there."""
         tokens = self.read(start, count + 1)
-        starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
-        if not len(starts) or starts[0] != 0:
-            starts = np.insert(starts, 0, 0)
+        starts = np.union1d(0, np.flatnonzero(tokens[:-1] == self.cfg.bos_id))
         capacity = self.cfg.micro_batch_tokens
         return pack_documents(tokens[:-1], tokens[1:], starts, span, self.cfg.train_seq_len, capacity, "train")
 
     def read(self, start: int, count: int) -> ndarray:
-        """`count` tokens from position `start` of the endless stream, int64."""
+        """`count` tokens from position `start` of the endless stream, uint16."""
         pieces = []
         while count:
             start %= self.tokens  # another epoch
             i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds `start`
-            offset = start - (int(self.ends[i]) - len(self.shards[i]))
-            piece = self.shards[i][offset : offset + count].astype(np.int64)
+            before_end = start - int(self.ends[i])  # negative: counted from the shard's end
+            piece = self.shards[i][before_end:][:count]
             check_tokens(self.paths[i], piece, self.cfg)
             pieces.append(piece)
             start += len(piece)
@@ -1258,21 +1238,14 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
     damaged = f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again"
     with explained(damaged, ValueError, KeyError, TypeError):
         promised = json.loads(manifest.read_text())
-        for key in ("tokens", "documents", "bytes"):
-            count = facts[f"val_{key}"]
-            wanted = promised["val"][key]
-            require(
-                wanted in (None, count),
-                f"{manifest}: promises {wanted} validation {key}, the shards hold {count}; prepare the data again",
-            )
+        theirs = {f"val_{key}": promised["val"][key] for key in ("tokens", "documents", "bytes")}
+        theirs |= {"VOCAB_SIZE": promised["vocab_size"], "BOS_ID": promised["bos_id"]}
+        ours = facts | {"VOCAB_SIZE": cfg.vocab_size, "BOS_ID": cfg.bos_id}
+        for key, value in theirs.items():
+            fits = value in (None, ours[key])
+            require(fits, f"{manifest}: promises {key}={value}, here it is {ours[key]}; prepare the data again")
         for name, file in promised["files"].items():
             check_promised_file(manifest.parent / name, file)
-        for key in ("vocab_size", "bos_id"):
-            ours = getattr(cfg, key)
-            require(
-                promised[key] == ours,
-                f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {ours}",
-            )
         made_by = promised["tokenizer"]["sha256"]
         model = tokenizer_path(cfg)
         require(
@@ -6195,7 +6168,7 @@ ESCAPES = {"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'}  #
 def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
     stripped = strip_source(source)
-    if without_docstrings(source) != without_docstrings(stripped):
+    if strip_source(stripped) != stripped:  # syntax tree -> text -> the same tree
         raise RuntimeError("stripping comments would change the program")
     # lc: four bits of the byte before select the literal's statistics, which suits text.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
@@ -6207,48 +6180,15 @@ def pack_script(source: str) -> bytes:
 
 
 def strip_source(source: str) -> str:
-    """The source without comments, docstrings and blank lines.
+    """The source without comments, docstrings and blank lines, a statement a line.
 
-    Names, annotations and layout stay, since Triton and torch read them."""
-    lines = source.split("\n")
-    docstrings = set()  # numbers of lines that hold nothing but a docstring
-    for node in documented(ast.parse(source)):
-        doc, following = node.body[:2]
-        starts_line = not lines[doc.lineno - 1][: doc.col_offset].strip()
-        if starts_line and following.lineno > doc.end_lineno:
-            docstrings.update(range(doc.lineno, doc.end_lineno + 1))
-    literal = set()  # numbers of lines of a string that spans several: they stay to the letter
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        row, column = token.start
-        if token.type == tokenize.COMMENT:
-            lines[row - 1] = lines[row - 1][:column].rstrip()
-        elif token.end[0] > row and token.type not in (tokenize.NEWLINE, tokenize.NL):
-            literal.update(range(row, token.end[0] + 1))
-    remaining = []
-    for number, line in enumerate(lines, 1):
-        text = line if number in literal else line.rstrip()
-        if number not in docstrings and (text or number in literal):
-            remaining.append(text)
-    return "\n".join(remaining) + "\n"
-
-
-def without_docstrings(source: str) -> str:
-    """The syntax tree as text, docstrings left out."""
+    Names and annotations stay, since Triton and torch read them."""
     tree = ast.parse(source)
-    for node in documented(tree):
-        del node.body[0]
-    return ast.dump(tree)
-
-
-def documented(tree: ast.Module) -> list:
-    """Nodes whose first statement is a docstring and not the only one."""
-    return [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        and ast.get_docstring(node) is not None
-        and len(node.body) > 1
-    ]
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+        if documented and len(node.body) > 1:
+            del node.body[0]
+    return ast.unparse(tree) + "\n"
 
 
 def unpack_script(path: Path) -> str:
@@ -6305,6 +6245,7 @@ class Run:
         if ranks.cuda:
             hardware = f"{ranks.world} x {torch.cuda.get_device_name()}"
         fused = use_kernels(torch.bfloat16, ranks.device, self.cfg.model_dim // self.cfg.num_heads)
+        source = SOURCE if PACKED else strip_source(SOURCE)
         return {
             "hardware": hardware,
             "attention": self.attention_backend,
@@ -6315,7 +6256,7 @@ class Run:
                 "cuda": torch.version.cuda,
                 "numpy": np.__version__,
             },
-            "source_sha256": sha256(strip_source(SOURCE).encode()),  # the same when packed
+            "source_sha256": sha256(source.encode()),
             "settings_sha256": self.cfg.sha256(),
         }
 
