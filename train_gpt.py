@@ -108,6 +108,10 @@ def explained(message: str, *errors: type[Exception]):
         raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
 
 
+def sha256(data) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 # ======== Hyperparameters =============================================================================================
 
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
@@ -514,7 +518,7 @@ class Config:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_SETTINGS}
 
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(self.settings(), sort_keys=True).encode())
 
 
 # A variable of the environment that begins like one of our settings must be one. First words that other programs use,
@@ -557,8 +561,9 @@ def parse_setting(name: str, text: str, kind: type):
     """Text of an environment variable -> bool, int, float or str."""
     if kind is bool:
         word = text.strip().lower()
-        require(word in ("1", "true", "yes", "0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
-        return word in ("1", "true", "yes")
+        yes = word in ("1", "true", "yes")
+        require(yes or word in ("0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
+        return yes
     with explained(f"{name}={text!r} is not of type {kind.__name__}", ValueError):
         return kind(text)
 
@@ -581,8 +586,8 @@ def context_schedule(cfg: Config) -> list[Stage]:
         parts = [part.split("@") for part in schedule.split(",")]
         stages = sorted(Stage(float(end), int(span)) for span, end in parts)
     require(all(span > 0 and end > 0 for end, span in stages), f"{name}: lengths and ends must be positive")
-    spans = [stage.span for stage in stages]
-    require(max(spans) == longest, f"{name}: the longest span must equal TRAIN_SEQ_LEN={longest}")
+    fits = max(stage.span for stage in stages) == longest
+    require(fits, f"{name}: the longest span must equal TRAIN_SEQ_LEN={longest}")
     return [*stages[:-1], stages[-1]._replace(end=math.inf)]
 
 
@@ -675,13 +680,12 @@ class Log:
             self.file = open(path, mode, encoding="utf-8")
             self.file.write(early)
 
-    def __call__(self, line: str = "", console: bool = True):
+    def __call__(self, line: str):
         if self.main:
             line = line.replace(str(Path.home()) + os.sep, "~/")  # logs are published: no private paths
             self.file.write(line + "\n")
             self.file.flush()
-            if console:
-                print(line, flush=True)
+            print(line, flush=True)
 
 
 class Clock:
@@ -894,8 +898,7 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
                 os.fsync(f.fileno())  # a rename may reach the disk before the data
             os.replace(part, path)
         finally:
-            with contextlib.suppress(OSError):  # after the rename there is none
-                part.unlink()
+            part.unlink(missing_ok=True)  # after the rename there is none
 
 
 # ======== Data: shards, packed training batches, the validation stream ================================================
@@ -969,15 +972,10 @@ class Seq(NamedTuple):
         document's start, not from the cut.
         """
         lengths = np.diff(np.append(starts, capacity))
-        pieces = -(-lengths // span)  # of each document
-        first = np.cumsum(pieces) - pieces  # the first piece of each document, among all pieces of the buffer
-        number = np.arange(pieces.sum()) - np.repeat(first, pieces)  # of each piece in its document: 0, 1, ...
-        cuts = np.repeat(starts, pieces) + number * span
-        ends = np.append(cuts, capacity)
-        cu = torch.from_numpy(ends.astype(np.int32))
-        positions = np.arange(capacity) - np.repeat(starts, lengths)
-        positions = torch.from_numpy(positions.astype(np.int32))
-        return cls(cu, cu, longest, longest, positions)
+        positions = np.arange(capacity, dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
+        cuts = np.flatnonzero(positions % span == 0)
+        cu = torch.from_numpy(np.append(cuts, capacity).astype(np.int32))
+        return cls(cu, cu, longest, longest, torch.from_numpy(positions))
 
     @classmethod
     def lockstep(
@@ -1038,9 +1036,8 @@ def pack_documents(
     """
 
     def padded(values: ndarray, fill: int) -> Tensor:
-        buffer = np.full(capacity, fill, np.int64)
-        buffer[: len(values)] = values
-        return torch.from_numpy(buffer)
+        values = torch.from_numpy(values.astype(np.int64))
+        return F.pad(values, (0, capacity - len(values)), value=fill)
 
     if len(inputs) < capacity:
         starts = np.append(starts, len(inputs))
@@ -1134,9 +1131,10 @@ class ValidationStream:
 
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
-        self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, "fineweb_val_*.bin")])
-        check_start(folder / "fineweb_val_*.bin", self.tokens, cfg)
-        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg)
+        shards = folder / "fineweb_val_*.bin"
+        self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, shards.name)])
+        check_start(shards, self.tokens, cfg)
+        check_tokens(shards, self.tokens, cfg)
         self.targets = len(self.tokens) - 1  # target i is token i + 1
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         # Inputs of each document. The target of its last input is the next document's BOS.
@@ -1145,19 +1143,15 @@ class ValidationStream:
         if sidecars:
             self.byte_source = "sidecar"
             self.bytes = np.concatenate([open_shard(path) for path in sidecars])
-            require(
-                len(self.bytes) == len(self.tokens),
-                f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; "
-                "prepare both in one go",
-            )
-            require(self.bytes.any(), f"{sidecars[0]}: the byte sidecar holds only zeros; prepare the data again")
         else:
             self.byte_source = "tokenizer"
             self.bytes = tokenizer_bytes(cfg, self.tokens)
-        require(
-            not self.bytes[self.starts].any(),
-            f"{folder}: the byte {self.byte_source} counts bytes for BOS; prepare the data again",
-        )
+        wrong = f"{folder}: the byte {self.byte_source} counts {{}}; prepare tokens and bytes again, in one go"
+        entries = len(self.bytes)
+        tokens = len(self.tokens)
+        require(entries == tokens, wrong.format(f"the bytes of {entries} tokens, the shards hold {tokens}"))
+        require(self.bytes.any(), wrong.format("no bytes at all"))
+        require(not self.bytes[self.starts].any(), wrong.format("bytes for BOS"))
 
     @property
     def target_bytes(self) -> ndarray:
@@ -1203,13 +1197,9 @@ def tokenizer_bytes(cfg: Config, tokens: ndarray) -> ndarray:
     counts = sizes[tokens]  # (tokens,)
     if sp.encode("a", out_type=str)[0].startswith("\u2581"):  # the tokenizer has add_dummy_prefix
         spaced = np.array([text.startswith(" ") for text in texts])
-        opens = np.concatenate([[True], special[tokens[:-1]]])  # the first token after BOS
-        counts -= opens & spaced[tokens]
+        after_special = np.roll(special[tokens], 1)  # the first token after BOS; of the stream's own BOS it is any
+        counts -= after_special & spaced[tokens]
     return counts
-
-
-def sha256(data) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def fingerprint(cfg: Config, val: ValidationStream) -> dict:
@@ -6162,20 +6152,17 @@ if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
  os.replace(t,__file__)
 exec(compile(s,__file__,"exec"))
 """
-ESCAPES = {"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'}  # backslash first
+ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'})
 
 
 def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
-    stripped = strip_source(source)
-    if strip_source(stripped) != stripped:  # syntax tree -> text -> the same tree
-        raise RuntimeError("stripping comments would change the program")
     # lc: four bits of the byte before select the literal's statistics, which suits text.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
-    packed = lzma.compress(stripped.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters)
-    text = packed.decode("latin-1")
-    for char, escape in ESCAPES.items():
-        text = text.replace(char, escape)
+    packed = lzma.compress(
+        strip_source(source).encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters
+    )
+    text = packed.decode("latin-1").translate(ESCAPES)
     return (BOOTSTRAP % text).encode("latin-1")
 
 
@@ -6188,7 +6175,10 @@ def strip_source(source: str) -> str:
         documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
         if documented and len(node.body) > 1:
             del node.body[0]
-    return ast.unparse(tree) + "\n"
+    stripped = ast.unparse(tree) + "\n"
+    if ast.dump(ast.parse(stripped)) != ast.dump(tree):
+        raise RuntimeError("stripping comments would change the program")
+    return stripped
 
 
 def unpack_script(path: Path) -> str:
@@ -6236,7 +6226,6 @@ class Run:
             self.log(f"{name} {value}")
         changed = sorted(settings.items() - Config().settings().items())
         self.log(f"changed from their defaults: {' '.join(f'{name.upper()}={value}' for name, value in changed)}")
-        self.log(f"settings {json.dumps(settings)}", console=False)
 
     def describe_environment(self) -> dict:
         """Hardware, versions and hashes, for the log and result.json."""
