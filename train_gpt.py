@@ -553,7 +553,7 @@ def check_names(env, fields):
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
         question = f"; did you mean {nearest[0]}?" if nearest else ""
         require(not ours, f"{name} is not a setting{question} (--help lists them all)")
-        if nearest and nearest[0] not in env and len(name) > 4:
+        if nearest and nearest[0] not in env:
             print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
 
 
@@ -599,10 +599,9 @@ def help_text() -> str:
     for f in dataclasses.fields(Config):
         if f.name in GROUPS:
             lines.append(f"\n{GROUPS[f.name]}")
-        default = int(f.default) if isinstance(f.default, bool) else f.default
         within = f.metadata["within"]
         limits = "" if within in ("", "[0, inf)") else f"; {within}"
-        lines.append(f"  {f.name.upper():28s} {str(default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
+        lines.append(f"  {f.name.upper():28s} {str(f.default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
 
 
@@ -841,8 +840,9 @@ class Ledger:
     def may_train(self, targets: ndarray):
         """Call before learning from `targets`: all of them must be scored (C3)."""
         if np.isnan(self.nats[targets]).any():
-            self.verdicts.set("C3", "FAIL", f"pass {self.name} trained on a target before it was scored")
-            self.check(False, "training on a target that is not scored")
+            fault = "training on a target that is not scored"
+            self.verdicts.set("C3", "FAIL", f"pass {self.name}: {fault}")
+            self.check(False, fault)
 
     def bpb(self) -> float:
         """Bits per byte over all targets; raises if one is missing."""
@@ -1000,7 +1000,7 @@ class Seq(NamedTuple):
         def offsets(before: int, length: int) -> Tensor:
             """Where the two sequences of each row begin; `before` of its `length` tokens stand before the chunk."""
             outside = (before - begin).clamp(min=0).int()
-            in_row = torch.stack((torch.zeros_like(outside), outside))
+            in_row = F.pad(outside[None], (1, 0))
             starts = row * length + in_row
             return F.pad(starts.flatten(), (0, 1), value=rows * length)
 
@@ -1146,12 +1146,12 @@ class ValidationStream:
         else:
             self.byte_source = "tokenizer"
             self.bytes = tokenizer_bytes(cfg, self.tokens)
-        wrong = f"{folder}: the byte {self.byte_source} counts {{}}; prepare tokens and bytes again, in one go"
-        entries = len(self.bytes)
-        tokens = len(self.tokens)
-        require(entries == tokens, wrong.format(f"the bytes of {entries} tokens, the shards hold {tokens}"))
-        require(self.bytes.any(), wrong.format("no bytes at all"))
-        require(not self.bytes[self.starts].any(), wrong.format("bytes for BOS"))
+        aligned = len(self.bytes) == len(self.tokens)
+        require(
+            aligned and self.bytes.any() and not self.bytes[self.starts].any(),
+            f"{folder}: the byte {self.byte_source} must count the bytes of every token, and none for BOS, "
+            f"but has {len(self.bytes)} entries for {len(self.tokens)} tokens or miscounts; prepare the data again",
+        )
 
     @property
     def target_bytes(self) -> ndarray:
@@ -1175,9 +1175,9 @@ def open_tokenizer(cfg: Config):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pieces = sp.vocab_size()
     require(pieces == cfg.vocab_size, f"TOKENIZER_PATH={path}: {pieces} pieces, VOCAB_SIZE={cfg.vocab_size}")
-    case_marks = "\ue001\ue002\ue003\ue004"  # pieces of a CaseOps tokenizer, which stand for no bytes
+    case_marks = set("\ue001\ue002\ue003\ue004")  # pieces of a CaseOps tokenizer, which stand for no bytes
     require(
-        not any(sp.id_to_piece(i) in case_marks for i in range(8)),
+        case_marks.isdisjoint(sp.id_to_piece(list(range(8)))),
         f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; "
         "prepare the data again",
     )
@@ -1190,13 +1190,15 @@ def tokenizer_bytes(cfg: Config, tokens: ndarray) -> ndarray:
     A control token has 0 bytes, a byte-fallback token 1, and \\u2581 is a space. Many tokenizers put a space of their
     own before a document: it does not count, since the text does not have it."""
     sp = open_tokenizer(cfg)
-    ids = range(cfg.vocab_size)
-    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
-    texts = ["" if special[i] else sp.id_to_piece(i).replace("\u2581", " ") for i in ids]
-    sizes = np.array([1 if sp.is_byte(i) else len(texts[i].encode()) for i in ids], np.uint16)
+    ids = list(range(cfg.vocab_size))
+    special = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
+    texts = [piece.replace("\u2581", " ") for piece in sp.id_to_piece(ids)]
+    sizes = np.array([len(text.encode()) for text in texts], np.uint16)
+    sizes[sp.is_byte(ids)] = 1
+    sizes[special] = 0
     counts = sizes[tokens]  # (tokens,)
     if sp.encode("a", out_type=str)[0].startswith("\u2581"):  # the tokenizer has add_dummy_prefix
-        spaced = np.array([text.startswith(" ") for text in texts])
+        spaced = np.char.startswith(texts, " ") & ~special
         after_special = np.roll(special[tokens], 1)  # the first token after BOS; of the stream's own BOS it is any
         counts -= after_special & spaced[tokens]
     return counts
@@ -1214,6 +1216,8 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
         "val_documents": len(val.starts),
         "val_bytes": size,
         "byte_source": val.byte_source,
+        "vocab_size": cfg.vocab_size,
+        "bos_id": cfg.bos_id,
         "val_sha256": sha256(np.ascontiguousarray(val.tokens)),  # however the tokens are cut into shards
         "dataset": "contest" if contest else "other",
         "manifest": manifest.is_file(),
@@ -1229,13 +1233,21 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
     with explained(damaged, ValueError, KeyError, TypeError):
         promised = json.loads(manifest.read_text())
         theirs = {f"val_{key}": promised["val"][key] for key in ("tokens", "documents", "bytes")}
-        theirs |= {"VOCAB_SIZE": promised["vocab_size"], "BOS_ID": promised["bos_id"]}
-        ours = facts | {"VOCAB_SIZE": cfg.vocab_size, "BOS_ID": cfg.bos_id}
+        theirs |= {key: promised[key] for key in ("vocab_size", "bos_id")}
         for key, value in theirs.items():
-            fits = value in (None, ours[key])
-            require(fits, f"{manifest}: promises {key}={value}, here it is {ours[key]}; prepare the data again")
+            require(
+                value in (None, facts[key]),
+                f"{manifest}: promises {key} {value}, here it is {facts[key]}; "
+                "prepare the data again, or set VOCAB_SIZE and BOS_ID",
+            )
         for name, file in promised["files"].items():
-            check_promised_file(manifest.parent / name, file)
+            path = manifest.parent / name
+            require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
+            if "train" in name:  # hashing gigabytes would take minutes
+                intact = len(open_shard(path)) == file["tokens"]
+            else:
+                intact = sha256(path.read_bytes()) == file["sha256"]
+            require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
         made_by = promised["tokenizer"]["sha256"]
         model = tokenizer_path(cfg)
         require(
@@ -1243,16 +1255,6 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
             f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})",
         )
         return {"transform": promised["transform"], "tokenizer_sha256": made_by}
-
-
-def check_promised_file(path: Path, file: dict):
-    """A file of the manifest is there and intact. `file` has its "tokens" and "sha256"."""
-    require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
-    if "train" in path.name:  # hashing gigabytes would take minutes
-        intact = len(open_shard(path)) == file["tokens"]
-    else:
-        intact = sha256(path.read_bytes()) == file["sha256"]
-    require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
 
 
 # ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
@@ -6184,7 +6186,7 @@ def strip_source(source: str) -> str:
 def unpack_script(path: Path) -> str:
     """The source inside a packed script, without running it."""
     require(path.is_file(), f"--unpack {path}: no such file")
-    before, after = (re.escape(part) for part in BOOTSTRAP.split("%s"))
+    before, after = map(re.escape, BOOTSTRAP.split("%s"))
     match = re.fullmatch(f"{before}(.*){after}", path.read_bytes().decode("latin-1"))
     damaged = f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one"
     with explained(damaged, TypeError, ValueError, SyntaxError, lzma.LZMAError):
@@ -6300,7 +6302,7 @@ def preflight(run: Run):
 
 def try_codec(run: Run):
     """Write and read a small artifact in the run's folder."""
-    symbols = np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8)
+    symbols = np.random.default_rng(0).integers(-9, 10, (64, 64), dtype=np.int8)
     path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
     save_artifact(path, {"q.0.symbols": symbols}, {"settings": {}})
     arrays, _ = load_artifact(path)
@@ -6445,7 +6447,6 @@ def write_artifact(run: Run, model: GPT):
                 with whole_file(run.folder / name) as f:
                     f.write(content)
     run.ranks.agree(0)  # the files are there before another rank reads them
-    run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
 
 
 def load_quantized(run: Run) -> tuple[GPT, dict]:
@@ -6468,7 +6469,7 @@ def score_artifact(run: Run):
     cfg = run.cfg
     with run.phases("load"):
         model, stored = load_quantized(run)
-    others = sorted(name.upper() for name, value in cfg.settings().items() if value != stored.get(name))
+    others = [name.upper() for name, _ in sorted(cfg.settings().items() - stored.items())]
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     if stored.get("prequant_ttt_enabled"):
