@@ -528,7 +528,7 @@ SHARED_WORDS = set(
     "SCALAR SEED SEGMENT SEQ SKIP TOKENIZER VOCAB WARMUP WORLD".split()
 )
 FIRST_WORDS = {f.name.upper().split("_")[0] for f in dataclasses.fields(Config)}
-OUR_PREFIXES = tuple(f"{word}_" for word in sorted(FIRST_WORDS - SHARED_WORDS))
+OUR_PREFIXES = tuple(f"{word}_" for word in FIRST_WORDS - SHARED_WORDS)
 
 
 def still_set(stored: dict) -> dict:
@@ -544,8 +544,8 @@ def still_set(stored: dict) -> dict:
 def check_names(env, fields):
     """Refuse a name that begins like a setting and is none; warn of a near miss without one of our prefixes."""
     for name in sorted(set(env) - set(fields)):
-        if name.lower() in RETIRED:
-            fixed = RETIRED[name.lower()]
+        fixed = RETIRED.get(name.lower())
+        if fixed is not None:
             same = parse_setting(name, env[name], type(fixed)) == fixed
             require(same, f"{name} is no longer a setting: its value is always {fixed}")
             continue
@@ -846,7 +846,8 @@ class Ledger:
 
     def bpb(self) -> float:
         """Bits per byte over all targets; raises if one is missing."""
-        self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
+        missing = np.isnan(self.nats).sum()
+        self.check(missing == 0, f"{missing} targets were never scored")
         return self.bpb_so_far()
 
     def bpb_so_far(self) -> float:
@@ -915,7 +916,7 @@ CONTEST_SETS = {
 def open_shard(path: Path) -> ndarray:
     """Memory-map the uint16 values of a shard; before them stand 256 little-endian int32: magic, 1, count, 0, ..."""
     header = np.fromfile(path, dtype="<i4", count=256)
-    genuine = len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, 1)
+    genuine = len(header) == 256 and header[:2].tolist() == [SHARD_MAGIC, 1]
     require(genuine, f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py")
     count = int(header[2])
     size = path.stat().st_size
@@ -939,7 +940,7 @@ def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]
 def check_start(path: Path, tokens: ndarray, cfg: Config):
     """The first token of a stream begins a document."""
     require(
-        list(tokens[:1]) == [cfg.bos_id],
+        cfg.bos_id in tokens[:1],
         f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again",
     )
 
@@ -972,10 +973,10 @@ class Seq(NamedTuple):
         document's start, not from the cut.
         """
         lengths = np.diff(np.append(starts, capacity))
-        positions = np.arange(capacity, dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
+        positions = np.arange(capacity) - np.repeat(starts, lengths)
         cuts = np.flatnonzero(positions % span == 0)
-        cu = torch.from_numpy(np.append(cuts, capacity).astype(np.int32))
-        return cls(cu, cu, longest, longest, torch.from_numpy(positions))
+        cu = torch.from_numpy(np.append(cuts, capacity)).int()
+        return cls(cu, cu, longest, longest, torch.from_numpy(positions).int())
 
     @classmethod
     def lockstep(
@@ -997,7 +998,7 @@ class Seq(NamedTuple):
         """
         row = torch.arange(rows, dtype=torch.int32, device=begin.device)[:, None]
 
-        def offsets(before: int, length: int) -> Tensor:
+        def offsets(before, length):
             """Where the two sequences of each row begin; `before` of its `length` tokens stand before the chunk."""
             outside = (before - begin).clamp(min=0).int()
             in_row = F.pad(outside[None], (1, 0))
@@ -1035,7 +1036,7 @@ def pack_documents(
     targets are -1, so it is never scored.
     """
 
-    def padded(values: ndarray, fill: int) -> Tensor:
+    def padded(values, fill):
         values = torch.from_numpy(values.astype(np.int64))
         return F.pad(values, (0, capacity - len(values)), value=fill)
 
@@ -1048,7 +1049,7 @@ def pack_documents(
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy without waiting."""
 
-    def move(t: Tensor) -> Tensor:
+    def move(t):
         if device.type == "cpu":
             return t
         return t.pin_memory().to(device, non_blocking=True)
@@ -1098,8 +1099,8 @@ class TrainStream:
         pieces = []
         while count:
             start %= self.tokens  # another epoch
-            i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds `start`
-            before_end = start - int(self.ends[i])  # negative: counted from the shard's end
+            i = np.searchsorted(self.ends, start, side="right")  # the shard that holds `start`
+            before_end = start - self.ends[i]  # negative: counted from the shard's end
             piece = self.shards[i][before_end:][:count]
             check_tokens(self.paths[i], piece, self.cfg)
             pieces.append(piece)
@@ -1112,18 +1113,15 @@ class Prefetch:
     """Builds the next step's batches in a thread. A change of span only wastes what was built for the earlier span."""
 
     def __init__(self, stream: TrainStream, ranks: Ranks):
-        self.stream = stream
-        self.ranks = ranks
-        self.pool = ThreadPoolExecutor(1)
+        thread = ThreadPoolExecutor(1)
+        self.submit = functools.partial(thread.submit, stream.step, rank=ranks.rank, world=ranks.world)
+        self.device = ranks.device
         self.waiting = {}  # (step, span) -> future of its batches
-
-    def submit(self, step: int, span: int):
-        return self.pool.submit(self.stream.step, step, span, self.ranks.rank, self.ranks.world)
 
     def __call__(self, step: int, span: int) -> list[Batch]:
         future = self.waiting.pop((step, span), None) or self.submit(step, span)
         self.waiting = {(step + 1, span): self.submit(step + 1, span)}  # the guess: no change of span
-        return [to_device(batch, self.ranks.device) for batch in future.result()]
+        return [to_device(batch, self.device) for batch in future.result()]
 
 
 class ValidationStream:
@@ -6185,7 +6183,6 @@ def strip_source(source: str) -> str:
 
 def unpack_script(path: Path) -> str:
     """The source inside a packed script, without running it."""
-    require(path.is_file(), f"--unpack {path}: no such file")
     before, after = map(re.escape, BOOTSTRAP.split("%s"))
     match = re.fullmatch(f"{before}(.*){after}", path.read_bytes().decode("latin-1"))
     damaged = f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one"
@@ -6264,6 +6261,7 @@ class Run:
     def record(self, name: str, bpb: float):
         """Keep and log the BPB of pass `name`."""
         self.result["bpb"][name] = bpb
+        self.headline = bpb  # of the last pass
         self.log(f"{name}: {bpb:.5f} BPB")
 
     def diagnose(self, model: GPT, name: str):
@@ -6328,20 +6326,18 @@ def train(run: Run, model: GPT):
     """Train the model and keep its weights on disk: trained.npz holds the fp32 weights by name, and as JSON in "meta"
     what a later run needs to continue."""
     model.init_weights(run.cfg.seed)
-    visits = [visit.layer for visit in model.schedules[False]]
-    run.log(f"{parameter_count(model):,} parameters, visits {visits}")
+    run.log(f"{parameter_count(model):,} parameters")
     trainer = Trainer(model, run.cfg, run.ranks, run.log)
-    seconds = run.phases.seconds
     with run.phases("warmup"):
         trainer.warm_up()
-    run.log(f"warmed up in {seconds['warmup']:.1f} s")
+    run.log("warmed up")
     with run.phases("steps"):
         training = trainer.run()
     run.result["training"] = training
     with run.phases("save"):
         if run.ranks.main:
-            times = {name: seconds[name] for name in ("warmup", "steps")}
-            meta = {"settings": run.cfg.settings(), "training": training, "seconds": times}
+            seconds = {"steps": run.phases.seconds["steps"]}
+            meta = {"settings": run.cfg.settings(), "training": training, "seconds": seconds}
             arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
             with whole_file(run.folder / "trained.npz") as f:
                 np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
@@ -6476,12 +6472,10 @@ def score_artifact(run: Run):
         reason = "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
         run.verdicts.set("C3", "FAIL", reason)
     sizes = [len(run.val.starts)]
-    run.headline = "quantized"
-    scoring = run.scoring(model, run.headline)
+    scoring = run.scoring(model, "quantized")
     if cfg.ttt_enabled or cfg.ngram_enabled:
-        run.diagnose(model, run.headline)
-        run.headline = "adapted"
-        scoring = run.scoring(model, run.headline)
+        run.diagnose(model, "quantized")
+        scoring = run.scoring(model, "adapted")
         with run.phases("prepare"):
             adaptation = TestTimeTraining(scoring)
             adaptation.prepare()
@@ -6491,7 +6485,7 @@ def score_artifact(run: Run):
     else:
         with run.phases("score"):
             bpb = score_stream(scoring)
-    run.record(run.headline, bpb)
+    run.record(scoring.ledger.name, bpb)
     run.result["segments"] = sizes  # what the audit may hold us to: documents of a segment are independent
     if cfg.ledger_path and run.ranks.main:
         with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
@@ -6514,10 +6508,10 @@ def finish(run: Run):
     result["bytes"] = sizes | {"total": total}
     result["seconds"] = budgets | run.phases.seconds
     failed = run.verdicts.failed()
-    headline = f"no val_bpb: {', '.join(failed)} failed"
+    outcome = f"no val_bpb: {', '.join(failed)} failed"
     if not failed:  # the one place that makes a number the result
-        result["val_bpb"] = result["bpb"][run.headline]
-        headline = f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {result['dataset']}"
+        result["val_bpb"] = run.headline
+        outcome = f"val_bpb {run.headline:.6f} on all {run.val.targets:,} targets, dataset {result['dataset']}"
     table = run.verdicts.table
     result["verdicts"] = {name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in table.items()}
     if run.ranks.main:
@@ -6528,7 +6522,7 @@ def finish(run: Run):
             run.log(f"  {f'{name} {unit}':24s} {value:{form}}")
     for condition, (verdict, reason) in table.items():
         run.log(f"  {condition:24s} {verdict:9s} {reason}")
-    run.log(headline)
+    run.log(outcome)
 
 
 def configure(env) -> Config:
