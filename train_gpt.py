@@ -109,6 +109,7 @@ def explained(message: str, *errors: type[Exception]):
 
 
 def sha256(data) -> str:
+    """Hexadecimal digest of bytes or of a contiguous array."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -535,7 +536,7 @@ def still_set(stored: dict) -> dict:
     """An artifact's settings without those that are retired, where it had what is fixed now or its n-grams were off."""
     remaining = dict(stored)
     for name, fixed in RETIRED.items():
-        idle = name.startswith("ngram_") and not stored["ngram_enabled"]
+        idle = name.startswith("ngram_") and not stored.get("ngram_enabled")
         if idle or stored.get(name) == fixed:
             remaining.pop(name, None)
     return remaining
@@ -616,7 +617,7 @@ class Ranks:
         self.world = cfg.world_size
         self.main = cfg.rank == 0
         gpu = torch.cuda.is_available()
-        self.cuda = gpu and cfg.device != "cpu"
+        self.cuda = gpu and cfg.device != "cpu"  # whether this process computes on a GPU
         self.device = torch.device("cpu")
         if cfg.device == "cuda":
             require(gpu, "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
@@ -974,7 +975,7 @@ class Seq(NamedTuple):
         """
         lengths = np.diff(np.append(starts, capacity))
         positions = np.arange(capacity) - np.repeat(starts, lengths)
-        cuts = np.flatnonzero(positions % span == 0)
+        cuts = np.flatnonzero(positions % span == 0)  # every document begins at position 0
         cu = torch.from_numpy(np.append(cuts, capacity)).int()
         return cls(cu, cu, longest, longest, torch.from_numpy(positions).int())
 
@@ -6279,6 +6280,7 @@ def artifact_folder(cfg: Config) -> Path:
 
 
 def parameter_count(model: GPT) -> int:
+    """Numbers in all weights; 4 bytes each in trained.npz."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -6393,6 +6395,7 @@ class RateSearch:
         self.saved += 8 * (size - self.room * self.AIM) / self.weights
 
     def done(self) -> bool:
+        """Whether the last attempt fits and another is not worth its time."""
         size = self.sizes[-1]
         if size > self.room:
             return False  # only a file that fits ends the search
