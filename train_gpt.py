@@ -1148,8 +1148,8 @@ class ValidationStream:
         aligned = len(self.bytes) == len(self.tokens)
         require(
             aligned and self.bytes.any() and not self.bytes[self.starts].any(),
-            f"{folder}: the byte {self.byte_source} must count the bytes of every token, and none for BOS, "
-            f"but has {len(self.bytes)} entries for {len(self.tokens)} tokens or miscounts; prepare the data again",
+            f"{folder}: the byte {self.byte_source} must give bytes for every token, none for BOS, and not only zeros; "
+            "prepare tokens and bytes again, in one go",
         )
 
     @property
@@ -6304,7 +6304,7 @@ def try_codec(run: Run):
     """Write and read a small artifact in the run's folder."""
     symbols = np.random.default_rng(0).integers(-9, 10, (64, 64), dtype=np.int8)
     path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
-    save_artifact(path, {"q.0.symbols": symbols}, {"settings": {}})
+    save_artifact(path, {"q.0.symbols": symbols}, {})
     arrays, _ = load_artifact(path)
     path.unlink()
     if not np.array_equal(arrays["q.0.symbols"], symbols):
