@@ -68,7 +68,6 @@ import signal
 import struct
 import sys
 import time
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -107,6 +106,11 @@ def explained(message: str, *errors: type[Exception]):
         yield
     except errors as e:
         raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
+
+
+def sha256(data) -> str:
+    """Hexadecimal digest of bytes or of a contiguous array."""
+    return hashlib.sha256(data).hexdigest()
 
 
 # ======== Hyperparameters =============================================================================================
@@ -470,43 +474,40 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             within = f.metadata["within"]
-            kind = "one of" if isinstance(value, str) else "in"
-            require(lies_within(value, within), f"{f.name.upper()}={value} must be {kind} {within}")
-        for name, holds, rule in self.rules():
-            require(holds, f"{name.upper()}={getattr(self, name)} {rule}")
+            require(lies_within(value, within), f"{f.name.upper()}={value} is not in {within}")
+        for rule, holds in self.rules().items():
+            name, duty = rule.split(maxsplit=1)
+            require(holds, f"{name}={getattr(self, name.lower())} {duty}")
         context_schedule(self)
 
-    def rules(self) -> tuple:
-        """What several settings owe each other: (setting to blame, whether the rule holds, the rule)."""
-        head_dim = self.model_dim // self.num_heads
+    def rules(self) -> dict:
+        """What several settings owe each other: a rule, which begins with the setting to blame -> whether it holds."""
+        limit = self.max_wallclock_seconds
         loops_fit = self.loop_start <= self.loop_end < self.num_layers
         two_gates = self.attn_out_gate_enabled and self.sparse_attn_gate_enabled
         size = r"[1-9]\d{0,8}"
         chunk_list = re.fullmatch(f"{size}(,{size})*", self.ttt_chunks)
         chunks_fit = chunk_list and max(map(int, self.ttt_chunks.split(","))) <= self.ttt_eval_seq_len
-        kinds = set(ADAPTER_KINDS)
         masked = set(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
-        return (
-            ("num_heads", self.model_dim % self.num_heads == 0, "must divide MODEL_DIM"),
-            ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "must divide NUM_HEADS"),
-            ("rope_dims", self.rope_dims in range(0, head_dim + 1, 2), "must be even and at most the head width"),
-            ("loop_end", self.num_loops == 0 or loops_fit, "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS"),
-            ("attn_out_gate_enabled", not two_gates, "needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate"),
-            ("mlp_mult", int(self.mlp_mult * self.model_dim) >= 8, "gives an MLP of fewer than 8 units"),
-            ("attn_full_layers", re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers), "must be layers like 2,5,10"),
-            (
-                "gptq_reserve_seconds",
-                self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
-                "must be below MAX_WALLCLOCK_SECONDS",
-            ),
-            ("artifact_margin", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
-            ("eval_stride", self.eval_stride <= self.eval_seq_len, "must be at most EVAL_SEQ_LEN"),
-            ("val_batch_tokens", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
-            ("ttt_chunks", chunks_fit, "must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN"),
-            ("ttt_mask", masked <= kinds, f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
-            ("ttt_mask", masked != kinds, "leaves no adapter to learn; set TTT_ENABLED=0"),
-            ("ngram_min_order", self.ngram_min_order <= self.ngram_order, "must be at most NGRAM_ORDER"),
-        )
+        kinds = set(ADAPTER_KINDS)
+        return {
+            "NUM_HEADS must divide MODEL_DIM": self.model_dim % self.num_heads == 0,
+            "NUM_KV_HEADS must divide NUM_HEADS": self.num_heads % self.num_kv_heads == 0,
+            "ROPE_DIMS must be even": self.rope_dims % 2 == 0,
+            "ROPE_DIMS must be at most the head width": self.rope_dims <= self.model_dim // self.num_heads,
+            "LOOP_END must satisfy LOOP_START <= LOOP_END < NUM_LAYERS": self.num_loops == 0 or loops_fit,
+            "ATTN_OUT_GATE_ENABLED needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate": not two_gates,
+            "MLP_MULT gives an MLP of fewer than 8 units": int(self.mlp_mult * self.model_dim) >= 8,
+            "ATTN_FULL_LAYERS must be layers like 2,5,10": re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers),
+            "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS": not limit or self.gptq_reserve_seconds < limit,
+            "ARTIFACT_MARGIN must be below ARTIFACT_CAP": self.artifact_margin < self.artifact_cap,
+            "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
+            "VAL_BATCH_TOKENS must be at least EVAL_SEQ_LEN": self.val_batch_tokens >= self.eval_seq_len,
+            "TTT_CHUNKS must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN": chunks_fit,
+            "TTT_MASK may name no_qv, q, k, v, o, mlp and head": masked <= kinds,
+            "TTT_MASK leaves no adapter to learn; set TTT_ENABLED=0": masked != kinds,
+            "NGRAM_MIN_ORDER must be at most NGRAM_ORDER": self.ngram_min_order <= self.ngram_order,
+        }
 
     @property
     def looped(self) -> bool:
@@ -518,7 +519,7 @@ class Config:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_SETTINGS}
 
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(self.settings(), sort_keys=True).encode())
 
 
 # A variable of the environment that begins like one of our settings must be one. First words that other programs use,
@@ -528,24 +529,24 @@ SHARED_WORDS = set(
     "SCALAR SEED SEGMENT SEQ SKIP TOKENIZER VOCAB WARMUP WORLD".split()
 )
 FIRST_WORDS = {f.name.upper().split("_")[0] for f in dataclasses.fields(Config)}
-OUR_PREFIXES = tuple(f"{word}_" for word in sorted(FIRST_WORDS - SHARED_WORDS))
+OUR_PREFIXES = tuple(f"{word}_" for word in FIRST_WORDS - SHARED_WORDS)
 
 
 def still_set(stored: dict) -> dict:
     """An artifact's settings without those that are retired, where it had what is fixed now or its n-grams were off."""
-
-    def without_effect(name: str) -> bool:
-        idle = name.startswith("ngram_") and not stored["ngram_enabled"]
-        return name in RETIRED and (idle or stored[name] == RETIRED[name])
-
-    return {name: value for name, value in stored.items() if not without_effect(name)}
+    remaining = dict(stored)
+    for name, fixed in RETIRED.items():
+        idle = name.startswith("ngram_") and not stored.get("ngram_enabled")
+        if idle or stored.get(name) == fixed:
+            remaining.pop(name, None)
+    return remaining
 
 
 def check_names(env, fields):
     """Refuse a name that begins like a setting and is none; warn of a near miss without one of our prefixes."""
     for name in sorted(set(env) - set(fields)):
-        if name.lower() in RETIRED:
-            fixed = RETIRED[name.lower()]
+        fixed = RETIRED.get(name.lower())
+        if fixed is not None:
             same = parse_setting(name, env[name], type(fixed)) == fixed
             require(same, f"{name} is no longer a setting: its value is always {fixed}")
             continue
@@ -553,7 +554,7 @@ def check_names(env, fields):
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
         question = f"; did you mean {nearest[0]}?" if nearest else ""
         require(not ours, f"{name} is not a setting{question} (--help lists them all)")
-        if nearest and nearest[0] not in env and len(name) > 4:
+        if nearest and nearest[0] not in env:
             print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
 
 
@@ -561,12 +562,11 @@ def parse_setting(name: str, text: str, kind: type):
     """Text of an environment variable -> bool, int, float or str."""
     if kind is bool:
         word = text.strip().lower()
-        require(word in ("1", "true", "yes", "0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
-        return word in ("1", "true", "yes")
+        yes = word in ("1", "true", "yes")
+        require(yes or word in ("0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
+        return yes
     with explained(f"{name}={text!r} is not of type {kind.__name__}", ValueError):
-        value = kind(text)
-    require(kind is not float or math.isfinite(value), f"{name}={text!r} is not finite")
-    return value
+        return kind(text)
 
 
 class Stage(NamedTuple):
@@ -580,17 +580,15 @@ def context_schedule(cfg: Config) -> list[Stage]:
     """The stages of TRAIN_SEQ_SCHEDULE in order; the last one ends at infinity (#2014).
 
     "1024@0.1,2048@1.0" -> [Stage(0.1, 1024), Stage(inf, 2048)]"""
-    if not cfg.train_seq_schedule:
-        return [Stage(math.inf, cfg.train_seq_len)]
-    name = f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r}"
+    longest = cfg.train_seq_len
+    schedule = cfg.train_seq_schedule or f"{longest}@1.0"
+    name = f"TRAIN_SEQ_SCHEDULE={schedule!r}"
     with explained(f"{name} is not of the form 1024@0.1,2048@0.7,3072@1.0", ValueError):
-        parts = [part.split("@") for part in cfg.train_seq_schedule.split(",")]
+        parts = [part.split("@") for part in schedule.split(",")]
         stages = sorted(Stage(float(end), int(span)) for span, end in parts)
     require(all(span > 0 and end > 0 for end, span in stages), f"{name}: lengths and ends must be positive")
-    require(
-        max(stage.span for stage in stages) == cfg.train_seq_len,
-        f"{name}: the longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}",
-    )
+    fits = max(stage.span for stage in stages) == longest
+    require(fits, f"{name}: the longest span must equal TRAIN_SEQ_LEN={longest}")
     return [*stages[:-1], stages[-1]._replace(end=math.inf)]
 
 
@@ -602,10 +600,9 @@ def help_text() -> str:
     for f in dataclasses.fields(Config):
         if f.name in GROUPS:
             lines.append(f"\n{GROUPS[f.name]}")
-        default = int(f.default) if isinstance(f.default, bool) else f.default
         within = f.metadata["within"]
         limits = "" if within in ("", "[0, inf)") else f"; {within}"
-        lines.append(f"  {f.name.upper():28s} {str(default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
+        lines.append(f"  {f.name.upper():28s} {str(f.default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
 
 
@@ -620,20 +617,19 @@ class Ranks:
         self.world = cfg.world_size
         self.main = cfg.rank == 0
         gpu = torch.cuda.is_available()
-        use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and gpu)
-        require(
-            gpu or not use_cuda,
-            "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch",
-        )
-        self.device = torch.device("cuda", cfg.local_rank) if use_cuda else torch.device("cpu")
-        if use_cuda:
+        self.cuda = gpu and cfg.device != "cpu"  # whether this process computes on a GPU
+        self.device = torch.device("cpu")
+        if cfg.device == "cuda":
+            require(gpu, "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
+        if self.cuda:
+            self.device = torch.device("cuda", cfg.local_rank)
             torch.cuda.set_device(self.device)
         if self.world > 1:
             # torch.optim imports this module, whose defaults hold on to the group that exists by then: imported later,
             # gloo's threads would outlive close() and abort some exits.
             importlib.import_module("torch.distributed.nn.functional")
             # Tensors on the CPU travel over gloo, so sharing the clock does not wait for the GPU's queue.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo")
 
     def all_reduce_(self, t: Tensor) -> Tensor:
         """`t` becomes its sum over the ranks."""
@@ -660,7 +656,7 @@ class Ranks:
         return self.broadcast_(torch.tensor(value, dtype=torch.float64)).item()
 
     def synchronize(self):
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
 
     def close(self):
@@ -684,13 +680,12 @@ class Log:
             self.file = open(path, mode, encoding="utf-8")
             self.file.write(early)
 
-    def __call__(self, line: str = "", console: bool = True):
+    def __call__(self, line: str):
         if self.main:
             line = line.replace(str(Path.home()) + os.sep, "~/")  # logs are published: no private paths
             self.file.write(line + "\n")
             self.file.flush()
-            if console:
-                print(line, flush=True)
+            print(line, flush=True)
 
 
 class Clock:
@@ -727,7 +722,7 @@ class Clock:
     def step_done(self):
         """Call after each step has been launched."""
         self.steps += 1
-        if self.ranks.device.type == "cuda":
+        if self.ranks.cuda:
             event = torch.cuda.Event()
             event.record()
             self.pending.append(event)
@@ -756,6 +751,7 @@ class Phases:
         # neither
         "setup": None,
         "warmup": None,
+        "save": None,
         "diagnostic": None,
         "write": None,
     }
@@ -767,16 +763,14 @@ class Phases:
     @contextlib.contextmanager
     def __call__(self, name: str):
         """Time the block as part of phase `name`."""
-        assert name in self.BUDGET, name
         start = time.perf_counter()
         yield
         self.ranks.synchronize()  # what the block launched belongs to it
         self.seconds[name] += time.perf_counter() - start
 
-    def charge(self, name: str, to: str, seconds: float):
-        """Move seconds that were timed as phase `name` to phase `to`."""
-        self.seconds[name] -= seconds
-        self.seconds[to] += seconds
+    def charge(self, name: str, to: str):
+        """Move what was timed as phase `name` to phase `to`."""
+        self.seconds[to] += self.seconds.pop(name)
 
     def budget(self, which: str) -> float:
         """Seconds of all phases that count towards the budget "train" or "eval"."""
@@ -847,22 +841,21 @@ class Ledger:
     def may_train(self, targets: ndarray):
         """Call before learning from `targets`: all of them must be scored (C3)."""
         if np.isnan(self.nats[targets]).any():
-            self.break_condition("C3", f"pass {self.name} trained on a target before it was scored")
-            self.check(False, "training on a target that is not scored")
-
-    def break_condition(self, condition: str, reason: str):
-        """Record that a setting breaks a condition: the run goes on, its number never becomes `val_bpb`."""
-        self.verdicts.set(condition, "FAIL", reason)
+            fault = "training on a target that is not scored"
+            self.verdicts.set("C3", "FAIL", f"pass {self.name}: {fault}")
+            self.check(False, fault)
 
     def bpb(self) -> float:
         """Bits per byte over all targets; raises if one is missing."""
-        self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
-        return self.partial_bpb(self.scored)
+        missing = np.isnan(self.nats).sum()
+        self.check(missing == 0, f"{missing} targets were never scored")
+        return self.bpb_so_far()
 
-    def partial_bpb(self, which: ndarray) -> float:
-        """Bits per byte over the targets that the mask `which` (targets,) selects."""
-        size = self.bytes[which].sum(dtype=np.int64)  # uint16 would overflow
-        return float(self.nats[which].sum() / math.log(2) / max(size, 1))
+    def bpb_so_far(self) -> float:
+        """Bits per byte over the targets that are scored."""
+        scored = self.scored
+        size = self.bytes[scored].sum(dtype=np.int64)  # uint16 would overflow
+        return float(self.nats[scored].sum() / math.log(2) / max(size, 1))
 
     def check(self, holds: bool, fault: str):
         if not holds:
@@ -886,15 +879,11 @@ class Progress:
         if now - self.shown <= self.EVERY:
             return
         self.shown = now
-        targets = len(ledger.nats)
-        new = ledger.scored & ~ledger.merged
-        done = ledger.merged.sum() + self.ranks.world * new.sum()
-        left = max(targets - done, 0)
-        rate = max(done, 1) / (now - self.begun)
-        self.log(
-            f"  {100 * (1 - left / targets):5.1f} %  BPB so far {ledger.partial_bpb(ledger.scored):.4f}  "
-            f"{rate:,.0f} targets/s  {left / rate:.0f} s left"
-        )
+        merged = ledger.merged.sum()
+        done = merged + self.ranks.world * (ledger.scored.sum() - merged)
+        share = done / len(ledger.nats)
+        rate = done / (now - self.begun)
+        self.log(f"  {100 * share:5.1f} %  BPB so far {ledger.bpb_so_far():.4f}  {rate:,.0f} targets/s")
 
 
 @contextlib.contextmanager
@@ -911,8 +900,7 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
                 os.fsync(f.fileno())  # a rename may reach the disk before the data
             os.replace(part, path)
         finally:
-            with contextlib.suppress(OSError):  # after the rename there is none
-                part.unlink()
+            part.unlink(missing_ok=True)  # after the rename there is none
 
 
 # ======== Data: shards, packed training batches, the validation stream ================================================
@@ -929,7 +917,7 @@ CONTEST_SETS = {
 def open_shard(path: Path) -> ndarray:
     """Memory-map the uint16 values of a shard; before them stand 256 little-endian int32: magic, 1, count, 0, ..."""
     header = np.fromfile(path, dtype="<i4", count=256)
-    genuine = len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, 1)
+    genuine = len(header) == 256 and header[:2].tolist() == [SHARD_MAGIC, 1]
     require(genuine, f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py")
     count = int(header[2])
     size = path.stat().st_size
@@ -953,7 +941,7 @@ def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]
 def check_start(path: Path, tokens: ndarray, cfg: Config):
     """The first token of a stream begins a document."""
     require(
-        list(tokens[:1]) == [cfg.bos_id],
+        cfg.bos_id in tokens[:1],
         f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again",
     )
 
@@ -986,15 +974,10 @@ class Seq(NamedTuple):
         document's start, not from the cut.
         """
         lengths = np.diff(np.append(starts, capacity))
-        pieces = -(-lengths // span)  # of each document
-        first = np.cumsum(pieces) - pieces  # the first piece of each document, among all pieces of the buffer
-        number = np.arange(pieces.sum()) - np.repeat(first, pieces)  # of each piece in its document: 0, 1, ...
-        cuts = np.repeat(starts, pieces) + number * span
-        ends = np.append(cuts, capacity)
-        cu = torch.from_numpy(ends.astype(np.int32))
         positions = np.arange(capacity) - np.repeat(starts, lengths)
-        positions = torch.from_numpy(positions.astype(np.int32))
-        return cls(cu, cu, longest, longest, positions)
+        cuts = np.flatnonzero(positions % span == 0)  # every document begins at position 0
+        cu = torch.from_numpy(np.append(cuts, capacity)).int()
+        return cls(cu, cu, longest, longest, torch.from_numpy(positions).int())
 
     @classmethod
     def lockstep(
@@ -1016,10 +999,10 @@ class Seq(NamedTuple):
         """
         row = torch.arange(rows, dtype=torch.int32, device=begin.device)[:, None]
 
-        def offsets(before: int, length: int) -> Tensor:
+        def offsets(before, length):
             """Where the two sequences of each row begin; `before` of its `length` tokens stand before the chunk."""
             outside = (before - begin).clamp(min=0).int()
-            in_row = torch.stack((torch.zeros_like(outside), outside))
+            in_row = F.pad(outside[None], (1, 0))
             starts = row * length + in_row
             return F.pad(starts.flatten(), (0, 1), value=rows * length)
 
@@ -1054,10 +1037,9 @@ def pack_documents(
     targets are -1, so it is never scored.
     """
 
-    def padded(values: ndarray, fill: int) -> Tensor:
-        buffer = np.full(capacity, fill, np.int64)
-        buffer[: len(values)] = values
-        return torch.from_numpy(buffer)
+    def padded(values, fill):
+        values = torch.from_numpy(values.astype(np.int64))
+        return F.pad(values, (0, capacity - len(values)), value=fill)
 
     if len(inputs) < capacity:
         starts = np.append(starts, len(inputs))
@@ -1068,18 +1050,15 @@ def pack_documents(
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy without waiting."""
 
-    def move(t: Tensor) -> Tensor:
+    def move(t):
         if device.type == "cpu":
             return t
         return t.pin_memory().to(device, non_blocking=True)
 
-    cu = move(batch.seq.cu_q)  # of queries and keys: without a cache both lie alike
-    positions = move(batch.seq.positions)
-    return batch._replace(
-        tokens=move(batch.tokens),
-        targets=move(batch.targets),
-        seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=positions),
-    )
+    seq = batch.seq
+    cu = move(seq.cu_q)  # of queries and keys: without a cache both lie alike
+    seq = Seq(cu, cu, seq.max_q, seq.max_k, move(seq.positions))
+    return Batch(move(batch.tokens), move(batch.targets), seq, batch.split)
 
 
 class TrainStream:
@@ -1112,20 +1091,18 @@ class TrainStream:
     def micro_batch(self, start: int, count: int, span: int) -> Batch:
         """Inputs [start, start + count) and their targets; a document already running at `start` begins anew there."""
         tokens = self.read(start, count + 1)
-        starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
-        if not len(starts) or starts[0] != 0:
-            starts = np.insert(starts, 0, 0)
+        starts = np.union1d(0, np.flatnonzero(tokens[:-1] == self.cfg.bos_id))
         capacity = self.cfg.micro_batch_tokens
         return pack_documents(tokens[:-1], tokens[1:], starts, span, self.cfg.train_seq_len, capacity, "train")
 
     def read(self, start: int, count: int) -> ndarray:
-        """`count` tokens from position `start` of the endless stream, int64."""
+        """`count` tokens from position `start` of the endless stream, uint16."""
         pieces = []
         while count:
             start %= self.tokens  # another epoch
-            i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds `start`
-            offset = start - (int(self.ends[i]) - len(self.shards[i]))
-            piece = self.shards[i][offset : offset + count].astype(np.int64)
+            i = np.searchsorted(self.ends, start, side="right")  # the shard that holds `start`
+            before_end = start - self.ends[i]  # negative: counted from the shard's end
+            piece = self.shards[i][before_end:][:count]
             check_tokens(self.paths[i], piece, self.cfg)
             pieces.append(piece)
             start += len(piece)
@@ -1137,18 +1114,15 @@ class Prefetch:
     """Builds the next step's batches in a thread. A change of span only wastes what was built for the earlier span."""
 
     def __init__(self, stream: TrainStream, ranks: Ranks):
-        self.stream = stream
-        self.ranks = ranks
-        self.pool = ThreadPoolExecutor(1)
+        thread = ThreadPoolExecutor(1)
+        self.submit = functools.partial(thread.submit, stream.step, rank=ranks.rank, world=ranks.world)
+        self.device = ranks.device
         self.waiting = {}  # (step, span) -> future of its batches
-
-    def submit(self, step: int, span: int):
-        return self.pool.submit(self.stream.step, step, span, self.ranks.rank, self.ranks.world)
 
     def __call__(self, step: int, span: int) -> list[Batch]:
         future = self.waiting.pop((step, span), None) or self.submit(step, span)
         self.waiting = {(step + 1, span): self.submit(step + 1, span)}  # the guess: no change of span
-        return [to_device(batch, self.ranks.device) for batch in future.result()]
+        return [to_device(batch, self.device) for batch in future.result()]
 
 
 class ValidationStream:
@@ -1156,9 +1130,10 @@ class ValidationStream:
 
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
-        self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, "fineweb_val_*.bin")])
-        check_start(folder / "fineweb_val_*.bin", self.tokens, cfg)
-        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg)
+        shards = folder / "fineweb_val_*.bin"
+        self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, shards.name)])
+        check_start(shards, self.tokens, cfg)
+        check_tokens(shards, self.tokens, cfg)
         self.targets = len(self.tokens) - 1  # target i is token i + 1
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         # Inputs of each document. The target of its last input is the next document's BOS.
@@ -1167,18 +1142,14 @@ class ValidationStream:
         if sidecars:
             self.byte_source = "sidecar"
             self.bytes = np.concatenate([open_shard(path) for path in sidecars])
-            require(
-                len(self.bytes) == len(self.tokens),
-                f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; "
-                "prepare both in one go",
-            )
-            require(self.bytes.any(), f"{sidecars[0]}: the byte sidecar holds only zeros; prepare the data again")
         else:
             self.byte_source = "tokenizer"
             self.bytes = tokenizer_bytes(cfg, self.tokens)
+        aligned = len(self.bytes) == len(self.tokens)
         require(
-            not self.bytes[self.starts].any(),
-            f"{folder}: the byte {self.byte_source} counts bytes for BOS; prepare the data again",
+            aligned and self.bytes.any() and not self.bytes[self.starts].any(),
+            f"{folder}: the byte {self.byte_source} must give bytes for every token, none for BOS, and not only zeros; "
+            "prepare tokens and bytes again, in one go",
         )
 
     @property
@@ -1203,9 +1174,9 @@ def open_tokenizer(cfg: Config):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pieces = sp.vocab_size()
     require(pieces == cfg.vocab_size, f"TOKENIZER_PATH={path}: {pieces} pieces, VOCAB_SIZE={cfg.vocab_size}")
-    case_marks = "\ue001\ue002\ue003\ue004"  # pieces of a CaseOps tokenizer, which stand for no bytes
+    case_marks = set("\ue001\ue002\ue003\ue004")  # pieces of a CaseOps tokenizer, which stand for no bytes
     require(
-        not any(sp.id_to_piece(i) in case_marks for i in range(8)),
+        case_marks.isdisjoint(sp.id_to_piece(list(range(8)))),
         f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; "
         "prepare the data again",
     )
@@ -1218,20 +1189,18 @@ def tokenizer_bytes(cfg: Config, tokens: ndarray) -> ndarray:
     A control token has 0 bytes, a byte-fallback token 1, and \\u2581 is a space. Many tokenizers put a space of their
     own before a document: it does not count, since the text does not have it."""
     sp = open_tokenizer(cfg)
-    ids = range(cfg.vocab_size)
-    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
-    texts = ["" if special[i] else sp.id_to_piece(i).replace("\u2581", " ") for i in ids]
-    sizes = np.array([1 if sp.is_byte(i) else len(texts[i].encode()) for i in ids], np.uint16)
+    ids = list(range(cfg.vocab_size))
+    special = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
+    texts = [piece.replace("\u2581", " ") for piece in sp.id_to_piece(ids)]
+    sizes = np.array([len(text.encode()) for text in texts], np.uint16)
+    sizes[sp.is_byte(ids)] = 1
+    sizes[special] = 0
     counts = sizes[tokens]  # (tokens,)
     if sp.encode("a", out_type=str)[0].startswith("\u2581"):  # the tokenizer has add_dummy_prefix
-        spaced = np.array([text.startswith(" ") for text in texts])
-        opens = np.concatenate([[True], special[tokens[:-1]]])  # the first token after BOS
-        counts -= opens & spaced[tokens]
+        spaced = np.char.startswith(texts, " ") & ~special
+        after_special = np.roll(special[tokens], 1)  # the first token after BOS; of the stream's own BOS it is any
+        counts -= after_special & spaced[tokens]
     return counts
-
-
-def sha256(data) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def fingerprint(cfg: Config, val: ValidationStream) -> dict:
@@ -1246,6 +1215,8 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
         "val_documents": len(val.starts),
         "val_bytes": size,
         "byte_source": val.byte_source,
+        "vocab_size": cfg.vocab_size,
+        "bos_id": cfg.bos_id,
         "val_sha256": sha256(np.ascontiguousarray(val.tokens)),  # however the tokens are cut into shards
         "dataset": "contest" if contest else "other",
         "manifest": manifest.is_file(),
@@ -1260,21 +1231,22 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
     damaged = f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again"
     with explained(damaged, ValueError, KeyError, TypeError):
         promised = json.loads(manifest.read_text())
-        for key in ("tokens", "documents", "bytes"):
-            count = facts[f"val_{key}"]
-            wanted = promised["val"][key]
+        theirs = {f"val_{key}": promised["val"][key] for key in ("tokens", "documents", "bytes")}
+        theirs |= {key: promised[key] for key in ("vocab_size", "bos_id")}
+        for key, value in theirs.items():
             require(
-                wanted in (None, count),
-                f"{manifest}: promises {wanted} validation {key}, the shards hold {count}; prepare the data again",
+                value in (None, facts[key]),
+                f"{manifest}: promises {key} {value}, here it is {facts[key]}; "
+                "prepare the data again, or set VOCAB_SIZE and BOS_ID",
             )
         for name, file in promised["files"].items():
-            check_promised_file(manifest.parent / name, file)
-        for key in ("vocab_size", "bos_id"):
-            ours = getattr(cfg, key)
-            require(
-                promised[key] == ours,
-                f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {ours}",
-            )
+            path = manifest.parent / name
+            require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
+            if "train" in name:  # hashing gigabytes would take minutes
+                intact = len(open_shard(path)) == file["tokens"]
+            else:
+                intact = sha256(path.read_bytes()) == file["sha256"]
+            require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
         made_by = promised["tokenizer"]["sha256"]
         model = tokenizer_path(cfg)
         require(
@@ -1282,16 +1254,6 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
             f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})",
         )
         return {"transform": promised["transform"], "tokenizer_sha256": made_by}
-
-
-def check_promised_file(path: Path, file: dict):
-    """A file of the manifest is there and intact. `file` has its "tokens" and "sha256"."""
-    require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
-    if "train" in path.name:  # hashing gigabytes would take minutes
-        intact = len(open_shard(path)) == file["tokens"]
-    else:
-        intact = sha256(path.read_bytes()) == file["sha256"]
-    require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
 
 
 # ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
@@ -6191,72 +6153,38 @@ if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
  os.replace(t,__file__)
 exec(compile(s,__file__,"exec"))
 """
-ESCAPES = {"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'}  # backslash first
+ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'})
 
 
 def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
-    stripped = strip_source(source)
-    if without_docstrings(source) != without_docstrings(stripped):
-        raise RuntimeError("stripping comments would change the program")
     # lc: four bits of the byte before select the literal's statistics, which suits text.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
-    packed = lzma.compress(stripped.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters)
-    text = packed.decode("latin-1")
-    for char, escape in ESCAPES.items():
-        text = text.replace(char, escape)
+    packed = lzma.compress(
+        strip_source(source).encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters
+    )
+    text = packed.decode("latin-1").translate(ESCAPES)
     return (BOOTSTRAP % text).encode("latin-1")
 
 
 def strip_source(source: str) -> str:
-    """The source without comments, docstrings and blank lines.
+    """The source without comments, docstrings and blank lines, a statement a line.
 
-    Names, annotations and layout stay, since Triton and torch read them."""
-    lines = source.split("\n")
-    docstrings = set()  # numbers of lines that hold nothing but a docstring
-    for node in documented(ast.parse(source)):
-        doc, following = node.body[:2]
-        starts_line = not lines[doc.lineno - 1][: doc.col_offset].strip()
-        if starts_line and following.lineno > doc.end_lineno:
-            docstrings.update(range(doc.lineno, doc.end_lineno + 1))
-    literal = set()  # numbers of lines of a string that spans several: they stay to the letter
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        row, column = token.start
-        if token.type == tokenize.COMMENT:
-            lines[row - 1] = lines[row - 1][:column].rstrip()
-        elif token.end[0] > row and token.type not in (tokenize.NEWLINE, tokenize.NL):
-            literal.update(range(row, token.end[0] + 1))
-    remaining = []
-    for number, line in enumerate(lines, 1):
-        text = line if number in literal else line.rstrip()
-        if number not in docstrings and (text or number in literal):
-            remaining.append(text)
-    return "\n".join(remaining) + "\n"
-
-
-def without_docstrings(source: str) -> str:
-    """The syntax tree as text, docstrings left out."""
+    Names and annotations stay, since Triton and torch read them."""
     tree = ast.parse(source)
-    for node in documented(tree):
-        del node.body[0]
-    return ast.dump(tree)
-
-
-def documented(tree: ast.Module) -> list:
-    """Nodes whose first statement is a docstring and not the only one."""
-    return [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        and ast.get_docstring(node) is not None
-        and len(node.body) > 1
-    ]
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+        if documented and len(node.body) > 1:
+            del node.body[0]
+    stripped = ast.unparse(tree) + "\n"
+    if ast.dump(ast.parse(stripped)) != ast.dump(tree):
+        raise RuntimeError("stripping comments would change the program")
+    return stripped
 
 
 def unpack_script(path: Path) -> str:
     """The source inside a packed script, without running it."""
-    require(path.is_file(), f"--unpack {path}: no such file")
-    before, after = (re.escape(part) for part in BOOTSTRAP.split("%s"))
+    before, after = map(re.escape, BOOTSTRAP.split("%s"))
     match = re.fullmatch(f"{before}(.*){after}", path.read_bytes().decode("latin-1"))
     damaged = f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one"
     with explained(damaged, TypeError, ValueError, SyntaxError, lzma.LZMAError):
@@ -6276,7 +6204,7 @@ class Run:
         self.log = Log(self.ranks)
         self.phases = Phases(self.ranks)
         self.verdicts = Verdicts()
-        self.result = {"bpb": {}, "bytes": {}}  # what result.json will hold
+        self.result = {"bpb": {}}  # what result.json will hold
 
     def prepare(self):
         """Make the folder, read and check the validation data, choose the attention backend, and log what is used."""
@@ -6288,20 +6216,25 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         with self.phases("read"):
             self.val = ValidationStream(cfg)
-            self.data = fingerprint(cfg, self.val)
+            data = fingerprint(cfg, self.val)
         with self.phases("setup"):
             self.attention_backend = choose_attention(cfg, self.ranks.device)
-        self.environment = self.describe_environment()
-        self.log_environment()
+        settings = cfg.settings()
+        facts = self.describe_environment() | {"dataset": data["dataset"], "data": data}
+        self.result |= facts | {"seed": cfg.seed, "settings": settings}
+        for name, value in facts.items():
+            self.log(f"{name} {value}")
+        changed = sorted(settings.items() - Config().settings().items())
+        self.log(f"changed from their defaults: {' '.join(f'{name.upper()}={value}' for name, value in changed)}")
 
     def describe_environment(self) -> dict:
-        """Hardware, versions and hashes, for result.json."""
+        """Hardware, versions and hashes, for the log and result.json."""
         ranks = self.ranks
         hardware = f"CPU, {torch.get_num_threads()} threads x {ranks.world} rank(s)"
-        if ranks.device.type == "cuda":
+        if ranks.cuda:
             hardware = f"{ranks.world} x {torch.cuda.get_device_name()}"
-        source = SOURCE if PACKED else strip_source(SOURCE)
         fused = use_kernels(torch.bfloat16, ranks.device, self.cfg.model_dim // self.cfg.num_heads)
+        source = SOURCE if PACKED else strip_source(SOURCE)
         return {
             "hardware": hardware,
             "attention": self.attention_backend,
@@ -6316,33 +6249,27 @@ class Run:
             "settings_sha256": self.cfg.sha256(),
         }
 
-    def log_environment(self):
-        """The first lines of the log."""
-        log = self.log
-        listed = lambda facts: ", ".join(f"{name} {value}" for name, value in facts.items())
-        facts = self.environment
-        versions = listed(facts["versions"])
-        log(f"hardware {facts['hardware']}, attention {facts['attention']}, kernels {facts['kernels']}, {versions}")
-        log(f"source sha256 {facts['source_sha256']}")
-        settings = self.cfg.settings()
-        defaults = Config().settings()
-        changed = [f"{name.upper()}={value}" for name, value in settings.items() if value != defaults[name]]
-        changes = " ".join(changed) or "none"
-        log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
-        log(f"all settings: {json.dumps(settings)}", console=False)
-        log(f"data: {listed(self.data)}")
-        if not self.data["manifest"]:
-            log("data: no manifest.json, so documents and hashes are unchecked")
-
     def scoring(self, model: GPT, name: str) -> ScoringPass:
         """A pass over the validation stream, with a ledger of its own."""
         ledger = Ledger(name, self.val.target_bytes, self.verdicts)
         return ScoringPass.begin(model, self.cfg, self.ranks, self.log, self.val, ledger)
 
     def new_model(self, logit_calibration: LogitCalibration | None = None) -> GPT:
-        """A GPT on the CPU, its weights not set yet."""
-        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
-        return GPT(self.cfg, self.attention_backend, dtype, logit_calibration)
+        """A GPT on the run's device, its weights not set yet."""
+        dtype = torch.bfloat16 if self.ranks.cuda else torch.float32
+        return GPT(self.cfg, self.attention_backend, dtype, logit_calibration).to(self.ranks.device)
+
+    def record(self, name: str, bpb: float):
+        """Keep and log the BPB of pass `name`."""
+        self.result["bpb"][name] = bpb
+        self.headline = bpb  # of the last pass
+        self.log(f"{name}: {bpb:.5f} BPB")
+
+    def diagnose(self, model: GPT, name: str):
+        """BPB of the weights in memory, in a ledger and a time of its own."""
+        with self.phases("diagnostic"):
+            bpb = score_stream(self.scoring(model, name))
+        self.record(name, bpb)
 
 
 def artifact_folder(cfg: Config) -> Path:
@@ -6352,102 +6279,76 @@ def artifact_folder(cfg: Config) -> Path:
     return RUNNING.parent if PACKED else Path("runs") / str(cfg.seed)
 
 
+def parameter_count(model: GPT) -> int:
+    """Numbers in all weights; 4 bytes each in trained.npz."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
     cfg = run.cfg
     if run.ranks.main:
         try_codec(run)
         if cfg.ledger_path:
-            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
-                f.write(b"")
+            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH"):
+                pass
         if not cfg.ttt_eval_only:  # scoring leaves the folder's script alone: it may be the one that runs
             check_folder(run)
-    if not cfg.ttt_eval_only and not cfg.quantize_only:
-        check_training(run)
+    if not (cfg.ttt_eval_only or cfg.quantize_only):
+        tokens = TrainStream(cfg).tokens
+        micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)  # ranks beyond this number would idle
+        run.log(f"checks passed: {tokens:,} training tokens, {micro_batches} micro-batch(es) a step")
 
 
 def try_codec(run: Run):
     """Write and read a small artifact in the run's folder."""
-    probe = {
-        "q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8),
-        "q.0.step": np.arange(64, dtype=np.int16),
-        "r": np.ones(3, np.float16),
-    }
+    symbols = np.random.default_rng(0).integers(-9, 10, (64, 64), dtype=np.int8)
     path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
-    save_artifact(path, probe, {"settings": run.cfg.settings()})
-    loaded, _ = load_artifact(path)
+    save_artifact(path, {"q.0.symbols": symbols}, {})
+    arrays, _ = load_artifact(path)
     path.unlink()
-    if any((loaded[name] != probe[name]).any() for name in probe):
+    if not np.array_equal(arrays["q.0.symbols"], symbols):
         raise RuntimeError("the artifact codec does not reproduce its input")
 
 
 def check_folder(run: Run):
     """The source can be packed, the running script would not be overwritten, and the files fit on the disk."""
     packed = pack_script(SOURCE)
+    elsewhere = f"set ARTIFACT_DIR={run.folder} to another folder"
     script = run.folder / "train_gpt.py"
     if script.exists() and script.samefile(RUNNING):
-        require(
-            script.read_bytes() == packed,
-            f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere",
-        )
-    with torch.device("meta"):  # shapes alone
-        weights = sum(p.numel() for p in run.new_model().parameters())
-    need = 4 * weights + 2 * run.cfg.artifact_cap  # trained.npz, and model.bin beside an earlier one
+        require(script.read_bytes() == packed, f"the run would overwrite its own script; {elsewhere}")
+    # trained.npz, and model.bin beside an earlier one
+    need = 4 * parameter_count(run.new_model()) + 2 * run.cfg.artifact_cap
     free = shutil.disk_usage(run.folder).free
-    require(
-        free >= need,
-        f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; "
-        "free space or set ARTIFACT_DIR elsewhere",
-    )
-
-
-def check_training(run: Run):
-    """The training shards are there, and there is work for every rank."""
-    stream = TrainStream(run.cfg)
-    micro_batches = -(-run.cfg.train_batch_tokens // run.cfg.micro_batch_tokens)
-    run.log(
-        f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), "
-        f"{micro_batches} micro-batch(es) a step"
-    )
-    idle = run.ranks.world - micro_batches
-    if idle > 0:
-        run.log(f"warning: {idle} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
+    require(free >= need, f"{free:,} bytes free, {need:,} needed; free space or {elsewhere}")
 
 
 def train(run: Run, model: GPT):
-    """Train the model and keep its weights on disk (trained.npz)."""
+    """Train the model and keep its weights on disk: trained.npz holds the fp32 weights by name, and as JSON in "meta"
+    what a later run needs to continue."""
     model.init_weights(run.cfg.seed)
-    weights = sum(p.numel() for p in model.parameters())
-    run.log(f"{weights:,} parameters, visits {[visit.layer for visit in model.schedules[False]]}")
+    run.log(f"{parameter_count(model):,} parameters")
     trainer = Trainer(model, run.cfg, run.ranks, run.log)
     with run.phases("warmup"):
         trainer.warm_up()
-    run.log(f"warmed up in {run.phases.seconds['warmup']:.1f} s")
+    run.log("warmed up")
     with run.phases("steps"):
-        run.result["training"] = trainer.run()
-    with run.phases("write"):
+        training = trainer.run()
+    run.result["training"] = training
+    with run.phases("save"):
         if run.ranks.main:
-            save_trained(run, model)
-
-
-def save_trained(run: Run, model: GPT):
-    """Write trained.npz: the fp32 weights by name, and as JSON in "meta" what a later run needs to continue."""
-    meta = {
-        "settings": run.cfg.settings(),
-        "training": run.result["training"],
-        "seconds": {name: run.phases.seconds[name] for name in ("warmup", "steps")},
-    }
-    arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
-    with whole_file(run.folder / "trained.npz") as f:
-        np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
+            seconds = {"steps": run.phases.seconds["steps"]}
+            meta = {"settings": run.cfg.settings(), "training": training, "seconds": seconds}
+            arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+            with whole_file(run.folder / "trained.npz") as f:
+                np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
 
 
 def read_trained(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
-    remedy = "train again, or set ARTIFACT_DIR to the folder that holds it"
-    with explained(
-        f"{path}: cannot be read ({{}}); {remedy}", OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
-    ):
+    damaged = f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it"
+    with explained(damaged, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         arrays = dict(np.load(path))
         return arrays, json.loads(str(arrays.pop("meta")))
 
@@ -6461,13 +6362,6 @@ def load_trained(run: Run, model: GPT):
     run.phases.seconds.update(meta["seconds"])
 
 
-def diagnose(run: Run, model: GPT, name: str):
-    """BPB of the weights in memory, in a ledger and a time of its own."""
-    with run.phases("diagnostic"):
-        run.result["bpb"][name] = score_stream(run.scoring(model, name))
-    run.log(f"{name}: {run.result['bpb'][name]:.5f} BPB")
-
-
 class RateSearch:
     """Looks for the bits to save per weight at which model.bin just fits. Sizes are measured, since a code's length is
     only known once it is written."""
@@ -6478,19 +6372,18 @@ class RateSearch:
     def __init__(self, cfg: Config, code_bytes: int, weights: int):
         self.cfg = cfg
         self.weights = weights
-        self.room = cfg.artifact_cap - cfg.artifact_margin - code_bytes
+        taken = cfg.artifact_margin + code_bytes
+        self.room = cfg.artifact_cap - taken
         # RATE_DISTORTION's own budget is the whole cap; the published rule's is what its settings give.
-        self.saved = 8 * (cfg.artifact_cap - self.room) / weights if cfg.rate_distortion else 0.0
-        self.sizes = []
+        self.saved = 8 * taken / weights if cfg.rate_distortion else 0.0
+        self.sizes = [math.inf]  # of each attempt; before the first, nothing fits
         self.best = b""  # the largest model.bin that fits; empty on ranks that do not write
 
     def propose(self) -> float:
         """Bits to save per weight in the next attempt."""
-        if len(self.sizes) == self.ATTEMPTS:
-            raise UserError(
-                f"ARTIFACT_CAP={self.cfg.artifact_cap}: the model does not fit with any step; "
-                "shrink the model or raise the cap"
-            )
+        cap = self.cfg.artifact_cap
+        failure = f"ARTIFACT_CAP={cap}: the model does not fit with any step; shrink the model or raise the cap"
+        require(len(self.sizes) <= self.ATTEMPTS, failure)
         return self.saved
 
     def observe(self, data: bytes, size: int):
@@ -6502,33 +6395,33 @@ class RateSearch:
         self.saved += 8 * (size - self.room * self.AIM) / self.weights
 
     def done(self) -> bool:
-        if not self.sizes or self.sizes[-1] > self.room:
+        """Whether the last attempt fits and another is not worth its time."""
+        size = self.sizes[-1]
+        if size > self.room:
             return False  # only a file that fits ends the search
-        left = self.room - self.sizes[-1]
-        before = self.sizes[-2] if len(self.sizes) > 1 else 0
         return (
             not self.cfg.rate_distortion  # the published rule has sizes of its own: it is only widened until it fits
-            or left < self.room / 1000  # the room is used
-            or len(self.sizes) > 3  # every attempt costs training time
-            or abs(self.sizes[-1] - before) < self.room / 10000  # nothing gains: the steps are as fine as symbols allow
+            or self.room - size < self.room / 1000  # the room is used
+            or len(self.sizes) > 4  # after four attempts: every one costs training time
+            or abs(size - self.sizes[-2]) < self.room / 10000  # nothing gains: the steps are as fine as symbols allow
         )
 
 
 def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> bytes:
     """Quantise and encode until RateSearch is content; the bytes of model.bin on rank 0."""
     cfg = run.cfg
-    search = RateSearch(cfg, code_bytes, sum(p.numel() for p in model.parameters()))
+    search = RateSearch(cfg, code_bytes, parameter_count(model))
     with run.phases("quantize"):
         quantizer = Quantizer(model, hessians, cfg, run.ranks)
     logit_values = None
     while True:
         with run.phases("quantize"):
             quantized = quantizer.quantize(search.propose())
-            if cfg.logit_calibration_enabled:
-                if logit_values is None:  # fitted to the first attempt, and kept
-                    logit_values = quantized_calibration(run, model, quantized)
-                quantized = quantized._replace(logit_calibration=logit_values)
-        before = run.phases.seconds.get("write", 0.0)
+            if cfg.logit_calibration_enabled and logit_values is None:  # fitted to the first attempt, and kept
+                rounded = run.new_model()
+                load_state(rounded, quantized.state(), run.folder)
+                logit_values = fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
+            quantized = quantized._replace(logit_calibration=logit_values)
         with run.phases("write"):
             data = encode_artifact(flatten(quantized), {"settings": cfg.settings()}) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
@@ -6536,8 +6429,7 @@ def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: i
         search.observe(data, size)
         if search.done():
             return search.best
-        # Encoding that only steers the search is part of it: training time.
-        run.phases.charge("write", to="quantize", seconds=run.phases.seconds["write"] - before)
+        run.phases.charge("write", to="quantize")  # encoding that only steers the search is part of it: training time
 
 
 def write_artifact(run: Run, model: GPT):
@@ -6550,127 +6442,90 @@ def write_artifact(run: Run, model: GPT):
     data = search_rate(run, model, hessians, len(packed))
     with run.phases("write"):
         if run.ranks.main:
-            with whole_file(run.folder / "model.bin") as f:
-                f.write(data)
-            script = run.folder / "train_gpt.py"
-            if not (script.exists() and script.read_bytes() == packed):  # a packed script may run in its own folder
-                with whole_file(script) as f:
-                    f.write(packed)
-    run.ranks.agree(0)
-    run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
-    seconds = [f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")]
-    run.log(f"seconds: {', '.join(seconds)}")
+            for name, content in (("model.bin", data), ("train_gpt.py", packed)):
+                with whole_file(run.folder / name) as f:
+                    f.write(content)
+    run.ranks.agree(0)  # the files are there before another rank reads them
 
 
-def quantized_calibration(run: Run, model: GPT, quantized: Quantized) -> ndarray:
-    """fit_logit_calibration for the weights as the artifact will give them back, in a model of their own."""
-    cfg = run.cfg
-    rounded = run.new_model().to(run.ranks.device)
-    load_state(rounded, quantized.state(), run.folder)
-    return fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
-
-
-def load_quantized(run: Run, model: GPT) -> tuple[GPT, dict]:
-    """model.bin in the model, and its meta. An artifact with logit calibration needs a model that was made with it."""
-    cfg, device = run.cfg, run.ranks.device
+def load_quantized(run: Run) -> tuple[GPT, dict]:
+    """A model with the weights of model.bin, and the file's settings."""
+    device = run.ranks.device
     path = run.folder / "model.bin"
     arrays, meta = load_artifact(path)
     quantized = unflatten(arrays)
+    calibration = None
     if quantized.logit_calibration is not None:
         values = torch.from_numpy(quantized.logit_calibration).to(device)
-        calibration = to_logit_calibration(values, piece_features(cfg).to(device))
-        model = run.new_model(calibration).to(device)
+        calibration = to_logit_calibration(values, piece_features(run.cfg).to(device))
+    model = run.new_model(calibration)
     load_state(model, quantized.state(), path)
-    return model, meta
+    return model, meta["settings"]
 
 
-def score_artifact(run: Run, model: GPT):
-    """Load model.bin from disk into the model and score it; the number comes from what ships."""
+def score_artifact(run: Run):
+    """Load model.bin from disk and score it; the number comes from what ships."""
     cfg = run.cfg
     with run.phases("load"):
-        model, meta = load_quantized(run, model)
-    others = sorted(k.upper() for k, v in cfg.settings().items() if v != meta["settings"].get(k))
+        model, stored = load_quantized(run)
+    others = [name.upper() for name, _ in sorted(cfg.settings().items() - stored.items())]
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
-    scoring = run.scoring(model, "quantized")
-    run.result["segments"] = [len(run.val.starts)]
-    if meta["settings"].get("prequant_ttt_enabled"):
+    if stored.get("prequant_ttt_enabled"):
         reason = "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
-        scoring.ledger.break_condition("C3", reason)
+        run.verdicts.set("C3", "FAIL", reason)
+    sizes = [len(run.val.starts)]
+    scoring = run.scoring(model, "quantized")
     if cfg.ttt_enabled or cfg.ngram_enabled:
-        diagnose(run, model, "quantized")
+        run.diagnose(model, "quantized")
         scoring = run.scoring(model, "adapted")
         with run.phases("prepare"):
             adaptation = TestTimeTraining(scoring)
             adaptation.prepare()
         with run.phases("adapt"):
             bpb = adaptation.score()
-        # What the audit may hold us to: documents of a segment are independent.
-        run.result["segments"] = [segment.last - segment.first for segment in adaptation.segments]
+        sizes = [segment.last - segment.first for segment in adaptation.segments]
     else:
         with run.phases("score"):
             bpb = score_stream(scoring)
-    run.headline = scoring.ledger.name
-    run.result["bpb"][run.headline] = bpb
-    run.log(f"{run.headline}: {bpb:.5f} BPB")
+    run.record(scoring.ledger.name, bpb)
+    run.result["segments"] = sizes  # what the audit may hold us to: documents of a segment are independent
     if cfg.ledger_path and run.ranks.main:
         with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
             np.save(f, scoring.ledger.nats)
-        run.log(f"ledger written to {cfg.ledger_path}")
 
 
 def finish(run: Run):
     """Verdicts, result.json and the final table."""
     cfg = run.cfg
     result = run.result
-    files = {"code": run.folder / "train_gpt.py", "model": run.folder / "model.bin"}
-    result["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
-    result["bytes"]["total"] = sum(result["bytes"].values())
-    result["seconds"] = {which: run.phases.budget(which) for which in ("train", "eval")} | run.phases.seconds
-    judge_budgets(run)
+    paths = {"code": run.folder / "train_gpt.py", "model": run.folder / "model.bin"}
+    sizes = {name: path.stat().st_size for name, path in paths.items() if path.exists()}
+    total = sum(sizes.values())
+    run.verdicts.judge("bytes", total <= cfg.artifact_cap, f"{total:,} of {cfg.artifact_cap:,} bytes")
+    budgets = {which: run.phases.budget(which) for which in ("train", "eval")}
+    limit = cfg.max_wallclock_seconds
+    for which, spent in budgets.items():
+        if limit and spent:  # an artifact that is scored again has spent nothing on training
+            run.verdicts.judge(f"{which}_budget", spent < limit, f"{spent:.1f} of {limit:.0f} s")
+    result["bytes"] = sizes | {"total": total}
+    result["seconds"] = budgets | run.phases.seconds
     failed = run.verdicts.failed()
+    outcome = f"no val_bpb: {', '.join(failed)} failed"
     if not failed:  # the one place that makes a number the result
-        result["val_bpb"] = result["bpb"][run.headline]
-    result.update(
-        dataset=run.data["dataset"],
-        settings=cfg.settings(),
-        data=run.data,
-        seed=cfg.seed,
-        verdicts={c: {"verdict": v, "reason": r} for c, (v, r) in run.verdicts.table.items()},
-        **run.environment,
-    )
+        result["val_bpb"] = run.headline
+        outcome = f"val_bpb {run.headline:.6f} on all {run.val.targets:,} targets, dataset {result['dataset']}"
+    table = run.verdicts.table
+    result["verdicts"] = {name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in table.items()}
     if run.ranks.main:
         with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
             f.write(json.dumps(result, indent=1).encode())
-    log_table(run)
-    run.log(
-        f"no val_bpb: {', '.join(failed)} failed"
-        if failed
-        else f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}"
-    )
-
-
-def judge_budgets(run: Run):
-    """Verdicts on bytes and seconds."""
-    cap = run.cfg.artifact_cap
-    total = run.result["bytes"]["total"]
-    run.verdicts.judge("bytes", total <= cap, f"{total:,} of {cap:,} bytes")
-    parts = {"train": "steps, calibration, quantisation", "eval": "read, load, prepare, score"}
-    limit = run.cfg.max_wallclock_seconds
-    for which in ("eval",) if run.cfg.ttt_eval_only else ("train", "eval"):
-        spent = run.result["seconds"][which]
-        if limit:
-            run.verdicts.judge(f"{which}_budget", spent < limit, f"{spent:.1f} of {limit:.0f} s: {parts[which]}")
-
-
-def log_table(run: Run):
-    """The last lines of the log: every BPB, size, time and verdict."""
-    run.log()
     for unit, form in (("BPB", ".6f"), ("bytes", ","), ("seconds", ".1f")):
-        for name, value in run.result[unit.lower()].items():
+        for name, value in result[unit.lower()].items():
             run.log(f"  {f'{name} {unit}':24s} {value:{form}}")
-    for condition, (verdict, reason) in run.verdicts.table.items():
-        run.log(f"  {condition:24s} {verdict:9s} {reason}".rstrip())
+    for condition, (verdict, reason) in table.items():
+        run.log(f"  {condition:24s} {verdict:9s} {reason}")
+    run.log(outcome)
 
 
 def configure(env) -> Config:
@@ -6678,7 +6533,7 @@ def configure(env) -> Config:
     cfg = Config.from_env(env, check=False)  # the mode and the folder; the rest may need the stored settings
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
-        stored = still_set(read_artifact(path)[0]["meta"]["settings"])
+        stored = read_artifact(path)[0]["meta"]["settings"]
     elif cfg.quantize_only:
         path = artifact_folder(cfg) / "trained.npz"
         stored = read_trained(path)[1]["settings"]
@@ -6695,6 +6550,21 @@ def configure(env) -> Config:
     return Config.from_env(env, stored)
 
 
+def produce_artifact(run: Run):
+    """Trained weights -> train_gpt.py and model.bin."""
+    model = run.new_model()
+    if run.cfg.quantize_only:
+        load_trained(run, model)
+    else:
+        train(run, model)
+    run.diagnose(model, "trained")
+    if run.cfg.prequant_ttt_enabled:  # scoring the artifact keeps its number out of val_bpb
+        with run.phases("prequant"):
+            train_on_validation_set(model, run.cfg, run.ranks, run.log, run.val)
+        run.diagnose(model, "prequant")
+    write_artifact(run, model)
+
+
 def execute(cfg: Config):
     """One mode from beginning to end."""
     run = Run(cfg)
@@ -6705,17 +6575,9 @@ def execute(cfg: Config):
             return
         # A run continued from trained.npz continues the log, too.
         run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        model = run.new_model().to(run.ranks.device)
         if not cfg.ttt_eval_only:
-            produce_weights = load_trained if cfg.quantize_only else train
-            produce_weights(run, model)
-            diagnose(run, model, "trained")
-            if cfg.prequant_ttt_enabled:  # scoring the artifact opens the door that keeps its number out of val_bpb
-                with run.phases("prequant"):
-                    train_on_validation_set(model, cfg, run.ranks, run.log, run.val)
-                diagnose(run, model, "prequant")
-            write_artifact(run, model)
-        score_artifact(run, model)
+            produce_artifact(run)
+        score_artifact(run)
         finish(run)
     finally:
         run.ranks.close()
@@ -6723,23 +6585,18 @@ def execute(cfg: Config):
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C."""
-    if argv in (["--help"], ["-h"]):
-        print(__doc__ or "", help_text(), sep="\n")
-        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: half-written files are removed
     try:
-        if len(argv) == 2 and argv[0] == "--unpack":
+        if argv in (["--help"], ["-h"]):
+            print(__doc__ or "", help_text(), sep="\n")
+        elif len(argv) == 2 and argv[0] == "--unpack":
             sys.stdout.write(unpack_script(Path(argv[1])))
-            return 0
-        require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
-        execute(configure(os.environ))
+        else:
+            require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
+            execute(configure(os.environ))
         return 0
-    except UserError as e:
+    except (UserError, OSError) as e:  # an OSError names its file and what is wrong with it
         print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        place = e.filename or "a file"
-        print(f"error: {place}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

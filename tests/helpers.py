@@ -89,7 +89,7 @@ class Silent(train_gpt.Log):
     def __init__(self):
         self.lines = []
 
-    def __call__(self, line: str = "", console: bool = True):
+    def __call__(self, line: str = ""):
         self.lines.append(line)
 
 
