@@ -1308,8 +1308,9 @@ try:
 except ImportError:  # without Triton only the references run; the kernels are defined and stay plain functions
     tl = SimpleNamespace()
     constexpr = int
-    triton = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f))
+    triton = SimpleNamespace(jit=lambda fn, **_: fn)
     INTERPRET = None
+kernel = functools.partial(triton.jit, do_not_specialize=["T"])  # compiled once for every number of tokens
 HEAD_TILE = 1024  # elements of heads per program of 4 warps
 STREAM_ROWS = 4  # rows of d elements per tile of 4 warps
 STREAM_PROGRAMS = 4  # programs per multiprocessor
@@ -1339,6 +1340,11 @@ def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, copied where they are not contiguous."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
 @triton.jit
 def rows_from(first, ROWS: constexpr):
     """first .. first + ROWS - 1 (ROWS,) int64."""
@@ -1358,9 +1364,28 @@ def load_fp32(ptrs, ok):
 
 
 @triton.jit
+def bf16(x):
+    """fp32 numbers rounded to bf16, the dtype in which the reference holds them."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def row_dot(x, y):
+    """x . y of each row of two tiles (rows, D), as (rows, 1)."""
+    return tl.sum(x * y, 1)[:, None]
+
+
+@triton.jit
 def inverse_rms(x, D: constexpr, eps):
-    """1 / sqrt(mean(x^2) + eps) of each row of x (rows, D), as (rows,)."""
-    return tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    """r = 1 / sqrt(mean(x^2) + eps) of each row of x (rows, D), as (rows, 1). The row's RMSNorm is n = r x."""
+    return tl.rsqrt(row_dot(x, x) / D + eps)
+
+
+@triton.jit
+def norm_gradient(x, dn, scale, D: constexpr, eps):
+    """dx = scale r (dn - x r^2 (x . dn) / D) for rows x (rows, D) and the gradient dn of scale r x."""
+    r = inverse_rms(x, D, eps)
+    return scale * r * (dn - x * (r * r * row_dot(x, dn) / D))
 
 
 # --- MLP: down(leaky_relu(up(x))^2) ---
@@ -1410,7 +1435,7 @@ def times_hidden_slope(d_hidden, hidden_bits, negative, slope):
     return d_hidden * root * tl.where(negative != 0, -2 * slope, 2.0)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def mlp_gemm_kernel(
     a_desc,  # (T, K) bf16: x; backward: d_out
     b_desc,  # (N, K) bf16: w_up; backward (K, N): w_down
@@ -1589,7 +1614,7 @@ def tanh_of(doubled):
     return 1.0 - r * r
 
 
-@triton.jit
+@kernel
 def softcap_nll_kernel(
     z_ptr,  # (T, V)
     target_ptr,  # (T,) int64
@@ -1753,8 +1778,8 @@ def qkv_heads_reference(
 
 
 @triton.jit
-def head_and_rows(HEADS: constexpr, BLOCK: constexpr):
-    """-> the head and the BLOCK tokens (int64) of this program. Neighbouring programs take heads of the same tokens."""
+def head_and_tokens(HEADS: constexpr, BLOCK: constexpr):
+    """-> the head and the tokens (BLOCK,) of this program. Neighbouring programs take heads of the same tokens."""
     pid = tl.program_id(0)
     return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)
 
@@ -1769,7 +1794,7 @@ def store_rotated(out_ptr, x, a, b, cos, sin, ok, D: constexpr, N: constexpr):
     tl.store(out_ptr + N + pair, b * cos - a * sin, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def qkv_heads_kernel(
     qkv_ptr,  # (T, H + 2 KV, D)
     gain_ptr,  # (H,) fp32
@@ -1790,7 +1815,7 @@ def qkv_heads_kernel(
 ):
     """One head of BLOCK tokens per program: y = g R n for q and k, v as it is."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_rows(HEADS, BLOCK)
+    head, row = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
     token = row[:, None]
@@ -1806,9 +1831,9 @@ def qkv_heads_kernel(
     else:
         wide = x.to(tl.float32)
         rstd = inverse_rms(wide, D, eps)
-        tl.store(rstd_ptr + row * (H + KV) + head, rstd, mask=row < T)
+        tl.store(rstd_ptr + token * (H + KV) + head, rstd, mask=ok)
         gain = tl.load(gain_ptr + head) if is_query else 1.0
-        scale = rstd[:, None] * gain
+        scale = rstd * gain
         y = wide * scale
         # The halves come once more, from the L1 cache: to cut them out of the tile would move data between threads.
         a = load_fp32(x_ptr + pair, ok) * scale
@@ -1842,7 +1867,7 @@ def load_head(ptr, ok, COPIES: constexpr, D: constexpr, N: constexpr):
     return x, a, b
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def qkv_heads_gradient_kernel(
     dq_ptr,  # (T, H, D)
     dk_ptr,  # (T, KV, COPIES, D)
@@ -1866,7 +1891,7 @@ def qkv_heads_gradient_kernel(
 ):
     """One head of BLOCK tokens per program: dx from y and dy; dv sums the gradients of v's copies and of its view."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_rows(HEADS, BLOCK)
+    head, row = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
     token = row[:, None]
@@ -1880,7 +1905,7 @@ def qkv_heads_gradient_kernel(
         dv = load_sum(dv_ptr + offset * COPIES, col, ok, COPIES, D) + d_own
         tl.store(dx_ptr + col, dv, mask=ok)
     else:
-        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)
+        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)[:, None]
         cos = load_fp32(cos_ptr + token * N + pair, ok)
         sin = load_fp32(sin_ptr + token * N + pair, ok)
         if is_query:
@@ -1894,14 +1919,14 @@ def qkv_heads_gradient_kernel(
             y_ptr = k_ptr + offset
             dy, da, db = load_head(dk_ptr + offset, ok, COPIES, D, N)
         y = load_fp32(y_ptr + col, ok)
-        dot = tl.sum(y * dy, 1)
-        by_dy = (rstd * gain)[:, None]
-        by_y = (rstd * dot / (D * gain))[:, None]
+        dot = row_dot(y, dy)
+        by_dy = rstd * gain
+        by_y = rstd * dot / (D * gain)
         a = by_dy * da - by_y * load_fp32(y_ptr + pair, ok)
         b = by_dy * db - by_y * load_fp32(y_ptr + N + pair, ok)
         store_rotated(dx_ptr, by_dy * dy - by_y * y, a, b, cos, -sin, ok, D, N)
         if is_query and d_gain_ptr is not None:
-            tl.atomic_add(d_gain_ptr + head, tl.sum(dot, 0) / gain, sem="relaxed")
+            tl.atomic_add(d_gain_ptr + head, tl.sum(dot) / gain, sem="relaxed")
 
 
 class QKVHeads(torch.autograd.Function):
@@ -1980,7 +2005,7 @@ def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float
     return (across * gate[:, :, None]).to(y.dtype)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def xsa_gate_kernel(
     y_ptr,  # (T, KV, GROUP, D)
     v_ptr,  # (T, KV, D), its tokens v_stride elements apart
@@ -2001,31 +2026,29 @@ def xsa_gate_kernel(
     """BLOCK rows (token, KV head) per program; the GROUP query heads that share a v pass one after another."""
     row = rows_from(tl.program_id(0) * BLOCK, BLOCK)
     col = columns(D)
-    ok = (row < T * KV)[:, None]
+    exists = row < T * KV
+    ok = exists[:, None]
     v_row = row // KV * v_stride + row % KV * D
     v = load_fp32(v_ptr + v_row[:, None] + col, ok)
-    inverse = 1.0 / tl.maximum(tl.sum(v * v, 1), 1e-12)[:, None]
+    inverse = 1.0 / tl.maximum(row_dot(v, v), 1e-12)
     dv = tl.zeros((BLOCK, D), tl.float32)
     for g in tl.static_range(GROUP):
         head = row * GROUP + g
         cell = head[:, None] * D + col
         y = load_fp32(y_ptr + cell, ok)
-        z = load_fp32(z_ptr + head, row < T * KV)
-        opened = tl.sigmoid(slope * z)
-        along = tl.sum(y * v, 1)[:, None] * inverse
+        opened = tl.sigmoid(slope * load_fp32(z_ptr + head, exists))[:, None]
+        along = row_dot(y, v) * inverse
         across = y - along * v
         if d_out_ptr is None:
-            out = across * (top * opened)[:, None]
-            tl.store(out_ptr + cell, out, mask=ok)
+            tl.store(out_ptr + cell, across * (top * opened), mask=ok)
         else:
             d_out = load_fp32(d_out_ptr + cell, ok)
-            d_gate = tl.sum(d_out * across, 1)
+            d_gate = row_dot(d_out, across)
             dz = d_gate * (top * slope) * opened * (1.0 - opened)
-            tl.store(dz_ptr + head, dz, mask=row < T * KV)
-            d_across = d_out * (top * opened)[:, None]
-            d_along = tl.sum(d_across * v, 1)[:, None] * inverse
-            dy = d_across - d_along * v
-            tl.store(out_ptr + cell, dy, mask=ok)
+            tl.store(dz_ptr + head[:, None], dz, mask=ok)
+            d_across = d_out * (top * opened)
+            d_along = row_dot(d_across, v) * inverse
+            tl.store(out_ptr + cell, d_across - d_along * v, mask=ok)
             dv += 2.0 * along * d_along * v - d_along * y - along * d_across
     if d_out_ptr is not None:
         tl.store(dv_ptr + row[:, None] * D + col, dv, mask=ok)
@@ -2114,29 +2137,23 @@ def embed_reference(
 
 
 @triton.jit
-def bf16(x):
-    """fp32 numbers rounded to bf16, the dtype in which the reference holds them."""
-    return x.to(tl.bfloat16).to(tl.float32)
-
-
-@triton.jit
 def smeared(row, inputs, T, C: constexpr, D: constexpr, GATE: constexpr):
-    """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens, those before, c(e) (ROWS, GATE), of which C
-    channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
+    """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens and those before, both (ROWS, 1), c(e)
+    (ROWS, GATE), of which C channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
     inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,), strength (); the last two or None."""
     tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr = inputs
     ok = row < T
     channel = columns(GATE)
     col = columns(D)
-    token = tl.load(tokens_ptr + row, mask=ok, other=0)
-    before = tl.load(previous_ptr + row, mask=ok, other=0)
-    token_row = table_ptr + token[:, None] * D
+    token = tl.load(tokens_ptr + row, mask=ok, other=0)[:, None]
+    before = tl.load(previous_ptr + row, mask=ok, other=0)[:, None]
+    token_row = table_ptr + token * D
     x = bf16(tl.load(token_row + col))
     first = bf16(load_fp32(token_row + channel, channel < C))
     e_before = x
     opened = tl.zeros(row.shape, tl.float32)
     if gate_ptr is not None:
-        e_before = bf16(tl.load(table_ptr + before[:, None] * D + col))
+        e_before = bf16(tl.load(table_ptr + before * D + col))
         gate = bf16(load_fp32(gate_ptr + channel, channel < C))
         position = tl.load(positions_ptr + row, mask=ok, other=0)
         has_before = (position > 0).to(tl.float32)
@@ -2145,7 +2162,7 @@ def smeared(row, inputs, T, C: constexpr, D: constexpr, GATE: constexpr):
     return bf16(x), (token, before, first, opened, e_before)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def embed_kernel(
     inputs,  # of smeared()
     out_ptr,  # (T, D), written
@@ -2159,12 +2176,12 @@ def embed_kernel(
     """ROWS smeared and normed embeddings per program."""
     row = rows_from(tl.program_id(0) * ROWS, ROWS)
     x, _ = smeared(row, inputs, T, C, D, GATE)
-    n = x * inverse_rms(x, D, eps)[:, None]
+    n = x * inverse_rms(x, D, eps)
     out_ptr += row[:, None] * D + columns(D)
     tl.store(out_ptr, n, mask=(row < T)[:, None])
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def embed_gradient_kernel(
     dn_ptr,  # (T, D)
     inputs,  # of smeared()
@@ -2179,7 +2196,7 @@ def embed_gradient_kernel(
     ROWS: constexpr,
 ):
     """Every program takes ROWS tokens at a time and sums the gradients of gate and strength in registers."""
-    _, _, _, table_ptr, gate_ptr, strength_ptr = inputs
+    _, _, _, _, gate_ptr, strength_ptr = inputs
     channel = columns(GATE)
     col = columns(D)
     d_gate = tl.zeros((ROWS, GATE), tl.float32)
@@ -2190,27 +2207,24 @@ def embed_gradient_kernel(
         x, parts = smeared(row, inputs, T, C, D, GATE)
         token, before, first, opened, e_before = parts
         dn = load_fp32(dn_ptr + row[:, None] * D + col, ok)
-        rstd = inverse_rms(x, D, eps)[:, None]
-        along = rstd * rstd * tl.sum(x * dn, 1)[:, None] / D
-        dx = rstd * (dn - x * along)
-        token_row = d_table_ptr + token[:, None] * D
+        dx = norm_gradient(x, dn, 1.0, D, eps)
+        token_row = d_table_ptr + token * D
         tl.atomic_add(token_row + col, dx, mask=ok, sem="relaxed")
         if gate_ptr is not None:
             strength = tl.load(strength_ptr)
             dot = tl.sum(e_before * dx, 1)
-            before_row = d_table_ptr + before[:, None] * D
+            before_row = d_table_ptr + before * D
             d_before = (strength * opened)[:, None] * dx
             tl.atomic_add(before_row + col, d_before, mask=ok & (opened > 0)[:, None], sem="relaxed")
-            dz = strength * dot * opened * (1.0 - opened)
+            dz = (strength * dot * opened * (1.0 - opened))[:, None]
             gate = bf16(load_fp32(gate_ptr + channel, channel < C))
-            d_first = dz[:, None] * gate
-            tl.atomic_add(token_row + channel, d_first, mask=ok & (channel < C), sem="relaxed")
-            d_gate += dz[:, None] * first
+            tl.atomic_add(token_row + channel, dz * gate, mask=ok & (channel < C), sem="relaxed")
+            d_gate += dz * first
             d_strength += dot * opened
     if gate_ptr is not None:
         channel = tl.arange(0, GATE)
         tl.atomic_add(d_gate_ptr + channel, tl.sum(d_gate, 0), mask=channel < C, sem="relaxed")
-        tl.atomic_add(d_strength_ptr, tl.sum(d_strength, 0), sem="relaxed")
+        tl.atomic_add(d_strength_ptr, tl.sum(d_strength), sem="relaxed")
 
 
 class Embed(torch.autograd.Function):
@@ -2291,123 +2305,101 @@ def combine_reference(terms: list[Tensor], sums: list[Sum], rows: Tensor | None,
 
 
 @triton.jit
-def load_all(ptrs, at, ok):
-    """The tiles of all pointers, fp32."""
-    tiles = ()
-    for i in tl.static_range(len(ptrs)):
-        tiles = tiles + (tl.load(ptrs[i] + at, mask=ok, other=0.0).to(tl.float32),)
-    return tiles
-
-
-@triton.jit
 def load_rows(w_ptr, R: constexpr, D: constexpr, BLOCK: constexpr):
     """The R rows of weights, each (1, BLOCK)."""
-    col, ws = tl.arange(0, BLOCK)[None, :], ()
+    col = columns(BLOCK)
+    ws = ()
     for r in tl.static_range(R):
-        ws = ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),)
+        ws += (load_fp32(w_ptr + r * D + col, col < D),)
     return ws
 
 
 @triton.jit
-def tile_at(first, T, D: constexpr, BLOCK: constexpr, ROWS: constexpr):
+def tile_from(first, T, D: constexpr, BLOCK: constexpr, ROWS: constexpr):
     """-> offsets of the tile of ROWS tokens that begins at token `first`, and which of its elements exist."""
-    col = tl.arange(0, BLOCK)[None, :]
-    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    return row * D + col, row < T if BLOCK == D else (row < T) & (col < D)
+    row = rows_from(first, ROWS)[:, None]
+    col = columns(BLOCK)
+    return row * D + col, (row < T) & (col < D)
 
 
 @triton.jit
-def weighted_sum(xs, ws, FORM: constexpr, m: constexpr):
-    """Sum m of tiles xs, fp32."""
-    y = tl.zeros(xs[0].shape, tl.float32)
-    for k in tl.static_range(len(xs)):
-        if FORM[m][k] == IS_ONE:
-            y += xs[k]
-        elif FORM[m][k] >= 0:
-            y += ws[FORM[m][k]] * xs[k]
-    return y
+def weighted_sum(tiles, ws, FORM: constexpr, m: constexpr):
+    """The sum of the tiles, each multiplied as its entry in FORM[m] says: by a row of `ws`, ONE or ABSENT; fp32."""
+    total = tl.zeros(tiles[0].shape, tl.float32)
+    for i in tl.static_range(len(tiles)):
+        if FORM[m][i] == IS_ONE:
+            total += tiles[i]
+        elif FORM[m][i] >= 0:
+            total += ws[FORM[m][i]] * tiles[i]
+    return total
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def combine_kernel(
-    streams,
-    w_ptr,
-    ys,
-    ns,
-    scales,
+    streams,  # (T, D) each
+    w_ptr,  # (R, D) fp32; None if R is 0
+    ys,  # (T, D) each, written: the sums; None where not wanted
+    ns,  # (T, D) each, written: their norms; None where not wanted
+    scales,  # of the norms
     T,
     eps,
-    FORM: constexpr,
+    FORM: constexpr,  # the weights of each Sum
     R: constexpr,
     D: constexpr,
-    BLOCK: constexpr,
+    BLOCK: constexpr,  # D or the next power of two
     ROWS: constexpr,
 ):
-    """FORM holds the weights of every Sum. ys and ns receive the sums and their norms; each may be None.
-    BLOCK is D or the next power of two."""
+    """y = sum of w x over the streams x, and n = scale r y, for each Sum; ROWS tokens at a time."""
     ws = load_rows(w_ptr, R, D, BLOCK)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        at, ok = tile_at(first, T, D, BLOCK, ROWS)
-        xs = load_all(streams, at, ok)
+        offset, ok = tile_from(first, T, D, BLOCK, ROWS)
+        xs = [load_fp32(x_ptr + offset, ok) for x_ptr in streams]
         for m in tl.static_range(len(FORM)):
             if ys[m] is not None or ns[m] is not None:
-                y = weighted_sum(xs, ws, FORM, m).to(streams[0].dtype.element_ty)
+                y = bf16(weighted_sum(xs, ws, FORM, m))
                 if ys[m] is not None:
-                    tl.store(ys[m] + at, y, mask=ok)
+                    tl.store(ys[m] + offset, y, mask=ok)
                 if ns[m] is not None:
-                    wide = y.to(tl.float32)
-                    n = wide * (scales[m] * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps))[:, None]
-                    tl.store(ns[m] + at, n.to(ns[m].dtype.element_ty), mask=ok)
+                    n = y * (scales[m] * inverse_rms(y, D, eps))
+                    tl.store(ns[m] + offset, n, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def combine_gradient_kernel(
-    streams,
-    w_ptr,
-    dys,
-    dns,
-    scales,
-    grads,
-    dw_ptr,
+    streams,  # (T, D) each
+    w_ptr,  # (R, D) fp32; None if R is 0
+    dys,  # (T, D) each: the gradients of the sums; None: zero
+    dns,  # (T, D) each: of their norms; None: zero
+    scales,  # of the norms
+    grads,  # (T, D) each, written: a gradient for each entry of COLUMNS
+    dw_ptr,  # (R, D) fp32, added to; None: no gradient
+    COLUMNS: constexpr,  # of FORM: the weights of one stream in each Sum
     T,
     eps,
-    FORM: constexpr,
+    FORM: constexpr,  # the weights of each Sum
     R: constexpr,
     D: constexpr,
-    BLOCK: constexpr,
+    BLOCK: constexpr,  # D or the next power of two
     ROWS: constexpr,
 ):
-    """Gradients of the streams; those of the weights are added to dw_ptr if given.
-    Each of dys, dns and grads may be None."""
+    """dx = sum of w g over the Sums and dw = sum of g x over the tokens, g being the gradient of a Sum's y."""
     ws = load_rows(w_ptr, R, D, BLOCK)
-    row_sums = ()  # this program's part of the gradient of each row of weights
-    for _ in tl.static_range(R):
-        row_sums = row_sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
+    row_sums = [tl.zeros((ROWS, BLOCK), tl.float32) for _ in ws]  # this program's part of dw
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        at, ok = tile_at(first, T, D, BLOCK, ROWS)
-        xs = load_all(streams, at, ok)
-        gs = ()  # the gradient of each sum: through its norm, and directly
+        offset, ok = tile_from(first, T, D, BLOCK, ROWS)
+        xs = [load_fp32(x_ptr + offset, ok) for x_ptr in streams]
+        gs = ()  # of each sum: through its norm, and directly
         for m in tl.static_range(len(FORM)):
             g = tl.zeros((ROWS, BLOCK), tl.float32)
             if dns[m] is not None:
-                # n = scale y rstd, rstd = (mean(y^2) + eps)^(-1/2)  =>  dy = scale rstd (dn - y rstd^2 mean(y dn))
-                y = weighted_sum(xs, ws, FORM, m).to(streams[0].dtype.element_ty).to(tl.float32)
-                dn = tl.load(dns[m] + at, mask=ok, other=0.0).to(tl.float32)
-                rstd = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
-                g = scales[m] * rstd * (dn - y * (rstd * rstd * tl.sum(y * dn, 1)[:, None] / D))
+                y = bf16(weighted_sum(xs, ws, FORM, m))
+                g = norm_gradient(y, load_fp32(dns[m] + offset, ok), scales[m], D, eps)
             if dys[m] is not None:
-                g += tl.load(dys[m] + at, mask=ok, other=0.0).to(tl.float32)
-            gs = gs + (g,)
-        for k in tl.static_range(len(streams)):
-            if grads[k] is not None:
-                # Every use of stream k meets here, handing it on included: one store, and no addition later.
-                d = tl.zeros((ROWS, BLOCK), tl.float32)
-                for m in tl.static_range(len(FORM)):
-                    if FORM[m][k] == IS_ONE:
-                        d += gs[m]
-                    elif FORM[m][k] >= 0:
-                        d += ws[FORM[m][k]] * gs[m]
-                tl.store(grads[k] + at, d.to(grads[k].dtype.element_ty), mask=ok)
+                g += load_fp32(dys[m] + offset, ok)
+            gs += (g,)
+        for k in tl.static_range(len(COLUMNS)):
+            # Every use of a stream meets here, handing it on included: one store, and no addition later.
+            tl.store(grads[k] + offset, weighted_sum(gs, ws, COLUMNS, k), mask=ok)
         added = ()
         for r in tl.static_range(R):
             total = row_sums[r]
@@ -2415,7 +2407,7 @@ def combine_gradient_kernel(
                 for k in tl.static_range(len(streams)):
                     if FORM[m][k] == r:
                         total += gs[m] * xs[k]
-            added = added + (total,)
+            added += (total,)
         row_sums = added
     if dw_ptr is not None:
         col = tl.arange(0, BLOCK)
@@ -2424,73 +2416,62 @@ def combine_gradient_kernel(
 
 
 class Combine(torch.autograd.Function):
-    """combine() through the kernels. Its outputs are sum, norm, sum, norm, ..., None where not wanted."""
+    """combine() through the kernels. Its outputs are the sums and then the norms, None where not wanted."""
 
     @staticmethod
     def forward(ctx, rows, sums, eps, *terms):
-        rows = None if rows is None else rows.contiguous()
-        terms = tuple(x.contiguous() for x in terms)
-        ys, ns, outputs = [], [], []
-        for weights, norm_scale, keep in sums:
-            y = n = total = None
+        rows, *terms = contiguous(rows, *terms)
+        T, d = terms[0].shape
+        form, scales, keeps = zip(*sums)
+        totals = []  # the sums that are returned
+        ys = []  # those of them that are computed
+        for weights, keep in zip(form, keeps):
+            y = None
+            total = None
             if keep and [w for w in weights if w != ABSENT] == [ONE]:
                 term = terms[weights.index(ONE)]
                 total = term.view_as(term)  # handed on: nothing to compute
             elif keep:
                 total = y = torch.empty_like(terms[0])
-            if norm_scale is not None:
-                n = torch.empty_like(terms[0])
+            totals.append(total)
             ys.append(y)
-            ns.append(n)
-            outputs += [total, n]
-        T, d = terms[0].shape
-        form, scales, _ = zip(*sums)
+        ns = [None if scale is None else torch.empty_like(terms[0]) for scale in scales]
         height = 0 if rows is None else len(rows)
-        constants = T, eps, form, height, d, triton.next_power_of_2(d)
-        if any(t is not None for t in ys + ns):
-            grid = (STREAM_PROGRAMS * processors(terms[0].device),)
-            combine_kernel[grid](
-                terms,
-                rows,
-                tuple(ys),
-                tuple(ns),
-                scales,
-                *constants,
-                STREAM_ROWS,
-            )
+        ctx.constants = (T, eps, form, height, d, triton.next_power_of_2(d))
+        grid = (STREAM_PROGRAMS * processors(terms[0].device),)
+        combine_kernel[grid](tuple(terms), rows, tuple(ys), tuple(ns), scales, *ctx.constants, STREAM_ROWS)
         ctx.save_for_backward(rows, *terms)
         ctx.form = form
         ctx.scales = scales
-        ctx.constants = constants
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return *totals, *ns
 
     @staticmethod
     def backward(ctx, *d_outputs):
         rows, *terms = ctx.saved_tensors
         need_rows, _, _, *need_terms = ctx.needs_input_grad
-        arriving = tuple(None if t is None else t.contiguous() for t in d_outputs)
+        d_outputs = contiguous(*d_outputs)
+        count = len(ctx.form)
         # Terms of equal weights in every sum, such as those of one stream, have one gradient: it is computed once.
         columns = list(zip(*ctx.form))
-        firsts = [columns.index(column) for column in columns]
-        needed = {first for first, need in zip(firsts, need_terms) if need}
-        grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(terms))
+        needed = dict.fromkeys(itertools.compress(columns, need_terms))
+        grads = {column: torch.empty_like(terms[0]) for column in needed}
         d_rows = torch.zeros_like(rows) if need_rows else None
         # Four rows of four streams do not fit into the registers.
         programs, tile = (6, STREAM_ROWS) if len(terms) < 4 else (8, 1)
         combine_gradient_kernel[(programs * processors(terms[0].device),)](
             tuple(terms),
             rows,
-            arriving[::2],  # gradients of the sums
-            arriving[1::2],  # and of their norms
+            d_outputs[:count],
+            d_outputs[count:],
             ctx.scales,
-            grads,
+            tuple(grads.values()),
             d_rows,
+            tuple(grads),
             *ctx.constants,
             tile,
         )
-        d_terms = [grads[first] if need else None for first, need in zip(firsts, need_terms)]
-        return d_rows, None, None, *d_terms
+        return d_rows, None, None, *[grads.get(column) for column in columns]
 
 
 def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
@@ -2503,14 +2484,12 @@ def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: flo
     and the backward kernel adds it to the stream's gradient while it writes that. If they read the stream itself,
     autograd adds the (T, d) gradients in a kernel of its own, a pass over memory for each reader."""
     terms = [x for stream in streams for x in stream]
-    by_term = []  # the sums, with a weight for each term
-    for s in sums:
-        weights = [(w,) * len(stream) for w, stream in zip(s.weights, streams)]
-        by_term.append(s._replace(weights=sum(weights, ())))
+    counts = [len(stream) for stream in streams]
+    by_term = [s._replace(weights=tuple(np.repeat(s.weights, counts).tolist())) for s in sums]
     if not use_kernels(terms[0].dtype, terms[0].device):
         return combine_reference(terms, by_term, rows, eps)
     outputs = Combine.apply(rows, by_term, eps, *terms)
-    return [Combined(*pair) for pair in zip(outputs[::2], outputs[1::2])]
+    return [Combined(*pair) for pair in zip(outputs[: len(sums)], outputs[len(sums) :])]
 
 
 # --- A product and the attention gate's, from one input ---
