@@ -1400,7 +1400,7 @@ def norm_gradient(x, dn, scale, D: constexpr, eps):
 # - Both cases are equally likely, so the errors spread evenly over (-1, 1]: their mean is zero.
 
 
-def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+def mlp_reference(x, w_up, w_down, slope):
     """`mlp` in plain PyTorch."""
     hidden = F.leaky_relu(F.linear(x, w_up), slope).square()
     return F.linear(hidden, w_down), hidden.detach()
@@ -1544,7 +1544,7 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_up, w_down, slope):
-        x, w_up, w_down = (t.contiguous() for t in (x, w_up, w_down))
+        x, w_up, w_down = contiguous(x, w_up, w_down)
         hidden = x.new_empty(len(x), len(w_up))
         mlp_gemm(x, w_up, hidden, None, slope)
         ctx.save_for_backward(x, w_up, w_down, hidden)
@@ -1596,7 +1596,7 @@ def softcap(z: Tensor, cap: float | Tensor) -> Tensor:
     return torch.where(z > 0, above, below)
 
 
-def softcap_nll_reference(z: Tensor, targets: Tensor, cap: float | Tensor) -> tuple[Tensor, Tensor]:
+def softcap_nll_reference(z, targets, cap):
     """`softcap_nll` in plain PyTorch."""
     logits = softcap(z, cap)
     lse = logits.logsumexp(-1)
@@ -1651,22 +1651,14 @@ def softcap_nll_kernel(
         tl.store(dz_ptr + row * V + col, dz, mask=col < V)
 
 
-def launch_softcap_nll(
-    z: Tensor,
-    targets: Tensor,
-    cap: float,
-    row_grad: Tensor | None = None,
-    dz: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """-> nll (T,), lse (T,), both fp32; fills dz if given. z (T, V) contiguous."""
+def launch_softcap_nll(z, targets, cap, row_grad=None, dz=None) -> tuple[Tensor, Tensor]:
+    """-> nll (T,), lse (T,), both fp32; fills dz (T, V), if given, by row_grad (T,) fp32. z (T, V) contiguous."""
     T, V = z.shape
-    nll = torch.empty(T, dtype=torch.float32, device=z.device)
+    nll = z.new_empty(T, dtype=torch.float32)
     lse = torch.empty_like(nll)
     block = triton.next_power_of_2(V)
-    inputs = (z, targets, row_grad)
-    outputs = (nll, lse, dz)
     warps = min(32, max(1, block // 1024))
-    softcap_nll_kernel[(T,)](*inputs, *outputs, cap, V=V, BLOCK=block, num_warps=warps)
+    softcap_nll_kernel[(T,)](z, targets, row_grad, nll, lse, dz, cap, V, block, num_warps=warps)
     return nll, lse
 
 
@@ -1757,9 +1749,7 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, cap: float | Tensor, weight
 #     dx = R' (r g dy - r (y . dy) / (D g) y),   and for q   dg = sum over tokens of (R n) . dy = sum of (y . dy) / g
 
 
-def qkv_heads_reference(
-    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def qkv_heads_reference(qkv, gain, cos, sin, kv_heads, copies, eps):
     """`qkv_heads` in plain PyTorch."""
     H = gain.numel()
     n = cos.size(1)
@@ -1934,7 +1924,7 @@ class QKVHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, kv_heads, copies, eps):
-        qkv, gain, cos, sin = (t.contiguous() for t in (qkv, gain, cos, sin))
+        qkv, gain, cos, sin = contiguous(qkv, gain, cos, sin)
         T = len(qkv)
         H = len(gain)
         heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
@@ -1942,31 +1932,22 @@ class QKVHeads(torch.autograd.Function):
         q = qkv.new_empty(T, H, D)
         k, v = (qkv.new_empty(T, copies * kv_heads, D) for _ in range(2))
         rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
-        inputs = (qkv, gain, cos, sin)
-        outputs = (q, k, v, rstd)
         rows = max(HEAD_TILE // D, 1)  # tokens per program
-        ctx.sizes = dict(
-            H=H,
-            KV=kv_heads,
-            COPIES=copies,
-            D=D,
-            N=cos.size(1),
-            BLOCK=rows,
-        )
+        ctx.sizes = (H, kv_heads, copies, D, cos.size(1), rows)
         ctx.grid = (triton.cdiv(T, rows) * heads.size(1),)
-        qkv_heads_kernel[ctx.grid](*inputs, *outputs, T, eps, **ctx.sizes)
+        qkv_heads_kernel[ctx.grid](qkv, gain, cos, sin, q, k, v, rstd, T, eps, *ctx.sizes)
         ctx.save_for_backward(q, k, gain, cos, sin, rstd)
         return q, k, v, heads[:, -kv_heads:]
 
     @staticmethod
     def backward(ctx, *grads):
-        q, _, gain, *_ = ctx.saved_tensors
-        T, H, D = q.shape
-        d_qkv = q.new_empty(T, (H + 2 * ctx.sizes["KV"]) * D)
+        _, _, gain, _, _, rstd = ctx.saved_tensors
+        H, kv_heads, _, D, *_ = ctx.sizes
+        T = len(rstd)
+        d_qkv = grads[0].new_empty(T, (H + 2 * kv_heads) * D)
         d_gain = torch.zeros_like(gain) if ctx.needs_input_grad[1] else None
-        grads = [t.contiguous() for t in grads]
-        outputs = (d_qkv, d_gain)
-        qkv_heads_gradient_kernel[ctx.grid](*grads, *ctx.saved_tensors, *outputs, T, **ctx.sizes)
+        inputs = (*contiguous(*grads), *ctx.saved_tensors)
+        qkv_heads_gradient_kernel[ctx.grid](*inputs, d_qkv, d_gain, T, *ctx.sizes)
         return d_qkv, d_gain, None, None, None, None, None
 
 
@@ -1994,7 +1975,7 @@ def qkv_heads(
 #     dy = d_across - d_along v                    dv = 2 along d_along v - d_along y - along d_across
 
 
-def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
+def xsa_gate_reference(y, v, z, slope, top):
     """`xsa_gate` in plain PyTorch."""
     y_grouped = y.unflatten(1, (v.size(1), -1)).float()  # (T, KV, H / KV, D)
     v = v[:, :, None].float()
@@ -2054,26 +2035,13 @@ def xsa_gate_kernel(
         tl.store(dv_ptr + row[:, None] * D + col, dv, mask=ok)
 
 
-def launch_xsa_gate(
-    y: Tensor,
-    v: Tensor,
-    z: Tensor,
-    slope: float,
-    top: float,
-    *,
-    out: Tensor,
-    d_out: Tensor | None = None,
-    dv: Tensor | None = None,
-    dz: Tensor | None = None,
-) -> None:
-    """Forward fills out; with d_out backward fills out with the gradient of y, and dv and dz."""
+def launch_xsa_gate(y, v, z, slope, top, d_out, out, dv=None, dz=None):
+    """Forward (d_out None) fills out; backward fills out with the gradient of y, and dv and dz."""
     T, KV, D = v.shape
-    inputs = (y, v, z, d_out)
-    outputs = (out, dv, dz)
     rows = max(HEAD_TILE // D, 1)
-    sizes = dict(KV=KV, GROUP=y.size(1) // KV, D=D, BLOCK=rows)
-    grid = (triton.cdiv(T * KV, rows),)
-    xsa_gate_kernel[grid](*inputs, *outputs, T, v.stride(0), slope, top, **sizes)
+    tensors = (y, v, z, d_out, out, dv, dz)
+    sizes = (KV, y.size(1) // KV, D, rows)
+    xsa_gate_kernel[(triton.cdiv(T * KV, rows),)](*tensors, T, v.stride(0), slope, top, *sizes)
 
 
 class XSAGate(torch.autograd.Function):
@@ -2081,22 +2049,20 @@ class XSAGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, v, z, slope, top):
-        y = y.contiguous()
-        z = z.contiguous()
-        heads_adjoin = v.stride()[1:] == (v.size(2), 1)
-        if not heads_adjoin:  # tokens may lie apart, as they do in a view of qkv
+        y, z = contiguous(y, z)
+        if not v[:1].is_contiguous():  # tokens may lie apart, as they do in a view of qkv, but not a token's heads
             v = v.contiguous()
         out = torch.empty_like(y)
-        launch_xsa_gate(y, v, z, slope, top, out=out)
+        launch_xsa_gate(y, v, z, slope, top, None, out)
         ctx.save_for_backward(y, v, z)
         ctx.constants = (slope, top)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        dy, dv, dz = empty_like(*ctx.saved_tensors)
-        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, out=dy, d_out=d_out.contiguous(), dv=dv, dz=dz)
-        return dy, dv, dz, None, None
+        grads = empty_like(*ctx.saved_tensors)
+        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, d_out.contiguous(), *grads)
+        return *grads, None, None
 
 
 def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
@@ -2116,16 +2082,7 @@ def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tenso
 #     d c(e_t) += dz_t g                           d g += dz_t c(e_t)
 
 
-def embed_reference(
-    tokens: Tensor,
-    previous: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    gate: Tensor | None,
-    strength: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
+def embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype):
     """`embed` in plain PyTorch."""
     x = F.embedding(tokens, table).to(dtype)
     if gate is not None:
@@ -2224,7 +2181,7 @@ def embed_gradient_kernel(
     if gate_ptr is not None:
         channel = tl.arange(0, GATE)
         tl.atomic_add(d_gate_ptr + channel, tl.sum(d_gate, 0), mask=channel < C, sem="relaxed")
-        tl.atomic_add(d_strength_ptr, tl.sum(d_strength), sem="relaxed")
+        tl.atomic_add(d_strength_ptr, tl.sum(d_strength, 0), sem="relaxed")
 
 
 class Embed(torch.autograd.Function):
@@ -2235,13 +2192,11 @@ class Embed(torch.autograd.Function):
         T = len(tokens)
         d = table.size(1)
         channels = 0 if gate is None else len(gate)
-        block = 16 if gate is None else triton.next_power_of_2(channels)
-        ctx.sizes = dict(C=channels, D=d, GATE=block, ROWS=STREAM_ROWS)
-        ctx.eps = eps
+        block = triton.next_power_of_2(channels or 16)
+        ctx.constants = (T, eps, channels, d, block, STREAM_ROWS)
         inputs = (tokens, previous, positions, table, gate, strength)
-        out = torch.empty(T, d, dtype=torch.bfloat16, device=table.device)
-        grid = (triton.cdiv(T, STREAM_ROWS),)
-        embed_kernel[grid](inputs, out, T, eps, **ctx.sizes)
+        out = table.new_empty(T, d, dtype=torch.bfloat16)
+        embed_kernel[(triton.cdiv(T, STREAM_ROWS),)](inputs, out, *ctx.constants)
         ctx.save_for_backward(*inputs)
         return out
 
@@ -2250,7 +2205,7 @@ class Embed(torch.autograd.Function):
         inputs = tuple(ctx.saved_tensors)
         grads = [None if t is None else torch.zeros_like(t) for t in inputs[3:]]
         grid = (3 * processors(dn.device),)  # with more they contend for the rows of the table
-        embed_gradient_kernel[grid](dn.contiguous(), inputs, *grads, len(dn), ctx.eps, **ctx.sizes)
+        embed_gradient_kernel[grid](dn.contiguous(), inputs, *grads, *ctx.constants)
         return None, None, None, *grads, None
 
 
@@ -2293,8 +2248,8 @@ class Combined(NamedTuple):
     normed: Tensor | None  # (T, d)
 
 
-def combine_reference(terms: list[Tensor], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
-    """combine() in plain PyTorch; the sums have a weight for each term."""
+def combine_reference(terms, sums, rows, eps):
+    """combine() in plain PyTorch. Of single terms (T, d): the sums have a weight for each."""
     results = []
     for weights, norm_scale, keep in sums:
         parts = [x if w == ONE else rows[w] * x for w, x in zip(weights, terms) if w != ABSENT]
@@ -2530,31 +2485,6 @@ def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 # largest lengths. `window` is how many tokens a query reaches back, -1: all. A sequence's queries are its last tokens.
 
 
-def sequence_groups(cu_q: Tensor, cu_k: Tensor, window: int) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """Yield runs of consecutive sequences of equal lengths, n queries and m keys each, as (their queries, their keys,
-    how many sequences, mask): which keys a query sees, (n, m) bool."""
-    lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
-    nonempty = (pair for pair in lengths if pair != (0, 0))
-    queries = keys = slice(0, 0)
-    for (n, m), run in itertools.groupby(nonempty):
-        count = sum(1 for _ in run)
-        queries = slice(queries.stop, queries.stop + count * n)
-        keys = slice(keys.stop, keys.stop + count * m)
-        if n == 0:  # keys that nobody asks for
-            continue
-        mask = torch.ones(n, m, dtype=torch.bool, device=cu_q.device)
-        mask = mask.tril(m - n)  # query i sees the keys up to m - n + i
-        if window >= 0:
-            mask = mask.triu(m - n - window)
-        yield queries, keys, count, mask
-
-
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """q (B, KV, G, n, D), k (B, KV, 1, m, D) -> (B, KV, G, n, m), softmax over the keys that the mask allows."""
-    scores = q @ k.mT * q.size(-1) ** -0.5
-    return scores.masked_fill_(~mask, -torch.inf).softmax(-1)
-
-
 def heads_first(t: Tensor, count: int, kv_heads: int) -> Tensor:
     """(count n, H, D) -> (count, KV, H / KV, n, D)."""
     grouped = t.unflatten(0, (count, -1)).unflatten(2, (kv_heads, -1))  # (count, n, KV, H / KV, D)
@@ -2566,45 +2496,68 @@ def tokens_first(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
-def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1) -> tuple[Tensor, Tensor]:
+class Group(NamedTuple):
+    """A run of `count` consecutive sequences of equal lengths, n queries and m keys each, with their heads first."""
+
+    queries: slice  # of the tokens of q
+    keys: slice  # of the tokens of k
+    q: Tensor  # (count, KV, G, n, D)
+    k: Tensor  # (count, KV, 1, m, D)
+    v: Tensor  # (count, KV, 1, m, D)
+    weights: Tensor  # (count, KV, G, n, m), softmax over the keys that a query sees
+
+
+def sequence_groups(q, k, v, cu_q, cu_k, window) -> Iterator[Group]:
+    """Yield the sequences that have queries."""
+    lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
+    nonempty = (pair for pair in lengths if pair != (0, 0))
+    queries = slice(0, 0)
+    keys = slice(0, 0)
+    for (n, m), run in itertools.groupby(nonempty):
+        count = len(list(run))
+        queries = slice(queries.stop, queries.stop + count * n)
+        keys = slice(keys.stop, keys.stop + count * m)
+        if n == 0:  # keys that nobody asks for
+            continue
+        seen = torch.ones(n, m, dtype=torch.bool, device=q.device)
+        seen = seen.tril(m - n)  # query i sees the keys up to m - n + i
+        if window >= 0:
+            seen = seen.triu(m - n - window)
+        qs = heads_first(q[queries], count, k.size(1))
+        ks = heads_first(k[keys], count, k.size(1))
+        vs = heads_first(v[keys], count, k.size(1))
+        scores = qs @ ks.mT * q.size(-1) ** -0.5
+        weights = scores.masked_fill_(~seen, -torch.inf).softmax(-1)
+        yield Group(queries, keys, qs, ks, vs, weights)
+
+
+def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1):
     """Attention in plain PyTorch. The log-sum-exp is empty, since the backward pass recomputes."""
     out = torch.empty_like(q)
-    kv_heads = k.size(1)
-    for queries, keys, count, mask in sequence_groups(cu_q, cu_k, window):
-        qs = heads_first(q[queries], count, kv_heads)
-        ks = heads_first(k[keys], count, kv_heads)
-        vs = heads_first(v[keys], count, kv_heads)
-        out[queries] = tokens_first(attention_weights(qs, ks, mask) @ vs)
+    for group in sequence_groups(q, k, v, cu_q, cu_k, window):
+        out[group.queries] = tokens_first(group.weights @ group.v)
     return out, q.new_empty(0, dtype=torch.float32)
 
 
-def reference_backward(
-    dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1):
     """Gradients of `reference_forward`, from P = softmax(S), S = q k' / sqrt(D), where ' is the transpose:
 
     dv = P' dout    dP = dout v'    dS = P (dP - rowsum(dP P)) / sqrt(D)    dq = dS k    dk = dS' q
     Those of k and v sum over the G heads that share them."""
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    kv_heads = k.size(1)
-    for queries, keys, count, mask in sequence_groups(cu_q, cu_k, window):
-        qs = heads_first(q[queries], count, kv_heads)
-        ks = heads_first(k[keys], count, kv_heads)
-        vs = heads_first(v[keys], count, kv_heads)
-        ds = heads_first(dout[queries], count, kv_heads)
-        p = attention_weights(qs, ks, mask)
-        dp = ds @ vs.mT
-        centred = dp - (dp * p).sum(-1, keepdim=True)
-        dscore = p * centred * q.size(-1) ** -0.5
-        dq[queries] = tokens_first(dscore @ ks)
-        dk[keys] = tokens_first((dscore.mT @ qs).sum(2, keepdim=True))
-        dv[keys] = tokens_first((p.mT @ ds).sum(2, keepdim=True))
+    for queries, keys, qs, ks, vs, p in sequence_groups(q, k, v, cu_q, cu_k, window):
+        do = heads_first(dout[queries], *qs.shape[:2])
+        dp = do @ vs.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
+        dq[queries] = tokens_first(ds @ ks)
+        dk[keys] = tokens_first((ds.mT @ qs).sum(2, keepdim=True))
+        dv[keys] = tokens_first((p.mT @ do).sum(2, keepdim=True))
     return dq, dk, dv
 
 
 # The operators of FlashAttention 3 take up to 34 positional arguments: one group of them a line.
 # fmt: off
-def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, Tensor]:
+def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: out (Tq, H, D) and log-sum-exp (H, Tq) fp32."""
     out, lse, *_ = torch.ops.flash_attn_3.fwd(
         q, k, v,
@@ -2621,7 +2574,7 @@ def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, Tens
     return out, lse
 
 
-def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, ...]:
+def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: gradients of q, k, v."""
     grads = empty_like(q, k, v)
     torch.ops.flash_attn_3.bwd(
@@ -2647,13 +2600,13 @@ def fa4_where(cu_q, cu_k, max_q, max_k, window) -> dict:
     )
 
 
-def fa4_forward(q, k, v, *where) -> tuple[Tensor, Tensor]:
+def fa4_forward(q, k, v, *where):
     """FlashAttention 4 (CuTe DSL, compiled at first use): out and log-sum-exp (H, Tq)."""
     module = sys.modules[ATTENTION_MODULES["fa4"]]
     return module._flash_attn_fwd(q, k, v, return_lse=True, **fa4_where(*where))[:2]
 
 
-def fa4_backward(dout, q, k, v, out, lse, *where) -> tuple[Tensor, ...]:
+def fa4_backward(dout, q, k, v, out, lse, *where):
     """FlashAttention 4: gradients of q, k, v."""
     module = sys.modules[ATTENTION_MODULES["fa4"]]
     return module._flash_attn_bwd(q, k, v, out, dout, lse, **fa4_where(*where))
@@ -2673,14 +2626,14 @@ def torch_where(cu_q, cu_k, max_q, max_k, window) -> dict:
     )
 
 
-def torch_forward(q, k, v, *where) -> tuple[Tensor, Tensor]:
+def torch_forward(q, k, v, *where):
     """torch's own FlashAttention 2: out and log-sum-exp."""
     attention = torch.ops.aten._flash_attention_forward
     out, lse, *_ = attention(q, k, v, return_debug_mask=False, **torch_where(*where))
     return out, lse
 
 
-def torch_backward(dout, q, k, v, out, lse, *where) -> tuple[Tensor, Tensor, Tensor]:
+def torch_backward(dout, q, k, v, out, lse, *where):
     """torch's own FlashAttention 2: gradients of q, k, v."""
     attention_gradient = torch.ops.aten._flash_attention_backward
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout, not used at rate 0
@@ -2726,47 +2679,50 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
     raise UserError(f"ATTENTION={cfg.attention}: no backend works here ({'; '.join(reasons)})")
 
 
+def both_directions(backend: Backend, tensors: list[Tensor], where: tuple) -> tuple[Tensor, ...]:
+    """-> out, dq, dk, dv of tensors dout, q, k, v."""
+    dout, *qkv = tensors
+    out, lse = backend.forward(*qkv, *where)
+    return out, *backend.backward(dout, *qkv, out, lse, *where)[:3]
+
+
 def check_backend(name: str, cfg: Config, device: torch.device) -> None:
     """Compare both directions with the reference on two documents, without a window and with one; both
     without cached keys and with them: fewer queries than keys. Raise RuntimeError if they differ by 2 % (bf16)."""
-    backend = BACKENDS[name]
     head_dim = cfg.model_dim // cfg.num_heads
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, dout = (
+    dout, q, k, v = (
         torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
-        for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads)
+        for heads in (cfg.num_heads, cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
     )
     cu_k = torch.tensor([0, 100, 384], dtype=torch.int32, device=device)
     cu_cached = torch.tensor([0, 30, 130], dtype=torch.int32, device=device)
     for window, (cu_q, n) in itertools.product((-1, 64), ((cu_k, 384), (cu_cached, 130))):
-        inputs = (q[:n], k, v)
+        tensors = [dout[:n], q[:n], k, v]
         where = (cu_q, cu_k, 384, 384, window)
-        out, lse = backend.forward(*inputs, *where)
-        grads = backend.backward(dout[:n], *inputs, out, lse, *where)
-        exact = [t.float() for t in inputs]
-        wanted_out, _ = reference_forward(*exact, *where)
-        wanted_grads = reference_backward(dout[:n].float(), *exact, None, None, *where)
-        for have, want in zip((out, *grads[:3]), (wanted_out, *wanted_grads)):
+        results = both_directions(BACKENDS[name], tensors, where)
+        exact = both_directions(BACKENDS["reference"], [t.float() for t in tensors], where)
+        for have, want in zip(results, exact):
             error = ((have.float() - want).norm() / want.norm()).item()
             if not error < 0.02:  # NaN is no agreement
                 raise RuntimeError(f"differs from the reference by {error:.1%}")
 
 
 class Attention(torch.autograd.Function):
-    """The backend of that name: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
+    """A backend: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, window, name):
-        out, lse = BACKENDS[name].forward(q, k, v, cu_q, cu_k, max_q, max_k, window)
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        ctx.constants = (max_q, max_k, window)
-        ctx.name = name
+    def forward(ctx, backend, q, k, v, *where):
+        out, lse = backend.forward(q, k, v, *where)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.backend = backend
+        ctx.where = where
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        grads = BACKENDS[ctx.name].backward(dout.contiguous(), *ctx.saved_tensors, *ctx.constants)
-        return *grads[:3], *[None] * 6
+        grads = ctx.backend.backward(dout.contiguous(), *ctx.saved_tensors, *ctx.where)
+        return None, *grads[:3], *[None] * len(ctx.where)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_backend: str) -> Tensor:
@@ -2775,7 +2731,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_bac
     if attention_backend != "reference":  # the flash kernels take no fp32
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
     where = (seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window)
-    return Attention.apply(q, k, v, *where, attention_backend).to(dtype)
+    return Attention.apply(BACKENDS[attention_backend], q, k, v, *where).to(dtype)
 
 
 # ======== Model: one trunk, one head =================================================================================
