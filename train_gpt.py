@@ -1270,8 +1270,9 @@ try:
 except ImportError:  # without Triton only the references run; the kernels are defined and stay plain functions
     tl = SimpleNamespace()
     constexpr = int
-    triton = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f))
+    triton = SimpleNamespace(jit=lambda fn, **_: fn)
     INTERPRET = None
+kernel = functools.partial(triton.jit, do_not_specialize=["T"])  # compiled once for every number of tokens
 HEAD_TILE = 1024  # elements of heads per program of 4 warps
 STREAM_ROWS = 4  # rows of d elements per tile of 4 warps
 STREAM_PROGRAMS = 4  # programs per multiprocessor
@@ -1301,6 +1302,11 @@ def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, copied where they are not contiguous."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
 @triton.jit
 def rows_from(first, ROWS: constexpr):
     """first .. first + ROWS - 1 (ROWS,) int64."""
@@ -1320,9 +1326,28 @@ def load_fp32(ptrs, ok):
 
 
 @triton.jit
+def bf16(x):
+    """fp32 numbers rounded to bf16, the dtype in which the reference holds them."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def row_dot(x, y):
+    """x . y of each row of two tiles (rows, D), as (rows, 1)."""
+    return tl.sum(x * y, 1)[:, None]
+
+
+@triton.jit
 def inverse_rms(x, D: constexpr, eps):
-    """1 / sqrt(mean(x^2) + eps) of each row of x (rows, D), as (rows,)."""
-    return tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    """r = 1 / sqrt(mean(x^2) + eps) of each row of x (rows, D), as (rows, 1). The row's RMSNorm is n = r x."""
+    return tl.rsqrt(row_dot(x, x) / D + eps)
+
+
+@triton.jit
+def norm_gradient(x, dn, scale, D: constexpr, eps):
+    """dx = scale r (dn - x r^2 (x . dn) / D) for rows x (rows, D) and the gradient dn of scale r x."""
+    r = inverse_rms(x, D, eps)
+    return scale * r * (dn - x * (r * r * row_dot(x, dn) / D))
 
 
 # --- MLP: down(leaky_relu(up(x))^2) ---
@@ -1337,7 +1362,7 @@ def inverse_rms(x, D: constexpr, eps):
 # - Both cases are equally likely, so the errors spread evenly over (-1, 1]: their mean is zero.
 
 
-def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+def mlp_reference(x, w_up, w_down, slope):
     """`mlp` in plain PyTorch."""
     hidden = F.leaky_relu(F.linear(x, w_up), slope).square()
     return F.linear(hidden, w_down), hidden.detach()
@@ -1372,7 +1397,7 @@ def times_hidden_slope(d_hidden, hidden_bits, negative, slope):
     return d_hidden * root * tl.where(negative != 0, -2 * slope, 2.0)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def mlp_gemm_kernel(
     a_desc,  # (T, K) bf16: x; backward: d_out
     b_desc,  # (N, K) bf16: w_up; backward (K, N): w_down
@@ -1481,7 +1506,7 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_up, w_down, slope):
-        x, w_up, w_down = (t.contiguous() for t in (x, w_up, w_down))
+        x, w_up, w_down = contiguous(x, w_up, w_down)
         hidden = x.new_empty(len(x), len(w_up))
         mlp_gemm(x, w_up, hidden, None, slope)
         ctx.save_for_backward(x, w_up, w_down, hidden)
@@ -1533,7 +1558,7 @@ def softcap(z: Tensor, cap: float | Tensor) -> Tensor:
     return torch.where(z > 0, above, below)
 
 
-def softcap_nll_reference(z: Tensor, targets: Tensor, cap: float | Tensor) -> tuple[Tensor, Tensor]:
+def softcap_nll_reference(z, targets, cap):
     """`softcap_nll` in plain PyTorch."""
     logits = softcap(z, cap)
     lse = logits.logsumexp(-1)
@@ -1551,7 +1576,7 @@ def tanh_of(doubled):
     return 1.0 - r * r
 
 
-@triton.jit
+@kernel
 def softcap_nll_kernel(
     z_ptr,  # (T, V)
     target_ptr,  # (T,) int64
@@ -1588,22 +1613,14 @@ def softcap_nll_kernel(
         tl.store(dz_ptr + row * V + col, dz, mask=col < V)
 
 
-def launch_softcap_nll(
-    z: Tensor,
-    targets: Tensor,
-    cap: float,
-    row_grad: Tensor | None = None,
-    dz: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """-> nll (T,), lse (T,), both fp32; fills dz if given. z (T, V) contiguous."""
+def launch_softcap_nll(z, targets, cap, row_grad=None, dz=None) -> tuple[Tensor, Tensor]:
+    """-> nll (T,), lse (T,), both fp32; fills dz (T, V), if given, by row_grad (T,) fp32. z (T, V) contiguous."""
     T, V = z.shape
-    nll = torch.empty(T, dtype=torch.float32, device=z.device)
+    nll = z.new_empty(T, dtype=torch.float32)
     lse = torch.empty_like(nll)
     block = triton.next_power_of_2(V)
-    inputs = (z, targets, row_grad)
-    outputs = (nll, lse, dz)
     warps = min(32, max(1, block // 1024))
-    softcap_nll_kernel[(T,)](*inputs, *outputs, cap, V=V, BLOCK=block, num_warps=warps)
+    softcap_nll_kernel[(T,)](z, targets, row_grad, nll, lse, dz, cap, V, block, num_warps=warps)
     return nll, lse
 
 
@@ -1694,9 +1711,7 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, cap: float | Tensor, weight
 #     dx = R' (r g dy - r (y . dy) / (D g) y),   and for q   dg = sum over tokens of (R n) . dy = sum of (y . dy) / g
 
 
-def qkv_heads_reference(
-    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def qkv_heads_reference(qkv, gain, cos, sin, kv_heads, copies, eps):
     """`qkv_heads` in plain PyTorch."""
     H = gain.numel()
     n = cos.size(1)
@@ -1715,8 +1730,8 @@ def qkv_heads_reference(
 
 
 @triton.jit
-def head_and_rows(HEADS: constexpr, BLOCK: constexpr):
-    """-> the head and the BLOCK tokens (int64) of this program. Neighbouring programs take heads of the same tokens."""
+def head_and_tokens(HEADS: constexpr, BLOCK: constexpr):
+    """-> the head and the tokens (BLOCK,) of this program. Neighbouring programs take heads of the same tokens."""
     pid = tl.program_id(0)
     return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)
 
@@ -1731,7 +1746,7 @@ def store_rotated(out_ptr, x, a, b, cos, sin, ok, D: constexpr, N: constexpr):
     tl.store(out_ptr + N + pair, b * cos - a * sin, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def qkv_heads_kernel(
     qkv_ptr,  # (T, H + 2 KV, D)
     gain_ptr,  # (H,) fp32
@@ -1752,7 +1767,7 @@ def qkv_heads_kernel(
 ):
     """One head of BLOCK tokens per program: y = g R n for q and k, v as it is."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_rows(HEADS, BLOCK)
+    head, row = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
     token = row[:, None]
@@ -1768,9 +1783,9 @@ def qkv_heads_kernel(
     else:
         wide = x.to(tl.float32)
         rstd = inverse_rms(wide, D, eps)
-        tl.store(rstd_ptr + row * (H + KV) + head, rstd, mask=row < T)
+        tl.store(rstd_ptr + token * (H + KV) + head, rstd, mask=ok)
         gain = tl.load(gain_ptr + head) if is_query else 1.0
-        scale = rstd[:, None] * gain
+        scale = rstd * gain
         y = wide * scale
         # The halves come once more, from the L1 cache: to cut them out of the tile would move data between threads.
         a = load_fp32(x_ptr + pair, ok) * scale
@@ -1804,7 +1819,7 @@ def load_head(ptr, ok, COPIES: constexpr, D: constexpr, N: constexpr):
     return x, a, b
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def qkv_heads_gradient_kernel(
     dq_ptr,  # (T, H, D)
     dk_ptr,  # (T, KV, COPIES, D)
@@ -1828,7 +1843,7 @@ def qkv_heads_gradient_kernel(
 ):
     """One head of BLOCK tokens per program: dx from y and dy; dv sums the gradients of v's copies and of its view."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_rows(HEADS, BLOCK)
+    head, row = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
     token = row[:, None]
@@ -1842,7 +1857,7 @@ def qkv_heads_gradient_kernel(
         dv = load_sum(dv_ptr + offset * COPIES, col, ok, COPIES, D) + d_own
         tl.store(dx_ptr + col, dv, mask=ok)
     else:
-        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)
+        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)[:, None]
         cos = load_fp32(cos_ptr + token * N + pair, ok)
         sin = load_fp32(sin_ptr + token * N + pair, ok)
         if is_query:
@@ -1856,14 +1871,14 @@ def qkv_heads_gradient_kernel(
             y_ptr = k_ptr + offset
             dy, da, db = load_head(dk_ptr + offset, ok, COPIES, D, N)
         y = load_fp32(y_ptr + col, ok)
-        dot = tl.sum(y * dy, 1)
-        by_dy = (rstd * gain)[:, None]
-        by_y = (rstd * dot / (D * gain))[:, None]
+        dot = row_dot(y, dy)
+        by_dy = rstd * gain
+        by_y = rstd * dot / (D * gain)
         a = by_dy * da - by_y * load_fp32(y_ptr + pair, ok)
         b = by_dy * db - by_y * load_fp32(y_ptr + N + pair, ok)
         store_rotated(dx_ptr, by_dy * dy - by_y * y, a, b, cos, -sin, ok, D, N)
         if is_query and d_gain_ptr is not None:
-            tl.atomic_add(d_gain_ptr + head, tl.sum(dot, 0) / gain, sem="relaxed")
+            tl.atomic_add(d_gain_ptr + head, tl.sum(dot) / gain, sem="relaxed")
 
 
 class QKVHeads(torch.autograd.Function):
@@ -1871,7 +1886,7 @@ class QKVHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, kv_heads, copies, eps):
-        qkv, gain, cos, sin = (t.contiguous() for t in (qkv, gain, cos, sin))
+        qkv, gain, cos, sin = contiguous(qkv, gain, cos, sin)
         T = len(qkv)
         H = len(gain)
         heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
@@ -1879,31 +1894,22 @@ class QKVHeads(torch.autograd.Function):
         q = qkv.new_empty(T, H, D)
         k, v = (qkv.new_empty(T, copies * kv_heads, D) for _ in range(2))
         rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
-        inputs = (qkv, gain, cos, sin)
-        outputs = (q, k, v, rstd)
         rows = max(HEAD_TILE // D, 1)  # tokens per program
-        ctx.sizes = dict(
-            H=H,
-            KV=kv_heads,
-            COPIES=copies,
-            D=D,
-            N=cos.size(1),
-            BLOCK=rows,
-        )
+        ctx.sizes = (H, kv_heads, copies, D, cos.size(1), rows)
         ctx.grid = (triton.cdiv(T, rows) * heads.size(1),)
-        qkv_heads_kernel[ctx.grid](*inputs, *outputs, T, eps, **ctx.sizes)
+        qkv_heads_kernel[ctx.grid](qkv, gain, cos, sin, q, k, v, rstd, T, eps, *ctx.sizes)
         ctx.save_for_backward(q, k, gain, cos, sin, rstd)
         return q, k, v, heads[:, -kv_heads:]
 
     @staticmethod
     def backward(ctx, *grads):
-        q, _, gain, *_ = ctx.saved_tensors
-        T, H, D = q.shape
-        d_qkv = q.new_empty(T, (H + 2 * ctx.sizes["KV"]) * D)
+        _, _, gain, _, _, rstd = ctx.saved_tensors
+        H, kv_heads, _, D, *_ = ctx.sizes
+        T = len(rstd)
+        d_qkv = grads[0].new_empty(T, (H + 2 * kv_heads) * D)
         d_gain = torch.zeros_like(gain) if ctx.needs_input_grad[1] else None
-        grads = [t.contiguous() for t in grads]
-        outputs = (d_qkv, d_gain)
-        qkv_heads_gradient_kernel[ctx.grid](*grads, *ctx.saved_tensors, *outputs, T, **ctx.sizes)
+        inputs = (*contiguous(*grads), *ctx.saved_tensors)
+        qkv_heads_gradient_kernel[ctx.grid](*inputs, d_qkv, d_gain, T, *ctx.sizes)
         return d_qkv, d_gain, None, None, None, None, None
 
 
@@ -1931,7 +1937,7 @@ def qkv_heads(
 #     dy = d_across - d_along v                    dv = 2 along d_along v - d_along y - along d_across
 
 
-def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
+def xsa_gate_reference(y, v, z, slope, top):
     """`xsa_gate` in plain PyTorch."""
     y_grouped = y.unflatten(1, (v.size(1), -1)).float()  # (T, KV, H / KV, D)
     v = v[:, :, None].float()
@@ -1942,7 +1948,7 @@ def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float
     return (across * gate[:, :, None]).to(y.dtype)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def xsa_gate_kernel(
     y_ptr,  # (T, KV, GROUP, D)
     v_ptr,  # (T, KV, D), its tokens v_stride elements apart
@@ -1963,56 +1969,41 @@ def xsa_gate_kernel(
     """BLOCK rows (token, KV head) per program; the GROUP query heads that share a v pass one after another."""
     row = rows_from(tl.program_id(0) * BLOCK, BLOCK)
     col = columns(D)
-    ok = (row < T * KV)[:, None]
+    exists = row < T * KV
+    ok = exists[:, None]
     v_row = row // KV * v_stride + row % KV * D
     v = load_fp32(v_ptr + v_row[:, None] + col, ok)
-    inverse = 1.0 / tl.maximum(tl.sum(v * v, 1), 1e-12)[:, None]
+    inverse = 1.0 / tl.maximum(row_dot(v, v), 1e-12)
     dv = tl.zeros((BLOCK, D), tl.float32)
     for g in tl.static_range(GROUP):
         head = row * GROUP + g
         cell = head[:, None] * D + col
         y = load_fp32(y_ptr + cell, ok)
-        z = load_fp32(z_ptr + head, row < T * KV)
-        opened = tl.sigmoid(slope * z)
-        along = tl.sum(y * v, 1)[:, None] * inverse
+        opened = tl.sigmoid(slope * load_fp32(z_ptr + head, exists))[:, None]
+        along = row_dot(y, v) * inverse
         across = y - along * v
         if d_out_ptr is None:
-            out = across * (top * opened)[:, None]
-            tl.store(out_ptr + cell, out, mask=ok)
+            tl.store(out_ptr + cell, across * (top * opened), mask=ok)
         else:
             d_out = load_fp32(d_out_ptr + cell, ok)
-            d_gate = tl.sum(d_out * across, 1)
+            d_gate = row_dot(d_out, across)
             dz = d_gate * (top * slope) * opened * (1.0 - opened)
-            tl.store(dz_ptr + head, dz, mask=row < T * KV)
-            d_across = d_out * (top * opened)[:, None]
-            d_along = tl.sum(d_across * v, 1)[:, None] * inverse
-            dy = d_across - d_along * v
-            tl.store(out_ptr + cell, dy, mask=ok)
+            tl.store(dz_ptr + head[:, None], dz, mask=ok)
+            d_across = d_out * (top * opened)
+            d_along = row_dot(d_across, v) * inverse
+            tl.store(out_ptr + cell, d_across - d_along * v, mask=ok)
             dv += 2.0 * along * d_along * v - d_along * y - along * d_across
     if d_out_ptr is not None:
         tl.store(dv_ptr + row[:, None] * D + col, dv, mask=ok)
 
 
-def launch_xsa_gate(
-    y: Tensor,
-    v: Tensor,
-    z: Tensor,
-    slope: float,
-    top: float,
-    *,
-    out: Tensor,
-    d_out: Tensor | None = None,
-    dv: Tensor | None = None,
-    dz: Tensor | None = None,
-) -> None:
-    """Forward fills out; with d_out backward fills out with the gradient of y, and dv and dz."""
+def launch_xsa_gate(y, v, z, slope, top, d_out, out, dv=None, dz=None):
+    """Forward (d_out None) fills out; backward fills out with the gradient of y, and dv and dz."""
     T, KV, D = v.shape
-    inputs = (y, v, z, d_out)
-    outputs = (out, dv, dz)
     rows = max(HEAD_TILE // D, 1)
-    sizes = dict(KV=KV, GROUP=y.size(1) // KV, D=D, BLOCK=rows)
-    grid = (triton.cdiv(T * KV, rows),)
-    xsa_gate_kernel[grid](*inputs, *outputs, T, v.stride(0), slope, top, **sizes)
+    tensors = (y, v, z, d_out, out, dv, dz)
+    sizes = (KV, y.size(1) // KV, D, rows)
+    xsa_gate_kernel[(triton.cdiv(T * KV, rows),)](*tensors, T, v.stride(0), slope, top, *sizes)
 
 
 class XSAGate(torch.autograd.Function):
@@ -2020,22 +2011,20 @@ class XSAGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, v, z, slope, top):
-        y = y.contiguous()
-        z = z.contiguous()
-        heads_adjoin = v.stride()[1:] == (v.size(2), 1)
-        if not heads_adjoin:  # tokens may lie apart, as they do in a view of qkv
+        y, z = contiguous(y, z)
+        if not v[:1].is_contiguous():  # tokens may lie apart, as they do in a view of qkv, but not a token's heads
             v = v.contiguous()
         out = torch.empty_like(y)
-        launch_xsa_gate(y, v, z, slope, top, out=out)
+        launch_xsa_gate(y, v, z, slope, top, None, out)
         ctx.save_for_backward(y, v, z)
         ctx.constants = (slope, top)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        dy, dv, dz = empty_like(*ctx.saved_tensors)
-        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, out=dy, d_out=d_out.contiguous(), dv=dv, dz=dz)
-        return dy, dv, dz, None, None
+        grads = empty_like(*ctx.saved_tensors)
+        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, d_out.contiguous(), *grads)
+        return *grads, None, None
 
 
 def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
@@ -2055,16 +2044,7 @@ def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tenso
 #     d c(e_t) += dz_t g                           d g += dz_t c(e_t)
 
 
-def embed_reference(
-    tokens: Tensor,
-    previous: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    gate: Tensor | None,
-    strength: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
+def embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype):
     """`embed` in plain PyTorch."""
     x = F.embedding(tokens, table).to(dtype)
     if gate is not None:
@@ -2076,29 +2056,23 @@ def embed_reference(
 
 
 @triton.jit
-def bf16(x):
-    """fp32 numbers rounded to bf16, the dtype in which the reference holds them."""
-    return x.to(tl.bfloat16).to(tl.float32)
-
-
-@triton.jit
 def smeared(row, inputs, T, C: constexpr, D: constexpr, GATE: constexpr):
-    """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens, those before, c(e) (ROWS, GATE), of which C
-    channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
+    """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens and those before, both (ROWS, 1), c(e)
+    (ROWS, GATE), of which C channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
     inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,), strength (); the last two or None."""
     tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr = inputs
     ok = row < T
     channel = columns(GATE)
     col = columns(D)
-    token = tl.load(tokens_ptr + row, mask=ok, other=0)
-    before = tl.load(previous_ptr + row, mask=ok, other=0)
-    token_row = table_ptr + token[:, None] * D
+    token = tl.load(tokens_ptr + row, mask=ok, other=0)[:, None]
+    before = tl.load(previous_ptr + row, mask=ok, other=0)[:, None]
+    token_row = table_ptr + token * D
     x = bf16(tl.load(token_row + col))
     first = bf16(load_fp32(token_row + channel, channel < C))
     e_before = x
     opened = tl.zeros(row.shape, tl.float32)
     if gate_ptr is not None:
-        e_before = bf16(tl.load(table_ptr + before[:, None] * D + col))
+        e_before = bf16(tl.load(table_ptr + before * D + col))
         gate = bf16(load_fp32(gate_ptr + channel, channel < C))
         position = tl.load(positions_ptr + row, mask=ok, other=0)
         has_before = (position > 0).to(tl.float32)
@@ -2107,7 +2081,7 @@ def smeared(row, inputs, T, C: constexpr, D: constexpr, GATE: constexpr):
     return bf16(x), (token, before, first, opened, e_before)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def embed_kernel(
     inputs,  # of smeared()
     out_ptr,  # (T, D), written
@@ -2121,12 +2095,12 @@ def embed_kernel(
     """ROWS smeared and normed embeddings per program."""
     row = rows_from(tl.program_id(0) * ROWS, ROWS)
     x, _ = smeared(row, inputs, T, C, D, GATE)
-    n = x * inverse_rms(x, D, eps)[:, None]
+    n = x * inverse_rms(x, D, eps)
     out_ptr += row[:, None] * D + columns(D)
     tl.store(out_ptr, n, mask=(row < T)[:, None])
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def embed_gradient_kernel(
     dn_ptr,  # (T, D)
     inputs,  # of smeared()
@@ -2141,7 +2115,7 @@ def embed_gradient_kernel(
     ROWS: constexpr,
 ):
     """Every program takes ROWS tokens at a time and sums the gradients of gate and strength in registers."""
-    _, _, _, table_ptr, gate_ptr, strength_ptr = inputs
+    _, _, _, _, gate_ptr, strength_ptr = inputs
     channel = columns(GATE)
     col = columns(D)
     d_gate = tl.zeros((ROWS, GATE), tl.float32)
@@ -2152,22 +2126,19 @@ def embed_gradient_kernel(
         x, parts = smeared(row, inputs, T, C, D, GATE)
         token, before, first, opened, e_before = parts
         dn = load_fp32(dn_ptr + row[:, None] * D + col, ok)
-        rstd = inverse_rms(x, D, eps)[:, None]
-        along = rstd * rstd * tl.sum(x * dn, 1)[:, None] / D
-        dx = rstd * (dn - x * along)
-        token_row = d_table_ptr + token[:, None] * D
+        dx = norm_gradient(x, dn, 1.0, D, eps)
+        token_row = d_table_ptr + token * D
         tl.atomic_add(token_row + col, dx, mask=ok, sem="relaxed")
         if gate_ptr is not None:
             strength = tl.load(strength_ptr)
             dot = tl.sum(e_before * dx, 1)
-            before_row = d_table_ptr + before[:, None] * D
+            before_row = d_table_ptr + before * D
             d_before = (strength * opened)[:, None] * dx
             tl.atomic_add(before_row + col, d_before, mask=ok & (opened > 0)[:, None], sem="relaxed")
-            dz = strength * dot * opened * (1.0 - opened)
+            dz = (strength * dot * opened * (1.0 - opened))[:, None]
             gate = bf16(load_fp32(gate_ptr + channel, channel < C))
-            d_first = dz[:, None] * gate
-            tl.atomic_add(token_row + channel, d_first, mask=ok & (channel < C), sem="relaxed")
-            d_gate += dz[:, None] * first
+            tl.atomic_add(token_row + channel, dz * gate, mask=ok & (channel < C), sem="relaxed")
+            d_gate += dz * first
             d_strength += dot * opened
     if gate_ptr is not None:
         channel = tl.arange(0, GATE)
@@ -2183,13 +2154,11 @@ class Embed(torch.autograd.Function):
         T = len(tokens)
         d = table.size(1)
         channels = 0 if gate is None else len(gate)
-        block = 16 if gate is None else triton.next_power_of_2(channels)
-        ctx.sizes = dict(C=channels, D=d, GATE=block, ROWS=STREAM_ROWS)
-        ctx.eps = eps
+        block = triton.next_power_of_2(channels or 16)
+        ctx.constants = (T, eps, channels, d, block, STREAM_ROWS)
         inputs = (tokens, previous, positions, table, gate, strength)
-        out = torch.empty(T, d, dtype=torch.bfloat16, device=table.device)
-        grid = (triton.cdiv(T, STREAM_ROWS),)
-        embed_kernel[grid](inputs, out, T, eps, **ctx.sizes)
+        out = table.new_empty(T, d, dtype=torch.bfloat16)
+        embed_kernel[(triton.cdiv(T, STREAM_ROWS),)](inputs, out, *ctx.constants)
         ctx.save_for_backward(*inputs)
         return out
 
@@ -2198,7 +2167,7 @@ class Embed(torch.autograd.Function):
         inputs = tuple(ctx.saved_tensors)
         grads = [None if t is None else torch.zeros_like(t) for t in inputs[3:]]
         grid = (3 * processors(dn.device),)  # with more they contend for the rows of the table
-        embed_gradient_kernel[grid](dn.contiguous(), inputs, *grads, len(dn), ctx.eps, **ctx.sizes)
+        embed_gradient_kernel[grid](dn.contiguous(), inputs, *grads, *ctx.constants)
         return None, None, None, *grads, None
 
 
@@ -2241,8 +2210,8 @@ class Combined(NamedTuple):
     normed: Tensor | None  # (T, d)
 
 
-def combine_reference(terms: list[Tensor], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
-    """combine() in plain PyTorch; the sums have a weight for each term."""
+def combine_reference(terms, sums, rows, eps):
+    """combine() in plain PyTorch. Of single terms (T, d): the sums have a weight for each."""
     results = []
     for weights, norm_scale, keep in sums:
         parts = [x if w == ONE else rows[w] * x for w, x in zip(weights, terms) if w != ABSENT]
@@ -2253,123 +2222,101 @@ def combine_reference(terms: list[Tensor], sums: list[Sum], rows: Tensor | None,
 
 
 @triton.jit
-def load_all(ptrs, at, ok):
-    """The tiles of all pointers, fp32."""
-    tiles = ()
-    for i in tl.static_range(len(ptrs)):
-        tiles = tiles + (tl.load(ptrs[i] + at, mask=ok, other=0.0).to(tl.float32),)
-    return tiles
-
-
-@triton.jit
 def load_rows(w_ptr, R: constexpr, D: constexpr, BLOCK: constexpr):
     """The R rows of weights, each (1, BLOCK)."""
-    col, ws = tl.arange(0, BLOCK)[None, :], ()
+    col = columns(BLOCK)
+    ws = ()
     for r in tl.static_range(R):
-        ws = ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),)
+        ws += (load_fp32(w_ptr + r * D + col, col < D),)
     return ws
 
 
 @triton.jit
-def tile_at(first, T, D: constexpr, BLOCK: constexpr, ROWS: constexpr):
+def tile_from(first, T, D: constexpr, BLOCK: constexpr, ROWS: constexpr):
     """-> offsets of the tile of ROWS tokens that begins at token `first`, and which of its elements exist."""
-    col = tl.arange(0, BLOCK)[None, :]
-    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    return row * D + col, row < T if BLOCK == D else (row < T) & (col < D)
+    row = rows_from(first, ROWS)[:, None]
+    col = columns(BLOCK)
+    return row * D + col, (row < T) & (col < D)
 
 
 @triton.jit
-def weighted_sum(xs, ws, FORM: constexpr, m: constexpr):
-    """Sum m of tiles xs, fp32."""
-    y = tl.zeros(xs[0].shape, tl.float32)
-    for k in tl.static_range(len(xs)):
-        if FORM[m][k] == IS_ONE:
-            y += xs[k]
-        elif FORM[m][k] >= 0:
-            y += ws[FORM[m][k]] * xs[k]
-    return y
+def weighted_sum(tiles, ws, FORM: constexpr, m: constexpr):
+    """The sum of the tiles, each multiplied as its entry in FORM[m] says: by a row of `ws`, ONE or ABSENT; fp32."""
+    total = tl.zeros(tiles[0].shape, tl.float32)
+    for i in tl.static_range(len(tiles)):
+        if FORM[m][i] == IS_ONE:
+            total += tiles[i]
+        elif FORM[m][i] >= 0:
+            total += ws[FORM[m][i]] * tiles[i]
+    return total
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def combine_kernel(
-    streams,
-    w_ptr,
-    ys,
-    ns,
-    scales,
+    streams,  # (T, D) each
+    w_ptr,  # (R, D) fp32; None if R is 0
+    ys,  # (T, D) each, written: the sums; None where not wanted
+    ns,  # (T, D) each, written: their norms; None where not wanted
+    scales,  # of the norms
     T,
     eps,
-    FORM: constexpr,
+    FORM: constexpr,  # the weights of each Sum
     R: constexpr,
     D: constexpr,
-    BLOCK: constexpr,
+    BLOCK: constexpr,  # D or the next power of two
     ROWS: constexpr,
 ):
-    """FORM holds the weights of every Sum. ys and ns receive the sums and their norms; each may be None.
-    BLOCK is D or the next power of two."""
+    """y = sum of w x over the streams x, and n = scale r y, for each Sum; ROWS tokens at a time."""
     ws = load_rows(w_ptr, R, D, BLOCK)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        at, ok = tile_at(first, T, D, BLOCK, ROWS)
-        xs = load_all(streams, at, ok)
+        offset, ok = tile_from(first, T, D, BLOCK, ROWS)
+        xs = [load_fp32(x_ptr + offset, ok) for x_ptr in streams]
         for m in tl.static_range(len(FORM)):
             if ys[m] is not None or ns[m] is not None:
-                y = weighted_sum(xs, ws, FORM, m).to(streams[0].dtype.element_ty)
+                y = bf16(weighted_sum(xs, ws, FORM, m))
                 if ys[m] is not None:
-                    tl.store(ys[m] + at, y, mask=ok)
+                    tl.store(ys[m] + offset, y, mask=ok)
                 if ns[m] is not None:
-                    wide = y.to(tl.float32)
-                    n = wide * (scales[m] * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps))[:, None]
-                    tl.store(ns[m] + at, n.to(ns[m].dtype.element_ty), mask=ok)
+                    n = y * (scales[m] * inverse_rms(y, D, eps))
+                    tl.store(ns[m] + offset, n, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def combine_gradient_kernel(
-    streams,
-    w_ptr,
-    dys,
-    dns,
-    scales,
-    grads,
-    dw_ptr,
+    streams,  # (T, D) each
+    w_ptr,  # (R, D) fp32; None if R is 0
+    dys,  # (T, D) each: the gradients of the sums; None: zero
+    dns,  # (T, D) each: of their norms; None: zero
+    scales,  # of the norms
+    grads,  # (T, D) each, written: a gradient for each entry of COLUMNS
+    dw_ptr,  # (R, D) fp32, added to; None: no gradient
+    COLUMNS: constexpr,  # of FORM: the weights of one stream in each Sum
     T,
     eps,
-    FORM: constexpr,
+    FORM: constexpr,  # the weights of each Sum
     R: constexpr,
     D: constexpr,
-    BLOCK: constexpr,
+    BLOCK: constexpr,  # D or the next power of two
     ROWS: constexpr,
 ):
-    """Gradients of the streams; those of the weights are added to dw_ptr if given.
-    Each of dys, dns and grads may be None."""
+    """dx = sum of w g over the Sums and dw = sum of g x over the tokens, g being the gradient of a Sum's y."""
     ws = load_rows(w_ptr, R, D, BLOCK)
-    row_sums = ()  # this program's part of the gradient of each row of weights
-    for _ in tl.static_range(R):
-        row_sums = row_sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
+    row_sums = [tl.zeros((ROWS, BLOCK), tl.float32) for _ in ws]  # this program's part of dw
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        at, ok = tile_at(first, T, D, BLOCK, ROWS)
-        xs = load_all(streams, at, ok)
-        gs = ()  # the gradient of each sum: through its norm, and directly
+        offset, ok = tile_from(first, T, D, BLOCK, ROWS)
+        xs = [load_fp32(x_ptr + offset, ok) for x_ptr in streams]
+        gs = ()  # of each sum: through its norm, and directly
         for m in tl.static_range(len(FORM)):
             g = tl.zeros((ROWS, BLOCK), tl.float32)
             if dns[m] is not None:
-                # n = scale y rstd, rstd = (mean(y^2) + eps)^(-1/2)  =>  dy = scale rstd (dn - y rstd^2 mean(y dn))
-                y = weighted_sum(xs, ws, FORM, m).to(streams[0].dtype.element_ty).to(tl.float32)
-                dn = tl.load(dns[m] + at, mask=ok, other=0.0).to(tl.float32)
-                rstd = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
-                g = scales[m] * rstd * (dn - y * (rstd * rstd * tl.sum(y * dn, 1)[:, None] / D))
+                y = bf16(weighted_sum(xs, ws, FORM, m))
+                g = norm_gradient(y, load_fp32(dns[m] + offset, ok), scales[m], D, eps)
             if dys[m] is not None:
-                g += tl.load(dys[m] + at, mask=ok, other=0.0).to(tl.float32)
-            gs = gs + (g,)
-        for k in tl.static_range(len(streams)):
-            if grads[k] is not None:
-                # Every use of stream k meets here, handing it on included: one store, and no addition later.
-                d = tl.zeros((ROWS, BLOCK), tl.float32)
-                for m in tl.static_range(len(FORM)):
-                    if FORM[m][k] == IS_ONE:
-                        d += gs[m]
-                    elif FORM[m][k] >= 0:
-                        d += ws[FORM[m][k]] * gs[m]
-                tl.store(grads[k] + at, d.to(grads[k].dtype.element_ty), mask=ok)
+                g += load_fp32(dys[m] + offset, ok)
+            gs += (g,)
+        for k in tl.static_range(len(COLUMNS)):
+            # Every use of a stream meets here, handing it on included: one store, and no addition later.
+            tl.store(grads[k] + offset, weighted_sum(gs, ws, COLUMNS, k), mask=ok)
         added = ()
         for r in tl.static_range(R):
             total = row_sums[r]
@@ -2377,7 +2324,7 @@ def combine_gradient_kernel(
                 for k in tl.static_range(len(streams)):
                     if FORM[m][k] == r:
                         total += gs[m] * xs[k]
-            added = added + (total,)
+            added += (total,)
         row_sums = added
     if dw_ptr is not None:
         col = tl.arange(0, BLOCK)
@@ -2386,73 +2333,62 @@ def combine_gradient_kernel(
 
 
 class Combine(torch.autograd.Function):
-    """combine() through the kernels. Its outputs are sum, norm, sum, norm, ..., None where not wanted."""
+    """combine() through the kernels. Its outputs are the sums and then the norms, None where not wanted."""
 
     @staticmethod
     def forward(ctx, rows, sums, eps, *terms):
-        rows = None if rows is None else rows.contiguous()
-        terms = tuple(x.contiguous() for x in terms)
-        ys, ns, outputs = [], [], []
-        for weights, norm_scale, keep in sums:
-            y = n = total = None
+        rows, *terms = contiguous(rows, *terms)
+        T, d = terms[0].shape
+        form, scales, keeps = zip(*sums)
+        totals = []  # the sums that are returned
+        ys = []  # those of them that are computed
+        for weights, keep in zip(form, keeps):
+            y = None
+            total = None
             if keep and [w for w in weights if w != ABSENT] == [ONE]:
                 term = terms[weights.index(ONE)]
                 total = term.view_as(term)  # handed on: nothing to compute
             elif keep:
                 total = y = torch.empty_like(terms[0])
-            if norm_scale is not None:
-                n = torch.empty_like(terms[0])
+            totals.append(total)
             ys.append(y)
-            ns.append(n)
-            outputs += [total, n]
-        T, d = terms[0].shape
-        form, scales, _ = zip(*sums)
+        ns = [None if scale is None else torch.empty_like(terms[0]) for scale in scales]
         height = 0 if rows is None else len(rows)
-        constants = T, eps, form, height, d, triton.next_power_of_2(d)
-        if any(t is not None for t in ys + ns):
-            grid = (STREAM_PROGRAMS * processors(terms[0].device),)
-            combine_kernel[grid](
-                terms,
-                rows,
-                tuple(ys),
-                tuple(ns),
-                scales,
-                *constants,
-                STREAM_ROWS,
-            )
+        ctx.constants = (T, eps, form, height, d, triton.next_power_of_2(d))
+        grid = (STREAM_PROGRAMS * processors(terms[0].device),)
+        combine_kernel[grid](tuple(terms), rows, tuple(ys), tuple(ns), scales, *ctx.constants, STREAM_ROWS)
         ctx.save_for_backward(rows, *terms)
         ctx.form = form
         ctx.scales = scales
-        ctx.constants = constants
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return *totals, *ns
 
     @staticmethod
     def backward(ctx, *d_outputs):
         rows, *terms = ctx.saved_tensors
         need_rows, _, _, *need_terms = ctx.needs_input_grad
-        arriving = tuple(None if t is None else t.contiguous() for t in d_outputs)
+        d_outputs = contiguous(*d_outputs)
+        count = len(ctx.form)
         # Terms of equal weights in every sum, such as those of one stream, have one gradient: it is computed once.
         columns = list(zip(*ctx.form))
-        firsts = [columns.index(column) for column in columns]
-        needed = {first for first, need in zip(firsts, need_terms) if need}
-        grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(terms))
+        needed = dict.fromkeys(itertools.compress(columns, need_terms))
+        grads = {column: torch.empty_like(terms[0]) for column in needed}
         d_rows = torch.zeros_like(rows) if need_rows else None
         # Four rows of four streams do not fit into the registers.
         programs, tile = (6, STREAM_ROWS) if len(terms) < 4 else (8, 1)
         combine_gradient_kernel[(programs * processors(terms[0].device),)](
             tuple(terms),
             rows,
-            arriving[::2],  # gradients of the sums
-            arriving[1::2],  # and of their norms
+            d_outputs[:count],
+            d_outputs[count:],
             ctx.scales,
-            grads,
+            tuple(grads.values()),
             d_rows,
+            tuple(grads),
             *ctx.constants,
             tile,
         )
-        d_terms = [grads[first] if need else None for first, need in zip(firsts, need_terms)]
-        return d_rows, None, None, *d_terms
+        return d_rows, None, None, *[grads.get(column) for column in columns]
 
 
 def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
@@ -2465,14 +2401,12 @@ def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: flo
     and the backward kernel adds it to the stream's gradient while it writes that. If they read the stream itself,
     autograd adds the (T, d) gradients in a kernel of its own, a pass over memory for each reader."""
     terms = [x for stream in streams for x in stream]
-    by_term = []  # the sums, with a weight for each term
-    for s in sums:
-        weights = [(w,) * len(stream) for w, stream in zip(s.weights, streams)]
-        by_term.append(s._replace(weights=sum(weights, ())))
+    counts = [len(stream) for stream in streams]
+    by_term = [s._replace(weights=tuple(np.repeat(s.weights, counts).tolist())) for s in sums]
     if not use_kernels(terms[0].dtype, terms[0].device):
         return combine_reference(terms, by_term, rows, eps)
     outputs = Combine.apply(rows, by_term, eps, *terms)
-    return [Combined(*pair) for pair in zip(outputs[::2], outputs[1::2])]
+    return [Combined(*pair) for pair in zip(outputs[: len(sums)], outputs[len(sums) :])]
 
 
 # --- A product and the attention gate's, from one input ---
@@ -2513,31 +2447,6 @@ def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 # largest lengths. `window` is how many tokens a query reaches back, -1: all. A sequence's queries are its last tokens.
 
 
-def sequence_groups(cu_q: Tensor, cu_k: Tensor, window: int) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """Yield runs of consecutive sequences of equal lengths, n queries and m keys each, as (their queries, their keys,
-    how many sequences, mask): which keys a query sees, (n, m) bool."""
-    lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
-    nonempty = (pair for pair in lengths if pair != (0, 0))
-    queries = keys = slice(0, 0)
-    for (n, m), run in itertools.groupby(nonempty):
-        count = sum(1 for _ in run)
-        queries = slice(queries.stop, queries.stop + count * n)
-        keys = slice(keys.stop, keys.stop + count * m)
-        if n == 0:  # keys that nobody asks for
-            continue
-        mask = torch.ones(n, m, dtype=torch.bool, device=cu_q.device)
-        mask = mask.tril(m - n)  # query i sees the keys up to m - n + i
-        if window >= 0:
-            mask = mask.triu(m - n - window)
-        yield queries, keys, count, mask
-
-
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """q (B, KV, G, n, D), k (B, KV, 1, m, D) -> (B, KV, G, n, m), softmax over the keys that the mask allows."""
-    scores = q @ k.mT * q.size(-1) ** -0.5
-    return scores.masked_fill_(~mask, -torch.inf).softmax(-1)
-
-
 def heads_first(t: Tensor, count: int, kv_heads: int) -> Tensor:
     """(count n, H, D) -> (count, KV, H / KV, n, D)."""
     grouped = t.unflatten(0, (count, -1)).unflatten(2, (kv_heads, -1))  # (count, n, KV, H / KV, D)
@@ -2549,45 +2458,68 @@ def tokens_first(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
-def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1) -> tuple[Tensor, Tensor]:
+class Group(NamedTuple):
+    """A run of `count` consecutive sequences of equal lengths, n queries and m keys each, with their heads first."""
+
+    queries: slice  # of the tokens of q
+    keys: slice  # of the tokens of k
+    q: Tensor  # (count, KV, G, n, D)
+    k: Tensor  # (count, KV, 1, m, D)
+    v: Tensor  # (count, KV, 1, m, D)
+    weights: Tensor  # (count, KV, G, n, m), softmax over the keys that a query sees
+
+
+def sequence_groups(q, k, v, cu_q, cu_k, window) -> Iterator[Group]:
+    """Yield the sequences that have queries."""
+    lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
+    nonempty = (pair for pair in lengths if pair != (0, 0))
+    queries = slice(0, 0)
+    keys = slice(0, 0)
+    for (n, m), run in itertools.groupby(nonempty):
+        count = len(list(run))
+        queries = slice(queries.stop, queries.stop + count * n)
+        keys = slice(keys.stop, keys.stop + count * m)
+        if n == 0:  # keys that nobody asks for
+            continue
+        seen = torch.ones(n, m, dtype=torch.bool, device=q.device)
+        seen = seen.tril(m - n)  # query i sees the keys up to m - n + i
+        if window >= 0:
+            seen = seen.triu(m - n - window)
+        qs = heads_first(q[queries], count, k.size(1))
+        ks = heads_first(k[keys], count, k.size(1))
+        vs = heads_first(v[keys], count, k.size(1))
+        scores = qs @ ks.mT * q.size(-1) ** -0.5
+        weights = scores.masked_fill_(~seen, -torch.inf).softmax(-1)
+        yield Group(queries, keys, qs, ks, vs, weights)
+
+
+def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1):
     """Attention in plain PyTorch. The log-sum-exp is empty, since the backward pass recomputes."""
     out = torch.empty_like(q)
-    kv_heads = k.size(1)
-    for queries, keys, count, mask in sequence_groups(cu_q, cu_k, window):
-        qs = heads_first(q[queries], count, kv_heads)
-        ks = heads_first(k[keys], count, kv_heads)
-        vs = heads_first(v[keys], count, kv_heads)
-        out[queries] = tokens_first(attention_weights(qs, ks, mask) @ vs)
+    for group in sequence_groups(q, k, v, cu_q, cu_k, window):
+        out[group.queries] = tokens_first(group.weights @ group.v)
     return out, q.new_empty(0, dtype=torch.float32)
 
 
-def reference_backward(
-    dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1):
     """Gradients of `reference_forward`, from P = softmax(S), S = q k' / sqrt(D), where ' is the transpose:
 
     dv = P' dout    dP = dout v'    dS = P (dP - rowsum(dP P)) / sqrt(D)    dq = dS k    dk = dS' q
     Those of k and v sum over the G heads that share them."""
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    kv_heads = k.size(1)
-    for queries, keys, count, mask in sequence_groups(cu_q, cu_k, window):
-        qs = heads_first(q[queries], count, kv_heads)
-        ks = heads_first(k[keys], count, kv_heads)
-        vs = heads_first(v[keys], count, kv_heads)
-        ds = heads_first(dout[queries], count, kv_heads)
-        p = attention_weights(qs, ks, mask)
-        dp = ds @ vs.mT
-        centred = dp - (dp * p).sum(-1, keepdim=True)
-        dscore = p * centred * q.size(-1) ** -0.5
-        dq[queries] = tokens_first(dscore @ ks)
-        dk[keys] = tokens_first((dscore.mT @ qs).sum(2, keepdim=True))
-        dv[keys] = tokens_first((p.mT @ ds).sum(2, keepdim=True))
+    for queries, keys, qs, ks, vs, p in sequence_groups(q, k, v, cu_q, cu_k, window):
+        do = heads_first(dout[queries], *qs.shape[:2])
+        dp = do @ vs.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
+        dq[queries] = tokens_first(ds @ ks)
+        dk[keys] = tokens_first((ds.mT @ qs).sum(2, keepdim=True))
+        dv[keys] = tokens_first((p.mT @ do).sum(2, keepdim=True))
     return dq, dk, dv
 
 
 # The operators of FlashAttention 3 take up to 34 positional arguments: one group of them a line.
 # fmt: off
-def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, Tensor]:
+def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: out (Tq, H, D) and log-sum-exp (H, Tq) fp32."""
     out, lse, *_ = torch.ops.flash_attn_3.fwd(
         q, k, v,
@@ -2604,7 +2536,7 @@ def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, Tens
     return out, lse
 
 
-def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, ...]:
+def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: gradients of q, k, v."""
     grads = empty_like(q, k, v)
     torch.ops.flash_attn_3.bwd(
@@ -2630,13 +2562,13 @@ def fa4_where(cu_q, cu_k, max_q, max_k, window) -> dict:
     )
 
 
-def fa4_forward(q, k, v, *where) -> tuple[Tensor, Tensor]:
+def fa4_forward(q, k, v, *where):
     """FlashAttention 4 (CuTe DSL, compiled at first use): out and log-sum-exp (H, Tq)."""
     module = sys.modules[ATTENTION_MODULES["fa4"]]
     return module._flash_attn_fwd(q, k, v, return_lse=True, **fa4_where(*where))[:2]
 
 
-def fa4_backward(dout, q, k, v, out, lse, *where) -> tuple[Tensor, ...]:
+def fa4_backward(dout, q, k, v, out, lse, *where):
     """FlashAttention 4: gradients of q, k, v."""
     module = sys.modules[ATTENTION_MODULES["fa4"]]
     return module._flash_attn_bwd(q, k, v, out, dout, lse, **fa4_where(*where))
@@ -2656,14 +2588,14 @@ def torch_where(cu_q, cu_k, max_q, max_k, window) -> dict:
     )
 
 
-def torch_forward(q, k, v, *where) -> tuple[Tensor, Tensor]:
+def torch_forward(q, k, v, *where):
     """torch's own FlashAttention 2: out and log-sum-exp."""
     attention = torch.ops.aten._flash_attention_forward
     out, lse, *_ = attention(q, k, v, return_debug_mask=False, **torch_where(*where))
     return out, lse
 
 
-def torch_backward(dout, q, k, v, out, lse, *where) -> tuple[Tensor, Tensor, Tensor]:
+def torch_backward(dout, q, k, v, out, lse, *where):
     """torch's own FlashAttention 2: gradients of q, k, v."""
     attention_gradient = torch.ops.aten._flash_attention_backward
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout, not used at rate 0
@@ -2709,47 +2641,50 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
     raise UserError(f"ATTENTION={cfg.attention}: no backend works here ({'; '.join(reasons)})")
 
 
+def both_directions(backend: Backend, tensors: list[Tensor], where: tuple) -> tuple[Tensor, ...]:
+    """-> out, dq, dk, dv of tensors dout, q, k, v."""
+    dout, *qkv = tensors
+    out, lse = backend.forward(*qkv, *where)
+    return out, *backend.backward(dout, *qkv, out, lse, *where)[:3]
+
+
 def check_backend(name: str, cfg: Config, device: torch.device) -> None:
     """Compare both directions with the reference on two documents, without a window and with one; both
     without cached keys and with them: fewer queries than keys. Raise RuntimeError if they differ by 2 % (bf16)."""
-    backend = BACKENDS[name]
     head_dim = cfg.model_dim // cfg.num_heads
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, dout = (
+    dout, q, k, v = (
         torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
-        for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads)
+        for heads in (cfg.num_heads, cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
     )
     cu_k = torch.tensor([0, 100, 384], dtype=torch.int32, device=device)
     cu_cached = torch.tensor([0, 30, 130], dtype=torch.int32, device=device)
     for window, (cu_q, n) in itertools.product((-1, 64), ((cu_k, 384), (cu_cached, 130))):
-        inputs = (q[:n], k, v)
+        tensors = [dout[:n], q[:n], k, v]
         where = (cu_q, cu_k, 384, 384, window)
-        out, lse = backend.forward(*inputs, *where)
-        grads = backend.backward(dout[:n], *inputs, out, lse, *where)
-        exact = [t.float() for t in inputs]
-        wanted_out, _ = reference_forward(*exact, *where)
-        wanted_grads = reference_backward(dout[:n].float(), *exact, None, None, *where)
-        for have, want in zip((out, *grads[:3]), (wanted_out, *wanted_grads)):
+        results = both_directions(BACKENDS[name], tensors, where)
+        exact = both_directions(BACKENDS["reference"], [t.float() for t in tensors], where)
+        for have, want in zip(results, exact):
             error = ((have.float() - want).norm() / want.norm()).item()
             if not error < 0.02:  # NaN is no agreement
                 raise RuntimeError(f"differs from the reference by {error:.1%}")
 
 
 class Attention(torch.autograd.Function):
-    """The backend of that name: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
+    """A backend: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, window, name):
-        out, lse = BACKENDS[name].forward(q, k, v, cu_q, cu_k, max_q, max_k, window)
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        ctx.constants = (max_q, max_k, window)
-        ctx.name = name
+    def forward(ctx, backend, q, k, v, *where):
+        out, lse = backend.forward(q, k, v, *where)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.backend = backend
+        ctx.where = where
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        grads = BACKENDS[ctx.name].backward(dout.contiguous(), *ctx.saved_tensors, *ctx.constants)
-        return *grads[:3], *[None] * 6
+        grads = ctx.backend.backward(dout.contiguous(), *ctx.saved_tensors, *ctx.where)
+        return None, *grads[:3], *[None] * len(ctx.where)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_backend: str) -> Tensor:
@@ -2758,7 +2693,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_bac
     if attention_backend != "reference":  # the flash kernels take no fp32
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
     where = (seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window)
-    return Attention.apply(q, k, v, *where, attention_backend).to(dtype)
+    return Attention.apply(BACKENDS[attention_backend], q, k, v, *where).to(dtype)
 
 
 # ======== Model: one trunk, one head =================================================================================
