@@ -3356,7 +3356,14 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
     d = model.cfg.model_dim
     device = model.tok_emb.device
     visits = len(model.schedules[model.cfg.looped])
-    widths = dict(q=model.q_dim, k=model.kv_dim, v=model.kv_dim, o=d, mlp=d, head=model.cfg.vocab_size)
+    widths = {
+        "q": model.q_dim,
+        "k": model.kv_dim,
+        "v": model.kv_dim,
+        "o": d,
+        "mlp": d,
+        "head": model.cfg.vocab_size,
+    }
     generator = torch.Generator().manual_seed(seed)
     a = {}
     b = {}
@@ -3438,11 +3445,10 @@ class MuonGroup:
 
     def __init__(self, rows: int, cols: int, blocks: list[Block], ranks: Ranks, dtype: torch.dtype):
         """dtype: of momentum and update."""
-        layers = len(blocks[0].parameter)
         self.rows = rows
         self.cols = cols
         self.blocks = blocks
-        self.count = len(blocks) * layers
+        self.count = len(blocks) * len(blocks[0].parameter)  # a matrix in each layer
         self.shard = math.ceil(self.count / ranks.world)  # matrices of one rank; the last ranks' may be padding
         self.padded = self.shard * ranks.world
         self.momentum = torch.zeros(self.shard, rows, cols, dtype=dtype, device=ranks.device)  # this rank's
@@ -3489,7 +3495,11 @@ class Optimizer:
         for p, rule in zip(self.parameters, parameter_rules(model, cfg).values()):
             if not rule.heights:
                 self.small.append(p)
-                settings = {"params": [], "base_lr": rule.lr, "weight_decay": rule.weight_decay}  # step() sets the lr
+                settings = {
+                    "params": [],
+                    "base_lr": rule.lr,  # times its factor, step() makes it the lr
+                    "weight_decay": rule.weight_decay,
+                }
                 adam_groups.setdefault(rule, settings)["params"].append(p)
                 continue
             assert sum(rule.heights) == p.size(1), "Muon needs every row of a parameter once"
@@ -3563,8 +3573,9 @@ class Optimizer:
         norms = torch._foreach_norm(shards, dtype=torch.float32)  # fp32: the shards are bf16 on a GPU
         squares = self.ranks.all_reduce_(torch.stack(norms).square().sum())
         small_norms = torch._foreach_norm(small)
-        squares = squares + torch.stack(small_norms).square().sum()
-        return (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        squares += torch.stack(small_norms).square().sum()
+        norm = squares.sqrt()
+        return (limit / (norm + 1e-6)).clamp(max=1.0)
 
     def muon_momentum(self, step: int) -> float:
         """Muon's momentum after its linear warm-up or on the way there."""
@@ -3589,7 +3600,7 @@ class Optimizer:
         if self.ranks.world == 1:
             return update, None
         everyones = update.new_empty(group.padded, group.rows, group.cols)
-        return everyones, dist.all_gather_into_tensor(everyones, update.contiguous(), async_op=True)
+        return everyones, dist.all_gather_into_tensor(everyones, update, async_op=True)
 
     @torch.no_grad()
     def use_average(self, steps: int):
