@@ -3738,10 +3738,9 @@ class Trainer:
         require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
         self.curve.append((step, round(seconds, 3), loss, lr_scale))
         percent = 100 * self.schedule.progress(step, seconds)
-        mean = 1e3 * seconds / step
         self.log(
-            f"step {step:6d}  {percent:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  {mean:7.1f} ms/step  "
-            f"{seconds:6.1f} s"
+            f"step {step:6d}  {percent:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  "
+            f"{1e3 * seconds / step:7.1f} ms/step  {seconds:6.1f} s"
         )
 
 
