@@ -2708,8 +2708,7 @@ class Visit(NamedTuple):
 
     index: int
     layer: int
-    skip: int | None  # row of skip_weights and skip_gates, where an earlier output is merged in
-    source: int | None  # index of the visit whose output that is
+    source: int | None  # index of the visit whose output is merged in; None: nothing is
     keep: bool  # whether a later visit merges the stream that this one finds, the output of the visit before
     lanes: bool  # attention reads one lane, the MLP the other (#1529)
     shared: bool  # the MLP reads what attention reads, as in GPT-J (#1493)
@@ -2720,24 +2719,22 @@ def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second half merges their outputs,
     last first: of 6 visits number 3 merges the output of number 2, number 4 that of number 1, number 5 that of 0."""
     layers = list(range(cfg.num_layers))
-    if looped and cfg.num_loops:
-        loop = layers[cfg.loop_start : cfg.loop_end + 1]
-        layers = layers[: cfg.loop_start] + loop * (cfg.num_loops + 1) + layers[cfg.loop_end + 1 :]
+    if looped:
+        end = cfg.loop_end + 1
+        layers[end:end] = layers[cfg.loop_start : end] * cfg.num_loops
     encoder = len(layers) // 2
     visits = []
     for i, layer in enumerate(layers):
-        j = i - encoder  # decoder visit
-        merges = 0 <= j < encoder
         parallel = 0 < cfg.parallel_start_layer <= layer
+        lanes = cfg.parallel_mode == "lanes"
         visits.append(
             Visit(
                 index=i,
                 layer=layer,
-                skip=j if merges else None,
-                source=encoder - 1 - j if merges else None,
+                source=2 * encoder - 1 - i if encoder <= i < 2 * encoder else None,
                 keep=0 < i < encoder,
-                lanes=parallel and j >= 0 and cfg.parallel_mode == "lanes",
-                shared=parallel and cfg.parallel_mode == "gptj",
+                lanes=parallel and lanes and i >= encoder,
+                shared=parallel and not lanes,
                 norm_scale=1 / math.sqrt(layer + 1),
             )
         )
@@ -2751,6 +2748,14 @@ class Cache(NamedTuple):
     keys: Tensor  # (visits, rows, length, KV, D)
     values: Tensor  # (visits, rows, length, KV, D)
     last: Tensor  # (rows,) int64
+
+    def by_row(self, t: Tensor) -> Tensor:
+        """t (rows * n, ...) -> (rows, n, ...)."""
+        return t.unflatten(0, (len(self.last), -1))
+
+    def extended(self, cached: Tensor, new: Tensor) -> Tensor:
+        """cached (rows, length, ...), and behind each row its new (rows * n, ...) -> (rows * (length + n), ...)."""
+        return torch.cat((cached, self.by_row(new)), 1).flatten(0, 1)
 
 
 class Mix(NamedTuple):
@@ -2768,7 +2773,7 @@ class Mix(NamedTuple):
 
 
 # A visit's coefficients are stacked to (5, d) in the order of Mix; this names the row of each.
-ROW = Mix(0, 1, 2, 3, 4)
+ROW = Mix(*range(5))
 
 
 class LayerWeights(NamedTuple):
@@ -2807,6 +2812,10 @@ def calibrated_scores(
     return Scores(nats, logits.gather(1, hint[:, None])[:, 0] - log_total)
 
 
+def no_tap(kind: str, layer: int, x: Tensor):
+    """The tap of a pass that nobody watches."""
+
+
 class Site(NamedTuple):
     """What a sublayer computes with at a visit, besides its input."""
 
@@ -2815,27 +2824,22 @@ class Site(NamedTuple):
     rope: tuple[Tensor, Tensor]  # cos, sin (T, rope_dims / 2)
     seq: Seq
     lora: "LoRA | None"
-    tap: Callable | None  # (kind, layer, x) sees the input of every product
-    past: tuple[Tensor, Tensor] | None  # cached keys and values (rows, length, KV, D)
-
-    def watch(self, kind: str, x: Tensor):
-        """Show the tap the input of a product."""
-        if self.tap is not None:
-            self.tap(kind, self.visit.layer, x)
+    tap: Callable  # (kind, layer, x) sees the input of every product
+    cache: Cache | None
 
     def adapted(self, kind: str, y: Tensor, x: Tensor) -> Tensor:
         """y (T, out) and what the adapter of that kind adds to it, a function of x (T, in)."""
         return y if self.lora is None else self.lora.add_to(y, kind, self.visit.index, x)
 
 
-def add_and_norm(terms: tuple[Tensor, ...], scale: float, keep: bool = True) -> Combined:
+def add_and_norm(terms: tuple, scale: float, keep: bool = True) -> Combined:
     """The sum of terms (T, d), if it is to be kept, and its RMSNorm times scale."""
     return combine([terms], [Sum((ONE,), scale, keep)], None, NORM_EPS)[0]
 
 
 class Residual:
-    """The residual stream of one forward pass, by the equations of GPT. Sublayers read() and write() it; where it has
-    two lanes, read_lanes() and write_lanes().
+    """The residual stream of one forward pass, by the equations of GPT. At each visit attention reads it with read(),
+    the MLP with read_mlp(), and both write() what they add to it.
 
     Additions wait. What is written stays a term of its own until the next read, where one kernel adds, mixes and norms.
     x0 is handed on (see combine): a visit reads the x0 that the read before it returned."""
@@ -2844,85 +2848,78 @@ class Residual:
         self.model = model
         self.x0 = x0
         self.mixes = model.mixes(looped)
-        self.terms = ()  # the stream is their sum; at first it is x0, which `mixes` accounts for
-        self.outputs = {}  # index of a visit -> the stream after it, where a later visit merges it
-        self.lanes = None  # four streams: both lanes as attention and the MLP read them, and what these two wrote
-        self.shares = (
-            None  # (3, 2): the weights of the lane itself, of attention and of the MLP in each lane's new value
-        )
+        self.lanes = []  # where there are two: both, without what was written since
+        # Without lanes the stream is the sum of these; at first it is x0, which `mixes` accounts for. With lanes, these
+        # are what attention and the MLP wrote.
+        self.terms = ()
+        self.shares = None  # (3, 2): in each lane's new value the weights of the lane, of attention and of the MLP
+        self.outputs = {}  # index of a visit -> (stream after it,), where a later visit merges it
+        self.mlp_input = None  # where the MLP reads nothing of what attention writes
 
     def read(self, visit: Visit) -> Tensor:
-        """Mix x0 and the skip into the stream -> what attention reads (T, d)."""
-        streams = [(self.x0,), self.terms, self.merged(visit)]
+        """Mix x0 and the skip into the stream, or into lane 0 -> what attention reads (T, d)."""
+        # The first visit to merge an output would find the stream itself, which `mixes` accounts for.
+        skip = self.outputs.get(visit.source, ())
+        streams = [(self.x0,), self.terms, skip]
         sums = [
-            Sum((ROW.embedding, ROW.stream, ROW.skip), visit.norm_scale),
-            Sum((ONE, ABSENT, ABSENT)),
-            Sum((ABSENT, ONE, ABSENT)),
+            Sum((ROW.embedding, ROW.stream, ROW.skip, ABSENT), visit.norm_scale, keep=not visit.lanes),
+            Sum((ONE, ABSENT, ABSENT, ABSENT)),
         ]
-        mixed, x0, *output = combine(streams, sums[: 2 + visit.keep], self.mixes[visit.index], NORM_EPS)
         if visit.keep:
-            self.outputs[visit.index - 1] = output[0].sum
+            sums.append(Sum((ABSENT, ONE, ABSENT)))
+        if visit.lanes:
+            first, second = self.read_lanes(visit.norm_scale)
+            streams = [(self.x0,), (first.sum,), skip, (second.sum,)]
+            own = ONE if visit.source is None else ROW.lane_stream
+            sums += [Sum((ABSENT, own, ROW.lane_skip, ABSENT)), Sum((ABSENT, ABSENT, ABSENT, ONE))]
+        mixed, x0, *others = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
         self.x0 = x0.sum
         self.terms = (mixed.sum,)
+        self.mlp_input = mixed.normed
+        if visit.keep:
+            self.outputs[visit.index - 1] = (others[0].sum,)
+        if visit.lanes:
+            self.lanes = [lane.sum for lane in others]
+            self.terms = ()
+            self.mlp_input = second.normed
+            kept = self.model.parallel_resid[visit.layer, None]
+            self.shares = torch.cat((kept, self.model.parallel_post[visit.layer]))
         return mixed.normed
 
-    def write(self, update: Tensor):
-        """Add a sublayer's output (T, d) to the stream."""
-        self.terms += (update,)
+    def read_lanes(self, scale: float):
+        """Both lanes with all that was written, and the RMSNorm of lane 1 times scale."""
+        if self.lanes:
+            sums = [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), scale)]  # rows of the flattened shares
+            return self.combine_lanes(sums, self.shares.flatten())
+        return [add_and_norm(self.terms, scale)] * 2  # both begin as the stream
 
-    def read_sum(self, visit: Visit) -> Tensor:
-        """-> what the MLP reads after attention has written (T, d)."""
+    def read_mlp(self, visit: Visit) -> Tensor:
+        """-> what the MLP reads (T, d), once attention has written."""
+        if visit.lanes or visit.shared:
+            return self.mlp_input
         added = add_and_norm(self.terms, visit.norm_scale)
         self.terms = (added.sum,)
         return added.normed
 
-    def read_lanes(self, visit: Visit) -> tuple[Tensor, Tensor]:
-        """-> what attention reads of lane 0, and what the MLP reads of lane 1, both (T, d)."""
-        scale = visit.norm_scale
-        if self.lanes is None:  # both begin as the stream
-            first = second = add_and_norm(self.terms, scale)
-        else:
-            first, second = self.combine_lanes(
-                [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), scale)],  # rows of the flattened shares
-                self.shares.flatten(),
-            )
-        streams = [(self.x0,), (first.sum,), (second.sum,), self.merged(visit)]
-        own = ONE if visit.skip is None else ROW.lane_stream
-        sums = [
-            Sum((ROW.embedding, ROW.stream, ABSENT, ROW.skip), scale, keep=False),
-            Sum((ONE, ABSENT, ABSENT, ABSENT)),
-            Sum((ABSENT, own, ABSENT, ROW.lane_skip)),
-            Sum((ABSENT, ABSENT, ONE, ABSENT)),
-        ]
-        mixed, x0, *lanes = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
-        self.x0 = x0.sum
-        self.lanes = [(lane.sum,) for lane in lanes]
-        return mixed.normed, second.normed
-
-    def write_lanes(self, visit: Visit, attended: Tensor, transformed: Tensor):
-        """Add attention's and the MLP's output, both (T, d), to both lanes."""
-        self.lanes += [(attended,), (transformed,)]
-        kept = self.model.parallel_resid[visit.layer]
-        self.shares = torch.cat((kept[None], self.model.parallel_post[visit.layer]))
+    def write(self, update: Tensor):
+        """Add a sublayer's output (T, d) to the stream, or to both lanes."""
+        self.terms += (update,)
 
     def final(self) -> Tensor:
         """The trunk's output (T, d): the RMSNorm of the stream or of the mean of the lanes."""
-        if self.lanes is None:
+        if not self.lanes:
             return add_and_norm(self.terms, 1.0, keep=False).normed
-        kept, added = (0.5 * self.shares).split((1, 2))
-        weights = torch.cat((kept[0], added.sum(1)))  # of both lanes, of attention and of the MLP in the mean
+        half = 0.5 * self.shares
+        weights = torch.cat((half[0], half[1:].sum(1)))  # of both lanes, of attention and of the MLP in the mean
         (mean,) = self.combine_lanes([Sum((0, 1, 2, 3), 1.0, keep=False)], weights)
         return mean.normed
 
-    def combine_lanes(self, sums: list[Sum], weights: Tensor) -> list[Combined]:
-        """combine() by weights (rows,) that hold for all channels."""
+    def combine_lanes(self, sums, weights):
+        """combine() of both lanes and of what attention and the MLP wrote, by weights (rows,) that hold for all
+        channels."""
+        streams = [(x,) for x in (*self.lanes, *self.terms)]
         rows = weights[:, None].expand(-1, self.x0.size(1))
-        return combine(self.lanes, sums, rows, NORM_EPS)
-
-    def merged(self, visit: Visit) -> tuple[Tensor, ...]:
-        """The output of an earlier visit that joins the stream. The first visit to merge one would find the stream
-        itself, which `mixes` accounts for."""
-        return (self.outputs[visit.source],) if visit.source in self.outputs else ()
+        return combine(streams, sums, rows, NORM_EPS)
 
 
 def parameter(*shape: int, value: float = 0) -> nn.Parameter:
@@ -2977,7 +2974,7 @@ class GPT(nn.Module):
         self.kv_dim = cfg.num_kv_heads * self.head_dim
         hidden = int(cfg.mlp_mult * d)
         channels = min(GATE_CHANNELS, d)
-        skips = max(len(visits) // 2 for visits in self.schedules.values())
+        skips = len(self.schedules[True]) // 2  # the loops only add visits
 
         # matrices
         self.tok_emb = parameter(cfg.vocab_size, d)  # (V, d), also the head
@@ -2989,7 +2986,7 @@ class GPT(nn.Module):
         # scales and gates of the sublayers
         self.attn_scale = parameter(layers, d, value=1)  # (L, d)
         self.mlp_scale = parameter(layers, d, value=1)  # (L, d)
-        self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))  # (L, 2, d)
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(layers, 1, d))  # (L, 2, d)
         self.q_gain = parameter(layers, heads, value=cfg.qk_gain_init)  # (L, H)
         gated = cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled
         self.attn_gate = parameter(layers, heads, channels) if gated else None  # (L, H, channels)
@@ -3005,18 +3002,18 @@ class GPT(nn.Module):
         self.parallel_resid = parameter(layers, 2, value=1.1) if lanes else None  # (L, lane)
 
         # embedding and head
-        smear = cfg.smear_gate_enabled
-        self.smear_gate = parameter(channels) if smear else None  # (channels,)
-        self.smear_lambda = parameter() if smear else None  # ()
+        self.smear_gate = parameter(channels) if cfg.smear_gate_enabled else None  # (channels,)
+        self.smear_lambda = parameter() if cfg.smear_gate_enabled else None  # ()
         # One cap of all logits, or learned ones of positive and of negative logits.
         self.caps = parameter(2, value=cfg.logit_softcap) if cfg.asym_logit_rescale else cfg.logit_softcap
 
         # constants of each layer
-        pairs = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32)
-        frequency = cfg.rope_base ** -(pairs / max(cfg.rope_dims, 1))
+        pairs = torch.arange(0, cfg.rope_dims, 2)
+        frequency = cfg.rope_base ** -(pairs / cfg.rope_dims)
         self.register_buffer("rope_frequency", frequency, persistent=False)  # (rope_dims / 2,)
-        full = {int(n) for n in cfg.attn_full_layers.split(",") if n} if cfg.attn_window else range(layers)
-        self.windows = [-1 if layer in full else cfg.attn_window for layer in range(layers)]
+        window = cfg.attn_window or -1
+        full = {int(n) for n in cfg.attn_full_layers.split(",") if n}
+        self.windows = [-1 if layer in full else window for layer in range(layers)]  # tokens seen; -1: all
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -3037,19 +3034,17 @@ class GPT(nn.Module):
             down=self.down * self.mlp_scale[:, :, None],
             attn_gate=self.attn_gate,
         )
-        absent = [None] * self.cfg.num_layers
-        columns = [absent if stack is None else stack.to(self.dtype).unbind(0) for stack in stacks]
+        columns = [itertools.repeat(None) if stack is None else stack.to(self.dtype).unbind() for stack in stacks]
         return [LayerWeights(*layer) for layer in zip(*columns)]
 
     def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         """tokens (T,) -> x0 (T, d), normed."""
         if cache is None:
-            rows = tokens[None]
-            first = rows[:, :1]  # at position 0, where nothing before is seen
+            # Before the first comes itself: at position 0 nothing before is seen.
+            previous = torch.cat((tokens[:1], tokens[:-1]))
         else:
-            rows = tokens.unflatten(0, (len(cache.last), -1))
-            first = cache.last[:, None]
-        previous = torch.cat((first, rows[:, :-1]), 1).flatten()
+            earlier = cache.by_row(tokens)[:, :-1]
+            previous = torch.cat((cache.last[:, None], earlier), 1).flatten()
         return embed(
             tokens,
             previous,
@@ -3065,17 +3060,15 @@ class GPT(nn.Module):
         """The Mix of each visit, stacked (5, d). x = g x + (1 - g) w s and then x = stay x + begin x0 are together
         x = begin x0 + (stay g) x + (stay (1 - g) w) s."""
         schedule = self.schedules[looped]
-        layers = self.resid_mix.unbind(0)
+        layers = self.resid_mix.unbind()
         stay, begin = torch.stack([layers[visit.layer] for visit in schedule]).unbind(1)  # (visits, d)
         # The first visit finds x = x0. Its stream is left out, and x0 gets both coefficients.
         begin = torch.cat((begin[:1] + stay[:1], begin[1:]))
 
-        encoder = (
-            len(schedule) // 2
-        )  # visits that merge nothing; as many then merge one output each, by skips 0, 1, ...
-        w = self.skip_weights[:encoder]
+        # Half of the visits merge nothing. As many then merge one output each, by skips 0, 1, ...
+        encoder = len(schedule) // 2
         g = torch.sigmoid(self.skip_gates[:encoder])
-        skip = (1 - g) * w
+        skip = (1 - g) * self.skip_weights[:encoder]
         # The first to merge comes right after its source: s = x. Its s is left out, and x gets both coefficients.
         g = torch.cat((g[:1] + skip[:1], g[1:]))
 
@@ -3089,7 +3082,7 @@ class GPT(nn.Module):
             lane_stream=g,
             lane_skip=skip,
         )
-        return torch.stack(mix, 1).unbind(0)
+        return torch.stack(mix, 1).unbind()
 
     def trunk(
         self,
@@ -3098,39 +3091,28 @@ class GPT(nn.Module):
         *,
         looped: bool,
         lora: "LoRA | None" = None,
-        tap: Callable | None = None,
+        tap: Callable = no_tap,
         cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens'.
         With lora or cache, tokens are rows of one length, flattened. The tap sees the input of every product."""
         residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
-        angle = seq.positions[:, None].float() * self.rope_frequency
+        angle = seq.positions[:, None] * self.rope_frequency
         rope = angle.cos(), angle.sin()
         weights = self.layer_weights()
         new = []  # keys and values of each visit
         for visit in self.schedules[looped]:
-            past = None if cache is None else (cache.keys[visit.index], cache.values[visit.index])
-            site = Site(visit, weights[visit.layer], rope, seq, lora, tap, past)
-            if visit.lanes:
-                attention_input, mlp_input = residual.read_lanes(visit)
-                attended, keys, values = self.attention_sublayer(attention_input, site)
-                transformed = self.mlp_sublayer(mlp_input, site)
-                residual.write_lanes(visit, attended, transformed)
-            else:
-                normed = residual.read(visit)
-                attended, keys, values = self.attention_sublayer(normed, site)
-                residual.write(attended)
-                if not visit.shared:
-                    normed = residual.read_sum(visit)
-                residual.write(self.mlp_sublayer(normed, site))
+            site = Site(visit, weights[visit.layer], rope, seq, lora, tap, cache)
+            attended, *keys_values = self.attention_sublayer(residual.read(visit), site)
+            residual.write(attended)
+            residual.write(self.mlp_sublayer(residual.read_mlp(visit), site))
             if cache is not None:  # otherwise nobody reads them, and in training they are 0.2 GB a visit
-                new.append((keys, values))
+                new.append(keys_values)
         hidden = residual.final()
         if cache is None:
             return hidden
-        by_row = lambda t: t.unflatten(0, (len(cache.last), -1))
-        keys, values = (torch.stack([by_row(t) for t in visits]) for visits in zip(*new))
-        return hidden, Cache(keys, values, by_row(tokens)[:, -1])
+        keys, values = (torch.stack([cache.by_row(t) for t in visits]) for visits in zip(*new))
+        return hidden, Cache(keys, values, cache.by_row(tokens)[:, -1])
 
     def attention_sublayer(self, n: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """n (T, d) -> output (T, d), and the new tokens' keys and values: (T, KV, D) with a cache, else (T, H, D).
@@ -3140,16 +3122,18 @@ class GPT(nn.Module):
         y = y - (y v / |v|^2) v                  XSA: without the component along the token's own value
         y = top sigmoid(slope z) y               z = attn_gate times the first channels of n, for each head"""
         cfg = self.cfg
-        layer = site.visit.layer
+        visit = site.visit
+        layer = visit.layer
         weights = site.weights
-        site.watch("qkv", n)
+        cache = site.cache
+        site.tap("qkv", layer, n)
         if weights.attn_gate is None:
             qkv = F.linear(n, weights.qkv)
             z = n.new_zeros(len(n), cfg.num_heads)
         else:
             qkv, z = gated_linear(n, weights.qkv, weights.attn_gate)
         qkv = site.adapted("qkv", qkv, n)
-        copies = cfg.num_heads // cfg.num_kv_heads if site.past is None else 1  # a cache holds each key once
+        copies = cfg.num_heads // cfg.num_kv_heads if cache is None else 1  # a cache holds each key once
         q, *new, own_v = qkv_heads(
             qkv,
             self.q_gain[layer],
@@ -3159,22 +3143,20 @@ class GPT(nn.Module):
             NORM_EPS,
         )
         k, v = new
-        if site.past is not None:
-            k, v = (
-                torch.cat((cached, t.unflatten(0, (len(cached), -1))), 1).flatten(0, 1)
-                for cached, t in zip(site.past, new)
-            )
+        if cache is not None:
+            k = cache.extended(cache.keys[visit.index], k)
+            v = cache.extended(cache.values[visit.index], v)
         y = attend(q, k, v, site.seq, self.windows[layer], self.attention_backend)
         y = xsa_gate(y, own_v, z, self.gate_slope, self.gate_top).flatten(1)
-        site.watch("o", y)
+        site.tap("o", layer, y)
         # The adapter "o" reads the sublayer's input and not that of the product, as #1855's does.
         return site.adapted("o", F.linear(y, weights.o), n), *new
 
     def mlp_sublayer(self, n: Tensor, site: Site) -> Tensor:
         """n (T, d) -> (T, d)."""
         out, hidden = mlp(n, site.weights.up, site.weights.down, self.cfg.leaky_relu_sq_slope)
-        site.watch("up", n)
-        site.watch("down", hidden)
+        site.tap("up", site.visit.layer, n)
+        site.tap("down", site.visit.layer, hidden)
         return site.adapted("mlp", out, n)
 
     def logits(self, hidden: Tensor, lora: "LoRA | None" = None) -> Tensor:
@@ -3190,19 +3172,14 @@ class GPT(nn.Module):
         nats, log_total = softcap_nll(z, targets, self.caps)
         if hint is None:
             return Scores(nats)
-        return Scores(nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - log_total)
-
-    def loss(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Sum of the nats times weight (T,) fp32: a scalar."""
-        if self.logit_calibration is not None:
-            return torch.dot(self.nll(hidden, targets).nats, weight)
-        return head_loss(hidden, self.tok_emb.to(self.dtype), targets, self.caps, weight)
+        hinted = z.gather(1, hint[:, None])[:, 0]
+        return Scores(nats, softcap(hinted, self.caps) - log_total)
 
 
 @torch.no_grad()
 def folded_state(model: GPT) -> dict[str, Tensor]:
     """Parameters by name (fp32), the sublayer scales multiplied into the rows they scale and set to one."""
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = {name: p.clone() for name, p in model.named_parameters()}
     for scale, matrix in FOLDED.items():
         state[matrix] *= state[scale][:, :, None]
         state[scale].fill_(1.0)
@@ -3218,8 +3195,11 @@ def score_batch(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = No
 def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     """Sum of nats over this micro-batch's targets / `total`, the tokens of the global batch."""
     hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
+    targets = batch.targets.clamp(min=0)
     weight = (batch.targets >= 0).float() / total  # padding has target -1
-    return model.loss(hidden, batch.targets.clamp(min=0), weight)
+    if model.logit_calibration is not None:
+        return torch.dot(model.nll(hidden, targets).nats, weight)
+    return head_loss(hidden, model.tok_emb.to(model.dtype), targets, model.caps, weight)
 
 
 # ======== Adapters: LoRA stacked over visits and documents ===========================================================
@@ -3239,10 +3219,11 @@ class LoRA(NamedTuple):
 
     def add_to(self, y: Tensor, kind: str, visit: int, x: Tensor) -> Tensor:
         """y (documents * n, out) plus delta(x) of x (documents * n, in). The kind "qkv" joins q, k and v."""
-        kinds = ("q", "k", "v") if kind == "qkv" else (kind,)
-        if not any(k in self.a for k in kinds):
+        kinds = "qkv" if kind == "qkv" else (kind,)
+        if self.a.keys().isdisjoint(kinds):
             return y
-        return y + torch.cat([self.delta(k, visit, x) for k in kinds], dim=-1)
+        deltas = [self.delta(k, visit, x) for k in kinds]
+        return y + torch.cat(deltas, dim=-1)
 
     def delta(self, kind: str, visit: int, x: Tensor) -> Tensor:
         """x (documents * n, in) -> (documents * n, out), zero where the kind is not adapted."""
@@ -3255,13 +3236,15 @@ class LoRA(NamedTuple):
 
     def leaves(self) -> list[Tensor]:
         """Every tensor that learns."""
-        return [t for part in (self.a, self.b) for visits in part.values() for t in visits]
+        return list(itertools.chain(*self.a.values(), *self.b.values()))
 
     def first(self, documents: int) -> "LoRA":
         """The adapters of the first documents: leaves of their own in the same memory."""
-        leaf = lambda t: t.detach()[:documents].requires_grad_()
-        a, b = ({kind: [leaf(t) for t in part[kind]] for kind in part} for part in (self.a, self.b))
-        return self._replace(a=a, b=b)
+
+        def cut(part):
+            return {kind: [t.detach()[:documents].requires_grad_() for t in part[kind]] for kind in part}
+
+        return self._replace(a=cut(self.a), b=cut(self.b))
 
 
 def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
@@ -3270,15 +3253,24 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
     d = model.cfg.model_dim
     device = model.tok_emb.device
     visits = len(model.schedules[model.cfg.looped])
-    widths = {"q": model.q_dim, "k": model.kv_dim, "v": model.kv_dim, "o": d, "mlp": d, "head": model.cfg.vocab_size}
+    widths = {
+        "q": model.q_dim,
+        "k": model.kv_dim,
+        "v": model.kv_dim,
+        "o": d,
+        "mlp": d,
+        "head": model.cfg.vocab_size,
+    }
     generator = torch.Generator().manual_seed(seed)
-    a, b = {}, {}
+    a = {}
+    b = {}
     for kind, width in widths.items():
         count = 1 if kind == "head" else visits
-        initial = (2 * torch.rand(count, 1, d, rank, generator=generator) - 1) / math.sqrt(d)
+        uniform = torch.rand(count, 1, d, rank, generator=generator)
+        initial = (2 * uniform - 1) / math.sqrt(d)
         if kind not in masked:
             a[kind] = [t.repeat(documents, 1, 1).requires_grad_() for t in initial.to(device)]
-            b[kind] = [torch.zeros(documents, rank, width, device=device).requires_grad_() for _ in range(count)]
+            b[kind] = [torch.zeros(documents, rank, width, device=device, requires_grad=True) for _ in a[kind]]
     return LoRA(a, b, widths, alpha / rank)
 
 
@@ -3306,15 +3298,18 @@ class Rule(NamedTuple):
 
 def parameter_rules(model: GPT, cfg: Config) -> dict[str, Rule]:
     """The rule of every parameter by name. A parameter that the table does not name gets the rule of the scalars."""
-    muon = Rule(cfg.matrix_lr, cfg.muon_wd)
+
+    def muon(*heights: int) -> Rule:
+        return Rule(cfg.matrix_lr, cfg.muon_wd, heights)
+
     scalars = Rule(cfg.scalar_lr, cfg.adam_wd)
     table = {
-        "qkv": muon._replace(heights=(model.q_dim, model.kv_dim, model.kv_dim)),  # Q, K and V are three matrices
-        "o": muon._replace(heights=(model.o.size(1),)),
-        "up": muon._replace(heights=(model.up.size(1),)),
-        "down": muon._replace(heights=(model.down.size(1),)),
+        "qkv": muon(model.q_dim, model.kv_dim, model.kv_dim),  # Q, K and V are three matrices
+        "o": muon(model.o.size(1)),
+        "up": muon(model.up.size(1)),
+        "down": muon(model.down.size(1)),
         "tok_emb": Rule(cfg.tied_embed_lr, cfg.embed_wd),
-        "caps": scalars._replace(weight_decay=0.0),  # decay would pull them from LOGIT_SOFTCAP to zero
+        "caps": Rule(cfg.scalar_lr, 0.0),  # decay would pull them from LOGIT_SOFTCAP to zero
     }
     return {name: table.get(name, scalars) for name, _ in model.named_parameters()}
 
@@ -3336,39 +3331,50 @@ def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
 
 
 class Block(NamedTuple):
-    """Rows low to high of a parameter (layers, rows, cols): one matrix in each layer."""
+    """Some rows of a parameter (layers, all rows, cols): one matrix in each layer."""
 
     parameter: nn.Parameter
-    low: int
-    high: int
+    rows: slice
 
 
 class MuonGroup:
     """All matrices of one shape, from several parameters, in one tensor (matrices, rows, cols) cut over the ranks."""
 
-    def __init__(self, blocks: list[Block], world: int, dtype: torch.dtype):
-        first = blocks[0]
+    def __init__(self, rows: int, cols: int, blocks: list[Block], ranks: Ranks, dtype: torch.dtype):
+        """dtype: of momentum and update."""
+        self.rows = rows
+        self.cols = cols
         self.blocks = blocks
-        self.rows = first.high - first.low
-        self.cols = first.parameter.size(2)
-        self.count = sum(len(block.parameter) for block in blocks)
-        self.shard = -(-self.count // world)  # matrices of one rank; the last ranks' may be padding
-        self.padded = self.shard * world
-        # This rank's momentum, (shard, rows, cols).
-        self.momentum = torch.zeros(self.shard, self.rows, self.cols, dtype=dtype, device=first.parameter.device)
-        self.scale = math.sqrt(max(1.0, self.rows / self.cols))  # of the update: tall matrices need larger entries
+        self.count = len(blocks) * len(blocks[0].parameter)  # a matrix in each layer
+        self.shard = math.ceil(self.count / ranks.world)  # matrices of one rank; the last ranks' may be padding
+        self.padded = self.shard * ranks.world
+        self.momentum = torch.zeros(self.shard, rows, cols, dtype=dtype, device=ranks.device)  # this rank's
+
+    def pieces(self, t: Tensor):
+        """Each block and its part (layers, rows, cols) of t (padded, rows, cols)."""
+        return zip(self.blocks, t[: self.count].chunk(len(self.blocks)))
 
     def gradient(self) -> Tensor:
         """(padded, rows, cols) in the momentum's dtype."""
-        pieces = [p.grad[:, low:high].to(self.momentum.dtype) for p, low, high in self.blocks]
-        padding = self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)
-        return torch.cat([*pieces, padding])
+        gradient = self.momentum.new_zeros(self.padded, self.rows, self.cols)
+        for (p, rows), piece in self.pieces(gradient):
+            piece.copy_(p.grad[:, rows])
+        return gradient
 
     def apply_(self, update: Tensor, lr: float, weight_decay: float):
         """w <- (1 - lr * weight_decay) w - lr * scale * update, with update (padded, rows, cols)."""
-        pieces = update[: self.count].split([len(block.parameter) for block in self.blocks])
-        for (p, low, high), piece in zip(self.blocks, pieces):
-            p[:, low:high].mul_(1 - lr * weight_decay).add_(piece, alpha=-lr * self.scale)
+        scale = math.sqrt(max(1.0, self.rows / self.cols))  # tall matrices need larger entries
+        for (p, rows), piece in self.pieces(update):
+            w = p[:, rows]
+            w.mul_(1 - lr * weight_decay)
+            w.add_(piece, alpha=-lr * scale)
+
+
+def arrived(t: Tensor, wait) -> Tensor:
+    """t, once its communication has ended."""
+    if wait is not None:
+        wait.wait()
+    return t
 
 
 class Optimizer:
@@ -3381,39 +3387,34 @@ class Optimizer:
         self.ranks = ranks
         self.parameters = list(model.parameters())
         self.small = []  # Adam's parameters
-        alike = {}  # rule -> those of `small` that share it
-        shapes = {}  # shape -> Muon's blocks: q with o, k with v, and up and down where their shapes differ
+        adam_groups = {}  # rule -> the group of those of `small` that share it
+        shapes = {}  # (rows, cols) -> Muon's blocks: q with o, k with v, and up and down where their shapes differ
         for p, rule in zip(self.parameters, parameter_rules(model, cfg).values()):
             if not rule.heights:
                 self.small.append(p)
-                alike.setdefault(rule, []).append(p)
+                settings = {
+                    "params": [],
+                    "base_lr": rule.lr,  # times its factor, step() makes it the lr
+                    "weight_decay": rule.weight_decay,
+                }
+                adam_groups.setdefault(rule, settings)["params"].append(p)
+                continue
+            assert sum(rule.heights) == p.size(1), "Muon needs every row of a parameter once"
             low = 0
             for height in rule.heights:
-                shapes.setdefault((height, p.size(2)), []).append(Block(p, low, low + height))
+                block = Block(p, slice(low, low + height))
+                shapes.setdefault((height, p.size(2)), []).append(block)
                 low += height
-            assert low == (p.size(1) if rule.heights else 0), "Muon needs every row of a parameter once"
-        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        groups = [MuonGroup(blocks, ranks.world, dtype) for blocks in shapes.values()]
+        groups = [MuonGroup(*shape, blocks, ranks, model.dtype) for shape, blocks in shapes.items()]
         # Largest first: its communication overlaps the others' work.
         self.muon = sorted(groups, key=lambda group: -group.momentum.numel())
         self.adam = torch.optim.AdamW(
-            [
-                {"params": params, "base_lr": rule.lr, "lr": rule.lr, "weight_decay": rule.weight_decay}
-                for rule, params in alike.items()
-            ],
+            list(adam_groups.values()),
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
             fused=True,  # one kernel for each group
         )
         self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
-        self.averaged_steps = 0
-
-    def reset(self):
-        """Forget everything: momentum, Adam's moments and the average."""
-        for t in (*(group.momentum for group in self.muon), *self.average):
-            t.zero_()
-        self.adam.state.clear()
-        self.averaged_steps = 0
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float):
@@ -3423,68 +3424,70 @@ class Optimizer:
         for p in self.parameters:
             if p.grad is None:  # a rank without a micro-batch still takes part in the sums
                 p.grad = torch.zeros_like(p)
-        shards, waits = self.reduce_scatter()
-        for p, grad in zip(self.small, self.ranks.all_reduce_flat([p.grad for p in self.small])):
-            p.grad = grad
-        for wait in waits:
-            wait.wait()
+        travelling = [self.reduce_scatter(group) for group in self.muon]
+        small = self.ranks.all_reduce_flat([p.grad for p in self.small])
+        shards = [arrived(*shard) for shard in travelling]
 
         # 2. Clip the norm of the sum, not that of each rank's part.
-        clip = self.clip_factor(shards)
-        torch._foreach_mul_([p.grad for p in self.small], clip)
+        clip = self.clip_factor(shards, small)
+        torch._foreach_mul_(small, clip)
 
         # 3. Update.
         momentum = self.muon_momentum(step)
-        updates = [self.direction(g, shard * clip.to(shard.dtype), momentum) for g, shard in zip(self.muon, shards)]
-        gathered = [self.gather(g, update) for g, update in zip(self.muon, updates)]
+        travelling = []
+        for group, shard in zip(self.muon, shards):
+            clipped = shard * clip.to(shard.dtype)
+            update = self.direction(group, clipped, momentum)
+            travelling.append(self.gather(group, update))
+        for p, grad in zip(self.small, small):
+            p.grad = grad
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        for group, (update, wait) in zip(self.muon, gathered):
-            if wait is not None:
-                wait.wait()
-            group.apply_(update, cfg.matrix_lr * lr_scale, cfg.muon_wd)
+        for group, update in zip(self.muon, travelling):
+            group.apply_(arrived(*update), cfg.matrix_lr * lr_scale, cfg.muon_wd)
 
         # 4. Average.
         for p in self.parameters:
             p.grad = None
         if self.average:
             torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)
-            self.averaged_steps += 1
 
-    def reduce_scatter(self) -> tuple[list[Tensor], list]:
-        """This rank's shard of each Muon group's summed gradient, and what to wait for."""
+    def reduce_scatter(self, group: MuonGroup):
+        """This rank's shard of the group's summed gradient, and what to wait for before reading it."""
         ranks = self.ranks
-        gradients = [group.gradient() for group in self.muon]
-        if ranks.world == 1:
-            return gradients, []
-        if ranks.device.type == "cpu":  # gloo has no reduce_scatter
-            return [ranks.all_reduce_(t).chunk(ranks.world)[ranks.rank] for t in gradients], []
-        shards = [torch.empty_like(group.momentum) for group in self.muon]
-        waits = [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, gradients)]
-        return shards, waits
+        gradient = group.gradient()
+        if ranks.world == 1 or ranks.device.type == "cpu":  # gloo has no reduce_scatter
+            return ranks.all_reduce_(gradient).chunk(ranks.world)[ranks.rank], None
+        shard = torch.empty_like(group.momentum)
+        return shard, dist.reduce_scatter_tensor(shard, gradient, async_op=True)
 
-    def clip_factor(self, shards: list[Tensor]) -> Tensor:
-        """min(1, GRAD_CLIP_NORM / norm of the gradient of all parameters over all ranks), a scalar on the device."""
-        if not self.cfg.grad_clip_norm:
-            return torch.ones((), device=self.ranks.device)
+    def clip_factor(self, shards: list[Tensor], small: list[Tensor]) -> Tensor:
+        """min(1, GRAD_CLIP_NORM / norm of the gradient of all parameters over all ranks), a scalar on the device.
+
+        shards: this rank's of Muon's gradients; small: Adam's, of which every rank already has the sum."""
+        limit = self.cfg.grad_clip_norm or math.inf
         norms = torch._foreach_norm(shards, dtype=torch.float32)  # fp32: the shards are bf16 on a GPU
         squares = self.ranks.all_reduce_(torch.stack(norms).square().sum())
-        # Every rank already has the sum of these.
-        small_norms = torch._foreach_norm([p.grad for p in self.small])
-        squares = squares + torch.stack(small_norms).square().sum()
-        return (self.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        small_norms = torch._foreach_norm(small)
+        squares += torch.stack(small_norms).square().sum()
+        norm = squares.sqrt()
+        return (limit / (norm + 1e-6)).clamp(max=1.0)
 
     def muon_momentum(self, step: int) -> float:
         """Muon's momentum after its linear warm-up or on the way there."""
         cfg = self.cfg
-        warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+        steps = cfg.muon_momentum_warmup_steps
+        warm = min(step / steps, 1.0) if steps else 1.0
         return (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
 
     def direction(self, group: MuonGroup, grad: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum, rows normed (MuonEq-R), orthogonalised: this rank's matrices (n, rows, cols)."""
-        group.momentum.mul_(momentum).add_(grad)  # m <- momentum m + g
-        u = grad.add_(group.momentum, alpha=momentum)  # g + momentum m
+        """What this rank's matrices (shard, rows, cols) move along: Nesterov momentum, rows normed (MuonEq-R),
+        orthogonalised. Overwrites grad."""
+        m = group.momentum
+        m.mul_(momentum)
+        m.add_(grad)  # m <- momentum m + g
+        u = grad.add_(m, alpha=momentum)  # g + momentum m
         row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
         u = u / row_norms.clamp_min(1e-7).to(u.dtype)
         return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients])
@@ -3494,15 +3497,15 @@ class Optimizer:
         if self.ranks.world == 1:
             return update, None
         everyones = update.new_empty(group.padded, group.rows, group.cols)
-        return everyones, dist.all_gather_into_tensor(everyones, update.contiguous(), async_op=True)
+        return everyones, dist.all_gather_into_tensor(everyones, update, async_op=True)
 
     @torch.no_grad()
-    def use_average(self):
-        """Put the debiased average into the model: average / (1 - decay^steps).
+    def use_average(self, steps: int):
+        """Put the debiased average over the `steps` steps so far into the model: average / (1 - decay^steps).
 
         The average begins at zero; without the correction a short run would be averaged with zeros."""
-        if self.averaged_steps:
-            correction = 1 - self.cfg.ema_decay**self.averaged_steps
+        if steps:
+            correction = 1 - self.cfg.ema_decay**steps
             for p, average in zip(self.parameters, self.average):
                 p.copy_(average / correction)
 
@@ -3538,14 +3541,14 @@ class Schedule:
     def lr_scale(self, progress: float) -> float:
         """1, then linear to zero at the end of training, but never below MIN_LR."""
         warmdown = self.cfg.warmdown_frac
-        if warmdown <= 0 or progress < 1 - warmdown:
+        if progress < 1 - warmdown:
             return 1.0
         return max((1 - progress) / warmdown, self.cfg.min_lr)
 
-    def ramp(self, step: int, changed_at: int | None) -> float:
+    def ramp(self, step: int, changed_at: float) -> float:
         """Extra factor after a change of span at step `changed_at`: 1/n, 2/n, ..., 1."""
         n = self.cfg.seq_change_warmup_steps
-        return 1.0 if changed_at is None or n == 0 else min((step - changed_at + 1) / n, 1.0)
+        return min((step - changed_at + 1) / n, 1.0) if n else 1.0
 
 
 class Trainer:
@@ -3557,6 +3560,7 @@ class Trainer:
         self.ranks = ranks
         self.log = log
         self.stream = TrainStream(cfg)
+        self.fetch = Prefetch(self.stream, ranks)
         self.optimizer = Optimizer(model, cfg, ranks)
         self.schedule = Schedule(cfg)
         self.curve = []  # (step, seconds, loss, learning-rate factor) of every logged step
@@ -3565,48 +3569,54 @@ class Trainer:
         """Run steps of both schedules on real shapes, then restore weights and optimizer entirely.
 
         Kernels are compiled and libraries are set up before the clock starts."""
-        saved = [p.detach().clone() for p in self.model.parameters()]
-        fetch = Prefetch(self.stream, self.ranks)
+        parameters = self.optimizer.parameters
+        saved = [p.detach().clone() for p in parameters]
         for looped in sorted({self.schedule.looped(0.0), self.schedule.looped(1.0)}):  # those that will occur
             for step in range(self.cfg.warmup_steps):
-                self.gradients(fetch(step, self.cfg.train_seq_len), looped)
+                self.gradients(self.fetch(step, self.cfg.train_seq_len), looped)
                 self.optimizer.step(step, 1.0)
         with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), saved)
-        self.optimizer.reset()
+            torch._foreach_copy_(parameters, saved)
+        self.optimizer = Optimizer(self.model, self.cfg, self.ranks)  # no momentum, no moments, no average
 
     def run(self) -> dict:
         """Train until the budget or ITERATIONS ends, leave the averaged weights in the model, return the counts."""
         cfg = self.cfg
         schedule = self.schedule
-        fetch = Prefetch(self.stream, self.ranks)
         clock = Clock(self.ranks)
         step = 0
         looped = False
-        span = None  # attention span of the last step
-        changed_at = None  # step at which the span changed last
+        span = schedule.span(0.0)  # attention span of the last step
+        changed_at = -math.inf  # step at which the span changed last
         # All ranks read the same clock, so they stop, loop and change the span at the same step.
         while step < cfg.iterations and schedule.allows(step, now := clock.tick()):
             progress = schedule.progress(step, now)
-            if schedule.looped(progress) and not looped:
+            if not looped and schedule.looped(progress):
                 looped = True  # from here on a step visits more layers and takes longer
-                visits = [visit.layer for visit in self.model.schedules[True]]
-                self.log(f"step {step}: loops on at progress {progress:.3f}, visits {visits}")
-            if schedule.span(progress) != span:
-                changed_at = None if span is None else step  # the first span is no change: no ramp
+                self.log(f"step {step}: loops on at progress {progress:.3f}")
+            if span != schedule.span(progress):
                 span = schedule.span(progress)
+                changed_at = step
                 self.log(f"step {step}: attention span {span}")
             lr_scale = schedule.lr_scale(progress) * schedule.ramp(step, changed_at)
 
-            loss = self.gradients(fetch(step, span), looped)  # a thread builds the next step's batches meanwhile
+            loss = self.gradients(self.fetch(step, span), looped)  # a thread builds the next step's batches meanwhile
             self.optimizer.step(step, lr_scale)
             clock.step_done()
             step += 1
             if step <= 5 or step % cfg.train_log_every == 0:  # the first steps show a mistake early
                 self.report(step, loss, lr_scale, clock)
         seconds = clock.stop()
-        self.optimizer.use_average()
-        return self.summary(step, seconds)
+        self.optimizer.use_average(step)
+        tokens = step * cfg.train_batch_tokens
+        self.log(f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s")
+        return {
+            "steps": step,
+            "tokens": tokens,
+            "seconds": seconds,
+            "epochs": tokens / self.stream.tokens,
+            "curve": self.curve,
+        }
 
     def gradients(self, batches: list[Batch], looped: bool) -> Tensor:
         """Backward through this rank's micro-batches; returns their part of the loss, on the device."""
@@ -3620,33 +3630,15 @@ class Trainer:
 
     def report(self, step: int, loss: Tensor, lr_scale: float, clock: Clock):
         """A log line and a point of the curve, after `step` steps; `loss` is this rank's part."""
-        loss = self.ranks.all_reduce_(loss.clone()).item()  # waits for the GPU
+        loss = self.ranks.all_reduce_(loss).item()  # waits for the GPU
         seconds = clock.seconds()
         require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
         self.curve.append((step, round(seconds, 3), loss, lr_scale))
-        mean = seconds / step
-        progress = self.schedule.progress(step, seconds)
-        left = seconds * max(1 / progress - 1, 0)  # exact if the budget is of seconds, else an estimate
+        percent = 100 * self.schedule.progress(step, seconds)
         self.log(
-            f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  "
-            f"{1e3 * mean:7.1f} ms/step  {self.cfg.train_batch_tokens / mean:11,.0f} tokens/s  "
-            f"{seconds:6.1f} s, {left:.0f} s left"
+            f"step {step:6d}  {percent:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  "
+            f"{1e3 * seconds / step:7.1f} ms/step  {seconds:6.1f} s"
         )
-
-    def summary(self, step: int, seconds: float) -> dict:
-        """The counts of the run for result.json, logged."""
-        tokens = step * self.cfg.train_batch_tokens
-        self.log(
-            f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: "
-            f"{1e3 * seconds / max(step, 1):.1f} ms/step, {tokens / seconds:,.0f} tokens/s"
-        )
-        return {
-            "steps": step,
-            "tokens": tokens,
-            "seconds": seconds,
-            "epochs": tokens / self.stream.tokens,
-            "curve": self.curve,
-        }
 
 
 # ======== Entropy coder: stacks of integer matrices, by a model that the decoder learns as well =======================
