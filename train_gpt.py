@@ -3846,69 +3846,65 @@ def binary_roots(n: int) -> list[int]:
     return [int(x.exp() * 2**60) for x in logarithms]
 
 
-def half_gaussian(top: int = 9) -> ndarray:
-    """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, int64 (GAUSS_STEPS * top + 1,), by the trapezoid rule."""
+def half_gaussian() -> ndarray:
+    """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, up to 9 sigma, int64 (9 * GAUSS_STEPS + 1,), by the
+    trapezoid rule."""
     twice_variance = 2 * GAUSS_STEPS**2
-    squares = (Decimal(i * i) for i in range(GAUSS_STEPS * top + 1))
-    density = [int((-x / twice_variance).exp() * 2**64) for x in squares]
-    trapezoids = (a + b for a, b in itertools.pairwise(density))
+    density = []
+    for i in range(9 * GAUSS_STEPS + 1):
+        exponent = Decimal(-i * i) / twice_variance
+        density.append(int(exponent.exp() * 2**64))
+    trapezoids = map(sum, itertools.pairwise(density))
     area = list(itertools.accumulate(trapezoids, initial=0))
-    return np.array([(a << 29) // area[-1] for a in area], np.int64)
+    return np.array([(a << 29) // area[-1] for a in area])
 
 
 def bucket_sigmas_q20() -> ndarray:
     """Standard deviation of the Gaussian behind each variance bucket, int64 (VARIANCE_BUCKETS,)."""
-    roots_q60 = binary_roots(2 * BUCKETS_PER_OCTAVE)
-    sigmas = []
-    for bucket in range(VARIANCE_BUCKETS):
-        octave, step = divmod(bucket, BUCKETS_PER_OCTAVE)
-        middle_q40 = roots_q60[2 * step + 1] << octave >> 20 - MIN_LOG2_VARIANCE
-        # Rounding to unit bins has added 1/12 to the variance (Sheppard's correction).
-        true_q40 = max(middle_q40 - (1 << 40) // 12, (1 << 40) // 48)
-        sigmas.append(math.isqrt(true_q40))
-    return np.array(sigmas)
+    middles_q60 = np.array(binary_roots(2 * BUCKETS_PER_OCTAVE)[1::2])
+    octave, step = np.divmod(np.arange(VARIANCE_BUCKETS), BUCKETS_PER_OCTAVE)
+    middle_q40 = middles_q60[step] >> 20 - MIN_LOG2_VARIANCE - octave
+    # Rounding to unit bins has added 1/12 to the variance (Sheppard's correction).
+    true_q40 = np.maximum(middle_q40 - 2**40 // 12, 2**40 // 48)
+    return np.sqrt(true_q40).astype(np.int64)  # exact below 2**52: IEEE square roots are
 
 
 def frequency_tables() -> ndarray:
-    """Integer frequencies (mixtures, VARIANCE_BUCKETS * MEAN_FRACTIONS, 256), each table's sum 2**PROB_BITS.
-    Symbols beyond 6 sigma + 2 have none and are escaped; ESCAPE has at least 1."""
+    """Integer frequencies of all cells, (mixtures, VARIANCE_BUCKETS * MEAN_FRACTIONS * 256), int64. The cell of a
+    symbol is table * 256 + code. Each table's sum is 2**PROB_BITS. Symbols beyond 6 sigma + 2 have none and are escaped;
+    ESCAPE has at least 1."""
     half = half_gaussian()
     sigma_q20 = bucket_sigmas_q20()[:, None, None]
-    unit = 2 * MEAN_FRACTIONS  # of the bins' edges: a symbol less 1/2, less the mean's fraction
     fractions = np.arange(MEAN_FRACTIONS)[:, None]
     symbols = np.arange(-MAX_SYMBOL, MAX_SYMBOL + 2)
+    # In 1 / (2 * MEAN_FRACTIONS): a symbol less 1/2, less the mean's fraction.
     edges = (2 * symbols - 1) * MEAN_FRACTIONS - 2 * fractions
+    edges_q32 = edges * 2**32 // (2 * MEAN_FRACTIONS)
     inside = np.abs(symbols[:-1]) <= (sigma_q20 * 6 >> 20) + 2
     room = SLOT_MASK - inside.sum(-1, keepdims=True)  # every symbol inside gets 1 before the rest is dealt out
     tables = []
     for mixture in TAIL_SHAPES:
         mass = 0  # below each edge, in 2**-32
         for quarters in mixture:
-            x = edges * (1 << 32) // (unit * quarters * sigma_q20)  # in 1 / GAUSS_STEPS of this Gaussian's sigma
+            x = edges_q32 // (quarters * sigma_q20)  # in 1 / GAUSS_STEPS of this Gaussian's sigma
             distance = np.minimum(np.abs(x), len(half) - 1)
             mass += np.sign(x) * half[distance]
         freq = np.where(inside, 1 + (np.diff(mass) * room >> 32), 0)
-        escape = np.ones_like(freq[..., :1])
-        freq = np.concatenate([freq, escape], -1).reshape(-1, 256)
+        freq = np.insert(freq, ESCAPE, 1, axis=-1).reshape(-1, 256)
         left_over = (1 << PROB_BITS) - freq.sum(-1)  # by rounding
         freq[np.arange(len(freq)), freq.argmax(-1)] += left_over
-        tables.append(freq)
+        tables.append(freq.ravel())
     return np.stack(tables)
 
 
 FREQUENCIES = frequency_tables()
+# Of every cell: frequency << PROB_BITS | sum of its table's frequencies before it.
+CELL_STARTS = FREQUENCIES << PROB_BITS | (FREQUENCIES.cumsum(1) - FREQUENCIES) & SLOT_MASK
+CELL_STARTS = CELL_STARTS.astype(np.uint32)
 # Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
-COST_BITS = PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))
-COST_BITS = np.where(FREQUENCIES > 0, COST_BITS, 0).astype(np.float32)
+COST_BITS = (PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))).astype(np.float32)
 # Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
 LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
-
-
-def cell_starts(mixture: int) -> ndarray:
-    """For every cell (table * 256 + code): frequency << PROB_BITS | sum of the frequencies before it."""
-    freq = FREQUENCIES[mixture]
-    before = np.minimum(np.cumsum(freq, 1) - freq, SLOT_MASK)
-    return (freq << PROB_BITS | before).ravel()
 
 
 # --- The model ---
@@ -3930,27 +3926,25 @@ def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
     low_q20 = np.zeros_like(ld_q22)
     d_q22 = np.empty(c.shape[:2])
     for first in range(0, c.shape[1], 16):
-        end = min(first + 16, c.shape[1])
-        rows = ld_q22[:, first:end, :first].transpose(0, 2, 1)
-        known_q42 = low_q20[:, first:, :first] @ rows
-        panel = ld_q22[:, first:, first:end]
-        panel = panel - np.rint(known_q42 * 2.0**-20)
-        for i in range(end - first):
+        panel = slice(first, first + 16)
+        known_q42 = low_q20[:, first:, :first] @ ld_q22[:, panel, :first].mT
+        rest = ld_q22[:, first:, panel] - np.rint(known_q42 * 2.0**-20)
+        for i in range(rest.shape[2]):
             j = first + i
-            d_q22[:, j] = np.maximum(panel[:, i, i], MIN_D_Q22)
+            d_q22[:, j] = np.maximum(rest[:, i, i], MIN_D_Q22)
             inverse = 2.0**20 / d_q22[:, j, None]
-            column = np.rint(panel[:, i + 1 :, i] * inverse)
+            column = np.rint(rest[:, i + 1 :, i] * inverse)
             low_q20[:, j + 1 :, j] = column
-            later = slice(i + 1, end - first)
-            row = panel[:, None, later, i] * 2.0**-20
-            panel[:, i + 1 :, later] -= np.rint(column[:, :, None] * row)
-        ld_q22[:, first:, first:end] = panel
+            later = rest[:, i + 1 :, i + 1 :]
+            row = rest[:, None, i + 1 : rest.shape[2], i] * 2.0**-20
+            later -= np.rint(column[:, :, None] * row)
+        ld_q22[:, first:, panel] = rest
     return low_q20, d_q22
 
 
 def correlation(moments: ndarray) -> ndarray:
     """(G, n, n) second moments to correlations."""
-    square = np.diagonal(moments, axis1=1, axis2=2)
+    square = np.linalg.diagonal(moments)
     scale = np.sqrt(np.maximum(square, 1e-9))
     return moments / scale[:, :, None] / scale[:, None, :]
 
@@ -3963,85 +3957,81 @@ def blend(a: ndarray, b: ndarray, weight: float) -> ndarray:
 class StackModel:
     """The distribution of every symbol of a stack, given those before it. Rows go in chunks, and in them columns."""
 
-    def __init__(self, header: StackHeader, pools: dict[int, ndarray]):
-        """pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
-        self.members, self.rows, self.width = header.shape
+    def __init__(self, columns: ndarray, header: StackHeader):
+        """columns (n, G, R) int32: the stack's values, which an encoder reads and a decoder fills in."""
+        width, members, _ = columns.shape
+        self.columns = columns
         self.variance = np.exp2(np.array(header.log2_variance, np.float64))  # of integers: exact
         self.prior = CORRELATION_PRIORS[header.prior]
         self.row_trust, self.column_trust = header.trust
-        self.pools = pools
-        self.moments = np.zeros((self.members, self.width, self.width))  # sums of x x^T of the rows seen
+        self.moments = np.zeros((members, width, width))  # sums of x x^T of the rows seen
         self.seen = 0
-        self.gain_sum_q8 = np.full(self.members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
-        self.gain_count_q8 = 256.0 * UNIT_GAIN_SYMBOLS
+        self.gain_sum_q8 = np.full(members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
 
     def shared_moments(self) -> ndarray:
         """Moments summed over the members, each at unit variance, (1, n, n)."""
-        scaled = (m / v for m, v in zip(self.moments, self.variance))
-        return sum(scaled)[None]
+        return sum(m / v for m, v in zip(self.moments, self.variance))[None]
 
     def column_variances(self, shared: ndarray) -> ndarray:
         """Of x (G, n): a column's own variance, drawn to that of all members."""
-        total = self.seen * self.members
-        common = UNIT_VARIANCE_ROWS + np.diagonal(shared, axis1=1, axis2=2)
-        common = common / (UNIT_VARIANCE_ROWS + total) * self.variance[:, None]
-        own = np.diagonal(self.moments, axis1=1, axis2=2)
+        total = UNIT_VARIANCE_ROWS + self.seen * len(self.moments)
+        common = (UNIT_VARIANCE_ROWS + np.linalg.diagonal(shared)) / total * self.variance[:, None]
+        own = np.linalg.diagonal(self.moments)
         variance = (self.column_trust * common + own) / (self.column_trust + self.seen)
         return np.maximum(variance, MIN_VARIANCE)
 
-    def correlations(self, shared: ndarray) -> ndarray:
+    def correlations(self, shared: ndarray, pool: ndarray) -> ndarray:
         """Of x (G, n, n). As rows come in they move from the pool's to all members' to the matrix's own."""
-        identity = np.eye(self.width)[None]
-        pool = self.pools.get(self.width, identity)
-        c = blend(identity, pool, self.prior.pool_weight)
+        identity = np.eye(len(self.columns))
+        pool_weight = self.prior.pool_weight
+        c = blend(identity, pool, pool_weight)
         if self.seen:
-            total = self.seen * self.members
-            common = self.prior.pool_weight * total / (total + SHARED_CORRELATION_ROWS)
-            own = self.seen / (self.seen + self.prior.rows)
-            c = blend(c, correlation(shared), common)
-            c = blend(c, correlation(self.moments), own)
+            total = self.seen * len(self.moments)
+            c = blend(c, correlation(shared), pool_weight * total / (total + SHARED_CORRELATION_ROWS))
+            c = blend(c, correlation(self.moments), self.seen / (self.seen + self.prior.rows))
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
-    def predictor(self) -> tuple[ndarray | None, ndarray]:
+    def predictor(self, pool: ndarray) -> tuple[ndarray | None, ndarray]:
         """L_q12 (G, n, n), integers in float64, of x = e + L e, or None for L = 0; and the variance of e (G, n)."""
         shared = self.shared_moments()
         variance = self.column_variances(shared)
         if not self.prior.rows:
             return None, variance
-        low_q20, d_q22 = ldl(self.correlations(shared))
+        low_q20, d_q22 = ldl(self.correlations(shared, pool))
         scale = np.sqrt(np.minimum(variance, MAX_SCALED_VARIANCE))
         ratio = scale[:, :, None] / scale[:, None, :]  # from unit variances to those of x
         low_q12 = np.rint(low_q20 * (ratio * 2.0**-8))
         return low_q12, d_q22 * 2.0**-22 * variance
 
-    def code(self, symbols):
-        """Code all rows through `symbols`, a SymbolWriter or a SymbolReader."""
-        start = 0
+    def code(self, coder, pools: dict[int, ndarray]):
+        """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
+
+        pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
+        width, members, rows = self.columns.shape
+        pool = pools.get(width, np.eye(width))
         size = FIRST_CHUNK_ROWS
-        most = max(1, min(RANS_STATES // self.members, MAX_CHUNK_ROWS))
-        while start < self.rows:
-            end = min(start + min(size, most), self.rows)
-            self.code_chunk(start, end, symbols)
-            start = end
+        most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
+        while self.seen < rows:
+            end = min(self.seen + min(size, most), rows)
+            self.code_chunk(end, coder, pool)
             size *= 2
         own = correlation(self.shared_moments())
-        earlier = self.pools.get(self.width, own)
-        self.pools[self.width] = blend(earlier, own, 0.5)
+        pools[width] = blend(pools.get(width, own), own, 0.5)
 
-    def code_chunk(self, start: int, end: int, symbols):
-        """Code rows start..end of every member, then learn from them."""
-        low_q12, variance = self.predictor()
+    def code_chunk(self, end: int, coder, pool: ndarray):
+        """Code the rows of every member from the first unseen one to `end`, then learn from them."""
+        low_q12, variance = self.predictor(pool)
         sigma = np.sqrt(variance)
         log2_variance = log2_fixed(variance)
-        q = np.zeros((self.members, self.width, end - start))
-        e_q8 = np.zeros_like(q)
-        mean_q8 = np.zeros((self.members, end - start))
+        chunk = self.columns[:, :, self.seen : end]
+        width, members, rows = chunk.shape
+        e_q8 = np.zeros((members, width, rows))
+        mean_q8 = np.zeros((members, rows))
         square_q8 = np.zeros_like(mean_q8)  # sums of the rows' squared e / sigma
-        rows = slice(start, end)
-        mean_gain = (self.gain_sum_q8 / self.gain_count_q8)[:, None]
-        prior_q8 = mean_gain * (self.row_trust * 256)
-        for a in range(0, self.width, REFRESH_COLUMNS):
-            b = min(a + REFRESH_COLUMNS, self.width)
+        gain = self.gain_sum_q8 / (256.0 * (UNIT_GAIN_SYMBOLS + width * self.seen))
+        prior_q8 = gain[:, None] * (self.row_trust * 256)
+        for a in range(0, width, REFRESH_COLUMNS):
+            b = min(a + REFRESH_COLUMNS, width)
             per_symbol = 1 / (256 * (a + self.row_trust))
             log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
             table = first_tables(log2_variance[:, a:b, None] + log2_gain[:, None])
@@ -4051,35 +4041,28 @@ class StackModel:
                 if low_q12 is not None:
                     recent_q20 = low_q12[:, j, None, a:j] @ e_q8[:, a:j]
                     mean_q20 = known_q20[:, j - a] + recent_q20[:, 0]
-                    mean_q8 = np.rint(mean_q20 * 2.0**-12)
-                    mean_q8 = np.clip(mean_q8, -MAX_MEAN_Q8, MAX_MEAN_Q8)
+                    mean_q8 = np.rint(mean_q20 * 2.0**-12).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
                 rounded_q8 = (mean_q8 + 128 // MEAN_FRACTIONS).astype(np.int64)  # to the nearest fraction, once cut
                 fraction = (rounded_q8 & 255) * MEAN_FRACTIONS >> 8
-                floor = rounded_q8 >> 8
-                values = symbols.column(table[:, j - a] + fraction, floor, rows, j)
-                q[:, j] = values
-                innovation_q8 = values * 256 - mean_q8
-                e_q8[:, j] = np.clip(innovation_q8, -MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
+                coder.column(table[:, j - a] + fraction, rounded_q8 >> 8, chunk[j])
+                innovation_q8 = chunk[j] * 256 - mean_q8
+                e_q8[:, j] = innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
             white_q8 = np.rint(e_q8[:, a:b] / sigma[:, a:b, None])
-            white_square_q8 = np.rint(white_q8 * white_q8 / 256)
-            square_q8 += white_square_q8.sum(1)
+            square_q8 += np.rint(white_q8 * white_q8 / 256).sum(1)
         self.gain_sum_q8 += square_q8.sum(1)
-        self.gain_count_q8 += 256.0 * self.width * (end - start)
-        self.learn(q)
-
-    def learn(self, q: ndarray):
-        """Add a chunk (G, n, rows) to the moments; exact, see MAX_CHUNK_ROWS."""
-        exact = q.astype(np.float32) if np.abs(q).max() <= 128 else q
-        for moments, x in zip(self.moments, exact):
-            moments += x @ x.T  # of a matrix with itself: BLAS does half of it
-        self.seen += q.shape[2]
+        # Sums of products are exact, see MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them.
+        exact = np.float32 if np.abs(chunk).max() <= 128 else np.float64
+        for member, moments in enumerate(self.moments):
+            x = chunk[:, member].astype(exact)
+            moments += x @ x.T
+        self.seen = end
 
 
 def first_tables(log2_variance: ndarray) -> ndarray:
     """The table of a variance, in 1 / LOG2_STEPS of an octave, at a mean without fraction."""
     above = log2_variance - MIN_LOG2_VARIANCE * LOG2_STEPS
     bucket = above // (LOG2_STEPS // BUCKETS_PER_OCTAVE)
-    return np.clip(bucket, 0, VARIANCE_BUCKETS - 1) * MEAN_FRACTIONS
+    return bucket.clip(0, VARIANCE_BUCKETS - 1) * MEAN_FRACTIONS
 
 
 # --- Symbols to rANS states and back ---
@@ -4088,8 +4071,7 @@ def first_tables(log2_variance: ndarray) -> ndarray:
 class SymbolWriter:
     """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
 
-    def __init__(self, q: ndarray):
-        self.columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64)
+    def __init__(self):
         self.cells: list[ndarray] = []  # of every step
         self.escaped: list[ndarray] = []
 
@@ -4097,30 +4079,22 @@ class SymbolWriter:
         self,
         table: ndarray,  # (G, rows) int64: the table of each symbol
         floor: ndarray,  # (G, rows) int64: whole part of its mean
-        rows: slice,
-        j: int,
-    ) -> ndarray:
-        """Values of column j in `rows` of all members, (G, rows) int64."""
-        values = self.columns[j, :, rows]
-        code = values - floor + MAX_SYMBOL
-        outside = (code < 0) | (code > ESCAPE)
-        cell = (table * 256 + np.where(outside, ESCAPE, code)).ravel()
-        frequency = FREQUENCIES[0].ravel()[cell]  # every mixture has its zeros in the same places
-        escaped = (frequency == 0) | (cell & 255 == ESCAPE)
+        values: ndarray,  # (G, rows) int32
+    ):
+        """Take one step: a column of all rows of a chunk."""
+        code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
+        cell = (table * 256 + code).ravel()
+        frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
+        escaped = (frequency == 0) | (code.ravel() == ESCAPE)
         if escaped.any():
             cell[escaped] |= ESCAPE
             self.escaped.append(values.ravel()[escaped])
         self.cells.append(cell.astype(np.int32))
-        return values
 
     def best_mixture(self) -> int:
         """The tail shape that codes every fifth column best."""
-
-        def cost(bits: ndarray) -> float:
-            sums = (bits[cells].sum(dtype=np.float64) for cells in self.cells[::5])
-            return sum(float(x) for x in sums)
-
-        return int(np.argmin([cost(bits.ravel()) for bits in COST_BITS]))
+        sample = np.concatenate(self.cells[::5])
+        return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
 
 
 def take(values: ndarray, count: int) -> tuple[ndarray, ndarray]:
@@ -4138,16 +4112,15 @@ class SymbolReader:
         self.words = words.astype(np.uint32)
         self.escaped = escaped
 
-    def begin(self, header: StackHeader):
-        """Make room for a stack, and lay out its tables."""
-        members, rows, width = header.shape
-        codes = np.tile(np.arange(256, dtype=np.uint8), VARIANCE_BUCKETS * MEAN_FRACTIONS)
-        self.columns = np.empty((width, members, rows), np.int16)
-        self.starts = cell_starts(header.mixture).astype(np.uint32)
-        self.codes = np.repeat(codes, FREQUENCIES[header.mixture].ravel())  # of every slot of every table
+    def begin(self, mixture: int):
+        """Lay out the tables of a stack."""
+        frequencies = FREQUENCIES[mixture]
+        codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
+        self.codes = np.repeat(codes, frequencies)  # of every slot of every table
+        self.starts = CELL_STARTS[mixture]
 
-    def column(self, table: ndarray, floor: ndarray, rows: slice, j: int) -> ndarray:
-        """As SymbolWriter.column, but decoded."""
+    def column(self, table: ndarray, floor: ndarray, values: ndarray):
+        """As SymbolWriter.column, but fills in the values."""
         state = self.states[: table.size]  # a view: the states advance in place
         table = table.ravel()
         slot = state & SLOT_MASK
@@ -4158,63 +4131,57 @@ class SymbolReader:
         low = np.flatnonzero(state < 1 << 16)
         taken, self.words = take(self.words, len(low))
         state[low] = state[low] << 16 | taken
-        values = code + (floor.ravel() - MAX_SYMBOL)
+        decoded = code + (floor.ravel() - MAX_SYMBOL)
         is_escaped = code == ESCAPE
         if count := np.count_nonzero(is_escaped):
-            values[is_escaped], self.escaped = take(self.escaped, count)
-        values = values.reshape(floor.shape)
-        self.columns[j, :, rows] = values
-        return values
+            decoded[is_escaped], self.escaped = take(self.escaped, count)
+        values[:] = decoded.reshape(values.shape)
 
 
-def rans_encode(steps: list[tuple[ndarray, ndarray]], rider: bytes) -> tuple[ndarray, ndarray]:
-    """steps: (cells, starts), in the order of decoding. Returns states uint32 and words uint16.
+def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[ndarray, ndarray]:
+    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16.
     A state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
     with."""
     states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
     words = [np.empty(0, "<u2")]
-    for cells, starts in reversed(steps):
-        state = states[: len(cells)]
-        start = starts[cells]
+    for start in reversed(steps):
+        state = states[: len(start)]  # a view
         freq = start >> PROB_BITS
         full = state >= freq << (32 - PROB_BITS)
         words.append(state[full].astype("<u2"))
-        state = np.where(full, state >> 16, state)
+        state[full] >>= 16
         times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
         rest = state - times * freq
-        states[: len(cells)] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
+        state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
     return states.astype("<u4"), np.concatenate(words[::-1])
 
 
 # --- What the encoder chooses ---
 
 
-def choose_prior(q: ndarray, pool: ndarray | None) -> int:
+def choose_prior(q: ndarray, pool: ndarray) -> int:
     """Index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most
     two members."""
     members, rows, width = q.shape
     if rows * members < 64 or width < 8:
         return len(CORRELATION_PRIORS) - 1
+    q = q[:: max(members - 1, 1)].astype(np.float64)  # the first and the last
+    square = (q**2).mean(1, keepdims=True)
+    z = q / np.sqrt(np.maximum(square, MIN_VARIANCE))
+    even = z[:, ::2]
+    odd = z[:, 1::2]
+    known = correlation(even.mT @ even)
     identity = np.eye(width)
-    nats = np.zeros(len(CORRELATION_PRIORS))  # per symbol, against independent columns
-    for g in {0, members - 1}:
-        square = (q[g].astype(np.float64) ** 2).mean(0)
-        scale = np.sqrt(np.maximum(square, MIN_VARIANCE))
-        z = q[g] / scale
-        even = z[::2]
-        odd = z[1::2]
-        known = correlation((even.T @ even)[None])[0]
-        for i, prior in enumerate(CORRELATION_PRIORS[:-1]):
-            own = len(even) / (len(even) + prior.rows)
-            expected = identity if pool is None else pool[0]
-            expected = blend(identity, expected, prior.pool_weight)
-            c = known * own + expected * (1 - own)
-            low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
-            e = np.linalg.solve(low, odd.T)
-            determinant = np.log(np.diag(low)).mean()
-            energy = (e * e).mean() - (odd * odd).mean()
-            nats[i] += determinant + 0.5 * energy + CORRELATION_COST
-    return int(nats.argmin())
+    nats = []  # per symbol, against independent columns
+    for prior in CORRELATION_PRIORS[:-1]:
+        own = even.shape[1] / (even.shape[1] + prior.rows)
+        c = blend(blend(identity, pool, prior.pool_weight), known, own)
+        low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
+        e = np.linalg.solve(low, odd.mT)
+        determinant = np.log(np.linalg.diagonal(low)).mean()
+        energy = (e * e).mean() - (odd * odd).mean()
+        nats.append(determinant + 0.5 * energy + CORRELATION_COST)
+    return int(np.argmin([*nats, 0.0]))
 
 
 def common_weight(q: ndarray, axis: int) -> int:
@@ -4253,61 +4220,62 @@ def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int
     residual = residual_width(stacks)
     headers = []
     pools = {}
-    steps = []  # (cells, starts) of every column of every chunk
+    steps = []  # CELL_STARTS of every column of every chunk
     escaped = [np.empty(0, np.int64)]
     for q in stacks:
         copies = repeated_rows(q)
         q = np.delete(q, list(copies), axis=1)
         rows, width = q.shape[1:]
         turned = width != residual and (rows == residual or rows < width)
-        q = q.transpose(0, 2, 1) if turned else q
+        q = q.mT if turned else q
         square = (q.astype(np.float64) ** 2).mean((1, 2))
         variance = np.maximum(square, MIN_VARIANCE)
+        width = q.shape[2]
         header = StackHeader(
             shape=list(q.shape),
             log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
             turned=int(turned),
-            prior=choose_prior(q, pools.get(q.shape[2])),
+            prior=choose_prior(q, pools.get(width, np.eye(width))),
             trust=[common_weight(q, 2), common_weight(q, 1)],
             copies=[list(copies), list(copies.values())],
         )
-        writer = SymbolWriter(q)
-        StackModel(header, pools).code(writer)
+        columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int32)
+        writer = SymbolWriter()
+        StackModel(columns, header).code(writer, pools)
         header = header._replace(mixture=writer.best_mixture())
-        starts = cell_starts(header.mixture)
-        steps += [(cells, starts) for cells in writer.cells]
+        steps += [CELL_STARTS[header.mixture][cells] for cells in writer.cells]
         escaped += writer.escaped
         headers.append(header._asdict())
-    count = max((len(cells) for cells, _ in steps), default=0)
+    count = max(map(len, steps), default=0)
     ridden = min(len(rider), 2 * count)
     states, words = rans_encode(steps, rider[:ridden].ljust(2 * count, b"\0"))
     side = zlib.compress(json.dumps(headers, separators=(",", ":")).encode(), 9)
     raw = zlib.compress(np.concatenate(escaped).astype("<i2").tobytes(), 9)
     sizes = struct.pack("<4I", len(side), len(raw), count, len(words))
-    code = (sizes, side, raw, states.tobytes(), words.tobytes())
-    return b"".join(code), ridden
+    return sizes + side + raw + states.tobytes() + words.tobytes(), ridden
 
 
 def decode_stacks(code: bytes) -> tuple[list[ndarray], bytes]:
-    """Inverse of encode_stacks: int16 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
-    side, raw, count, words = struct.unpack_from("<4I", code)
-    sizes = np.array([16, side, raw, 4 * count, 2 * words])
-    side_at, raw_at, states_at, words_at, end = np.cumsum(sizes).tolist()
-    if len(code) != end:
-        raise ValueError(f"{len(code)} bytes of code, {end} by their header")
-    reader = SymbolReader(
-        states=np.frombuffer(code, "<u4", count, states_at),
-        words=np.frombuffer(code, "<u2", words, words_at),
-        escaped=np.frombuffer(zlib.decompress(code[raw_at:states_at]), "<i2"),
-    )
+    """Inverse of encode_stacks: int32 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
+    parts = io.BytesIO(code)
+    side, raw, count, words = struct.unpack("<4I", parts.read(16))
+    length = 16 + side + raw + 4 * count + 2 * words
+    if len(code) != length:
+        raise ValueError(f"{len(code)} bytes of code, {length} by their header")
+    headers = json.loads(zlib.decompress(parts.read(side)))
+    escaped = np.frombuffer(zlib.decompress(parts.read(raw)), "<i2")
+    states = np.frombuffer(parts.read(4 * count), "<u4")
+    reader = SymbolReader(states, np.frombuffer(parts.read(), "<u2"), escaped)
     stacks = []
     pools = {}
-    for entry in json.loads(zlib.decompress(code[side_at:raw_at])):
+    for entry in headers:
         header = StackHeader(**entry)
-        reader.begin(header)
-        StackModel(header, pools).code(reader)
-        q = reader.columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
-        copies, sources = (np.array(rows, int) for rows in header.copies)
+        members, rows, width = header.shape
+        columns = np.empty((width, members, rows), np.int32)
+        reader.begin(header.mixture)
+        StackModel(columns, header).code(reader, pools)
+        q = columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
+        copies, sources = np.array(header.copies, int)
         q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
         q[:, copies] = q[:, sources]
         stacks.append(q)

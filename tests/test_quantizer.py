@@ -701,7 +701,7 @@ def test_repeated_rows_cost_next_to_nothing(tmp_path):
 
 def test_coding_tables_are_the_same_everywhere():
     """Frequencies come from integers alone: any change in them is a change of format."""
-    frequencies = train_gpt.FREQUENCIES
+    frequencies = train_gpt.FREQUENCIES.reshape(len(train_gpt.TAIL_SHAPES), -1, 256)
     assert (frequencies.sum(-1) == 1 << train_gpt.PROB_BITS).all() and (frequencies >= 0).all()
     assert (frequencies[..., train_gpt.ESCAPE] > 0).all()
     assert hashlib.sha256(np.ascontiguousarray(frequencies, "<i8").tobytes()).hexdigest()[:16] == "8c4c5f6eb556e477"
@@ -714,8 +714,8 @@ def test_moments_of_symbols_are_exact(largest):
     longest chunk of the largest symbols."""
     q = np.random.default_rng(0).choice((-largest, largest, 1), (2, 1024, 24))
     header = train_gpt.StackHeader(list(q.shape), [14, 14], turned=0, prior=0, trust=[8, 8], copies=[[], []])
-    model = train_gpt.StackModel(header, {})
-    model.code_chunk(0, 1024, train_gpt.SymbolWriter(q))
+    model = train_gpt.StackModel(q.transpose(2, 0, 1).astype(np.int32), header)
+    model.code_chunk(1024, train_gpt.SymbolWriter(), np.eye(24))
     assert (model.moments == q.transpose(0, 2, 1) @ q).all()
 
 
