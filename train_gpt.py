@@ -3871,8 +3871,8 @@ def bucket_sigmas_q20() -> ndarray:
 
 def frequency_tables() -> ndarray:
     """Integer frequencies of all cells, (mixtures, VARIANCE_BUCKETS * MEAN_FRACTIONS * 256), int64. The cell of a
-    symbol is table * 256 + code. Each table's sum is 2**PROB_BITS. Symbols beyond 6 sigma + 2 have none and are escaped;
-    ESCAPE has at least 1."""
+    symbol is table * 256 + code. Each table's sum is 2**PROB_BITS. Symbols beyond 6 sigma + 2 have none and are
+    escaped; ESCAPE has at least 1."""
     half = half_gaussian()
     sigma_q20 = bucket_sigmas_q20()[:, None, None]
     fractions = np.arange(MEAN_FRACTIONS)[:, None]
@@ -4352,17 +4352,15 @@ class QuantizedMatrix(NamedTuple):
 
     symbols: ndarray  # int8 (rows, cols)
     row_codes: ndarray  # int16 (rows,)
-    column_codes: ndarray | None = None  # int8 (cols,); None: zeros
+    column_codes: ndarray  # int8 (cols,)
     correction: Correction | None = None
 
     def dequantize(self) -> Tensor:
         """(rows, cols), fp32, equal on every machine but for the correction."""
         row = dequantize_scales(self.row_codes)
-        w = self.symbols.astype(np.float32) * row[:, None]
-        if self.column_codes is not None:
-            w *= dequantize_scales(self.column_codes, COLUMN_STEPS)
-        w = torch.from_numpy(w)
-        return w if self.correction is None else w + self.correction.product(w.size(1))
+        column = dequantize_scales(self.column_codes, COLUMN_STEPS)
+        w = torch.from_numpy(self.symbols * row[:, None] * column)
+        return w + self.correction.product(w.size(1)) if self.correction else w
 
 
 class QuantizedGate(NamedTuple):
@@ -4373,7 +4371,7 @@ class QuantizedGate(NamedTuple):
 
     def dequantize(self) -> Tensor:
         scale = self.scale.astype(np.float32)
-        return torch.from_numpy(self.symbols.astype(np.float32) * scale[..., None])
+        return torch.from_numpy(self.symbols * scale[..., None])
 
 
 class Quantized(NamedTuple):
@@ -4387,8 +4385,8 @@ class Quantized(NamedTuple):
         """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
         state = {}
         for name, array in self.parameters.items():
-            gate = isinstance(array, QuantizedGate)
-            state[name] = array.dequantize() if gate else torch.from_numpy(array.astype(np.float32))
+            is_gate = isinstance(array, QuantizedGate)
+            state[name] = array.dequantize() if is_gate else torch.from_numpy(array).float()
         for name, layers in self.matrices.items():
             stack = torch.stack([matrix.dequantize() for matrix in layers])
             state[name] = stack[0] if name == "tok_emb" else stack
@@ -4402,17 +4400,15 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
     """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
     the file they came from."""
     parameters = dict(model.named_parameters())
-    for name, p in parameters.items():
-        shape = tuple(state[name].shape) if name in state else "no"
+    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
+    given = {name: tuple(t.shape) for name, t in state.items()}
+    for name in wanted | given:
+        shape = given.get(name, "no")
         require(
-            shape == tuple(p.shape),
-            f"{origin}: holds {shape} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with",
+            shape == wanted.get(name),
+            f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
+            "use the settings it was made with",
         )
-    unknown = ", ".join(sorted(set(state) - set(parameters)))
-    require(
-        not unknown,
-        f"{origin}: holds {unknown}, which the settings do not use; use the settings it was made with",
-    )
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(state[name])
@@ -4428,11 +4424,11 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
     |dnats_t / drow|^2. One backward pass estimates it. With random signs s_t, E |sum_t s_t g_t|^2 = sum_t |g_t|^2:
     cross terms cancel."""
     sums = {}
-    for name, kind in MATRICES.items():
-        matrix = getattr(model, name)
+    matrices = [getattr(model, name) for name in MATRICES]
+    for kind, matrix in zip(MATRICES.values(), matrices):
         layers = len(matrix) if matrix.ndim == 3 else 1
         width = matrix.size(-1)
-        sums[kind.hessian] = torch.zeros(layers, width, width, device=matrix.device)
+        sums[kind.hessian] = matrix.new_zeros(layers, width, width)
 
     def tap(kind: str, layer: int, x: Tensor):
         x = x.detach().float()
@@ -4444,10 +4440,11 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
         if rows:
             generator = torch.Generator().manual_seed(seed)  # on the CPU: the same signs on every device
             coins = torch.randint(0, 2, batch.targets.shape, generator=generator)
-            signs = coins.to(batch.targets.device) * 2 - 1
-            nats = model.nll(hidden, batch.targets.clamp(min=0)).nats
-            loss = (nats * signs * (batch.targets >= 0)).sum()
-            gradients = torch.autograd.grad(loss, [getattr(model, name) for name in MATRICES])
+            targets = batch.targets
+            signs = coins.to(targets.device) * 2 - 1
+            nats = model.nll(hidden, targets.clamp(min=0)).nats
+            loss = (nats * signs * (targets >= 0)).sum()
+            gradients = torch.autograd.grad(loss, matrices)
             for name, gradient in zip(MATRICES, gradients):
                 sums[f"{name}.rows"] = gradient.square().sum(-1)
     return sums
@@ -4491,8 +4488,7 @@ def error_feedback(hessian: Tensor, damping: float) -> ErrorFeedback:
     diagonal = h.diagonal(dim1=1, dim2=2)
     diagonal.add_(diagonal == 0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    h = h.gather(1, order[:, :, None].expand_as(h))
-    h = h.gather(2, order[:, None].expand_as(h))
+    h = h.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
     mean = diagonal.mean(1)
     damp = torch.full_like(mean, damping)
     for _ in range(8):
@@ -4521,41 +4517,31 @@ class StepSizes(NamedTuple):
         return (self.column_codes / COLUMN_STEPS).exp2()
 
 
-def clip_step_sizes(
-    model: GPT,
-    weights: dict[str, Tensor],  # (layers, rows, cols)
-    feedback: dict[str, ErrorFeedback],
-    cfg: Config,
-    saved: float,
-) -> dict[str, StepSizes]:
-    """The published rule (#1394): *_CLIP_SIGMAS standard deviations of a row over the symbol range, times 2**saved.
-
-    AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of (activation RMS * mean
-    |w|) gets the step sizes of AWQ_BITS."""
+def clip_step_sizes(weights: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, StepSizes]:
+    """The published rule (#1394): *_CLIP_SIGMAS standard deviations of a row of weights (layers, rows, cols) over the
+    symbol range, times 2**saved."""
     steps = {}
-    groups = []  # (saliency, name, layer, first column)
-    layers = torch.tensor([visit.layer for visit in model.schedules[cfg.looped]])
-    visits = torch.bincount(layers, minlength=cfg.num_layers).to(model.tok_emb.device)
     for name, kind in MATRICES.items():
         w = weights[name]
-        bits = getattr(cfg, kind.bits)
-        limit = 2 ** (bits - 1) - 1
-        sigmas = getattr(cfg, kind.sigmas)
-        row = 2**saved * sigmas * w.std(2) / limit
-        square = feedback[name].diagonal
-        steps[name] = StepSizes(row.clamp_min(1e-6), torch.zeros_like(square), limit)
-        if cfg.awq_lite_enabled and bits < AWQ_BITS and w.size(2) >= AWQ_GROUP:
-            square = square / visits[:, None] if len(w) > 1 else square  # the embedding is read once
-            saliency = square.sqrt() * w.abs().mean(1)
-            sums = saliency.unfold(1, AWQ_GROUP, AWQ_GROUP).sum(2)
-            for layer, row_sums in enumerate(sums.tolist()):
-                groups += [(total, name, layer, i * AWQ_GROUP) for i, total in enumerate(row_sums)]
-    if groups:
-        _, name, layer, first = max(groups)
-        finer = AWQ_BITS - getattr(cfg, MATRICES[name].bits)
-        group = slice(first, first + AWQ_GROUP)
-        steps[name].column_codes[layer, group] = -finer * COLUMN_STEPS
+        limit = 2 ** (getattr(cfg, kind.bits) - 1) - 1
+        row = 2**saved * getattr(cfg, kind.sigmas) * w.std(2) / limit
+        steps[name] = StepSizes(row.clamp_min(1e-6), torch.zeros_like(w[:, 0]), limit)
     return steps
+
+
+def refine_salient_columns(steps: dict[str, StepSizes], saliency: dict[str, Tensor], cfg: Config):
+    """AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of `saliency` (layers,
+    cols), activation RMS * mean |w|, gets the step sizes of AWQ_BITS."""
+    sums = {}  # (layers, groups)
+    finer = {name: AWQ_BITS - getattr(cfg, kind.bits) for name, kind in MATRICES.items()}
+    for name, columns in saliency.items():
+        if finer[name] > 0 and columns.size(1) >= AWQ_GROUP:
+            sums[name] = columns.unfold(1, AWQ_GROUP, AWQ_GROUP).sum(2)
+    if sums:
+        name = max(sums, key=lambda name: sums[name].max().item())
+        layer, group = divmod(sums[name].argmax().item(), sums[name].size(1))
+        groups = steps[name].column_codes[layer].unfold(0, AWQ_GROUP, AWQ_GROUP)  # a view
+        groups[group] = -finer[name] * COLUMN_STEPS
 
 
 # How RATE_DISTORTION chooses step sizes: one more bit anywhere must lower the loss by the same amount (reverse
@@ -4643,9 +4629,8 @@ class Columns(NamedTuple):
 
     w: Tensor  # (n, columns, rows): a column lies in one piece
     upper: Tensor  # (n, columns, columns), see ErrorFeedback
-    step: Tensor  # (n, rows)
-    scale: Tensor  # (n, columns): factors of the step size
-    limit: Tensor  # (n, columns): largest symbols
+    size: Tensor  # (n, columns, rows): step sizes
+    limit: Tensor  # (n, columns, 1): largest symbols
 
 
 def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
@@ -4656,8 +4641,8 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
     Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
     them."""
     w = columns.w.clone()
-    size = columns.step[:, None] * columns.scale[:, :, None]
-    high = columns.limit[:, :, None]
+    size = columns.size
+    high = columns.limit
     low = -high
     pivot = columns.upper.diagonal(dim1=1, dim2=2)[:, :, None]
     symbols = torch.empty_like(w)
@@ -4691,49 +4676,38 @@ def replayed(function: Callable, example: NamedTuple) -> Callable:
     return replay
 
 
-def gptq(
-    w: Tensor,  # (n, rows, cols)
-    feedback: ErrorFeedback,
-    step: Tensor,  # (n, rows)
-    limit: int,
-    column_scale: Tensor | None = None,  # (n, cols): factors of the step; None: ones
-    block: int = 128,
-) -> Tensor:
-    """Round w to multiples of step, feeding each column's error to the columns not yet rounded (arXiv 2210.17323).
+def gptq(w: Tensor, feedback: ErrorFeedback, steps: StepSizes, block: int = 128) -> Tensor:
+    """Round w (n, rows, cols) to multiples of its step sizes, feeding each column's error to the columns that are not
+    yet rounded (arXiv 2210.17323).
 
-    Returns symbols int16 (n, rows, cols), at most `limit`, or MAX_SYMBOL where column_scale is below 1. Columns go in
-    the order of `feedback`. One whose input never fires is zero."""
+    Returns symbols int8 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1. Columns go
+    in the order of `feedback`. One whose input never fires is zero."""
     order, upper, diagonal = feedback
     silent = (diagonal == 0)[:, :, None]
-    w = w.float().mT.masked_fill(silent, 0.0)
-    w = w.gather(1, order[:, :, None].expand_as(w))
-    scale = torch.ones_like(upper[:, 0])
-    if column_scale is not None:
-        scale = column_scale.gather(1, order)
-    limits = torch.where(scale < 1, MAX_SYMBOL, limit).float()
-    symbols = torch.empty_like(w, dtype=torch.int16)
+    w = w.mT.masked_fill(silent, 0.0).take_along_dim(order[:, :, None], 1)
+    scale = steps.column_scale.gather(1, order)[:, :, None]
+    size = steps.row[:, None] * scale
+    limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
+    symbols = torch.empty_like(w, dtype=torch.int8)
     round_block = round_columns
     for start in range(0, w.size(1), block):
         here = slice(start, start + block)
         rest = slice(start + block, None)
-        columns = Columns(
-            w=w[:, here],
-            upper=upper[:, here, here],
-            step=step,
-            scale=scale[:, here],
-            limit=limits[:, here],
-        )
+        columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here])
         is_full = start + block <= w.size(1)
         if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
             round_block = replayed(round_columns, columns)
         symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
-        later = upper[:, here, rest].mT
-        w[:, rest].baddbmm_(later, errors, alpha=-1)
-    in_place = order.argsort(dim=1)[:, :, None].expand_as(symbols)
-    return symbols.gather(1, in_place).mT.contiguous()
+        w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
+    return symbols.take_along_dim(order.argsort(dim=1)[:, :, None], 1).mT.contiguous()
 
 
 # --- LQER ---
+
+
+def round_to_int8(w: Tensor, scale: Tensor, low: int, high: int) -> ndarray:
+    """w / scale, rounded to low..high."""
+    return (w / scale).round().clamp(low, high).to(torch.int8).cpu().numpy()
 
 
 def lqer(error: Tensor, cfg: Config) -> Correction:
@@ -4752,12 +4726,9 @@ def lqer(error: Tensor, cfg: Config) -> Correction:
     scale_a = a.abs().max()[None] / 1.5
     scales_b = groups.abs().amax(1) / 7.5
     scales = torch.cat((scale_a, scales_b)).clamp(1e-7, 6e4).half()
-    a = (a / scales[0]).round().clamp(-2, 1).to(torch.int8)
-    b = (groups / scales[1:, None]).round()
-    b = b.clamp(-8, 7).to(torch.int8)
     return Correction(
-        a=a.cpu().numpy(),
-        b=b.cpu().numpy(),
+        a=round_to_int8(a, scales[0], -2, 1),
+        b=round_to_int8(groups, scales[1:, None], -8, 7),
         scales=scales.cpu().numpy(),
         error=error.norm().item(),
     )
@@ -4767,8 +4738,7 @@ def add_corrections(matrices: dict[str, list[QuantizedMatrix]], weights: dict[st
     """LQER for the LQER_TOP_K matrices with the largest Frobenius error."""
     errors = {}
     for name, layers in matrices.items():
-        for layer, matrix in enumerate(layers):
-            w = weights[name][layer]
+        for layer, (w, matrix) in enumerate(zip(weights[name], layers)):
             errors[name, layer] = w - matrix.dequantize().to(w.device)
     largest = sorted(errors, key=lambda place: -errors[place].norm().item())
     for name, layer in largest[: cfg.lqer_top_k]:
@@ -4783,14 +4753,16 @@ class Quantizer:
     """Quantises one model, as often as its size asks for. What no step size changes is computed once."""
 
     def __init__(self, model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks):
-        self.model = model
         self.cfg = cfg
         self.ranks = ranks
         self.parameters = folded_state(model)
         self.weights = {}  # of matrices, (layers, rows, cols) fp32
         self.feedback = {}
-        self.curves = {}
+        self.curves = {}  # for RATE_DISTORTION
+        self.saliency = {}  # for AWQ-lite: activation RMS * mean |w| of every column
         scales = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
+        layers = torch.tensor([visit.layer for visit in model.schedules[cfg.looped]])
+        visits = layers.bincount().to(model.tok_emb.device)
         for name, kind in MATRICES.items():
             w = self.parameters.pop(name)
             w = w if w.ndim == 3 else w[None]
@@ -4801,13 +4773,17 @@ class Quantizer:
                 g = hessians[f"{name}.rows"].view(w.shape[:2])
                 if name in scales:  # gradients are of the model's own matrix: chain rule for the folded one
                     g = g / scales[name].square().clamp_min(1e-6)
-                row_power = getattr(cfg, kind.rows)
-                self.curves[name] = rate_curve(w, feedback, g, row_power, cfg.rate_columns)
+                self.curves[name] = rate_curve(w, feedback, g, getattr(cfg, kind.rows), cfg.rate_columns)
+            elif cfg.awq_lite_enabled:
+                mean_square = feedback.diagonal / (1 if name == "tok_emb" else visits[:, None])
+                self.saliency[name] = mean_square.sqrt() * w.abs().mean(1)
 
     def step_sizes(self, saved: float) -> dict[str, StepSizes]:
         """By the settings, for `saved` bits a weight less than ARTIFACT_CAP bytes, or than the published rule."""
         if not self.cfg.rate_distortion:
-            return clip_step_sizes(self.model, self.weights, self.feedback, self.cfg, saved)
+            steps = clip_step_sizes(self.weights, self.cfg, saved)
+            refine_salient_columns(steps, self.saliency, self.cfg)
+            return steps
         weights = sum(w.numel() for w in self.weights.values())
         level = level_for(self.curves.values(), 8 * self.cfg.artifact_cap - saved * weights)
         return {name: curve.step_sizes_at(level) for name, curve in self.curves.items()}
@@ -4833,22 +4809,21 @@ class Quantizer:
         ranks."""
         w = self.weights[name]
         row_codes = quantize_scales(steps.row.cpu().numpy())
-        symbols = torch.empty(w.shape, dtype=torch.int8, device=w.device)
         if self.ranks.rank == owner:
-            step = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
-            rounded = gptq(w, self.feedback[name], step, steps.limit, steps.column_scale)
-            symbols = rounded.to(torch.int8)
+            row = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
+            symbols = gptq(w, self.feedback[name], steps._replace(row=row))
+        else:
+            symbols = torch.empty_like(w, dtype=torch.int8)
         symbols = self.ranks.broadcast_(symbols, owner).cpu().numpy()
-        columns = steps.column_codes.to(torch.int8).cpu().numpy()
-        return [QuantizedMatrix(*parts) for parts in zip(symbols, row_codes, columns)]
+        column_codes = steps.column_codes.to(torch.int8).cpu().numpy()
+        return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
 
 
 def quantize_gate(gate: Tensor) -> QuantizedGate:
     """gate (layers, heads, channels), each row with a scale of its own."""
     scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
-    symbols = (gate / scale[..., None]).round()
-    symbols = symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL).to(torch.int8)
-    return QuantizedGate(symbols.cpu().numpy(), scale.cpu().numpy())
+    symbols = round_to_int8(gate, scale[..., None], -MAX_SYMBOL, MAX_SYMBOL)
+    return QuantizedGate(symbols, scale.cpu().numpy())
 
 
 # --- Logit calibration (#1924): logits <- scale * softcap(z) + features . biases, fitted to the quantised model ---
@@ -4948,13 +4923,12 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
     for kind, layers in quantized.matrices.items():
         for layer, matrix in enumerate(layers):
             name = f"{kind}.{layer}"
-            has_columns = matrix.column_codes is not None and matrix.column_codes.any()
-            add(name, MATRIX_PARTS[: 2 + has_columns], matrix)
-            if matrix.correction is not None:
+            add(name, MATRIX_PARTS if matrix.column_codes.any() else MATRIX_PARTS[:2], matrix)
+            if matrix.correction:
                 corrections[name] = matrix.correction
     # Corrections follow all matrices, the largest error first.
-    for name, correction in sorted(corrections.items(), key=lambda item: -item[1].error):
-        add(name, LQER_PARTS, correction)
+    for name in sorted(corrections, key=lambda name: -corrections[name].error):
+        add(name, LQER_PARTS, corrections[name])
     for name, value in quantized.parameters.items():
         if isinstance(value, QuantizedGate):
             add(name, GATE_PARTS, value)
@@ -4967,19 +4941,20 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
 
 def unflatten(arrays: dict[str, ndarray]) -> Quantized:
     """Inverse of flatten."""
-    matrices = {}
-    parameters = {}
+    records = {"": {}}  # "qkv.3" -> {"symbols": ..., "step": ...}; parameters have no dot: "" -> {"caps": ...}
     for full_name, array in arrays.items():
-        name, _, part = full_name.rpartition(".")  # "qkv.3", "symbols"; a parameter has no dot: "", "caps"
-        parts = lambda suffixes, name=name: [arrays.get(f"{name}.{suffix}") for suffix in suffixes]
-        if part == "symbols":
-            correction = Correction(*parts(LQER_PARTS)) if f"{name}.lqer_a" in arrays else None
-            matrix = QuantizedMatrix(*parts(MATRIX_PARTS), correction)
-            matrices.setdefault(name.split(".")[0], []).append(matrix)
-        elif part == "int8":
-            parameters[name] = QuantizedGate(*parts(GATE_PARTS))
-        elif not name:
-            parameters[part] = array
+        name, _, part = full_name.rpartition(".")
+        records.setdefault(name, {})[part] = array
+    parameters = records.pop("")
+    matrices = {}
+    for name, parts in records.items():
+        if "int8" in parts:
+            parameters[name] = QuantizedGate(*[parts[part] for part in GATE_PARTS])
+            continue
+        correction = Correction(*[parts[part] for part in LQER_PARTS]) if "lqer_a" in parts else None
+        parts.setdefault("column", np.zeros(parts["symbols"].shape[1], np.int8))
+        matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)
+        matrices.setdefault(name.split(".")[0], []).append(matrix)
     return Quantized(matrices, parameters, parameters.pop("logit_calibration", None))
 
 
@@ -4995,10 +4970,6 @@ LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "p
 LEAST_CODED = 64  # values of an array that are worth the entropy coder's header
 
 
-class ArtifactError(UserError):
-    """The model file is damaged or not ours; the message names it and the remedy."""
-
-
 def as_matrix(a: ndarray) -> ndarray:
     """An integer array as (R, C): vectors and matrices of two long sides are folded, the last row padded with zeros."""
     if a.ndim > 1 and min(len(a), a[0].size) <= 1024:
@@ -5008,11 +4979,9 @@ def as_matrix(a: ndarray) -> ndarray:
     return padded.reshape(-1, width)
 
 
-def planes(arrays: Iterable[ndarray], dtype: str) -> bytes:
-    """Bytes of arrays of one dtype, most significant bytes of all values first: these repeat, so LZMA sees runs."""
-    raw = b"".join(a.tobytes() for a in arrays)
-    values = np.frombuffer(raw, np.uint8).reshape(-1, np.dtype(dtype).itemsize)
-    return values.T[::-1].tobytes()
+def planes(values: ndarray) -> bytes:
+    """Bytes of values (count,), most significant bytes of all values first: these repeat, so LZMA sees runs."""
+    return values.view(np.uint8).reshape(-1, values.itemsize).T[::-1].tobytes()
 
 
 def from_planes(raw: bytes, dtype: str, count: int) -> ndarray:
@@ -5048,7 +5017,7 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     for dtype, members in rest.items():
         shapes = [[name, a.shape] for name, a in members.items()]
         plain.append([dtype, shapes])
-        raw += planes(members.values(), dtype)
+        raw += planes(np.concatenate([a.ravel() for a in members.values()]))
     raw = lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA)
     code, ridden = encode_stacks(stacks, raw)  # the first `ridden` bytes of raw travel in the code's states
     header = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
@@ -5067,51 +5036,41 @@ def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict):
 
 def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
     """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or
-    of another kind raises ArtifactError."""
-    try:
+    of another kind raises UserError."""
+    with explained(
+        f"{path}: cannot be read ({{}}); train first, or set ARTIFACT_DIR to the folder that holds it", OSError
+    ):
         data = path.read_bytes()
-    except OSError as e:
-        raise ArtifactError(
-            f"{path}: cannot be read ({e.strerror}); train first, or set ARTIFACT_DIR to the folder that holds it"
-        ) from None
-
-    def verify(holds: bool, problem: str):
-        if not holds:
-            raise ArtifactError(f"{path}: {problem}")
-
-    verify(
-        data[:8] == MAGIC,
-        f"not a model file of this script (its first bytes are {data[:8]!r}); "
+    magic, version, length, header_size, code_size = FIXED.unpack_from(data.ljust(FIXED.size, b"\0"))
+    require(
+        magic == MAGIC,
+        f"{path}: not a model file of this script (its first bytes are {magic!r}); "
         "set ARTIFACT_DIR to the folder that holds one",
     )
-    length = FIXED.unpack_from(data)[2] if len(data) >= FIXED.size else 0
-    verify(
+    require(
         len(data) == length,
-        f"{len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew",
+        f"{path}: {len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it "
+        "anew",
     )
-    (checksum,) = struct.unpack("<I", data[-4:])
-    verify(
-        zlib.crc32(data[:-4]) == checksum,
-        "checksum does not match; the file was altered: copy it again or write it anew",
+    require(
+        zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little"),
+        f"{path}: checksum does not match; the file was altered: copy it again or write it anew",
     )
-    _, version, _, header_size, code_size = FIXED.unpack_from(data)
-    verify(
+    require(
         version == VERSION,
-        f"format version {version}, this script reads {VERSION}; score it with the script that wrote it",
+        f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it",
     )
-    code_at = FIXED.size + header_size
-    rest_at = code_at + code_size
-    header = json.loads(zlib.decompress(data[FIXED.size : code_at]))
-    return header, data[code_at:rest_at], data[rest_at:-4]
+    parts = io.BytesIO(data[FIXED.size : -4])
+    header = json.loads(zlib.decompress(parts.read(header_size)))
+    return header, parts.read(code_size), parts.read()
 
 
 def load_artifact(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Inverse of encode_artifact: arrays and meta."""
     header, code, rest = read_artifact(path)
-    try:
+    # The checksum holds, so an error is of a file that was made wrongly.
+    with explained(f"{path}: cannot be decoded ({{}}); write it anew", Exception):
         return unpack_tensors(header, code, rest), header["meta"]
-    except Exception as e:  # the checksum holds, so this is a file that was made wrongly
-        raise ArtifactError(f"{path}: cannot be decoded ({type(e).__name__}: {e}); write it anew") from e
 
 
 def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, ndarray]:
