@@ -3983,12 +3983,12 @@ class StackModel:
     def correlations(self, shared: ndarray, pool: ndarray) -> ndarray:
         """Of x (G, n, n). As rows come in they move from the pool's to all members' to the matrix's own."""
         identity = np.eye(len(self.columns))
-        pool_weight = self.prior.pool_weight
-        c = blend(identity, pool, pool_weight)
-        if self.seen:
-            total = self.seen * len(self.moments)
-            c = blend(c, correlation(shared), pool_weight * total / (total + SHARED_CORRELATION_ROWS))
-            c = blend(c, correlation(self.moments), self.seen / (self.seen + self.prior.rows))
+        rows = self.seen * len(self.moments)
+        common = self.prior.pool_weight * rows / (rows + SHARED_CORRELATION_ROWS)
+        own = self.seen / (self.seen + self.prior.rows)
+        c = blend(identity, pool, self.prior.pool_weight)
+        c = blend(c, correlation(shared), common)
+        c = blend(c, correlation(self.moments), own)
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
     def predictor(self, pool: ndarray) -> tuple[ndarray | None, ndarray]:
@@ -4009,21 +4009,20 @@ class StackModel:
         pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
         width, members, rows = self.columns.shape
         pool = pools.get(width, np.eye(width))
-        size = FIRST_CHUNK_ROWS
         most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
+        size = min(FIRST_CHUNK_ROWS, most)
         while self.seen < rows:
-            end = min(self.seen + min(size, most), rows)
-            self.code_chunk(end, coder, pool)
-            size *= 2
+            self.code_chunk(size, coder, pool)
+            size = min(2 * size, most)
         own = correlation(self.shared_moments())
         pools[width] = blend(pools.get(width, own), own, 0.5)
 
-    def code_chunk(self, end: int, coder, pool: ndarray):
-        """Code the rows of every member from the first unseen one to `end`, then learn from them."""
+    def code_chunk(self, size: int, coder, pool: ndarray):
+        """Code the next `size` rows of every member, or what is left, then learn from them."""
         low_q12, variance = self.predictor(pool)
         sigma = np.sqrt(variance)
         log2_variance = log2_fixed(variance)
-        chunk = self.columns[:, :, self.seen : end]
+        chunk = self.columns[:, :, self.seen : self.seen + size]
         width, members, rows = chunk.shape
         e_q8 = np.zeros((members, width, rows))
         mean_q8 = np.zeros((members, rows))
@@ -4055,7 +4054,7 @@ class StackModel:
         for member, moments in enumerate(self.moments):
             x = chunk[:, member].astype(exact)
             moments += x @ x.T
-        self.seen = end
+        self.seen += rows
 
 
 def first_tables(log2_variance: ndarray) -> ndarray:
@@ -4072,23 +4071,19 @@ class SymbolWriter:
     """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
 
     def __init__(self):
-        self.cells: list[ndarray] = []  # of every step
-        self.escaped: list[ndarray] = []
+        self.cells = []  # arrays int32 (G * rows,), one for every step
+        self.escaped = []  # bytes of raw int16
 
-    def column(
-        self,
-        table: ndarray,  # (G, rows) int64: the table of each symbol
-        floor: ndarray,  # (G, rows) int64: whole part of its mean
-        values: ndarray,  # (G, rows) int32
-    ):
-        """Take one step: a column of all rows of a chunk."""
+    def column(self, table, floor, values):
+        """Take one step: a column of all rows of a chunk. Arrays (G, rows): the table of each symbol and the whole part
+        of its mean, int64, and its value, int32."""
         code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
         cell = (table * 256 + code).ravel()
         frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
         escaped = (frequency == 0) | (code.ravel() == ESCAPE)
         if escaped.any():
             cell[escaped] |= ESCAPE
-            self.escaped.append(values.ravel()[escaped])
+            self.escaped.append(values.ravel()[escaped].astype("<i2").tobytes())
         self.cells.append(cell.astype(np.int32))
 
     def best_mixture(self) -> int:
@@ -4108,8 +4103,8 @@ class SymbolReader:
     """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
 
     def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
-        self.states = states.astype(np.uint32)
-        self.words = words.astype(np.uint32)
+        self.states = states.copy()
+        self.words = words
         self.escaped = escaped
 
     def begin(self, mixture: int):
@@ -4119,7 +4114,7 @@ class SymbolReader:
         self.codes = np.repeat(codes, frequencies)  # of every slot of every table
         self.starts = CELL_STARTS[mixture]
 
-    def column(self, table: ndarray, floor: ndarray, values: ndarray):
+    def column(self, table, floor, values):
         """As SymbolWriter.column, but fills in the values."""
         state = self.states[: table.size]  # a view: the states advance in place
         table = table.ravel()
@@ -4138,34 +4133,34 @@ class SymbolReader:
         values[:] = decoded.reshape(values.shape)
 
 
-def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[ndarray, ndarray]:
-    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16.
-    A state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
+def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
+    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
+    state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
     with."""
     states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
-    words = [np.empty(0, "<u2")]
+    words = []
     for start in reversed(steps):
         state = states[: len(start)]  # a view
         freq = start >> PROB_BITS
         full = state >= freq << (32 - PROB_BITS)
-        words.append(state[full].astype("<u2"))
+        words.append(state[full].astype("<u2").tobytes())
         state[full] >>= 16
         times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
         rest = state - times * freq
         state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
-    return states.astype("<u4"), np.concatenate(words[::-1])
+    return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
 # --- What the encoder chooses ---
 
 
 def choose_prior(q: ndarray, pool: ndarray) -> int:
-    """Index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most
+    """q (G, R, n) float64 -> index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most
     two members."""
     members, rows, width = q.shape
     if rows * members < 64 or width < 8:
         return len(CORRELATION_PRIORS) - 1
-    q = q[:: max(members - 1, 1)].astype(np.float64)  # the first and the last
+    q = q[:: max(members - 1, 1)]  # the first and the last
     square = (q**2).mean(1, keepdims=True)
     z = q / np.sqrt(np.maximum(square, MIN_VARIANCE))
     even = z[:, ::2]
@@ -4187,7 +4182,7 @@ def choose_prior(q: ndarray, pool: ndarray) -> int:
 def common_weight(q: ndarray, axis: int) -> int:
     """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how
     far theirs lie apart."""
-    square = (q.astype(np.float64) ** 2).mean(axis)
+    square = (q**2).mean(axis)
     spread = np.log(square + 1 / 12).var(1).mean()
     spread -= 2 / q.shape[axis]  # what chance alone would give
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
@@ -4221,16 +4216,15 @@ def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int
     headers = []
     pools = {}
     steps = []  # CELL_STARTS of every column of every chunk
-    escaped = [np.empty(0, np.int64)]
+    escaped = []
     for q in stacks:
         copies = repeated_rows(q)
         q = np.delete(q, list(copies), axis=1)
         rows, width = q.shape[1:]
         turned = width != residual and (rows == residual or rows < width)
-        q = q.mT if turned else q
-        square = (q.astype(np.float64) ** 2).mean((1, 2))
-        variance = np.maximum(square, MIN_VARIANCE)
+        q = (q.mT if turned else q).astype(np.float64)
         width = q.shape[2]
+        variance = np.maximum((q**2).mean((1, 2)), MIN_VARIANCE)
         header = StackHeader(
             shape=list(q.shape),
             log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
@@ -4250,9 +4244,9 @@ def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int
     ridden = min(len(rider), 2 * count)
     states, words = rans_encode(steps, rider[:ridden].ljust(2 * count, b"\0"))
     side = zlib.compress(json.dumps(headers, separators=(",", ":")).encode(), 9)
-    raw = zlib.compress(np.concatenate(escaped).astype("<i2").tobytes(), 9)
-    sizes = struct.pack("<4I", len(side), len(raw), count, len(words))
-    return sizes + side + raw + states.tobytes() + words.tobytes(), ridden
+    raw = zlib.compress(b"".join(escaped), 9)
+    sizes = struct.pack("<4I", len(side), len(raw), count, len(words) // 2)
+    return sizes + side + raw + states + words, ridden
 
 
 def decode_stacks(code: bytes) -> tuple[list[ndarray], bytes]:
@@ -4363,30 +4357,19 @@ class QuantizedMatrix(NamedTuple):
         return w + self.correction.product(w.size(1)) if self.correction else w
 
 
-class QuantizedGate(NamedTuple):
-    """The attention gate in int8 rows."""
-
-    symbols: ndarray  # int8 (layers, heads, channels)
-    scale: ndarray  # fp16 (layers, heads)
-
-    def dequantize(self) -> Tensor:
-        scale = self.scale.astype(np.float32)
-        return torch.from_numpy(self.symbols * scale[..., None])
-
-
 class Quantized(NamedTuple):
     """A model as the artifact holds it."""
 
     matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
-    parameters: dict[str, ndarray | QuantizedGate]  # fp16 but for the gate
+    parameters: dict[str, ndarray]  # fp16; the attention gate may be in int8 rows, see `quantize_gate`
     logit_calibration: ndarray | None = None  # fp32 (15,), see to_logit_calibration
 
     def state(self) -> dict[str, Tensor]:
         """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
-        state = {}
-        for name, array in self.parameters.items():
-            is_gate = isinstance(array, QuantizedGate)
-            state[name] = array.dequantize() if is_gate else torch.from_numpy(array).float()
+        state = {name: torch.from_numpy(array).float() for name, array in self.parameters.items()}
+        if "attn_gate.int8" in state:
+            scale = state.pop("attn_gate.scale")
+            state["attn_gate"] = state.pop("attn_gate.int8") * scale[..., None]
         for name, layers in self.matrices.items():
             stack = torch.stack([matrix.dequantize() for matrix in layers])
             state[name] = stack[0] if name == "tok_emb" else stack
@@ -4799,7 +4782,7 @@ class Quantizer:
         parameters = {}
         for name, value in self.parameters.items():
             if name == "attn_gate" and self.cfg.gated_attn_quant_gate:
-                parameters[name] = quantize_gate(value)
+                parameters |= quantize_gate(value)
             elif name not in FOLDED:
                 parameters[name] = value.half().cpu().numpy()
         return Quantized(matrices, parameters)
@@ -4819,11 +4802,11 @@ class Quantizer:
         return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
 
 
-def quantize_gate(gate: Tensor) -> QuantizedGate:
-    """gate (layers, heads, channels), each row with a scale of its own."""
+def quantize_gate(gate: Tensor) -> dict[str, ndarray]:
+    """gate (layers, heads, channels) as int8, and the fp16 scale (layers, heads) of each row."""
     scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
     symbols = round_to_int8(gate, scale[..., None], -MAX_SYMBOL, MAX_SYMBOL)
-    return QuantizedGate(symbols, scale.cpu().numpy())
+    return {"attn_gate.int8": symbols, "attn_gate.scale": scale.cpu().numpy()}
 
 
 # --- Logit calibration (#1924): logits <- scale * softcap(z) + features . biases, fitted to the quantised model ---
@@ -4895,7 +4878,8 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
         penalty = values[1:].square().mean() + (calibration.scale - 1).square()
         mean_nats = (nats * real).sum() / real.sum().clamp_min(1)
         loss = mean_nats + 0.01 * penalty
-        (values.grad,) = torch.autograd.grad(loss, [values])
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
     return ranks.broadcast_(values.detach().cpu()).numpy()
 
@@ -4907,7 +4891,6 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
 
 MATRIX_PARTS = ("symbols", "step", "column")
 LQER_PARTS = ("lqer_a", "lqer_b", "lqer_scales")
-GATE_PARTS = ("int8", "scale")
 
 
 def flatten(quantized: Quantized) -> dict[str, ndarray]:
@@ -4929,11 +4912,7 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
     # Corrections follow all matrices, the largest error first.
     for name in sorted(corrections, key=lambda name: -corrections[name].error):
         add(name, LQER_PARTS, corrections[name])
-    for name, value in quantized.parameters.items():
-        if isinstance(value, QuantizedGate):
-            add(name, GATE_PARTS, value)
-        else:
-            arrays[name] = value
+    arrays |= quantized.parameters
     if quantized.logit_calibration is not None:
         arrays["logit_calibration"] = quantized.logit_calibration
     return arrays
@@ -4941,16 +4920,16 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
 
 def unflatten(arrays: dict[str, ndarray]) -> Quantized:
     """Inverse of flatten."""
-    records = {"": {}}  # "qkv.3" -> {"symbols": ..., "step": ...}; parameters have no dot: "" -> {"caps": ...}
+    layers = {}  # "qkv.3" -> {"symbols": ..., "step": ...}
+    parameters = {}
     for full_name, array in arrays.items():
         name, _, part = full_name.rpartition(".")
-        records.setdefault(name, {})[part] = array
-    parameters = records.pop("")
+        if part in MATRIX_PARTS + LQER_PARTS:
+            layers.setdefault(name, {})[part] = array
+        else:
+            parameters[full_name] = array
     matrices = {}
-    for name, parts in records.items():
-        if "int8" in parts:
-            parameters[name] = QuantizedGate(*[parts[part] for part in GATE_PARTS])
-            continue
+    for name, parts in layers.items():
         correction = Correction(*[parts[part] for part in LQER_PARTS]) if "lqer_a" in parts else None
         parts.setdefault("column", np.zeros(parts["symbols"].shape[1], np.int8))
         matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)
@@ -5008,7 +4987,7 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     stacks = []
     for (_, shape, dtype), members in groups.items():
         # The coder expects values around 0, so codes of step sizes lose their median.
-        centres = [round(float(np.median(a))) for a in members.values()]
+        centres = [round(np.median(a)) for a in members.values()]
         centred = [a.astype(np.int64) - centre for a, centre in zip(members.values(), centres)]
         coded.append([dtype, shape, list(members), centres])
         stacks.append(np.stack([as_matrix(a) for a in centred]))
