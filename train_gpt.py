@@ -3949,8 +3949,8 @@ def correlation(moments: ndarray) -> ndarray:
     return moments / scale[:, :, None] / scale[:, None, :]
 
 
-def blend(a: ndarray, b: ndarray, weight: float) -> ndarray:
-    """a (1 - weight) + b weight."""
+def blend(a, b, weight):
+    """a (1 - weight) + b weight, arrays."""
     return a * (1 - weight) + b * weight
 
 
@@ -3968,11 +3968,11 @@ class StackModel:
         self.seen = 0
         self.gain_sum_q8 = np.full(members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
 
-    def shared_moments(self) -> ndarray:
+    def shared_moments(self):
         """Moments summed over the members, each at unit variance, (1, n, n)."""
         return sum(m / v for m, v in zip(self.moments, self.variance))[None]
 
-    def column_variances(self, shared: ndarray) -> ndarray:
+    def column_variances(self, shared):
         """Of x (G, n): a column's own variance, drawn to that of all members."""
         total = UNIT_VARIANCE_ROWS + self.seen * len(self.moments)
         common = (UNIT_VARIANCE_ROWS + np.linalg.diagonal(shared)) / total * self.variance[:, None]
@@ -3980,7 +3980,7 @@ class StackModel:
         variance = (self.column_trust * common + own) / (self.column_trust + self.seen)
         return np.maximum(variance, MIN_VARIANCE)
 
-    def correlations(self, shared: ndarray, pool: ndarray) -> ndarray:
+    def correlations(self, shared, pool):
         """Of x (G, n, n). As rows come in they move from the pool's to all members' to the matrix's own."""
         identity = np.eye(len(self.columns))
         rows = self.seen * len(self.moments)
@@ -3991,7 +3991,7 @@ class StackModel:
         c = blend(c, correlation(self.moments), own)
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
-    def predictor(self, pool: ndarray) -> tuple[ndarray | None, ndarray]:
+    def predictor(self, pool):
         """L_q12 (G, n, n), integers in float64, of x = e + L e, or None for L = 0; and the variance of e (G, n)."""
         shared = self.shared_moments()
         variance = self.column_variances(shared)
@@ -4017,7 +4017,7 @@ class StackModel:
         own = correlation(self.shared_moments())
         pools[width] = blend(pools.get(width, own), own, 0.5)
 
-    def code_chunk(self, size: int, coder, pool: ndarray):
+    def code_chunk(self, size: int, coder, pool):
         """Code the next `size` rows of every member, or what is left, then learn from them."""
         low_q12, variance = self.predictor(pool)
         sigma = np.sqrt(variance)
@@ -4092,7 +4092,7 @@ class SymbolWriter:
         return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
 
 
-def take(values: ndarray, count: int) -> tuple[ndarray, ndarray]:
+def take(values, count: int):
     """The first `count` values and the rest."""
     if count > len(values):
         raise ValueError("the code ends early")
@@ -4155,8 +4155,8 @@ def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
 
 
 def choose_prior(q: ndarray, pool: ndarray) -> int:
-    """q (G, R, n) float64 -> index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most
-    two members."""
+    """Index into CORRELATION_PRIORS for q (G, R, n) float64, by Gaussian code length of odd rows given the correlation
+    of even ones, on at most two members."""
     members, rows, width = q.shape
     if rows * members < 64 or width < 8:
         return len(CORRELATION_PRIORS) - 1
@@ -4335,7 +4335,7 @@ class Correction(NamedTuple):
 
     def product(self, cols: int) -> Tensor:
         """A B (rows, cols), fp32."""
-        a, b, scales = (torch.from_numpy(part.astype(np.float32)) for part in self[:3])
+        a, b, scales = (torch.from_numpy(part).float() for part in self[:3])
         b = (b * scales[1:, None]).flatten()
         b = b[: a.size(1) * cols].view(-1, cols)
         return scales[0] * a @ b
@@ -4374,16 +4374,14 @@ class Quantized(NamedTuple):
             stack = torch.stack([matrix.dequantize() for matrix in layers])
             state[name] = stack[0] if name == "tok_emb" else stack
         for vector, matrix in FOLDED.items():
-            if matrix in state:
-                state[vector] = torch.ones(state[matrix].shape[:2])
+            state[vector] = torch.ones(state[matrix].shape[:2])
         return state
 
 
 def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
     """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
     the file they came from."""
-    parameters = dict(model.named_parameters())
-    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     given = {name: tuple(t.shape) for name, t in state.items()}
     for name in wanted | given:
         shape = given.get(name, "no")
@@ -4392,9 +4390,7 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
             f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
             "use the settings it was made with",
         )
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(state[name])
+    model.load_state_dict(state)
 
 
 # --- Hessians: second moments of the inputs of every matrix ---
@@ -4516,15 +4512,15 @@ def refine_salient_columns(steps: dict[str, StepSizes], saliency: dict[str, Tens
     """AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of `saliency` (layers,
     cols), activation RMS * mean |w|, gets the step sizes of AWQ_BITS."""
     sums = {}  # (layers, groups)
-    finer = {name: AWQ_BITS - getattr(cfg, kind.bits) for name, kind in MATRICES.items()}
     for name, columns in saliency.items():
-        if finer[name] > 0 and columns.size(1) >= AWQ_GROUP:
+        if steps[name].limit < MAX_SYMBOL and columns.size(1) >= AWQ_GROUP:
             sums[name] = columns.unfold(1, AWQ_GROUP, AWQ_GROUP).sum(2)
     if sums:
-        name = max(sums, key=lambda name: sums[name].max().item())
+        name = max(sums, key=lambda name: sums[name].max())
+        finer = AWQ_BITS - getattr(cfg, MATRICES[name].bits)
         layer, group = divmod(sums[name].argmax().item(), sums[name].size(1))
         groups = steps[name].column_codes[layer].unfold(0, AWQ_GROUP, AWQ_GROUP)  # a view
-        groups[group] = -finer[name] * COLUMN_STEPS
+        groups[group] = -finer * COLUMN_STEPS
 
 
 # How RATE_DISTORTION chooses step sizes: one more bit anywhere must lower the loss by the same amount (reverse
@@ -4623,11 +4619,10 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
 
     Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
     them."""
-    w = columns.w.clone()
-    size = columns.size
-    high = columns.limit
+    w, upper, size, high = columns
+    w = w.clone()
     low = -high
-    pivot = columns.upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    pivot = upper.diagonal(dim1=1, dim2=2)[:, :, None]
     symbols = torch.empty_like(w)
     errors = torch.empty_like(w)
     for j in range(w.size(1)):
@@ -4638,7 +4633,7 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
         symbol.round_().clamp_(low[:, one], high[:, one])
         torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
         error.div_(pivot[:, one])
-        later = columns.upper[:, j, j + 1 :, None]
+        later = upper[:, j, j + 1 :, None]
         w[:, j + 1 :].addcmul_(error, later, value=-1)
     return symbols, errors
 
@@ -4744,8 +4739,8 @@ class Quantizer:
         self.curves = {}  # for RATE_DISTORTION
         self.saliency = {}  # for AWQ-lite: activation RMS * mean |w| of every column
         scales = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
-        layers = torch.tensor([visit.layer for visit in model.schedules[cfg.looped]])
-        visits = layers.bincount().to(model.tok_emb.device)
+        visited = [visit.layer for visit in model.schedules[cfg.looped]]
+        visits = torch.tensor(visited, device=model.tok_emb.device).bincount()
         for name, kind in MATRICES.items():
             w = self.parameters.pop(name)
             w = w if w.ndim == 3 else w[None]
@@ -4974,29 +4969,28 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     """Arrays (any numpy dtype) and `meta` (JSON) as the bytes of a model file. Integer arrays of LEAST_CODED values or
     more are entropy-coded. Arrays whose names differ only in numbers, of one shape, are coded together, so many small
     ones cost little."""
-    groups = {}  # entropy-coded: (name without numbers, shape, dtype) -> arrays by name
-    rest = {}  # dtype -> arrays by name
+    groups = {}  # entropy-coded: (name without numbers, shape, dtype) -> names
+    rest = {}  # dtype -> names
     for name, a in tensors.items():
         is_integer = a.dtype.kind in "iu" and a.size >= LEAST_CODED
         if is_integer and int(a.max()) - int(a.min()) < 1 << 15:
             key = (re.sub(r"\d+", "#", name), a.shape, a.dtype.str)  # "qkv.3.symbols" -> "qkv.#.symbols"
-            groups.setdefault(key, {})[name] = a
+            groups.setdefault(key, []).append(name)
         else:
-            rest.setdefault(a.dtype.str, {})[name] = a
+            rest.setdefault(a.dtype.str, []).append(name)
     coded = []
     stacks = []
-    for (_, shape, dtype), members in groups.items():
+    for (_, shape, dtype), names in groups.items():
         # The coder expects values around 0, so codes of step sizes lose their median.
-        centres = [round(np.median(a)) for a in members.values()]
-        centred = [a.astype(np.int64) - centre for a, centre in zip(members.values(), centres)]
-        coded.append([dtype, shape, list(members), centres])
-        stacks.append(np.stack([as_matrix(a) for a in centred]))
+        stack = np.stack([tensors[name] for name in names]).astype(np.int64)
+        centres = [round(np.median(a)) for a in stack]
+        coded.append([dtype, shape, names, centres])
+        stacks.append(np.stack([as_matrix(a - centre) for a, centre in zip(stack, centres)]))
     plain = []
     raw = b""
-    for dtype, members in rest.items():
-        shapes = [[name, a.shape] for name, a in members.items()]
-        plain.append([dtype, shapes])
-        raw += planes(np.concatenate([a.ravel() for a in members.values()]))
+    for dtype, names in rest.items():
+        plain.append([dtype, [[name, tensors[name].shape] for name in names]])
+        raw += planes(np.concatenate([tensors[name].ravel() for name in names]))
     raw = lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA)
     code, ridden = encode_stacks(stacks, raw)  # the first `ridden` bytes of raw travel in the code's states
     header = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
