@@ -3735,69 +3735,65 @@ def binary_roots(n: int) -> list[int]:
     return [int(x.exp() * 2**60) for x in logarithms]
 
 
-def half_gaussian(top: int = 9) -> ndarray:
-    """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, int64 (GAUSS_STEPS * top + 1,), by the trapezoid rule."""
+def half_gaussian() -> ndarray:
+    """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, up to 9 sigma, int64 (9 * GAUSS_STEPS + 1,), by the
+    trapezoid rule."""
     twice_variance = 2 * GAUSS_STEPS**2
-    squares = (Decimal(i * i) for i in range(GAUSS_STEPS * top + 1))
-    density = [int((-x / twice_variance).exp() * 2**64) for x in squares]
-    trapezoids = (a + b for a, b in itertools.pairwise(density))
+    density = []
+    for i in range(9 * GAUSS_STEPS + 1):
+        exponent = Decimal(-i * i) / twice_variance
+        density.append(int(exponent.exp() * 2**64))
+    trapezoids = map(sum, itertools.pairwise(density))
     area = list(itertools.accumulate(trapezoids, initial=0))
-    return np.array([(a << 29) // area[-1] for a in area], np.int64)
+    return np.array([(a << 29) // area[-1] for a in area])
 
 
 def bucket_sigmas_q20() -> ndarray:
     """Standard deviation of the Gaussian behind each variance bucket, int64 (VARIANCE_BUCKETS,)."""
-    roots_q60 = binary_roots(2 * BUCKETS_PER_OCTAVE)
-    sigmas = []
-    for bucket in range(VARIANCE_BUCKETS):
-        octave, step = divmod(bucket, BUCKETS_PER_OCTAVE)
-        middle_q40 = roots_q60[2 * step + 1] << octave >> 20 - MIN_LOG2_VARIANCE
-        # Rounding to unit bins has added 1/12 to the variance (Sheppard's correction).
-        true_q40 = max(middle_q40 - (1 << 40) // 12, (1 << 40) // 48)
-        sigmas.append(math.isqrt(true_q40))
-    return np.array(sigmas)
+    middles_q60 = np.array(binary_roots(2 * BUCKETS_PER_OCTAVE)[1::2])
+    octave, step = np.divmod(np.arange(VARIANCE_BUCKETS), BUCKETS_PER_OCTAVE)
+    middle_q40 = middles_q60[step] >> 20 - MIN_LOG2_VARIANCE - octave
+    # Rounding to unit bins has added 1/12 to the variance (Sheppard's correction).
+    true_q40 = np.maximum(middle_q40 - 2**40 // 12, 2**40 // 48)
+    return np.sqrt(true_q40).astype(np.int64)  # exact below 2**52: IEEE square roots are
 
 
 def frequency_tables() -> ndarray:
-    """Integer frequencies (mixtures, VARIANCE_BUCKETS * MEAN_FRACTIONS, 256), each table's sum 2**PROB_BITS.
-    Symbols beyond 6 sigma + 2 have none and are escaped; ESCAPE has at least 1."""
+    """Integer frequencies of all cells, (mixtures, VARIANCE_BUCKETS * MEAN_FRACTIONS * 256), int64. The cell of a
+    symbol is table * 256 + code. Each table's sum is 2**PROB_BITS. Symbols beyond 6 sigma + 2 have none and are
+    escaped; ESCAPE has at least 1."""
     half = half_gaussian()
     sigma_q20 = bucket_sigmas_q20()[:, None, None]
-    unit = 2 * MEAN_FRACTIONS  # of the bins' edges: a symbol less 1/2, less the mean's fraction
     fractions = np.arange(MEAN_FRACTIONS)[:, None]
     symbols = np.arange(-MAX_SYMBOL, MAX_SYMBOL + 2)
+    # In 1 / (2 * MEAN_FRACTIONS): a symbol less 1/2, less the mean's fraction.
     edges = (2 * symbols - 1) * MEAN_FRACTIONS - 2 * fractions
+    edges_q32 = edges * 2**32 // (2 * MEAN_FRACTIONS)
     inside = np.abs(symbols[:-1]) <= (sigma_q20 * 6 >> 20) + 2
     room = SLOT_MASK - inside.sum(-1, keepdims=True)  # every symbol inside gets 1 before the rest is dealt out
     tables = []
     for mixture in TAIL_SHAPES:
         mass = 0  # below each edge, in 2**-32
         for quarters in mixture:
-            x = edges * (1 << 32) // (unit * quarters * sigma_q20)  # in 1 / GAUSS_STEPS of this Gaussian's sigma
+            x = edges_q32 // (quarters * sigma_q20)  # in 1 / GAUSS_STEPS of this Gaussian's sigma
             distance = np.minimum(np.abs(x), len(half) - 1)
             mass += np.sign(x) * half[distance]
         freq = np.where(inside, 1 + (np.diff(mass) * room >> 32), 0)
-        escape = np.ones_like(freq[..., :1])
-        freq = np.concatenate([freq, escape], -1).reshape(-1, 256)
+        freq = np.insert(freq, ESCAPE, 1, axis=-1).reshape(-1, 256)
         left_over = (1 << PROB_BITS) - freq.sum(-1)  # by rounding
         freq[np.arange(len(freq)), freq.argmax(-1)] += left_over
-        tables.append(freq)
+        tables.append(freq.ravel())
     return np.stack(tables)
 
 
 FREQUENCIES = frequency_tables()
+# Of every cell: frequency << PROB_BITS | sum of its table's frequencies before it.
+CELL_STARTS = FREQUENCIES << PROB_BITS | (FREQUENCIES.cumsum(1) - FREQUENCIES) & SLOT_MASK
+CELL_STARTS = CELL_STARTS.astype(np.uint32)
 # Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
-COST_BITS = PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))
-COST_BITS = np.where(FREQUENCIES > 0, COST_BITS, 0).astype(np.float32)
+COST_BITS = (PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))).astype(np.float32)
 # Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
 LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
-
-
-def cell_starts(mixture: int) -> ndarray:
-    """For every cell (table * 256 + code): frequency << PROB_BITS | sum of the frequencies before it."""
-    freq = FREQUENCIES[mixture]
-    before = np.minimum(np.cumsum(freq, 1) - freq, SLOT_MASK)
-    return (freq << PROB_BITS | before).ravel()
 
 
 # --- The model ---
@@ -3819,118 +3815,111 @@ def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
     low_q20 = np.zeros_like(ld_q22)
     d_q22 = np.empty(c.shape[:2])
     for first in range(0, c.shape[1], 16):
-        end = min(first + 16, c.shape[1])
-        rows = ld_q22[:, first:end, :first].transpose(0, 2, 1)
-        known_q42 = low_q20[:, first:, :first] @ rows
-        panel = ld_q22[:, first:, first:end]
-        panel = panel - np.rint(known_q42 * 2.0**-20)
-        for i in range(end - first):
+        panel = slice(first, first + 16)
+        known_q42 = low_q20[:, first:, :first] @ ld_q22[:, panel, :first].mT
+        rest = ld_q22[:, first:, panel] - np.rint(known_q42 * 2.0**-20)
+        for i in range(rest.shape[2]):
             j = first + i
-            d_q22[:, j] = np.maximum(panel[:, i, i], MIN_D_Q22)
+            d_q22[:, j] = np.maximum(rest[:, i, i], MIN_D_Q22)
             inverse = 2.0**20 / d_q22[:, j, None]
-            column = np.rint(panel[:, i + 1 :, i] * inverse)
+            column = np.rint(rest[:, i + 1 :, i] * inverse)
             low_q20[:, j + 1 :, j] = column
-            later = slice(i + 1, end - first)
-            row = panel[:, None, later, i] * 2.0**-20
-            panel[:, i + 1 :, later] -= np.rint(column[:, :, None] * row)
-        ld_q22[:, first:, first:end] = panel
+            later = rest[:, i + 1 :, i + 1 :]
+            row = rest[:, None, i + 1 : rest.shape[2], i] * 2.0**-20
+            later -= np.rint(column[:, :, None] * row)
+        ld_q22[:, first:, panel] = rest
     return low_q20, d_q22
 
 
 def correlation(moments: ndarray) -> ndarray:
     """(G, n, n) second moments to correlations."""
-    square = np.diagonal(moments, axis1=1, axis2=2)
+    square = np.linalg.diagonal(moments)
     scale = np.sqrt(np.maximum(square, 1e-9))
     return moments / scale[:, :, None] / scale[:, None, :]
 
 
-def blend(a: ndarray, b: ndarray, weight: float) -> ndarray:
-    """a (1 - weight) + b weight."""
+def blend(a, b, weight):
+    """a (1 - weight) + b weight, arrays."""
     return a * (1 - weight) + b * weight
 
 
 class StackModel:
     """The distribution of every symbol of a stack, given those before it. Rows go in chunks, and in them columns."""
 
-    def __init__(self, header: StackHeader, pools: dict[int, ndarray]):
-        """pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
-        self.members, self.rows, self.width = header.shape
+    def __init__(self, columns: ndarray, header: StackHeader):
+        """columns (n, G, R) int32: the stack's values, which an encoder reads and a decoder fills in."""
+        width, members, _ = columns.shape
+        self.columns = columns
         self.variance = np.exp2(np.array(header.log2_variance, np.float64))  # of integers: exact
         self.prior = CORRELATION_PRIORS[header.prior]
         self.row_trust, self.column_trust = header.trust
-        self.pools = pools
-        self.moments = np.zeros((self.members, self.width, self.width))  # sums of x x^T of the rows seen
+        self.moments = np.zeros((members, width, width))  # sums of x x^T of the rows seen
         self.seen = 0
-        self.gain_sum_q8 = np.full(self.members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
-        self.gain_count_q8 = 256.0 * UNIT_GAIN_SYMBOLS
+        self.gain_sum_q8 = np.full(members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
 
-    def shared_moments(self) -> ndarray:
+    def shared_moments(self):
         """Moments summed over the members, each at unit variance, (1, n, n)."""
-        scaled = (m / v for m, v in zip(self.moments, self.variance))
-        return sum(scaled)[None]
+        return sum(m / v for m, v in zip(self.moments, self.variance))[None]
 
-    def column_variances(self, shared: ndarray) -> ndarray:
+    def column_variances(self, shared):
         """Of x (G, n): a column's own variance, drawn to that of all members."""
-        total = self.seen * self.members
-        common = UNIT_VARIANCE_ROWS + np.diagonal(shared, axis1=1, axis2=2)
-        common = common / (UNIT_VARIANCE_ROWS + total) * self.variance[:, None]
-        own = np.diagonal(self.moments, axis1=1, axis2=2)
+        total = UNIT_VARIANCE_ROWS + self.seen * len(self.moments)
+        common = (UNIT_VARIANCE_ROWS + np.linalg.diagonal(shared)) / total * self.variance[:, None]
+        own = np.linalg.diagonal(self.moments)
         variance = (self.column_trust * common + own) / (self.column_trust + self.seen)
         return np.maximum(variance, MIN_VARIANCE)
 
-    def correlations(self, shared: ndarray) -> ndarray:
+    def correlations(self, shared, pool):
         """Of x (G, n, n). As rows come in they move from the pool's to all members' to the matrix's own."""
-        identity = np.eye(self.width)[None]
-        pool = self.pools.get(self.width, identity)
+        identity = np.eye(len(self.columns))
+        rows = self.seen * len(self.moments)
+        common = self.prior.pool_weight * rows / (rows + SHARED_CORRELATION_ROWS)
+        own = self.seen / (self.seen + self.prior.rows)
         c = blend(identity, pool, self.prior.pool_weight)
-        if self.seen:
-            total = self.seen * self.members
-            common = self.prior.pool_weight * total / (total + SHARED_CORRELATION_ROWS)
-            own = self.seen / (self.seen + self.prior.rows)
-            c = blend(c, correlation(shared), common)
-            c = blend(c, correlation(self.moments), own)
+        c = blend(c, correlation(shared), common)
+        c = blend(c, correlation(self.moments), own)
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
-    def predictor(self) -> tuple[ndarray | None, ndarray]:
+    def predictor(self, pool):
         """L_q12 (G, n, n), integers in float64, of x = e + L e, or None for L = 0; and the variance of e (G, n)."""
         shared = self.shared_moments()
         variance = self.column_variances(shared)
         if not self.prior.rows:
             return None, variance
-        low_q20, d_q22 = ldl(self.correlations(shared))
+        low_q20, d_q22 = ldl(self.correlations(shared, pool))
         scale = np.sqrt(np.minimum(variance, MAX_SCALED_VARIANCE))
         ratio = scale[:, :, None] / scale[:, None, :]  # from unit variances to those of x
         low_q12 = np.rint(low_q20 * (ratio * 2.0**-8))
         return low_q12, d_q22 * 2.0**-22 * variance
 
-    def code(self, symbols):
-        """Code all rows through `symbols`, a SymbolWriter or a SymbolReader."""
-        start = 0
-        size = FIRST_CHUNK_ROWS
-        most = max(1, min(RANS_STATES // self.members, MAX_CHUNK_ROWS))
-        while start < self.rows:
-            end = min(start + min(size, most), self.rows)
-            self.code_chunk(start, end, symbols)
-            start = end
-            size *= 2
-        own = correlation(self.shared_moments())
-        earlier = self.pools.get(self.width, own)
-        self.pools[self.width] = blend(earlier, own, 0.5)
+    def code(self, coder, pools: dict[int, ndarray]):
+        """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
 
-    def code_chunk(self, start: int, end: int, symbols):
-        """Code rows start..end of every member, then learn from them."""
-        low_q12, variance = self.predictor()
+        pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
+        width, members, rows = self.columns.shape
+        pool = pools.get(width, np.eye(width))
+        most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
+        size = min(FIRST_CHUNK_ROWS, most)
+        while self.seen < rows:
+            self.code_chunk(size, coder, pool)
+            size = min(2 * size, most)
+        own = correlation(self.shared_moments())
+        pools[width] = blend(pools.get(width, own), own, 0.5)
+
+    def code_chunk(self, size: int, coder, pool):
+        """Code the next `size` rows of every member, or what is left, then learn from them."""
+        low_q12, variance = self.predictor(pool)
         sigma = np.sqrt(variance)
         log2_variance = log2_fixed(variance)
-        q = np.zeros((self.members, self.width, end - start))
-        e_q8 = np.zeros_like(q)
-        mean_q8 = np.zeros((self.members, end - start))
+        chunk = self.columns[:, :, self.seen : self.seen + size]
+        width, members, rows = chunk.shape
+        e_q8 = np.zeros((members, width, rows))
+        mean_q8 = np.zeros((members, rows))
         square_q8 = np.zeros_like(mean_q8)  # sums of the rows' squared e / sigma
-        rows = slice(start, end)
-        mean_gain = (self.gain_sum_q8 / self.gain_count_q8)[:, None]
-        prior_q8 = mean_gain * (self.row_trust * 256)
-        for a in range(0, self.width, REFRESH_COLUMNS):
-            b = min(a + REFRESH_COLUMNS, self.width)
+        gain = self.gain_sum_q8 / (256.0 * (UNIT_GAIN_SYMBOLS + width * self.seen))
+        prior_q8 = gain[:, None] * (self.row_trust * 256)
+        for a in range(0, width, REFRESH_COLUMNS):
+            b = min(a + REFRESH_COLUMNS, width)
             per_symbol = 1 / (256 * (a + self.row_trust))
             log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
             table = first_tables(log2_variance[:, a:b, None] + log2_gain[:, None])
@@ -3940,35 +3929,28 @@ class StackModel:
                 if low_q12 is not None:
                     recent_q20 = low_q12[:, j, None, a:j] @ e_q8[:, a:j]
                     mean_q20 = known_q20[:, j - a] + recent_q20[:, 0]
-                    mean_q8 = np.rint(mean_q20 * 2.0**-12)
-                    mean_q8 = np.clip(mean_q8, -MAX_MEAN_Q8, MAX_MEAN_Q8)
+                    mean_q8 = np.rint(mean_q20 * 2.0**-12).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
                 rounded_q8 = (mean_q8 + 128 // MEAN_FRACTIONS).astype(np.int64)  # to the nearest fraction, once cut
                 fraction = (rounded_q8 & 255) * MEAN_FRACTIONS >> 8
-                floor = rounded_q8 >> 8
-                values = symbols.column(table[:, j - a] + fraction, floor, rows, j)
-                q[:, j] = values
-                innovation_q8 = values * 256 - mean_q8
-                e_q8[:, j] = np.clip(innovation_q8, -MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
+                coder.column(table[:, j - a] + fraction, rounded_q8 >> 8, chunk[j])
+                innovation_q8 = chunk[j] * 256 - mean_q8
+                e_q8[:, j] = innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
             white_q8 = np.rint(e_q8[:, a:b] / sigma[:, a:b, None])
-            white_square_q8 = np.rint(white_q8 * white_q8 / 256)
-            square_q8 += white_square_q8.sum(1)
+            square_q8 += np.rint(white_q8 * white_q8 / 256).sum(1)
         self.gain_sum_q8 += square_q8.sum(1)
-        self.gain_count_q8 += 256.0 * self.width * (end - start)
-        self.learn(q)
-
-    def learn(self, q: ndarray):
-        """Add a chunk (G, n, rows) to the moments; exact, see MAX_CHUNK_ROWS."""
-        exact = q.astype(np.float32) if np.abs(q).max() <= 128 else q
-        for moments, x in zip(self.moments, exact):
-            moments += x @ x.T  # of a matrix with itself: BLAS does half of it
-        self.seen += q.shape[2]
+        # Sums of products are exact, see MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them.
+        exact = np.float32 if np.abs(chunk).max() <= 128 else np.float64
+        for member, moments in enumerate(self.moments):
+            x = chunk[:, member].astype(exact)
+            moments += x @ x.T
+        self.seen += rows
 
 
 def first_tables(log2_variance: ndarray) -> ndarray:
     """The table of a variance, in 1 / LOG2_STEPS of an octave, at a mean without fraction."""
     above = log2_variance - MIN_LOG2_VARIANCE * LOG2_STEPS
     bucket = above // (LOG2_STEPS // BUCKETS_PER_OCTAVE)
-    return np.clip(bucket, 0, VARIANCE_BUCKETS - 1) * MEAN_FRACTIONS
+    return bucket.clip(0, VARIANCE_BUCKETS - 1) * MEAN_FRACTIONS
 
 
 # --- Symbols to rANS states and back ---
@@ -3977,42 +3959,29 @@ def first_tables(log2_variance: ndarray) -> ndarray:
 class SymbolWriter:
     """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
 
-    def __init__(self, q: ndarray):
-        self.columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64)
-        self.cells: list[ndarray] = []  # of every step
-        self.escaped: list[ndarray] = []
+    def __init__(self):
+        self.cells = []  # arrays int32 (G * rows,), one for every step
+        self.escaped = []  # bytes of raw int16
 
-    def column(
-        self,
-        table: ndarray,  # (G, rows) int64: the table of each symbol
-        floor: ndarray,  # (G, rows) int64: whole part of its mean
-        rows: slice,
-        j: int,
-    ) -> ndarray:
-        """Values of column j in `rows` of all members, (G, rows) int64."""
-        values = self.columns[j, :, rows]
-        code = values - floor + MAX_SYMBOL
-        outside = (code < 0) | (code > ESCAPE)
-        cell = (table * 256 + np.where(outside, ESCAPE, code)).ravel()
-        frequency = FREQUENCIES[0].ravel()[cell]  # every mixture has its zeros in the same places
-        escaped = (frequency == 0) | (cell & 255 == ESCAPE)
+    def column(self, table, floor, values):
+        """Take one step: a column of all rows of a chunk. Arrays (G, rows): the table of each symbol and the whole part
+        of its mean, int64, and its value, int32."""
+        code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
+        cell = (table * 256 + code).ravel()
+        frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
+        escaped = (frequency == 0) | (code.ravel() == ESCAPE)
         if escaped.any():
             cell[escaped] |= ESCAPE
-            self.escaped.append(values.ravel()[escaped])
+            self.escaped.append(values.ravel()[escaped].astype("<i2").tobytes())
         self.cells.append(cell.astype(np.int32))
-        return values
 
     def best_mixture(self) -> int:
         """The tail shape that codes every fifth column best."""
-
-        def cost(bits: ndarray) -> float:
-            sums = (bits[cells].sum(dtype=np.float64) for cells in self.cells[::5])
-            return sum(float(x) for x in sums)
-
-        return int(np.argmin([cost(bits.ravel()) for bits in COST_BITS]))
+        sample = np.concatenate(self.cells[::5])
+        return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
 
 
-def take(values: ndarray, count: int) -> tuple[ndarray, ndarray]:
+def take(values, count: int):
     """The first `count` values and the rest."""
     if count > len(values):
         raise ValueError("the code ends early")
@@ -4023,20 +3992,19 @@ class SymbolReader:
     """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
 
     def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
-        self.states = states.astype(np.uint32)
-        self.words = words.astype(np.uint32)
+        self.states = states.copy()
+        self.words = words
         self.escaped = escaped
 
-    def begin(self, header: StackHeader):
-        """Make room for a stack, and lay out its tables."""
-        members, rows, width = header.shape
-        codes = np.tile(np.arange(256, dtype=np.uint8), VARIANCE_BUCKETS * MEAN_FRACTIONS)
-        self.columns = np.empty((width, members, rows), np.int16)
-        self.starts = cell_starts(header.mixture).astype(np.uint32)
-        self.codes = np.repeat(codes, FREQUENCIES[header.mixture].ravel())  # of every slot of every table
+    def begin(self, mixture: int):
+        """Lay out the tables of a stack."""
+        frequencies = FREQUENCIES[mixture]
+        codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
+        self.codes = np.repeat(codes, frequencies)  # of every slot of every table
+        self.starts = CELL_STARTS[mixture]
 
-    def column(self, table: ndarray, floor: ndarray, rows: slice, j: int) -> ndarray:
-        """As SymbolWriter.column, but decoded."""
+    def column(self, table, floor, values):
+        """As SymbolWriter.column, but fills in the values."""
         state = self.states[: table.size]  # a view: the states advance in place
         table = table.ravel()
         slot = state & SLOT_MASK
@@ -4047,69 +4015,63 @@ class SymbolReader:
         low = np.flatnonzero(state < 1 << 16)
         taken, self.words = take(self.words, len(low))
         state[low] = state[low] << 16 | taken
-        values = code + (floor.ravel() - MAX_SYMBOL)
+        decoded = code + (floor.ravel() - MAX_SYMBOL)
         is_escaped = code == ESCAPE
         if count := np.count_nonzero(is_escaped):
-            values[is_escaped], self.escaped = take(self.escaped, count)
-        values = values.reshape(floor.shape)
-        self.columns[j, :, rows] = values
-        return values
+            decoded[is_escaped], self.escaped = take(self.escaped, count)
+        values[:] = decoded.reshape(values.shape)
 
 
-def rans_encode(steps: list[tuple[ndarray, ndarray]], rider: bytes) -> tuple[ndarray, ndarray]:
-    """steps: (cells, starts), in the order of decoding. Returns states uint32 and words uint16.
-    A state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
+def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
+    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
+    state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
     with."""
     states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
-    words = [np.empty(0, "<u2")]
-    for cells, starts in reversed(steps):
-        state = states[: len(cells)]
-        start = starts[cells]
+    words = []
+    for start in reversed(steps):
+        state = states[: len(start)]  # a view
         freq = start >> PROB_BITS
         full = state >= freq << (32 - PROB_BITS)
-        words.append(state[full].astype("<u2"))
-        state = np.where(full, state >> 16, state)
+        words.append(state[full].astype("<u2").tobytes())
+        state[full] >>= 16
         times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
         rest = state - times * freq
-        states[: len(cells)] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
-    return states.astype("<u4"), np.concatenate(words[::-1])
+        state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
+    return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
 # --- What the encoder chooses ---
 
 
-def choose_prior(q: ndarray, pool: ndarray | None) -> int:
-    """Index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most
-    two members."""
+def choose_prior(q: ndarray, pool: ndarray) -> int:
+    """Index into CORRELATION_PRIORS for q (G, R, n) float64, by Gaussian code length of odd rows given the correlation
+    of even ones, on at most two members."""
     members, rows, width = q.shape
     if rows * members < 64 or width < 8:
         return len(CORRELATION_PRIORS) - 1
+    q = q[:: max(members - 1, 1)]  # the first and the last
+    square = (q**2).mean(1, keepdims=True)
+    z = q / np.sqrt(np.maximum(square, MIN_VARIANCE))
+    even = z[:, ::2]
+    odd = z[:, 1::2]
+    known = correlation(even.mT @ even)
     identity = np.eye(width)
-    nats = np.zeros(len(CORRELATION_PRIORS))  # per symbol, against independent columns
-    for g in {0, members - 1}:
-        square = (q[g].astype(np.float64) ** 2).mean(0)
-        scale = np.sqrt(np.maximum(square, MIN_VARIANCE))
-        z = q[g] / scale
-        even = z[::2]
-        odd = z[1::2]
-        known = correlation((even.T @ even)[None])[0]
-        for i, prior in enumerate(CORRELATION_PRIORS[:-1]):
-            own = len(even) / (len(even) + prior.rows)
-            expected = identity if pool is None else pool[0]
-            expected = blend(identity, expected, prior.pool_weight)
-            c = known * own + expected * (1 - own)
-            low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
-            e = np.linalg.solve(low, odd.T)
-            determinant = np.log(np.diag(low)).mean()
-            energy = (e * e).mean() - (odd * odd).mean()
-            nats[i] += determinant + 0.5 * energy + CORRELATION_COST
-    return int(nats.argmin())
+    nats = []  # per symbol, against independent columns
+    for prior in CORRELATION_PRIORS[:-1]:
+        own = even.shape[1] / (even.shape[1] + prior.rows)
+        c = blend(blend(identity, pool, prior.pool_weight), known, own)
+        low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
+        e = np.linalg.solve(low, odd.mT)
+        determinant = np.log(np.linalg.diagonal(low)).mean()
+        energy = (e * e).mean() - (odd * odd).mean()
+        nats.append(determinant + 0.5 * energy + CORRELATION_COST)
+    return int(np.argmin([*nats, 0.0]))
 
 
 def common_weight(q: ndarray, axis: int) -> int:
     """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how
     far theirs lie apart."""
-    square = (q.astype(np.float64) ** 2).mean(axis)
+    square = (q**2).mean(axis)
     spread = np.log(square + 1 / 12).var(1).mean()
     spread -= 2 / q.shape[axis]  # what chance alone would give
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
@@ -4142,61 +4104,61 @@ def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int
     residual = residual_width(stacks)
     headers = []
     pools = {}
-    steps = []  # (cells, starts) of every column of every chunk
-    escaped = [np.empty(0, np.int64)]
+    steps = []  # CELL_STARTS of every column of every chunk
+    escaped = []
     for q in stacks:
         copies = repeated_rows(q)
         q = np.delete(q, list(copies), axis=1)
         rows, width = q.shape[1:]
         turned = width != residual and (rows == residual or rows < width)
-        q = q.transpose(0, 2, 1) if turned else q
-        square = (q.astype(np.float64) ** 2).mean((1, 2))
-        variance = np.maximum(square, MIN_VARIANCE)
+        q = (q.mT if turned else q).astype(np.float64)
+        width = q.shape[2]
+        variance = np.maximum((q**2).mean((1, 2)), MIN_VARIANCE)
         header = StackHeader(
             shape=list(q.shape),
             log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
             turned=int(turned),
-            prior=choose_prior(q, pools.get(q.shape[2])),
+            prior=choose_prior(q, pools.get(width, np.eye(width))),
             trust=[common_weight(q, 2), common_weight(q, 1)],
             copies=[list(copies), list(copies.values())],
         )
-        writer = SymbolWriter(q)
-        StackModel(header, pools).code(writer)
+        columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int32)
+        writer = SymbolWriter()
+        StackModel(columns, header).code(writer, pools)
         header = header._replace(mixture=writer.best_mixture())
-        starts = cell_starts(header.mixture)
-        steps += [(cells, starts) for cells in writer.cells]
+        steps += [CELL_STARTS[header.mixture][cells] for cells in writer.cells]
         escaped += writer.escaped
         headers.append(header._asdict())
-    count = max((len(cells) for cells, _ in steps), default=0)
+    count = max(map(len, steps), default=0)
     ridden = min(len(rider), 2 * count)
     states, words = rans_encode(steps, rider[:ridden].ljust(2 * count, b"\0"))
     side = zlib.compress(json.dumps(headers, separators=(",", ":")).encode(), 9)
-    raw = zlib.compress(np.concatenate(escaped).astype("<i2").tobytes(), 9)
-    sizes = struct.pack("<4I", len(side), len(raw), count, len(words))
-    code = (sizes, side, raw, states.tobytes(), words.tobytes())
-    return b"".join(code), ridden
+    raw = zlib.compress(b"".join(escaped), 9)
+    sizes = struct.pack("<4I", len(side), len(raw), count, len(words) // 2)
+    return sizes + side + raw + states + words, ridden
 
 
 def decode_stacks(code: bytes) -> tuple[list[ndarray], bytes]:
-    """Inverse of encode_stacks: int16 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
-    side, raw, count, words = struct.unpack_from("<4I", code)
-    sizes = np.array([16, side, raw, 4 * count, 2 * words])
-    side_at, raw_at, states_at, words_at, end = np.cumsum(sizes).tolist()
-    if len(code) != end:
-        raise ValueError(f"{len(code)} bytes of code, {end} by their header")
-    reader = SymbolReader(
-        states=np.frombuffer(code, "<u4", count, states_at),
-        words=np.frombuffer(code, "<u2", words, words_at),
-        escaped=np.frombuffer(zlib.decompress(code[raw_at:states_at]), "<i2"),
-    )
+    """Inverse of encode_stacks: int32 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
+    parts = io.BytesIO(code)
+    side, raw, count, words = struct.unpack("<4I", parts.read(16))
+    length = 16 + side + raw + 4 * count + 2 * words
+    if len(code) != length:
+        raise ValueError(f"{len(code)} bytes of code, {length} by their header")
+    headers = json.loads(zlib.decompress(parts.read(side)))
+    escaped = np.frombuffer(zlib.decompress(parts.read(raw)), "<i2")
+    states = np.frombuffer(parts.read(4 * count), "<u4")
+    reader = SymbolReader(states, np.frombuffer(parts.read(), "<u2"), escaped)
     stacks = []
     pools = {}
-    for entry in json.loads(zlib.decompress(code[side_at:raw_at])):
+    for entry in headers:
         header = StackHeader(**entry)
-        reader.begin(header)
-        StackModel(header, pools).code(reader)
-        q = reader.columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
-        copies, sources = (np.array(rows, int) for rows in header.copies)
+        members, rows, width = header.shape
+        columns = np.empty((width, members, rows), np.int32)
+        reader.begin(header.mixture)
+        StackModel(columns, header).code(reader, pools)
+        q = columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
+        copies, sources = np.array(header.copies, int)
         q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
         q[:, copies] = q[:, sources]
         stacks.append(q)
@@ -4262,7 +4224,7 @@ class Correction(NamedTuple):
 
     def product(self, cols: int) -> Tensor:
         """A B (rows, cols), fp32."""
-        a, b, scales = (torch.from_numpy(part.astype(np.float32)) for part in self[:3])
+        a, b, scales = (torch.from_numpy(part).float() for part in self[:3])
         b = (b * scales[1:, None]).flatten()
         b = b[: a.size(1) * cols].view(-1, cols)
         return scales[0] * a @ b
@@ -4273,70 +4235,51 @@ class QuantizedMatrix(NamedTuple):
 
     symbols: ndarray  # int8 (rows, cols)
     row_codes: ndarray  # int16 (rows,)
-    column_codes: ndarray | None = None  # int8 (cols,); None: zeros
+    column_codes: ndarray  # int8 (cols,)
     correction: Correction | None = None
 
     def dequantize(self) -> Tensor:
         """(rows, cols), fp32, equal on every machine but for the correction."""
         row = dequantize_scales(self.row_codes)
-        w = self.symbols.astype(np.float32) * row[:, None]
-        if self.column_codes is not None:
-            w *= dequantize_scales(self.column_codes, COLUMN_STEPS)
-        w = torch.from_numpy(w)
-        return w if self.correction is None else w + self.correction.product(w.size(1))
-
-
-class QuantizedGate(NamedTuple):
-    """The attention gate in int8 rows."""
-
-    symbols: ndarray  # int8 (layers, heads, channels)
-    scale: ndarray  # fp16 (layers, heads)
-
-    def dequantize(self) -> Tensor:
-        scale = self.scale.astype(np.float32)
-        return torch.from_numpy(self.symbols.astype(np.float32) * scale[..., None])
+        column = dequantize_scales(self.column_codes, COLUMN_STEPS)
+        w = torch.from_numpy(self.symbols * row[:, None] * column)
+        return w + self.correction.product(w.size(1)) if self.correction else w
 
 
 class Quantized(NamedTuple):
     """A model as the artifact holds it."""
 
     matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
-    parameters: dict[str, ndarray | QuantizedGate]  # fp16 but for the gate
+    parameters: dict[str, ndarray]  # fp16; the attention gate may be in int8 rows, see `quantize_gate`
     logit_calibration: ndarray | None = None  # fp32 (15,), see to_logit_calibration
 
     def state(self) -> dict[str, Tensor]:
         """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
-        state = {}
-        for name, array in self.parameters.items():
-            gate = isinstance(array, QuantizedGate)
-            state[name] = array.dequantize() if gate else torch.from_numpy(array.astype(np.float32))
+        state = {name: torch.from_numpy(array).float() for name, array in self.parameters.items()}
+        if "attn_gate.int8" in state:
+            scale = state.pop("attn_gate.scale")
+            state["attn_gate"] = state.pop("attn_gate.int8") * scale[..., None]
         for name, layers in self.matrices.items():
             stack = torch.stack([matrix.dequantize() for matrix in layers])
             state[name] = stack[0] if name == "tok_emb" else stack
         for vector, matrix in FOLDED.items():
-            if matrix in state:
-                state[vector] = torch.ones(state[matrix].shape[:2])
+            state[vector] = torch.ones(state[matrix].shape[:2])
         return state
 
 
 def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
     """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
     the file they came from."""
-    parameters = dict(model.named_parameters())
-    for name, p in parameters.items():
-        shape = tuple(state[name].shape) if name in state else "no"
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    given = {name: tuple(t.shape) for name, t in state.items()}
+    for name in wanted | given:
+        shape = given.get(name, "no")
         require(
-            shape == tuple(p.shape),
-            f"{origin}: holds {shape} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with",
+            shape == wanted.get(name),
+            f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
+            "use the settings it was made with",
         )
-    unknown = ", ".join(sorted(set(state) - set(parameters)))
-    require(
-        not unknown,
-        f"{origin}: holds {unknown}, which the settings do not use; use the settings it was made with",
-    )
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(state[name])
+    model.load_state_dict(state)
 
 
 # --- Hessians: second moments of the inputs of every matrix ---
@@ -4349,11 +4292,11 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
     |dnats_t / drow|^2. One backward pass estimates it. With random signs s_t, E |sum_t s_t g_t|^2 = sum_t |g_t|^2:
     cross terms cancel."""
     sums = {}
-    for name, kind in MATRICES.items():
-        matrix = getattr(model, name)
+    matrices = [getattr(model, name) for name in MATRICES]
+    for kind, matrix in zip(MATRICES.values(), matrices):
         layers = len(matrix) if matrix.ndim == 3 else 1
         width = matrix.size(-1)
-        sums[kind.hessian] = torch.zeros(layers, width, width, device=matrix.device)
+        sums[kind.hessian] = matrix.new_zeros(layers, width, width)
 
     def tap(kind: str, layer: int, x: Tensor):
         x = x.detach().float()
@@ -4365,10 +4308,11 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
         if rows:
             generator = torch.Generator().manual_seed(seed)  # on the CPU: the same signs on every device
             coins = torch.randint(0, 2, batch.targets.shape, generator=generator)
-            signs = coins.to(batch.targets.device) * 2 - 1
-            nats = model.nll(hidden, batch.targets.clamp(min=0)).nats
-            loss = (nats * signs * (batch.targets >= 0)).sum()
-            gradients = torch.autograd.grad(loss, [getattr(model, name) for name in MATRICES])
+            targets = batch.targets
+            signs = coins.to(targets.device) * 2 - 1
+            nats = model.nll(hidden, targets.clamp(min=0)).nats
+            loss = (nats * signs * (targets >= 0)).sum()
+            gradients = torch.autograd.grad(loss, matrices)
             for name, gradient in zip(MATRICES, gradients):
                 sums[f"{name}.rows"] = gradient.square().sum(-1)
     return sums
@@ -4412,8 +4356,7 @@ def error_feedback(hessian: Tensor, damping: float) -> ErrorFeedback:
     diagonal = h.diagonal(dim1=1, dim2=2)
     diagonal.add_(diagonal == 0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    h = h.gather(1, order[:, :, None].expand_as(h))
-    h = h.gather(2, order[:, None].expand_as(h))
+    h = h.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
     mean = diagonal.mean(1)
     damp = torch.full_like(mean, damping)
     for _ in range(8):
@@ -4442,41 +4385,31 @@ class StepSizes(NamedTuple):
         return (self.column_codes / COLUMN_STEPS).exp2()
 
 
-def clip_step_sizes(
-    model: GPT,
-    weights: dict[str, Tensor],  # (layers, rows, cols)
-    feedback: dict[str, ErrorFeedback],
-    cfg: Config,
-    saved: float,
-) -> dict[str, StepSizes]:
-    """The published rule (#1394): *_CLIP_SIGMAS standard deviations of a row over the symbol range, times 2**saved.
-
-    AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of (activation RMS * mean
-    |w|) gets the step sizes of AWQ_BITS."""
+def clip_step_sizes(weights: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, StepSizes]:
+    """The published rule (#1394): *_CLIP_SIGMAS standard deviations of a row of weights (layers, rows, cols) over the
+    symbol range, times 2**saved."""
     steps = {}
-    groups = []  # (saliency, name, layer, first column)
-    layers = torch.tensor([visit.layer for visit in model.schedules[cfg.looped]])
-    visits = torch.bincount(layers, minlength=cfg.num_layers).to(model.tok_emb.device)
     for name, kind in MATRICES.items():
         w = weights[name]
-        bits = getattr(cfg, kind.bits)
-        limit = 2 ** (bits - 1) - 1
-        sigmas = getattr(cfg, kind.sigmas)
-        row = 2**saved * sigmas * w.std(2) / limit
-        square = feedback[name].diagonal
-        steps[name] = StepSizes(row.clamp_min(1e-6), torch.zeros_like(square), limit)
-        if cfg.awq_lite_enabled and bits < AWQ_BITS and w.size(2) >= AWQ_GROUP:
-            square = square / visits[:, None] if len(w) > 1 else square  # the embedding is read once
-            saliency = square.sqrt() * w.abs().mean(1)
-            sums = saliency.unfold(1, AWQ_GROUP, AWQ_GROUP).sum(2)
-            for layer, row_sums in enumerate(sums.tolist()):
-                groups += [(total, name, layer, i * AWQ_GROUP) for i, total in enumerate(row_sums)]
-    if groups:
-        _, name, layer, first = max(groups)
-        finer = AWQ_BITS - getattr(cfg, MATRICES[name].bits)
-        group = slice(first, first + AWQ_GROUP)
-        steps[name].column_codes[layer, group] = -finer * COLUMN_STEPS
+        limit = 2 ** (getattr(cfg, kind.bits) - 1) - 1
+        row = 2**saved * getattr(cfg, kind.sigmas) * w.std(2) / limit
+        steps[name] = StepSizes(row.clamp_min(1e-6), torch.zeros_like(w[:, 0]), limit)
     return steps
+
+
+def refine_salient_columns(steps: dict[str, StepSizes], saliency: dict[str, Tensor], cfg: Config):
+    """AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of `saliency` (layers,
+    cols), activation RMS * mean |w|, gets the step sizes of AWQ_BITS."""
+    sums = {}  # (layers, groups)
+    for name, columns in saliency.items():
+        if steps[name].limit < MAX_SYMBOL and columns.size(1) >= AWQ_GROUP:
+            sums[name] = columns.unfold(1, AWQ_GROUP, AWQ_GROUP).sum(2)
+    if sums:
+        name = max(sums, key=lambda name: sums[name].max())
+        finer = AWQ_BITS - getattr(cfg, MATRICES[name].bits)
+        layer, group = divmod(sums[name].argmax().item(), sums[name].size(1))
+        groups = steps[name].column_codes[layer].unfold(0, AWQ_GROUP, AWQ_GROUP)  # a view
+        groups[group] = -finer * COLUMN_STEPS
 
 
 # How RATE_DISTORTION chooses step sizes: one more bit anywhere must lower the loss by the same amount (reverse
@@ -4564,9 +4497,8 @@ class Columns(NamedTuple):
 
     w: Tensor  # (n, columns, rows): a column lies in one piece
     upper: Tensor  # (n, columns, columns), see ErrorFeedback
-    step: Tensor  # (n, rows)
-    scale: Tensor  # (n, columns): factors of the step size
-    limit: Tensor  # (n, columns): largest symbols
+    size: Tensor  # (n, columns, rows): step sizes
+    limit: Tensor  # (n, columns, 1): largest symbols
 
 
 def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
@@ -4576,11 +4508,10 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
 
     Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
     them."""
-    w = columns.w.clone()
-    size = columns.step[:, None] * columns.scale[:, :, None]
-    high = columns.limit[:, :, None]
+    w, upper, size, high = columns
+    w = w.clone()
     low = -high
-    pivot = columns.upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    pivot = upper.diagonal(dim1=1, dim2=2)[:, :, None]
     symbols = torch.empty_like(w)
     errors = torch.empty_like(w)
     for j in range(w.size(1)):
@@ -4591,7 +4522,7 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
         symbol.round_().clamp_(low[:, one], high[:, one])
         torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
         error.div_(pivot[:, one])
-        later = columns.upper[:, j, j + 1 :, None]
+        later = upper[:, j, j + 1 :, None]
         w[:, j + 1 :].addcmul_(error, later, value=-1)
     return symbols, errors
 
@@ -4612,49 +4543,38 @@ def replayed(function: Callable, example: NamedTuple) -> Callable:
     return replay
 
 
-def gptq(
-    w: Tensor,  # (n, rows, cols)
-    feedback: ErrorFeedback,
-    step: Tensor,  # (n, rows)
-    limit: int,
-    column_scale: Tensor | None = None,  # (n, cols): factors of the step; None: ones
-    block: int = 128,
-) -> Tensor:
-    """Round w to multiples of step, feeding each column's error to the columns not yet rounded (arXiv 2210.17323).
+def gptq(w: Tensor, feedback: ErrorFeedback, steps: StepSizes, block: int = 128) -> Tensor:
+    """Round w (n, rows, cols) to multiples of its step sizes, feeding each column's error to the columns that are not
+    yet rounded (arXiv 2210.17323).
 
-    Returns symbols int16 (n, rows, cols), at most `limit`, or MAX_SYMBOL where column_scale is below 1. Columns go in
-    the order of `feedback`. One whose input never fires is zero."""
+    Returns symbols int8 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1. Columns go
+    in the order of `feedback`. One whose input never fires is zero."""
     order, upper, diagonal = feedback
     silent = (diagonal == 0)[:, :, None]
-    w = w.float().mT.masked_fill(silent, 0.0)
-    w = w.gather(1, order[:, :, None].expand_as(w))
-    scale = torch.ones_like(upper[:, 0])
-    if column_scale is not None:
-        scale = column_scale.gather(1, order)
-    limits = torch.where(scale < 1, MAX_SYMBOL, limit).float()
-    symbols = torch.empty_like(w, dtype=torch.int16)
+    w = w.mT.masked_fill(silent, 0.0).take_along_dim(order[:, :, None], 1)
+    scale = steps.column_scale.gather(1, order)[:, :, None]
+    size = steps.row[:, None] * scale
+    limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
+    symbols = torch.empty_like(w, dtype=torch.int8)
     round_block = round_columns
     for start in range(0, w.size(1), block):
         here = slice(start, start + block)
         rest = slice(start + block, None)
-        columns = Columns(
-            w=w[:, here],
-            upper=upper[:, here, here],
-            step=step,
-            scale=scale[:, here],
-            limit=limits[:, here],
-        )
+        columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here])
         is_full = start + block <= w.size(1)
         if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
             round_block = replayed(round_columns, columns)
         symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
-        later = upper[:, here, rest].mT
-        w[:, rest].baddbmm_(later, errors, alpha=-1)
-    in_place = order.argsort(dim=1)[:, :, None].expand_as(symbols)
-    return symbols.gather(1, in_place).mT.contiguous()
+        w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
+    return symbols.take_along_dim(order.argsort(dim=1)[:, :, None], 1).mT.contiguous()
 
 
 # --- LQER ---
+
+
+def round_to_int8(w: Tensor, scale: Tensor, low: int, high: int) -> ndarray:
+    """w / scale, rounded to low..high."""
+    return (w / scale).round().clamp(low, high).to(torch.int8).cpu().numpy()
 
 
 def lqer(error: Tensor, cfg: Config) -> Correction:
@@ -4673,12 +4593,9 @@ def lqer(error: Tensor, cfg: Config) -> Correction:
     scale_a = a.abs().max()[None] / 1.5
     scales_b = groups.abs().amax(1) / 7.5
     scales = torch.cat((scale_a, scales_b)).clamp(1e-7, 6e4).half()
-    a = (a / scales[0]).round().clamp(-2, 1).to(torch.int8)
-    b = (groups / scales[1:, None]).round()
-    b = b.clamp(-8, 7).to(torch.int8)
     return Correction(
-        a=a.cpu().numpy(),
-        b=b.cpu().numpy(),
+        a=round_to_int8(a, scales[0], -2, 1),
+        b=round_to_int8(groups, scales[1:, None], -8, 7),
         scales=scales.cpu().numpy(),
         error=error.norm().item(),
     )
@@ -4688,8 +4605,7 @@ def add_corrections(matrices: dict[str, list[QuantizedMatrix]], weights: dict[st
     """LQER for the LQER_TOP_K matrices with the largest Frobenius error."""
     errors = {}
     for name, layers in matrices.items():
-        for layer, matrix in enumerate(layers):
-            w = weights[name][layer]
+        for layer, (w, matrix) in enumerate(zip(weights[name], layers)):
             errors[name, layer] = w - matrix.dequantize().to(w.device)
     largest = sorted(errors, key=lambda place: -errors[place].norm().item())
     for name, layer in largest[: cfg.lqer_top_k]:
@@ -4704,14 +4620,16 @@ class Quantizer:
     """Quantises one model, as often as its size asks for. What no step size changes is computed once."""
 
     def __init__(self, model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks):
-        self.model = model
         self.cfg = cfg
         self.ranks = ranks
         self.parameters = folded_state(model)
         self.weights = {}  # of matrices, (layers, rows, cols) fp32
         self.feedback = {}
-        self.curves = {}
+        self.curves = {}  # for RATE_DISTORTION
+        self.saliency = {}  # for AWQ-lite: activation RMS * mean |w| of every column
         scales = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
+        visited = [visit.layer for visit in model.schedules[cfg.looped]]
+        visits = torch.tensor(visited, device=model.tok_emb.device).bincount()
         for name, kind in MATRICES.items():
             w = self.parameters.pop(name)
             w = w if w.ndim == 3 else w[None]
@@ -4722,13 +4640,17 @@ class Quantizer:
                 g = hessians[f"{name}.rows"].view(w.shape[:2])
                 if name in scales:  # gradients are of the model's own matrix: chain rule for the folded one
                     g = g / scales[name].square().clamp_min(1e-6)
-                row_power = getattr(cfg, kind.rows)
-                self.curves[name] = rate_curve(w, feedback, g, row_power, cfg.rate_columns)
+                self.curves[name] = rate_curve(w, feedback, g, getattr(cfg, kind.rows), cfg.rate_columns)
+            elif cfg.awq_lite_enabled:
+                mean_square = feedback.diagonal / (1 if name == "tok_emb" else visits[:, None])
+                self.saliency[name] = mean_square.sqrt() * w.abs().mean(1)
 
     def step_sizes(self, saved: float) -> dict[str, StepSizes]:
         """By the settings, for `saved` bits a weight less than ARTIFACT_CAP bytes, or than the published rule."""
         if not self.cfg.rate_distortion:
-            return clip_step_sizes(self.model, self.weights, self.feedback, self.cfg, saved)
+            steps = clip_step_sizes(self.weights, self.cfg, saved)
+            refine_salient_columns(steps, self.saliency, self.cfg)
+            return steps
         weights = sum(w.numel() for w in self.weights.values())
         level = level_for(self.curves.values(), 8 * self.cfg.artifact_cap - saved * weights)
         return {name: curve.step_sizes_at(level) for name, curve in self.curves.items()}
@@ -4744,7 +4666,7 @@ class Quantizer:
         parameters = {}
         for name, value in self.parameters.items():
             if name == "attn_gate" and self.cfg.gated_attn_quant_gate:
-                parameters[name] = quantize_gate(value)
+                parameters |= quantize_gate(value)
             elif name not in FOLDED:
                 parameters[name] = value.half().cpu().numpy()
         return Quantized(matrices, parameters)
@@ -4754,22 +4676,21 @@ class Quantizer:
         ranks."""
         w = self.weights[name]
         row_codes = quantize_scales(steps.row.cpu().numpy())
-        symbols = torch.empty(w.shape, dtype=torch.int8, device=w.device)
         if self.ranks.rank == owner:
-            step = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
-            rounded = gptq(w, self.feedback[name], step, steps.limit, steps.column_scale)
-            symbols = rounded.to(torch.int8)
+            row = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
+            symbols = gptq(w, self.feedback[name], steps._replace(row=row))
+        else:
+            symbols = torch.empty_like(w, dtype=torch.int8)
         symbols = self.ranks.broadcast_(symbols, owner).cpu().numpy()
-        columns = steps.column_codes.to(torch.int8).cpu().numpy()
-        return [QuantizedMatrix(*parts) for parts in zip(symbols, row_codes, columns)]
+        column_codes = steps.column_codes.to(torch.int8).cpu().numpy()
+        return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
 
 
-def quantize_gate(gate: Tensor) -> QuantizedGate:
-    """gate (layers, heads, channels), each row with a scale of its own."""
+def quantize_gate(gate: Tensor) -> dict[str, ndarray]:
+    """gate (layers, heads, channels) as int8, and the fp16 scale (layers, heads) of each row."""
     scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
-    symbols = (gate / scale[..., None]).round()
-    symbols = symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL).to(torch.int8)
-    return QuantizedGate(symbols.cpu().numpy(), scale.cpu().numpy())
+    symbols = round_to_int8(gate, scale[..., None], -MAX_SYMBOL, MAX_SYMBOL)
+    return {"attn_gate.int8": symbols, "attn_gate.scale": scale.cpu().numpy()}
 
 
 # --- Logit calibration (#1924): logits <- scale * softcap(z) + features . biases, fitted to the quantised model ---
@@ -4841,7 +4762,8 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
         penalty = values[1:].square().mean() + (calibration.scale - 1).square()
         mean_nats = (nats * real).sum() / real.sum().clamp_min(1)
         loss = mean_nats + 0.01 * penalty
-        (values.grad,) = torch.autograd.grad(loss, [values])
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
     return ranks.broadcast_(values.detach().cpu()).numpy()
 
@@ -4853,7 +4775,6 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
 
 MATRIX_PARTS = ("symbols", "step", "column")
 LQER_PARTS = ("lqer_a", "lqer_b", "lqer_scales")
-GATE_PARTS = ("int8", "scale")
 
 
 def flatten(quantized: Quantized) -> dict[str, ndarray]:
@@ -4869,18 +4790,13 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
     for kind, layers in quantized.matrices.items():
         for layer, matrix in enumerate(layers):
             name = f"{kind}.{layer}"
-            has_columns = matrix.column_codes is not None and matrix.column_codes.any()
-            add(name, MATRIX_PARTS[: 2 + has_columns], matrix)
-            if matrix.correction is not None:
+            add(name, MATRIX_PARTS if matrix.column_codes.any() else MATRIX_PARTS[:2], matrix)
+            if matrix.correction:
                 corrections[name] = matrix.correction
     # Corrections follow all matrices, the largest error first.
-    for name, correction in sorted(corrections.items(), key=lambda item: -item[1].error):
-        add(name, LQER_PARTS, correction)
-    for name, value in quantized.parameters.items():
-        if isinstance(value, QuantizedGate):
-            add(name, GATE_PARTS, value)
-        else:
-            arrays[name] = value
+    for name in sorted(corrections, key=lambda name: -corrections[name].error):
+        add(name, LQER_PARTS, corrections[name])
+    arrays |= quantized.parameters
     if quantized.logit_calibration is not None:
         arrays["logit_calibration"] = quantized.logit_calibration
     return arrays
@@ -4888,19 +4804,20 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
 
 def unflatten(arrays: dict[str, ndarray]) -> Quantized:
     """Inverse of flatten."""
-    matrices = {}
+    layers = {}  # "qkv.3" -> {"symbols": ..., "step": ...}
     parameters = {}
     for full_name, array in arrays.items():
-        name, _, part = full_name.rpartition(".")  # "qkv.3", "symbols"; a parameter has no dot: "", "caps"
-        parts = lambda suffixes, name=name: [arrays.get(f"{name}.{suffix}") for suffix in suffixes]
-        if part == "symbols":
-            correction = Correction(*parts(LQER_PARTS)) if f"{name}.lqer_a" in arrays else None
-            matrix = QuantizedMatrix(*parts(MATRIX_PARTS), correction)
-            matrices.setdefault(name.split(".")[0], []).append(matrix)
-        elif part == "int8":
-            parameters[name] = QuantizedGate(*parts(GATE_PARTS))
-        elif not name:
-            parameters[part] = array
+        name, _, part = full_name.rpartition(".")
+        if part in MATRIX_PARTS + LQER_PARTS:
+            layers.setdefault(name, {})[part] = array
+        else:
+            parameters[full_name] = array
+    matrices = {}
+    for name, parts in layers.items():
+        correction = Correction(*[parts[part] for part in LQER_PARTS]) if "lqer_a" in parts else None
+        parts.setdefault("column", np.zeros(parts["symbols"].shape[1], np.int8))
+        matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)
+        matrices.setdefault(name.split(".")[0], []).append(matrix)
     return Quantized(matrices, parameters, parameters.pop("logit_calibration", None))
 
 
@@ -4916,10 +4833,6 @@ LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "p
 LEAST_CODED = 64  # values of an array that are worth the entropy coder's header
 
 
-class ArtifactError(UserError):
-    """The model file is damaged or not ours; the message names it and the remedy."""
-
-
 def as_matrix(a: ndarray) -> ndarray:
     """An integer array as (R, C): vectors and matrices of two long sides are folded, the last row padded with zeros."""
     if a.ndim > 1 and min(len(a), a[0].size) <= 1024:
@@ -4929,11 +4842,9 @@ def as_matrix(a: ndarray) -> ndarray:
     return padded.reshape(-1, width)
 
 
-def planes(arrays: Iterable[ndarray], dtype: str) -> bytes:
-    """Bytes of arrays of one dtype, most significant bytes of all values first: these repeat, so LZMA sees runs."""
-    raw = b"".join(a.tobytes() for a in arrays)
-    values = np.frombuffer(raw, np.uint8).reshape(-1, np.dtype(dtype).itemsize)
-    return values.T[::-1].tobytes()
+def planes(values: ndarray) -> bytes:
+    """Bytes of values (count,), most significant bytes of all values first: these repeat, so LZMA sees runs."""
+    return values.view(np.uint8).reshape(-1, values.itemsize).T[::-1].tobytes()
 
 
 def from_planes(raw: bytes, dtype: str, count: int) -> ndarray:
@@ -4947,29 +4858,28 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     """Arrays (any numpy dtype) and `meta` (JSON) as the bytes of a model file. Integer arrays of LEAST_CODED values or
     more are entropy-coded. Arrays whose names differ only in numbers, of one shape, are coded together, so many small
     ones cost little."""
-    groups = {}  # entropy-coded: (name without numbers, shape, dtype) -> arrays by name
-    rest = {}  # dtype -> arrays by name
+    groups = {}  # entropy-coded: (name without numbers, shape, dtype) -> names
+    rest = {}  # dtype -> names
     for name, a in tensors.items():
         is_integer = a.dtype.kind in "iu" and a.size >= LEAST_CODED
         if is_integer and int(a.max()) - int(a.min()) < 1 << 15:
             key = (re.sub(r"\d+", "#", name), a.shape, a.dtype.str)  # "qkv.3.symbols" -> "qkv.#.symbols"
-            groups.setdefault(key, {})[name] = a
+            groups.setdefault(key, []).append(name)
         else:
-            rest.setdefault(a.dtype.str, {})[name] = a
+            rest.setdefault(a.dtype.str, []).append(name)
     coded = []
     stacks = []
-    for (_, shape, dtype), members in groups.items():
+    for (_, shape, dtype), names in groups.items():
         # The coder expects values around 0, so codes of step sizes lose their median.
-        centres = [round(float(np.median(a))) for a in members.values()]
-        centred = [a.astype(np.int64) - centre for a, centre in zip(members.values(), centres)]
-        coded.append([dtype, shape, list(members), centres])
-        stacks.append(np.stack([as_matrix(a) for a in centred]))
+        stack = np.stack([tensors[name] for name in names]).astype(np.int64)
+        centres = [round(np.median(a)) for a in stack]
+        coded.append([dtype, shape, names, centres])
+        stacks.append(np.stack([as_matrix(a - centre) for a, centre in zip(stack, centres)]))
     plain = []
     raw = b""
-    for dtype, members in rest.items():
-        shapes = [[name, a.shape] for name, a in members.items()]
-        plain.append([dtype, shapes])
-        raw += planes(members.values(), dtype)
+    for dtype, names in rest.items():
+        plain.append([dtype, [[name, tensors[name].shape] for name in names]])
+        raw += planes(np.concatenate([tensors[name].ravel() for name in names]))
     raw = lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA)
     code, ridden = encode_stacks(stacks, raw)  # the first `ridden` bytes of raw travel in the code's states
     header = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
@@ -4988,51 +4898,41 @@ def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict):
 
 def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
     """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or
-    of another kind raises ArtifactError."""
-    try:
+    of another kind raises UserError."""
+    with explained(
+        f"{path}: cannot be read ({{}}); train first, or set ARTIFACT_DIR to the folder that holds it", OSError
+    ):
         data = path.read_bytes()
-    except OSError as e:
-        raise ArtifactError(
-            f"{path}: cannot be read ({e.strerror}); train first, or set ARTIFACT_DIR to the folder that holds it"
-        ) from None
-
-    def verify(holds: bool, problem: str):
-        if not holds:
-            raise ArtifactError(f"{path}: {problem}")
-
-    verify(
-        data[:8] == MAGIC,
-        f"not a model file of this script (its first bytes are {data[:8]!r}); "
+    magic, version, length, header_size, code_size = FIXED.unpack_from(data.ljust(FIXED.size, b"\0"))
+    require(
+        magic == MAGIC,
+        f"{path}: not a model file of this script (its first bytes are {magic!r}); "
         "set ARTIFACT_DIR to the folder that holds one",
     )
-    length = FIXED.unpack_from(data)[2] if len(data) >= FIXED.size else 0
-    verify(
+    require(
         len(data) == length,
-        f"{len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew",
+        f"{path}: {len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it "
+        "anew",
     )
-    (checksum,) = struct.unpack("<I", data[-4:])
-    verify(
-        zlib.crc32(data[:-4]) == checksum,
-        "checksum does not match; the file was altered: copy it again or write it anew",
+    require(
+        zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little"),
+        f"{path}: checksum does not match; the file was altered: copy it again or write it anew",
     )
-    _, version, _, header_size, code_size = FIXED.unpack_from(data)
-    verify(
+    require(
         version == VERSION,
-        f"format version {version}, this script reads {VERSION}; score it with the script that wrote it",
+        f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it",
     )
-    code_at = FIXED.size + header_size
-    rest_at = code_at + code_size
-    header = json.loads(zlib.decompress(data[FIXED.size : code_at]))
-    return header, data[code_at:rest_at], data[rest_at:-4]
+    parts = io.BytesIO(data[FIXED.size : -4])
+    header = json.loads(zlib.decompress(parts.read(header_size)))
+    return header, parts.read(code_size), parts.read()
 
 
 def load_artifact(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Inverse of encode_artifact: arrays and meta."""
     header, code, rest = read_artifact(path)
-    try:
+    # The checksum holds, so an error is of a file that was made wrongly.
+    with explained(f"{path}: cannot be decoded ({{}}); write it anew", Exception):
         return unpack_tensors(header, code, rest), header["meta"]
-    except Exception as e:  # the checksum holds, so this is a file that was made wrongly
-        raise ArtifactError(f"{path}: cannot be decoded ({type(e).__name__}: {e}); write it anew") from e
 
 
 def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, ndarray]:
