@@ -5915,9 +5915,12 @@ class TestTimeTraining:
         if self.method == "lora":
             self.documents = DocumentTTT(scoring)
             self.batches = []  # of each segment, this rank's
+            serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
             for first, last, _ in self.segments:
                 dealt = deal_batches(lengths[first:last], first, cfg, ranks.world)
                 self.batches.append(dealt[ranks.rank])
+                serial += len(chunk_ends(int(lengths[first:last].max()), cfg))
+            scoring.log(f"  critical path {serial:,} chunks in a row, the longest documents of the segments")
             if ranks.device.type == "cuda":
                 self.documents.capture(list(itertools.chain(*self.batches)))
 
