@@ -5119,29 +5119,22 @@ class NGram:
     The divisor is the sum of the numerators, so p' sums to one; h depends on nothing but what came before x.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        ranks: Ranks,
-        val: ValidationStream,
-        sizes: list[int],  # documents of each segment, in order
-        log: Log,
-    ):
-        """Count the whole stream, on every rank: counts are integers, so all ranks agree."""
-        begun = time.perf_counter()
-        device = ranks.device
-        self.device = device
+    def __init__(self, scoring: "ScoringPass", sizes: list[int]):
+        """Count the whole stream, on every rank: counts are integers, so all ranks agree.
+
+        sizes: documents of each segment, in order.
+        """
+        cfg = scoring.cfg
+        val = scoring.val
+        self.device = scoring.ranks.device
         self.boost = cfg.ngram_boost
         self.gold = val.tokens[1:]  # uint16 (targets,): the realised tokens
-        lengths = torch.from_numpy(val.lengths.astype(np.int32))
-        document = torch.repeat_interleave(
-            lengths.to(device)
-        )  # of each target: 0 for the first lengths[0], then 1, ...
-        segment_of_document = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int32, device=device))
-        segment = segment_of_document[document]
-        tokens = torch.from_numpy(val.tokens.astype(np.int32))
-        hint = torch.full_like(document, -1)
-        for known in continuations(tokens.to(device), document, segment, cfg.ngram_order, cfg.vocab_size):
+        # Document and segment of each target: 0 for the first lengths[0] targets, then 1, ...
+        document = np.repeat(np.arange(len(val.lengths)), val.lengths)
+        segment = np.repeat(np.arange(len(sizes)), sizes)[document]
+        stream = [torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (val.tokens, document, segment)]
+        hint = torch.full((val.targets,), -1, dtype=torch.int32, device=self.device)
+        for known in continuations(*stream, cfg.ngram_order, cfg.vocab_size):
             if known.order < cfg.ngram_min_order:
                 continue
             share = known.top.double() / known.total
@@ -5150,9 +5143,9 @@ class NGram:
             hint[known.targets[clears]] = known.hint[clears]  # a longer order comes later and replaces a shorter one
         self.hint = hint.cpu().numpy()  # int32 (targets,): -1 where no order clears
         hinted = 100 * (self.hint >= 0).mean()
-        seconds = time.perf_counter() - begun
-        orders = f"{cfg.ngram_min_order}..{cfg.ngram_order}"
-        log(f"n-grams of order {orders}: hints at {hinted:.2f} % of the targets, {seconds:.1f} s")
+        scoring.log(
+            f"n-grams of order {cfg.ngram_min_order}..{cfg.ngram_order}: hints at {hinted:.2f} % of the targets"
+        )
 
     def hints(self, targets: ndarray) -> Tensor:
         """The tokens whose log-probabilities `tilted` asks for, int64 on the device; 0 where there is no hint."""
@@ -5183,10 +5176,6 @@ class ScoringPass(NamedTuple):
     progress: Progress
     ngram: NGram | None = None  # tilts every score before it is written
 
-    @classmethod
-    def begin(cls, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
-        return cls(model, cfg, ranks, log, val, ledger, Progress(ranks, log))
-
 
 def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> ndarray:
     """Windows (n, 3) int64, rows (begin, first, end): tokens begin..end are read, targets of first..end are scored.
@@ -5215,16 +5204,25 @@ def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> nda
     return np.array(windows, dtype=np.int64).reshape(-1, 3)
 
 
+def greedy_cuts(sizes: ndarray, capacity: int, overfull: bool) -> list[int]:
+    """Cut a list into groups of neighbours that hold as many as fit `capacity`: the first index of each group, and the
+    list's length. If `overfull`, a group also takes the one that fills it or no longer fits."""
+    before = np.append(0, np.cumsum(sizes))  # what lies before each index
+    cuts = [0]
+    while cuts[-1] < len(sizes):
+        full = before[cuts[-1]] + capacity
+        if overfull:
+            cut = np.searchsorted(before, full)  # the first index that has so much before it
+        else:
+            cut = np.searchsorted(before, full, side="right") - 1  # the last that has no more
+        cuts.append(min(int(cut), len(sizes)))
+    return cuts
+
+
 def group_windows(windows: ndarray, capacity: int) -> list[ndarray]:
     """Consecutive windows, as many for each buffer as `capacity` tokens hold."""
     lengths = windows[:, 2] - windows[:, 0]
-    tokens_before = np.append(0, np.cumsum(lengths))  # each window, and after the last one
-    cuts = [0]  # windows at which a buffer begins
-    while cuts[-1] < len(windows):
-        full = tokens_before[cuts[-1]] + capacity
-        # tokens_before[too_many] is the first that exceeds `full`, so the window before it no longer fits.
-        too_many = np.searchsorted(tokens_before, full, side="right")
-        cuts.append(int(too_many) - 1)
+    cuts = greedy_cuts(lengths, capacity, overfull=False)
     return [windows[low:high] for low, high in itertools.pairwise(cuts)]
 
 
@@ -5240,29 +5238,23 @@ def window_batch(
     place = np.arange(lengths.sum())
     position = place + np.repeat(begin - starts, lengths)  # in the stream
     scored = position >= np.repeat(first, lengths)
-    batch = pack_documents(
-        val.tokens[position],
-        val.tokens[position + 1],
-        starts,
-        span=cfg.eval_seq_len,
-        longest=cfg.eval_seq_len,
-        capacity=cfg.val_batch_tokens,
-        split="val",
-    )
+    inputs = val.tokens[position]
+    targets = val.tokens[position + 1]
+    span = cfg.eval_seq_len
+    batch = pack_documents(inputs, targets, starts, span, span, cfg.val_batch_tokens, "val")
     return batch, place[scored], position[scored]
 
 
-def book(scoring: ScoringPass, targets: ndarray, scores: Scores, places: Tensor):
-    """Write what a forward gave at `places` (indices or a mask) as the nats of `targets`, tilted by n-grams if any."""
+def book(scoring: ScoringPass, targets: ndarray, scores: Scores, places: ndarray):
+    """Write what a forward gave at `places`, int64 indices, as the nats of `targets`, tilted by n-grams if any."""
 
     def of_targets(values: Tensor) -> ndarray:
         # In float64 from here on: the ledger's sums run over the whole stream.
-        return values.detach()[places].double().cpu().numpy()
+        return values.detach().cpu().double().numpy()[places]
 
     nats = of_targets(scores.nats)
     if scoring.ngram is not None:
-        hint_log_prob = of_targets(scores.hint_log_prob)
-        nats = scoring.ngram.tilted(targets, nats, hint_log_prob)
+        nats = scoring.ngram.tilted(targets, nats, of_targets(scores.hint_log_prob))
     scoring.ledger.write(targets, nats)
 
 
@@ -5281,10 +5273,10 @@ def score_documents(scoring: ScoringPass, first: int, last: int):
         progress.show(ledger)
         batch, places, targets = window_batch(val, buffer, cfg)
         batch = to_device(batch, ranks.device)
-        places = torch.from_numpy(places).to(ranks.device)
         hint = None
         if ngram is not None:  # places that are not scored ask for token 0, and nobody looks
-            hint = torch.zeros_like(batch.targets).index_copy(0, places, ngram.hints(targets))
+            hint = torch.zeros_like(batch.targets)
+            hint[torch.from_numpy(places)] = ngram.hints(targets)
         scores = score_batch(model, batch, cfg.looped, hint)
         book(scoring, targets, scores, places)
     ledger.merge(ranks)
@@ -5301,62 +5293,8 @@ def score_stream(scoring: ScoringPass) -> float:
 # ======== Test-time training: score a chunk, then learn from it; state crosses documents only between segments ========
 
 
-class Segment(NamedTuple):
-    """Consecutive documents of the stream that are independent of each other."""
-
-    first: int  # documents first..last (exclusive)
-    last: int
-    then_learn: bool  # the base weights learn from scored targets before the next segment
-
-
-def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
-    """Segments of documents of these lengths end where a phase of global SGD follows and otherwise every SEGMENT_DOCS.
-
-    Phase p = 1, 2, ... follows document PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES, never the last one.
-    """
-    documents = len(lengths)
-    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
-    phases = cfg.phased_ttt_num_phases
-    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)} - {0}
-    full = range(cfg.segment_docs, documents, cfg.segment_docs)
-    cuts = sorted({0, *phase_ends, *full, documents})
-    ends = cuts[1:]
-    then_learn = [end in phase_ends for end in ends]
-    return list(map(Segment, cuts, ends, then_learn))
-
-
-def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
-    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
-
-    All segments but the last are learnt from.
-    """
-    documents = len(lengths)
-    targets_before = np.append(0, np.cumsum(lengths))
-    cuts = [0]
-    while cuts[-1] < documents:
-        filled = targets_before[cuts[-1]] + cfg.global_ttt_chunk_tokens
-        last = int(np.searchsorted(targets_before, filled))
-        cuts.append(min(last, documents))
-    ends = cuts[1:]
-    then_learn = [end < documents for end in ends]
-    return list(map(Segment, cuts, ends, then_learn))
-
-
-def chunk_ends(longest: int, cfg: Config) -> list[int]:
-    """Ends of the chunks that cover `longest` positions: sizes are TTT_CHUNKS in order, the last one repeated.
-
-    They are a function of position, never of a document's length (C1).
-    """
-    sizes = [int(size) for size in cfg.ttt_chunks.split(",")]
-    ends = [0]
-    while ends[-1] < longest:
-        chunk = min(len(ends), len(sizes)) - 1  # index of the next size
-        ends.append(ends[-1] + sizes[chunk])
-    return ends[1:]
-
-
 class Shape(NamedTuple):
-    """All that a step depends on besides the contents of its memory: one CUDA graph each."""
+    """All that a step depends on besides the contents of its memory: one pair of CUDA graphs each."""
 
     rows: int  # documents run together
     older: int  # cached tokens that may be attended to
@@ -5364,124 +5302,86 @@ class Shape(NamedTuple):
     count: int  # tokens of the chunk
 
 
-def plan_lockstep(lengths: ndarray, cfg: Config, exact: bool) -> Iterator[tuple[int, int, Shape]]:
-    """Steps of documents of these lengths, longest first: yields (begin, end, Shape) of each chunk.
+class Lockstep:
+    """The device's half of adapting to documents: every row is at the same position of a document of its own.
 
-    Finished rows leave the batch. Unless `exact`, rows and context are rounded up to powers of two, so that few shapes
-    serve every batch.
+    All memory is static and score() and learn() depend on their Shape alone, so a GPU replays them as CUDA graphs.
     """
 
-    def rounded(needed: int, least: int, most: int) -> int:
-        if exact or needed == 0:
-            return min(needed, most)
-        power = 1 << (needed - 1).bit_length()  # the least that holds what is needed
-        return min(max(least, power), most)
-
-    begin = 0
-    for end in chunk_ends(int(lengths.max(initial=0)), cfg):
-        count = end - begin
-        room = cfg.ttt_eval_seq_len - count  # of the context, before the chunk
-        back = rounded(begin, 64, min(cfg.ttt_backprop_tokens, room))
-        older = rounded(max(begin - back, 0), 256, room - back)
-        running = int((lengths > begin).sum())
-        rows = rounded(running, 8, cfg.ttt_batch_size)
-        yield begin, end, Shape(rows, older, back, count)
-        begin = end
-
-
-def deal_batches(lengths: ndarray, first: int, cfg: Config, world: int) -> list[list[ndarray]]:
-    """For each rank its batches of the documents first, first + 1, ... that have these lengths.
-
-    Documents are taken by falling length. Each batch goes to the rank with the least work so far, counted in chunks of
-    a batch's longest document.
-    """
-    order = np.argsort(-lengths, kind="stable")  # a batch of alike documents has few idle rows
-    load = np.zeros(world)  # chunks in a row, of each rank
-    dealt = [[] for _ in range(world)]
-    for begin in range(0, len(order), cfg.ttt_batch_size):
-        batch = order[begin : begin + cfg.ttt_batch_size]
-        longest = int(lengths[batch].max())
-        rank = int(load.argmin())
-        load[rank] += len(chunk_ends(longest, cfg))
-        dealt[rank].append(first + batch)
-    return dealt
-
-
-class KeyValueRing:
-    """Keys and values of each row's last `length` tokens, at every visit, as they were when their token was scored."""
-
-    def __init__(self, model: GPT, rows: int, length: int):
-        cfg = model.cfg
-        visits = len(model.schedules[cfg.looped])
-        shape = (visits, rows, length, cfg.num_kv_heads, model.head_dim)
-        self.length = length  # the token at position p lies in slot p % length
-        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.tok_emb.device)
-        self.values = torch.zeros_like(self.keys)
-
-    def read(self, rows: int, positions: Tensor, last: Tensor) -> Cache:
-        """What the first rows hold of `positions` (n,) int64; of a negative position, anything.
-
-        last (rows,) int64: the token before those that will be run.
-        """
-        slots = positions % self.length
-        keys = self.keys[:, :rows].index_select(2, slots)
-        values = self.values[:, :rows].index_select(2, slots)
-        return Cache(keys, values, last)
-
-    def write(self, rows: int, positions: Tensor, new: Cache):
-        """Store what the first rows have computed for `positions`; a position that is run again overwrites itself."""
-        slots = positions % self.length
-        for memory, computed in ((self.keys, new.keys), (self.values, new.values)):
-            memory[:, :rows].index_copy_(2, slots, computed.detach())
-
-
-class AdapterState:
-    """The adapters of a batch of documents, their second moments, and where the adapters of later documents start."""
-
-    def __init__(self, model: GPT, cfg: Config):
+    def __init__(self, scoring: ScoringPass):
+        model = scoring.model
+        cfg = scoring.cfg
+        device = scoring.ranks.device
+        rows = cfg.ttt_batch_size
+        self.model = model
         self.cfg = cfg
-        # All batches use the same memory, because CUDA graphs hold its addresses.
+        self.tokens = torch.from_numpy(scoring.val.tokens.astype(np.int64)).to(device)  # of the whole stream
+        self.hints = None  # int64 (targets,), if there are n-grams
+        if scoring.ngram is not None:
+            self.hints = scoring.ngram.hints(np.arange(scoring.val.targets))
+        self.begin = torch.zeros((), dtype=torch.int64, device=device)  # position at which the chunk begins
+        self.row_starts = torch.zeros(rows, dtype=torch.int64, device=device)  # of the documents in the stream
+        self.row_lengths = torch.zeros_like(self.row_starts)  # 0 where a row has no document
+
+        # Keys and values of each row's last TTT_EVAL_SEQ_LEN tokens, at every visit, as they were when their token was
+        # scored. The token at position p lies in slot p % TTT_EVAL_SEQ_LEN.
+        visits = len(model.schedules[cfg.looped])
+        ring = (2, visits, rows, cfg.ttt_eval_seq_len, cfg.num_kv_heads, model.head_dim)
+        self.ring = torch.zeros(ring, dtype=model.dtype, device=device)
+
         masked = frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(","))
-        self.lora = new_lora(
-            model,
-            documents=cfg.ttt_batch_size,
-            masked=masked,
-            rank=cfg.ttt_lora_rank,
-            alpha=cfg.ttt_lora_alpha,
-            seed=cfg.seed,
-        )
+        self.lora = new_lora(model, rows, masked, cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
+        # Adapters of the first rows: the same leaves at every call, so that learn() finds those of score().
+        self.first = functools.cache(self.lora.first)
         leaves = self.lora.leaves()
-        self.first_rows = {}  # number of rows -> their adapters, leaves that share the memory of self.lora
         self.squares = [torch.zeros_like(p) for p in leaves]  # second moments
-        self.updates = torch.zeros((), device=model.tok_emb.device)  # of this batch, for Adam's bias correction
+        self.updates = torch.zeros((), device=device)  # of these documents, for Adam's bias correction
         self.start = [p[:1].detach().clone() for p in leaves]  # (1, in, rank) and (1, rank, out), of every document
-        self.drift = [torch.zeros_like(p) for p in self.start]  # sum over tokens of how far their adapters moved
-        self.drift_tokens = 0.0  # that the sum holds
 
-    @torch.no_grad()
-    def reset(self):
-        """For the next batch: all adapters at their start, no second moments, no updates."""
-        for p, start in zip(self.lora.leaves(), self.start):
-            p.copy_(start.expand_as(p))
-        for square in self.squares:
-            square.zero_()
-        self.updates.zero_()
+    def score(self, shape: Shape) -> Scores:
+        """Scores (rows * count,) of the chunk at `self.begin`, and of the hints if there are n-grams.
 
-    def first(self, rows: int) -> LoRA:
-        """The adapters of the first rows: the same leaves at every call, so that learning finds those of scoring."""
-        if rows not in self.first_rows:
-            self.first_rows[rows] = self.lora.first(rows)
-        return self.first_rows[rows]
+        The last `back` tokens before the chunk are run again together with it, and before those `older` tokens are
+        read as cached keys and values. Positions before a document are BOS, which Seq.lockstep hides.
+        """
+        rows, older, back, count = shape
+        cfg = self.cfg
+        context = torch.arange(-older - back, count, device=self.tokens.device)
+        cached, position = (self.begin + context).split((older, back + count))  # in the document
+        index = self.row_starts[:rows, None] + position  # (rows, back + count): in the stream
+        index = index.clamp(0, len(self.tokens) - 2)  # outside the document anything will do: nobody sees it
+        tokens = torch.where(position >= 0, self.tokens[index], cfg.bos_id)
+        before = (index[:, 0] - 1).clamp(min=0)  # SmearGate looks one token back
+        slots = cached % cfg.ttt_eval_seq_len
+        keys, values = (memory[:, :rows].index_select(2, slots) for memory in self.ring)
+        lora = self.first(rows)
+        hidden, new = self.model.trunk(
+            tokens.flatten(),
+            Seq.lockstep(self.begin, position, rows, older, back),
+            looped=cfg.looped,
+            lora=lora,
+            cache=Cache(keys, values, self.tokens[before]),
+        )
+        slots = position % cfg.ttt_eval_seq_len  # a token that is run again overwrites itself
+        for memory, computed in zip(self.ring, (new.keys, new.values)):
+            memory[:, :rows].index_copy_(2, slots, computed.detach())
+        hidden = hidden.unflatten(0, tokens.shape)[:, back:].flatten(0, 1)  # only the chunk pays for the head
+        chunk = index[:, back:].flatten()
+        hint = None if self.hints is None else self.hints[chunk]
+        return self.model.nll(hidden, self.tokens[chunk + 1], lora=lora, hint=hint)
 
-    def step(self, rows: int, loss: Tensor, goes_on: Tensor):
-        """AdamW without a first moment on `loss` () for the first rows.
+    def learn(self, shape: Shape, nats: Tensor):
+        """A step of AdamW without a first moment on the mean nats of the chunk, for rows with a later chunk.
 
-        goes_on (rows,) float: 0 keeps a finished row as it is; its gradient is zero, and it does not decay.
+        nats (rows * count,): of score(). Rows do not mix: the loss is a sum over them and AdamW is elementwise.
         """
         cfg = self.cfg
-        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        rows = shape.rows
+        goes_on = (self.row_lengths[:rows] > self.begin + shape.count).float()  # 0: a finished row stays as it is
+        loss = (nats.unflatten(0, (rows, shape.count)).mean(1) * goes_on).sum()
         leaves = self.first(rows).leaves()
         grads = [grad.contiguous() for grad in torch.autograd.grad(loss, leaves)]
+        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
         self.updates += 1
         with torch.no_grad():
             # Decoupled decay is done here, since the fused optimizer would apply it to finished rows, too.
@@ -5504,39 +5404,6 @@ class AdapterState:
                 maximize=False,
             )
 
-    @torch.no_grad()
-    def remember(self, lengths: ndarray):
-        """Add up how far the batch's adapters have moved. lengths: of its documents, in the order of the rows.
-
-        A document counts by its tokens, at most a context of them.
-        """
-        tokens = np.minimum(lengths, self.cfg.ttt_eval_seq_len)
-        weight = torch.from_numpy(tokens.astype(np.float32)).to(self.updates.device)
-        total = weight.sum()
-        for drift, p, start in zip(self.drift, self.lora.leaves(), self.start):
-            # sum over documents of weight (adapters - start)
-            drift += torch.tensordot(weight, p[: len(weight)], 1) - total * start
-        self.drift_tokens += float(total)
-
-    @torch.no_grad()
-    def next_segment(self, ranks: Ranks):
-        """Move the start by TTT_WARM_START to the mean of the segment's adapters (Reptile, arXiv 1803.02999).
-
-        All that it learns from is scored: the segment is over.
-        """
-        tokens = torch.tensor([self.drift_tokens], dtype=torch.float64)
-        total = ranks.all_reduce_(tokens).item()
-        share = self.cfg.ttt_warm_start / max(total, 1.0)  # start += TTT_WARM_START (mean - start)
-        for start, drift in zip(self.start, self.drift):
-            start += share * ranks.all_reduce_(drift)
-            drift.zero_()
-        self.drift_tokens = 0.0
-
-
-def each(change: Callable[[Tensor], Tensor], scores: Scores) -> Scores:
-    """Scores of which every tensor is changed."""
-    return Scores(*[None if t is None else change(t) for t in scores])
-
 
 class CapturedStep(NamedTuple):
     """The CUDA graphs of a Shape, and the memory in which the first leaves its scores."""
@@ -5546,189 +5413,179 @@ class CapturedStep(NamedTuple):
     scores: Scores
 
 
-class GraphPool:
-    """Runs the two halves of a step, score(shape) -> Scores and learn(shape, nats).
+def chunk_ends(longest: int, cfg: Config) -> list[int]:
+    """Ends of the chunks that cover `longest` positions: sizes are TTT_CHUNKS in order, the last one repeated.
 
-    Once they are captured they are replayed as CUDA graphs, which share the memory of one pool; before, and on a CPU,
-    they are called.
+    They are a function of position, never of a document's length (C1).
+    """
+    sizes = [int(size) for size in cfg.ttt_chunks.split(",")]
+    endless = itertools.chain(sizes, itertools.repeat(sizes[-1]))
+    ends = []
+    end = 0
+    while end < longest:
+        end += next(endless)
+        ends.append(end)
+    return ends
+
+
+def plan_lockstep(lengths: ndarray, cfg: Config, exact: bool) -> Iterator[tuple[int, Shape]]:
+    """The steps of documents of these lengths: yields where each chunk begins, and its Shape.
+
+    Rows hold the documents by falling length, so finished ones leave the batch. Unless `exact`, rows and context are
+    rounded up to powers of two, so that few shapes serve every batch.
     """
 
-    def __init__(self):
-        self.steps = {}  # Shape -> CapturedStep
+    def rounded(needed: int, least: int, most: int) -> int:
+        if exact or needed == 0:
+            return min(needed, most)
+        power = 1 << (needed - 1).bit_length()  # the least that holds what is needed
+        return min(max(least, power), most)
 
-    def capture(self, shapes: set[Shape], score: Callable, learn: Callable):
-        """Capture every shape, the largest first: smaller ones then find their memory in the pool."""
-        pool = torch.cuda.graph_pool_handle()
-        for shape in sorted(shapes, reverse=True):
-            self.steps[shape] = self.captured(shape, score, learn, pool)
+    longest = int(lengths.max(initial=0))
+    for begin, end in itertools.pairwise([0, *chunk_ends(longest, cfg)]):
+        count = end - begin
+        room = cfg.ttt_eval_seq_len - count  # of the context, before the chunk
+        back = rounded(begin, 64, min(cfg.ttt_backprop_tokens, room))
+        older = rounded(max(begin - back, 0), 256, room - back)
+        running = int((lengths > begin).sum())
+        yield begin, Shape(rounded(running, 8, cfg.ttt_batch_size), older, back, count)
 
-    @staticmethod
-    def captured(shape: Shape, score: Callable, learn: Callable, pool) -> CapturedStep:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            learn(shape, score(shape).nats)  # libraries and Triton set themselves up outside of a capture
-        torch.cuda.synchronize()
-        scoring = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(scoring, pool=pool):
-            scores = score(shape)
-        learning = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(learning, pool=pool):
-            learn(shape, scores.nats)
-        # Detached, so that what autograd kept for learn() is free for the next capture.
-        return CapturedStep(scoring, learning, each(Tensor.detach, scores))
 
-    def score(self, shape: Shape, call: Callable) -> Scores:
-        """Replay, or else call(shape)."""
-        if not self.steps:
-            return call(shape)
-        if shape not in self.steps:  # prepare() was given other batches
-            raise RuntimeError(f"no graph was captured for {shape}")
-        step = self.steps[shape]
-        step.scoring.replay()
-        return step.scores
+def deal_batches(lengths: ndarray, first: int, cfg: Config, world: int) -> list[list[ndarray]]:
+    """For each rank its batches of the documents first, first + 1, ... that have these lengths.
 
-    def learn(self, shape: Shape, scores: Scores, call: Callable):
-        """Replay, or else call(shape, nats). scores: what score() returned for this chunk."""
-        if self.steps:
-            self.steps[shape].learning.replay()
-        else:
-            call(shape, scores.nats)
+    Documents are taken by falling length. Each batch goes to the rank with the least work so far, counted in chunks of
+    a batch's longest document.
+    """
+    order = np.argsort(-lengths, kind="stable")  # a batch of alike documents has few idle rows
+    load = np.zeros(world)  # chunks in a row, of each rank
+    dealt = [[] for _ in range(world)]
+    for batch in np.split(order, range(cfg.ttt_batch_size, len(order), cfg.ttt_batch_size)):
+        rank = int(load.argmin())
+        load[rank] += len(chunk_ends(int(lengths[batch[0]]), cfg))
+        dealt[rank].append(first + batch)
+    return dealt
 
 
 class DocumentTTT:
-    """Scores documents of one segment and adapts to each, in lockstep: every row is at the same position of its own.
-
-    All memory is static and a step depends on its Shape alone, so a GPU replays CUDA graphs: its many small kernels
-    cost no launches.
-    """
+    """Scores documents of one segment and adapts to each: the host's half, which plans, books scores and asks the
+    ledger before anything learns."""
 
     def __init__(self, scoring: ScoringPass):
-        cfg = scoring.cfg
-        val = scoring.val
-        ngram = scoring.ngram
-        device = scoring.ranks.device
-        rows = cfg.ttt_batch_size
         self.scoring = scoring
-        self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(device)  # of the whole stream
-        self.hints = None if ngram is None else ngram.hints(np.arange(val.targets))
-        self.begin = torch.zeros((), dtype=torch.int64, device=device)  # position at which the chunk begins
-        self.row_starts = torch.zeros(rows, dtype=torch.int64, device=device)  # of the documents in the stream
-        self.row_lengths = torch.zeros_like(self.row_starts)
-        self.adapters = AdapterState(scoring.model, cfg)
-        self.ring = KeyValueRing(scoring.model, rows, cfg.ttt_eval_seq_len)
-        self.graphs = GraphPool()
+        self.lockstep = Lockstep(scoring)
+        self.graphs = {}  # Shape -> CapturedStep, on a GPU
+        self.drift = [torch.zeros_like(p) for p in self.lockstep.start]  # sum over tokens of how far adapters moved
+        self.drift_tokens = 0  # that the sum holds
 
-    def prepare(self, batches: list[ndarray]):
-        """Capture every graph that these batches need, on random tokens: only lengths of documents are read (B29)."""
-        cfg = self.scoring.cfg
-        val = self.scoring.val
+    def capture(self, batches: list[ndarray]):
+        """Capture the CUDA graphs that these batches need. No validation token is read, only lengths are (B29)."""
+        begun = time.perf_counter()
         shapes = set()
         for batch in batches:
-            falling = np.sort(val.lengths[batch])[::-1]
-            shapes.update(shape for _, _, shape in plan_lockstep(falling, cfg, exact=False))
-        generator = torch.Generator(self.tokens.device).manual_seed(0)
-        self.tokens.random_(cfg.vocab_size, generator=generator)
-        self.graphs.capture(shapes, self.score, self.learn)
-        tokens = torch.from_numpy(val.tokens.astype(np.int32))
-        self.tokens.copy_(tokens)
+            plan = plan_lockstep(self.scoring.val.lengths[batch], self.scoring.cfg, exact=False)
+            shapes.update(shape for _, shape in plan)
+        lockstep = self.lockstep
+        tokens = lockstep.tokens.clone()
+        lockstep.tokens.zero_()
+        pool = torch.cuda.graph_pool_handle()
+        for shape in sorted(shapes, reverse=True):  # the largest first: smaller ones find their memory in the pool
+            with torch.cuda.stream(torch.cuda.Stream()):
+                lockstep.learn(shape, lockstep.score(shape).nats)  # libraries and Triton set themselves up before
+            torch.cuda.synchronize()
+            scoring = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(scoring, pool=pool):
+                scores = lockstep.score(shape)
+            learning = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(learning, pool=pool):
+                lockstep.learn(shape, scores.nats)
+            # Detached, so that what autograd kept for learn() is free for the next capture.
+            detached = [None if t is None else t.detach() for t in scores]
+            self.graphs[shape] = CapturedStep(scoring, learning, Scores(*detached))
+        lockstep.tokens.copy_(tokens)
+        seconds = time.perf_counter() - begun
+        self.scoring.log(f"  captured {len(self.graphs)} graphs in {seconds:.1f} s")
+
+    @torch.no_grad()
+    def seat(self, starts: ndarray, lengths: ndarray):
+        """Put documents into the rows: their adapters are at the start, without second moments and updates."""
+        lockstep = self.lockstep
+        lockstep.row_lengths.zero_()
+        lockstep.row_starts[: len(starts)] = torch.from_numpy(starts)
+        lockstep.row_lengths[: len(lengths)] = torch.from_numpy(lengths)
+        for p, start in zip(lockstep.lora.leaves(), lockstep.start):
+            p.copy_(start)
+        torch._foreach_zero_([*lockstep.squares, lockstep.updates])
 
     def run(self, documents: ndarray):
         """Score every target of `documents` (indices, at most TTT_BATCH_SIZE, in any order), learning in between."""
-        cfg = self.scoring.cfg
         val = self.scoring.val
+        ledger = self.scoring.ledger
         falling = np.argsort(-val.lengths[documents], kind="stable")
-        documents = documents[falling]
-        starts = val.starts[documents]
-        lengths = val.lengths[documents]
+        starts = val.starts[documents[falling]]
+        lengths = val.lengths[documents[falling]]
         self.seat(starts, lengths)
-        on_cpu = self.tokens.device.type == "cpu"
-        for begin, end, shape in plan_lockstep(lengths, cfg, exact=on_cpu):
-            self.begin.fill_(begin)
-            scores = self.graphs.score(shape, self.score)  # (shape.rows, count)
-            row_starts = starts[: shape.rows, None]
-            row_lengths = lengths[: shape.rows, None]  # (documents, 1); the shape may have more rows than documents
+        on_cpu = self.scoring.ranks.device.type == "cpu"
+        for begin, shape in plan_lockstep(lengths, self.scoring.cfg, exact=on_cpu):
+            self.lockstep.begin.fill_(begin)
+            graphs = self.graphs[shape] if self.graphs else None  # once captured, every shape is
+            if graphs:
+                graphs.scoring.replay()
+                scores = graphs.scores
+            else:
+                scores = self.lockstep.score(shape)
+            end = begin + shape.count
             position = np.arange(begin, end)
-            targets = row_starts + position
-            valid = position < row_lengths  # (documents, count): chunks reach beyond the end of a document
-            on_host = each(lambda t: t[: len(valid)].cpu(), scores)
-            book(self.scoring, targets[valid], on_host, torch.from_numpy(valid))
-            goes_on = row_lengths[:, 0] > end
-            if goes_on.any():  # a last chunk teaches nobody
-                learnt = targets[goes_on]
-                self.scoring.ledger.may_train(learnt.ravel())
-                self.graphs.learn(shape, scores, self.learn)
-        self.adapters.remember(lengths)
+            row_lengths = lengths[: shape.rows, None]  # (documents, 1); the shape may have more rows than documents
+            targets = starts[: shape.rows, None] + position  # (documents, count)
+            valid = position < row_lengths  # chunks reach beyond the end of a document
+            book(self.scoring, targets[valid], scores, np.flatnonzero(valid))
+            learnt = targets[row_lengths[:, 0] > end]  # a last chunk teaches nobody
+            if not len(learnt):
+                continue
+            ledger.may_train(learnt.ravel())
+            if graphs:
+                graphs.learning.replay()
+            else:
+                self.lockstep.learn(shape, scores.nats)
+        self.remember(lengths)
 
-    def seat(self, starts: ndarray, lengths: ndarray):
-        """Put documents into the rows, with new adapters. Rows that are left over are documents of no length."""
-        self.adapters.reset()
-        for memory, values in ((self.row_starts, starts), (self.row_lengths, lengths)):
-            memory.zero_()
-            memory[: len(values)] = torch.from_numpy(values)
+    @torch.no_grad()
+    def remember(self, lengths: ndarray):
+        """Add up how far the adapters of the first rows, documents of these lengths, have moved.
 
-    def score(self, shape: Shape) -> Scores:
-        """Scores (rows, count) of the chunk at `self.begin`, with the log-probabilities of hints if there are n-grams.
-
-        The last `back` tokens before the chunk are run again together with it, and before those `older` tokens are
-        read as cached keys and values. Positions before a document are BOS, which Seq.lockstep hides.
+        A document counts by its tokens, at most a context of them.
         """
-        rows, older, back, count = shape
-        width = back + count
-        model = self.scoring.model
-        cfg = self.scoring.cfg
-        device = self.tokens.device
-        first = self.begin - back
-        position = first + torch.arange(width, device=device)  # (width,): in the document
-        index = self.row_starts[:rows, None] + position  # (rows, width): in the stream
-        index = index.clamp(0, len(self.tokens) - 2)  # outside the document anything will do: nobody sees it
-        tokens = torch.where(position >= 0, self.tokens[index], cfg.bos_id).long()
-        before = (index[:, 0] - 1).clamp(min=0)  # SmearGate looks one token back
-        cached = first - older + torch.arange(older, device=device)
-        cache = self.ring.read(rows, cached, last=self.tokens[before].long())
-        seq = Seq.lockstep(self.begin, position, rows, older, back)
-        lora = self.adapters.first(rows)
-        hidden, new = model.trunk(
-            tokens.flatten(),
-            seq,
-            looped=cfg.looped,
-            lora=lora,
-            cache=cache,
-        )
-        chunk = index[:, back:]
-        hidden = hidden.unflatten(0, (rows, width))[:, back:]  # only the chunk pays for the head
-        targets = self.tokens[chunk + 1].flatten()
-        scores = model.nll(
-            hidden.flatten(0, 1),
-            targets.long(),
-            lora=lora,
-            hint=None if self.hints is None else self.hints[chunk].flatten(),
-        )
-        self.ring.write(rows, position, new)
-        return each(lambda t: t.unflatten(0, (rows, count)), scores)
+        tokens = np.minimum(lengths, self.scoring.cfg.ttt_eval_seq_len)
+        total = int(tokens.sum())
+        weight = torch.from_numpy(tokens.astype(np.float32)).to(self.scoring.ranks.device)
+        for drift, p, start in zip(self.drift, self.lockstep.lora.leaves(), self.lockstep.start):
+            # sum over documents of weight (adapters - start)
+            drift += torch.tensordot(weight, p[: len(weight)], 1) - total * start
+        self.drift_tokens += total
 
-    def learn(self, shape: Shape, nats: Tensor):
-        """A step on the mean nats (rows, count) of the chunk, for rows with a later chunk.
+    @torch.no_grad()
+    def next_segment(self):
+        """Move the start by TTT_WARM_START to the mean of the segment's adapters (Reptile, arXiv 1803.02999).
 
-        Rows do not mix: the loss is a sum over them and AdamW is elementwise.
+        All that it learns from is scored: the segment is over.
         """
-        end = self.begin + shape.count
-        goes_on = (self.row_lengths[: shape.rows] > end).float()
-        loss = (nats.mean(1) * goes_on).sum()
-        self.adapters.step(shape.rows, loss, goes_on)
+        ranks = self.scoring.ranks
+        total = ranks.all_reduce_(torch.tensor(self.drift_tokens)).item()
+        share = self.scoring.cfg.ttt_warm_start / max(total, 1)  # start += TTT_WARM_START (mean - start)
+        for start, drift in zip(self.lockstep.start, self.drift):
+            start += share * ranks.all_reduce_(drift)
+            drift.zero_()
+        self.drift_tokens = 0
 
 
-def base_gradients(
-    model: GPT,
-    cfg: Config,
-    ranks: Ranks,
-    val: ValidationStream,
-    begin: int,  # targets begin..end (exclusive)
-    end: int,
-):
-    """Leave in .grad of every parameter the gradient of the mean nats of the targets, summed over the ranks.
+def base_gradients(scoring: ScoringPass, begin: int, end: int):
+    """Leave in .grad of every parameter the gradient of the mean nats of targets begin..end (exclusive) over all ranks.
 
     Its norm is at most GLOBAL_TTT_GRAD_CLIP. The targets are cut every TTT_EVAL_SEQ_LEN and each rank takes
     neighbouring pieces, so no sum depends on the number of ranks.
     """
+    model, cfg, ranks, _, val, *_ = scoring
     span = cfg.ttt_eval_seq_len
 
     def rank_share(targets: int) -> int:
@@ -5741,21 +5598,12 @@ def base_gradients(
     last = min(first + share, end)
     for low in range(first, last, micro_batch):
         high = min(low + micro_batch, last)
-        tokens = val.tokens[low : high + 1]
-        inputs = tokens[:-1]
+        inputs = val.tokens[low:high]
+        targets = val.tokens[low + 1 : high + 1]
         document_starts = np.flatnonzero(inputs == cfg.bos_id)
         starts = np.union1d(document_starts, np.arange(0, len(inputs), span))
-        batch = pack_documents(
-            inputs,
-            tokens[1:],
-            starts,
-            span=span,
-            longest=span,
-            capacity=len(inputs),
-            split="val",
-        )
-        loss = batch_loss(model, to_device(batch, ranks.device), end - begin, cfg.looped)
-        loss.backward()
+        batch = pack_documents(inputs, targets, starts, span, span, len(inputs), "val")
+        batch_loss(model, to_device(batch, ranks.device), end - begin, cfg.looped).backward()
     parameters = list(model.parameters())
     for p in parameters:
         if p.grad is None:  # a rank without a piece, or a parameter outside the loss
@@ -5777,175 +5625,146 @@ class GlobalSGD:
         momentum = scoring.cfg.global_ttt_momentum
         self.optimizer = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)
 
-    def learn(self, begin: int, end: int, progress: float, progress_after: float) -> int:
-        """GLOBAL_TTT_EPOCHS passes over targets begin..end, all of them scored; returns the number of steps.
+    def learn(self, begin: int, end: int, progress: float, progress_after: float):
+        """GLOBAL_TTT_EPOCHS passes over targets begin..end, all of them scored.
 
         Each step takes about GLOBAL_TTT_CHUNK_TOKENS in stream order. Progress rises evenly from `progress` to
         `progress_after`.
         """
         model = self.scoring.model
         cfg = self.scoring.cfg
-        ranks = self.scoring.ranks
-        val = self.scoring.val
         self.scoring.ledger.may_train(np.arange(begin, end))
         model.requires_grad_(True)
         count = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1)
         edges = np.linspace(begin, end, count + 1).astype(int)
         chunks = list(itertools.pairwise(edges.tolist())) * cfg.global_ttt_epochs
         for i, (low, high) in enumerate(chunks):
-            base_gradients(model, cfg, ranks, val, low, high)
+            base_gradients(self.scoring, low, high)
             # From 0 to 1 x is i / len(chunks) to the bit, and from x to x it stays x.
             x = progress + (progress_after - progress) * (i / len(chunks))
             cosine = math.cos(math.pi * x)
-            (group,) = self.optimizer.param_groups
-            group["lr"] = cfg.global_ttt_lr * 0.5 * (1 + cosine)
+            self.optimizer.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + cosine)
             self.optimizer.step()
             self.optimizer.zero_grad()  # to None: the next chunk starts anew
         model.requires_grad_(False)
-        ranks.synchronize()
-        return len(chunks)
 
 
-class AdaptDocuments:
-    """TTT_METHOD=lora: adapters learn inside each document, base weights in phases from all that is scored so far."""
+class Segment(NamedTuple):
+    """Consecutive documents of the stream that are independent of each other."""
 
-    plan = staticmethod(plan_segments)
-
-    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
-        cfg = scoring.cfg
-        ranks = scoring.ranks
-        self.scoring = scoring
-        self.documents = DocumentTTT(scoring)
-        self.batches = {}  # Segment -> this rank's batches
-        serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
-        for segment in segments:
-            lengths = scoring.val.lengths[segment.first : segment.last]
-            dealt = deal_batches(lengths, segment.first, cfg, ranks.world)
-            self.batches[segment] = dealt[ranks.rank]
-            serial += len(chunk_ends(int(lengths.max()), cfg))
-        scoring.log(f"  critical path {serial:,} chunks in a row, the longest documents of the segments")
-
-    def prepare(self):
-        """On a GPU, capture whatever the timed part will replay."""
-        if self.scoring.ranks.device.type != "cuda":
-            return
-        begun = time.perf_counter()
-        batches = itertools.chain(*self.batches.values())
-        self.documents.prepare(list(batches))
-        seconds = time.perf_counter() - begun
-        captured = len(self.documents.graphs.steps)
-        self.scoring.log(f"  captured {captured} graphs in {seconds:.1f} s")
-
-    def score(self, segment: Segment):
-        """Score the segment's documents on all ranks; the adapters of the next segment start where these have led."""
-        ranks = self.scoring.ranks
-        ledger = self.scoring.ledger
-        for batch in self.batches[segment]:
-            self.scoring.progress.show(ledger)
-            self.documents.run(batch)
-        ledger.merge(ranks)
-        self.documents.adapters.next_segment(ranks)
-
-    def learn(self, segment: Segment):
-        """A phase: the base weights learn from the stream up to the segment's end, with a cosine and a momentum of its
-        own."""
-        begun = time.perf_counter()
-        end = int(self.scoring.val.starts[segment.last])
-        steps = GlobalSGD(self.scoring).learn(0, end, 0.0, 1.0)
-        seconds = time.perf_counter() - begun
-        self.scoring.log(f"  base weights learnt from {end:,} scored targets in {steps} steps, {seconds:.1f} s")
+    first: int  # documents first..last (exclusive)
+    last: int
+    then_learn: bool  # the base weights learn from scored targets before the next segment
 
 
-class Slide:
-    """TTT_ENABLED=0 with n-grams: windows alone. Segments are those of AdaptDocuments: n-grams count between them."""
+def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
+    """Segments of documents of these lengths end where a phase of global SGD follows and otherwise every SEGMENT_DOCS.
 
-    plan = staticmethod(plan_segments)
-
-    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
-        self.scoring = scoring
-
-    def prepare(self):
-        """Windows need no preparation."""
-
-    def score(self, segment: Segment):
-        score_documents(self.scoring, segment.first, segment.last)
-
-    def learn(self, segment: Segment):
-        """Nothing learns but the n-grams, which have counted already."""
-
-
-class SlideAndLearn(Slide):
-    """TTT_METHOD=sgd: windows score a segment, then the base weights learn from it (#549).
-
-    One momentum and one half cosine span the stream.
+    Phase p = 1, 2, ... follows document PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES, never the last one.
     """
+    documents = len(lengths)
+    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
+    phases = cfg.phased_ttt_num_phases
+    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)} - {0}
+    full = range(cfg.segment_docs, documents, cfg.segment_docs)
+    cuts = sorted({0, *phase_ends, *full, documents})
+    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(cuts)]
 
-    plan = staticmethod(plan_sgd_segments)
 
-    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
-        super().__init__(scoring, segments)
-        self.sgd = GlobalSGD(scoring)
-        self.progress = {segment: i / len(segments) for i, segment in enumerate(segments)}
+def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
+    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
 
-    def learn(self, segment: Segment):
-        starts = self.scoring.val.starts
-        begin = int(starts[segment.first])
-        end = int(starts[segment.last])
-        progress = self.progress[segment]  # constant in a segment
-        self.sgd.learn(begin, end, progress, progress)
+    All segments but the last are learnt from.
+    """
+    cuts = greedy_cuts(lengths, cfg.global_ttt_chunk_tokens, overfull=True)
+    return [Segment(first, last, last < len(lengths)) for first, last in itertools.pairwise(cuts)]
 
 
 class TestTimeTraining:
-    """Scores the validation stream segment by segment; a strategy adapts the model inside and between them."""
+    """Scores the validation stream segment by segment and lets the model learn from what is scored, by a method:
 
-    STRATEGIES = {"lora": AdaptDocuments, "sgd": SlideAndLearn, "none": Slide}
+    lora    adapters learn inside each document, base weights in phases from all that is scored so far
+    sgd     windows score a segment, then the base weights learn from it (#549); one momentum and one half cosine span
+            the stream
+    none    (TTT_ENABLED=0) windows alone: nothing learns but the n-grams, which count between segments
+    """
 
     def __init__(self, scoring: ScoringPass):
+        """Everything that takes time before the first score; no weight learns from a token in it (B29)."""
         cfg = scoring.cfg
-        val = scoring.val
-        log = scoring.log
-        method = cfg.ttt_method if cfg.ttt_enabled else "none"
-        strategy = self.STRATEGIES[method]
-        self.segments = strategy.plan(val.lengths, cfg)
+        ranks = scoring.ranks
+        lengths = scoring.val.lengths
+        self.method = cfg.ttt_method if cfg.ttt_enabled else "none"
+        plan = plan_sgd_segments if self.method == "sgd" else plan_segments
+        self.segments = plan(lengths, cfg)
         sizes = [segment.last - segment.first for segment in self.segments]
         shown = sizes if len(sizes) < 30 else f"{min(sizes)}..{max(sizes)}"
-        log(f"test-time training ({method}): {len(sizes)} segment(s) of {shown} documents")
+        scoring.log(f"test-time training ({self.method}): {len(sizes)} segment(s) of {shown} documents")
         if cfg.ngram_enabled:
-            ngram = NGram(cfg, scoring.ranks, val, sizes, log)
-            scoring = scoring._replace(ngram=ngram)
+            scoring = scoring._replace(ngram=NGram(scoring, sizes))
         scoring.model.requires_grad_(False)  # only adapters learn, until global SGD asks for more
         self.scoring = scoring
-        self.strategy = strategy(scoring, self.segments)
-
-    def prepare(self):
-        """Everything that takes time before the first score; no validation token is read for it (B29)."""
-        self.strategy.prepare()
+        self.sgd = GlobalSGD(scoring)  # for the method sgd; each phase of lora has one of its own
+        if self.method == "lora":
+            self.documents = DocumentTTT(scoring)
+            self.batches = []  # of each segment, this rank's
+            serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
+            for first, last, _ in self.segments:
+                dealt = deal_batches(lengths[first:last], first, cfg, ranks.world)
+                self.batches.append(dealt[ranks.rank])
+                serial += len(chunk_ends(int(lengths[first:last].max()), cfg))
+            scoring.log(f"  critical path {serial:,} chunks in a row, the longest documents of the segments")
+            if ranks.device.type == "cuda":
+                self.documents.capture(list(itertools.chain(*self.batches)))
 
     def score(self) -> float:
         """Score a segment, learn from it, go on; returns the ledger's BPB."""
+        scoring = self.scoring
         begun = time.perf_counter()
-        for segment in self.segments:
-            self.strategy.score(segment)
-            if segment.then_learn:
-                self.strategy.learn(segment)
+        for i, (first, last, then_learn) in enumerate(self.segments):
+            if self.method == "lora":
+                for batch in self.batches[i]:
+                    scoring.progress.show(scoring.ledger)
+                    self.documents.run(batch)
+                self.documents.next_segment()
+                scoring.ledger.merge(scoring.ranks)
+            else:
+                score_documents(scoring, first, last)
+            if then_learn:
+                self.learn(i)
         seconds = time.perf_counter() - begun
-        targets = self.scoring.val.targets
-        world = self.scoring.ranks.world
-        self.scoring.log(
+        targets = scoring.val.targets
+        world = scoring.ranks.world
+        scoring.log(
             f"  {targets:,} targets in {seconds:.1f} s: {targets / seconds:,.0f} targets/s over {world} rank(s)"
         )
-        return self.scoring.ledger.bpb()
+        return scoring.ledger.bpb()
+
+    def learn(self, i: int):
+        """The base weights learn from scored targets after segment i."""
+        starts = self.scoring.val.starts
+        segment = self.segments[i]
+        end = int(starts[segment.last])
+        if self.method == "lora":  # a phase: with a cosine and a momentum of its own
+            GlobalSGD(self.scoring).learn(0, end, 0.0, 1.0)
+            self.scoring.log(f"  base weights learnt from {end:,} scored targets")
+        elif self.method == "sgd":
+            progress = i / len(self.segments)  # constant in a segment
+            self.sgd.learn(int(starts[segment.first]), end, progress, progress)
 
 
-def train_on_validation_set(model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream):
+def train_on_validation_set(scoring: ScoringPass):
     """AdamW over the whole validation set before any of it is scored (#1735, #1738), which breaks C3.
 
     The published mistake, kept so that it can be measured: no ledger is asked, and scoring the artifact fails C3. The
     embedding and the first PREQUANT_TTT_FREEZE_BLOCKS layers stay as they are.
     """
-    adam = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    model = scoring.model
+    cfg = scoring.cfg
+    targets = scoring.val.targets
     chunk = cfg.global_ttt_chunk_tokens
     epochs = cfg.prequant_ttt_epochs
+    adam = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     by_layer = []  # the parameters that are stacked by layer
     for name, p in model.named_parameters():
         if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):
@@ -5953,15 +5772,14 @@ def train_on_validation_set(model: GPT, cfg: Config, ranks: Ranks, log: Log, val
     for epoch in range(epochs):
         cosine = math.cos(math.pi * epoch / max(epochs - 1, 1))
         adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * cosine)
-        for begin in range(0, val.targets, chunk):
-            end = min(begin + chunk, val.targets)
-            base_gradients(model, cfg, ranks, val, begin, end)
+        for begin in range(0, targets, chunk):
+            base_gradients(scoring, begin, min(begin + chunk, targets))
             model.tok_emb.grad = None  # Adam leaves alone what never had a gradient
             for p in by_layer:
                 p.grad[: cfg.prequant_ttt_freeze_blocks] = 0.0
             adam.step()
             adam.zero_grad()  # to None: base_gradients starts anew
-        log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
+        scoring.log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
 
 
 # ======== Packer ======================================================================================================
@@ -6079,7 +5897,8 @@ class Run:
     def scoring(self, model: GPT, name: str) -> ScoringPass:
         """A pass over the validation stream, with a ledger of its own."""
         ledger = Ledger(name, self.val.target_bytes, self.verdicts)
-        return ScoringPass.begin(model, self.cfg, self.ranks, self.log, self.val, ledger)
+        progress = Progress(self.ranks, self.log)
+        return ScoringPass(model, self.cfg, self.ranks, self.log, self.val, ledger, progress)
 
     def new_model(self, logit_calibration: LogitCalibration | None = None) -> GPT:
         """A GPT on the run's device, its weights not set yet."""
@@ -6308,7 +6127,6 @@ def score_artifact(run: Run):
         scoring = run.scoring(model, "adapted")
         with run.phases("prepare"):
             adaptation = TestTimeTraining(scoring)
-            adaptation.prepare()
         with run.phases("adapt"):
             bpb = adaptation.score()
         sizes = [segment.last - segment.first for segment in adaptation.segments]
@@ -6387,7 +6205,7 @@ def produce_artifact(run: Run):
     run.diagnose(model, "trained")
     if run.cfg.prequant_ttt_enabled:  # scoring the artifact keeps its number out of val_bpb
         with run.phases("prequant"):
-            train_on_validation_set(model, run.cfg, run.ranks, run.log, run.val)
+            train_on_validation_set(run.scoring(model, "prequant"))
         run.diagnose(model, "prequant")
     write_artifact(run, model)
 

@@ -93,6 +93,12 @@ class Silent(train_gpt.Log):
         self.lines.append(line)
 
 
+def scoring_pass(model, cfg, group, stream, ledger) -> "train_gpt.ScoringPass":
+    """A pass over the stream whose log is silent."""
+    log = Silent()
+    return train_gpt.ScoringPass(model, cfg, group, log, stream, ledger, train_gpt.Progress(group, log))
+
+
 def randomize(model, seed: int = 0):
     """Non-trivial values in every parameter: gates, lambdas, mixes and skips included."""
     g = torch.Generator().manual_seed(seed)

@@ -32,7 +32,13 @@ STAGES = {
     "adapted": "model.bin, with test-time training",
 }
 TRAIN_PHASES = ("steps", "calibrate", "quantize")  # what counts against the training budget
-OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "save", "write")  # in neither budget; every other phase is evaluation
+OUTSIDE_PHASES = (
+    "setup",
+    "warmup",
+    "diagnostic",
+    "save",
+    "write",
+)  # in neither budget; every other phase is evaluation
 
 
 class ReportError(Exception):

@@ -179,7 +179,9 @@ class Lab:
         ours.load_state(model, state, "memory")
         ledger = ours.Ledger("bench", self.val.target_bytes, ours.Verdicts())
         log = lambda *_, **__: None
-        return ours.score_stream(ours.ScoringPass.begin(model, self.cfg, self.ranks, log, self.val, ledger))
+        progress = ours.Progress(self.ranks, log)
+        scoring = ours.ScoringPass(model, self.cfg, self.ranks, log, self.val, ledger, progress)
+        return ours.score_stream(scoring)
 
     def fitted(self, settings: dict, target: int) -> tuple["ours.Quantized", int, float]:
         """A quantised model within 0.05 % of `target` bytes (0: as the settings say), its size, and seconds of one
