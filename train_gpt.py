@@ -606,7 +606,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-# ======== Runtime: ranks, log, clock, budgets, verdicts, ledger =======================================================
+# ======== Runtime: ranks, log, clock, budgets, verdicts ===============================================================
 
 
 class Ranks:
@@ -797,95 +797,6 @@ class Verdicts:
         return [condition for condition, (verdict, _) in self.table.items() if verdict == "FAIL"]
 
 
-class Ledger:
-    """Write-once record of one scoring pass: `nats` of every validation target in stream order, NaN until scored.
-
-    Scoring a target twice, training on one that is not scored, or closing with a hole raises RuntimeError: a run whose
-    ledger does not hold is not a result."""
-
-    ROUNDING = 1e-4  # a certain token may come out this far below zero nats: fp32 logits of up to 30
-
-    def __init__(self, name: str, target_bytes: ndarray, verdicts: Verdicts):
-        self.name = name
-        self.bytes = target_bytes  # uint16 (targets,)
-        self.verdicts = verdicts
-        self.nats = np.full(len(target_bytes), np.nan)  # float64 (targets,)
-        self.merged = np.zeros(len(target_bytes), bool)  # scored by any rank before the last merge
-
-    @property
-    def scored(self) -> ndarray:
-        """bool (targets,): scored by this rank, or by any before the last merge."""
-        return ~np.isnan(self.nats)
-
-    def write(self, targets: ndarray, nats: ndarray):
-        """Record the scores of `targets`, int64 indices; `nats` is float, of the same length."""
-        unscored = np.isnan(self.nats[targets]).all()
-        distinct = len(np.unique(targets)) == len(targets)
-        self.check(unscored and distinct, "a target was scored twice")
-        possible = np.isfinite(nats).all() and (nats >= -self.ROUNDING).all()
-        self.check(possible, "a score is not finite or implies a probability above 1")
-        self.nats[targets] = np.maximum(nats, 0.0)
-
-    def merge(self, ranks: Ranks):
-        """Join what the ranks have scored since the last merge; one rank alone must have scored each target."""
-        new = self.scored & ~self.merged
-        if ranks.world > 1:
-            # Only what is new travels, so that a sum over the ranks adds one score and zeros.
-            writers = ranks.all_reduce_(torch.from_numpy(new.astype(np.int32))).numpy()
-            nats = ranks.all_reduce_(torch.from_numpy(np.where(new, self.nats, 0.0))).numpy()
-            once = writers.max() <= 1 and not writers[self.merged].any()
-            self.check(once, "two ranks scored the same target")
-            self.nats = np.where(writers > 0, nats, self.nats)
-        self.merged = self.scored
-
-    def may_train(self, targets: ndarray):
-        """Call before learning from `targets`: all of them must be scored (C3)."""
-        if np.isnan(self.nats[targets]).any():
-            fault = "training on a target that is not scored"
-            self.verdicts.set("C3", "FAIL", f"pass {self.name}: {fault}")
-            self.check(False, fault)
-
-    def bpb(self) -> float:
-        """Bits per byte over all targets; raises if one is missing."""
-        missing = np.isnan(self.nats).sum()
-        self.check(missing == 0, f"{missing} targets were never scored")
-        return self.bpb_so_far()
-
-    def bpb_so_far(self) -> float:
-        """Bits per byte over the targets that are scored."""
-        scored = self.scored
-        size = self.bytes[scored].sum(dtype=np.int64)  # uint16 would overflow
-        return float(self.nats[scored].sum() / math.log(2) / max(size, 1))
-
-    def check(self, holds: bool, fault: str):
-        if not holds:
-            raise RuntimeError(f"ledger {self.name}: {fault}")
-
-
-class Progress:
-    """Says every few seconds how far a scoring pass is."""
-
-    EVERY = 5.0  # seconds
-
-    def __init__(self, ranks: Ranks, log: Log):
-        self.ranks = ranks
-        self.log = log
-        self.begun = time.perf_counter()
-        self.shown = self.begun  # time of the last line
-
-    def show(self, ledger: Ledger):
-        """Call before each batch. The other ranks are taken to have scored as much as this one since the last merge."""
-        now = time.perf_counter()
-        if now - self.shown <= self.EVERY:
-            return
-        self.shown = now
-        merged = ledger.merged.sum()
-        done = merged + self.ranks.world * (ledger.scored.sum() - merged)
-        share = done / len(ledger.nats)
-        rate = done / (now - self.begun)
-        self.log(f"  {100 * share:5.1f} %  BPB so far {ledger.bpb_so_far():.4f}  {rate:,.0f} targets/s")
-
-
 @contextlib.contextmanager
 def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
     """Open `path` for writing bytes so that it appears complete, by rename, or not at all.
@@ -936,24 +847,6 @@ def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]
     paths = sorted(path for path in folder.glob(pattern) if digits.fullmatch(path.name) and path.is_file())
     require(paths or not required, f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
     return paths
-
-
-def check_start(path: Path, tokens: ndarray, cfg: Config):
-    """The first token of a stream begins a document."""
-    require(
-        cfg.bos_id in tokens[:1],
-        f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again",
-    )
-
-
-def check_tokens(path: Path, tokens: ndarray, cfg: Config):
-    """Every token is in the vocabulary."""
-    highest = tokens.max(initial=0)
-    require(
-        highest < cfg.vocab_size,
-        f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; "
-        "set VOCAB_SIZE or use shards of the right tokenizer",
-    )
 
 
 class Seq(NamedTuple):
@@ -1156,6 +1049,24 @@ class ValidationStream:
     def target_bytes(self) -> ndarray:
         """Bytes of target i, the token at i + 1."""
         return self.bytes[1:]
+
+
+def check_start(path: Path, tokens: ndarray, cfg: Config):
+    """The first token of a stream begins a document."""
+    require(
+        cfg.bos_id in tokens[:1],
+        f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again",
+    )
+
+
+def check_tokens(path: Path, tokens: ndarray, cfg: Config):
+    """Every token is in the vocabulary."""
+    highest = tokens.max(initial=0)
+    require(
+        highest < cfg.vocab_size,
+        f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; "
+        "set VOCAB_SIZE or use shards of the right tokenizer",
+    )
 
 
 def tokenizer_path(cfg: Config) -> Path:
@@ -5172,9 +5083,111 @@ class ScoringPass(NamedTuple):
     ranks: Ranks
     log: Log
     val: ValidationStream
-    ledger: Ledger  # of this pass alone
-    progress: Progress
+    ledger: "Ledger"  # of this pass alone
+    progress: "Progress"
     ngram: NGram | None = None  # tilts every score before it is written
+
+
+def book(scoring: ScoringPass, targets: ndarray, scores: Scores, places: ndarray):
+    """Write what a forward gave at `places`, int64 indices, as the nats of `targets`, tilted by n-grams if any."""
+
+    def of_targets(values: Tensor) -> ndarray:
+        # In float64 from here on: the ledger's sums run over the whole stream.
+        return values.detach().cpu().double().numpy()[places]
+
+    nats = of_targets(scores.nats)
+    if scoring.ngram is not None:
+        nats = scoring.ngram.tilted(targets, nats, of_targets(scores.hint_log_prob))
+    scoring.ledger.write(targets, nats)
+
+
+class Ledger:
+    """Write-once record of one scoring pass: `nats` of every validation target in stream order, NaN until scored.
+
+    Scoring a target twice, training on one that is not scored, or closing with a hole raises RuntimeError: a run whose
+    ledger does not hold is not a result."""
+
+    ROUNDING = 1e-4  # a certain token may come out this far below zero nats: fp32 logits of up to 30
+
+    def __init__(self, name: str, target_bytes: ndarray, verdicts: Verdicts):
+        self.name = name
+        self.bytes = target_bytes  # uint16 (targets,)
+        self.verdicts = verdicts
+        self.nats = np.full(len(target_bytes), np.nan)  # float64 (targets,)
+        self.merged = np.zeros(len(target_bytes), bool)  # scored by any rank before the last merge
+
+    @property
+    def scored(self) -> ndarray:
+        """bool (targets,): scored by this rank, or by any before the last merge."""
+        return ~np.isnan(self.nats)
+
+    def write(self, targets: ndarray, nats: ndarray):
+        """Record the scores of `targets`, int64 indices; `nats` is float, of the same length."""
+        unscored = np.isnan(self.nats[targets]).all()
+        distinct = len(np.unique(targets)) == len(targets)
+        self.check(unscored and distinct, "a target was scored twice")
+        possible = np.isfinite(nats).all() and (nats >= -self.ROUNDING).all()
+        self.check(possible, "a score is not finite or implies a probability above 1")
+        self.nats[targets] = np.maximum(nats, 0.0)
+
+    def merge(self, ranks: Ranks):
+        """Join what the ranks have scored since the last merge; one rank alone must have scored each target."""
+        new = self.scored & ~self.merged
+        if ranks.world > 1:
+            # Only what is new travels, so that a sum over the ranks adds one score and zeros.
+            writers = ranks.all_reduce_(torch.from_numpy(new.astype(np.int32))).numpy()
+            nats = ranks.all_reduce_(torch.from_numpy(np.where(new, self.nats, 0.0))).numpy()
+            once = writers.max() <= 1 and not writers[self.merged].any()
+            self.check(once, "two ranks scored the same target")
+            self.nats = np.where(writers > 0, nats, self.nats)
+        self.merged = self.scored
+
+    def may_train(self, targets: ndarray):
+        """Call before learning from `targets`: all of them must be scored (C3)."""
+        if np.isnan(self.nats[targets]).any():
+            fault = "training on a target that is not scored"
+            self.verdicts.set("C3", "FAIL", f"pass {self.name}: {fault}")
+            self.check(False, fault)
+
+    def bpb(self) -> float:
+        """Bits per byte over all targets; raises if one is missing."""
+        missing = np.isnan(self.nats).sum()
+        self.check(missing == 0, f"{missing} targets were never scored")
+        return self.bpb_so_far()
+
+    def bpb_so_far(self) -> float:
+        """Bits per byte over the targets that are scored."""
+        scored = self.scored
+        size = self.bytes[scored].sum(dtype=np.int64)  # uint16 would overflow
+        return float(self.nats[scored].sum() / math.log(2) / max(size, 1))
+
+    def check(self, holds: bool, fault: str):
+        if not holds:
+            raise RuntimeError(f"ledger {self.name}: {fault}")
+
+
+class Progress:
+    """Says every few seconds how far a scoring pass is."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, ranks: Ranks, log: Log):
+        self.ranks = ranks
+        self.log = log
+        self.begun = time.perf_counter()
+        self.shown = self.begun  # time of the last line
+
+    def show(self, ledger: Ledger):
+        """Call before each batch. The other ranks are taken to have scored as much as this one since the last merge."""
+        now = time.perf_counter()
+        if now - self.shown <= self.EVERY:
+            return
+        self.shown = now
+        merged = ledger.merged.sum()
+        done = merged + self.ranks.world * (ledger.scored.sum() - merged)
+        share = done / len(ledger.nats)
+        rate = done / (now - self.begun)
+        self.log(f"  {100 * share:5.1f} %  BPB so far {ledger.bpb_so_far():.4f}  {rate:,.0f} targets/s")
 
 
 def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> ndarray:
@@ -5243,19 +5256,6 @@ def window_batch(
     span = cfg.eval_seq_len
     batch = pack_documents(inputs, targets, starts, span, span, cfg.val_batch_tokens, "val")
     return batch, place[scored], position[scored]
-
-
-def book(scoring: ScoringPass, targets: ndarray, scores: Scores, places: ndarray):
-    """Write what a forward gave at `places`, int64 indices, as the nats of `targets`, tilted by n-grams if any."""
-
-    def of_targets(values: Tensor) -> ndarray:
-        # In float64 from here on: the ledger's sums run over the whole stream.
-        return values.detach().cpu().double().numpy()[places]
-
-    nats = of_targets(scores.nats)
-    if scoring.ngram is not None:
-        nats = scoring.ngram.tilted(targets, nats, of_targets(scores.hint_log_prob))
-    scoring.ledger.write(targets, nats)
 
 
 @torch.no_grad()
