@@ -2771,13 +2771,13 @@ class Residual:
         """Mix x0 and the skip into the stream, or into lane 0 -> what attention reads (T, d)."""
         # The first visit to merge an output would find the stream itself, which `mixes` accounts for.
         skip = self.outputs.get(visit.source, ())
-        streams = [(self.x0,), self.terms, skip]
+        streams = [(self.x0,), self.terms, skip, ()]  # the last is for lane 1
         sums = [
             Sum((ROW.embedding, ROW.stream, ROW.skip, ABSENT), visit.norm_scale, keep=not visit.lanes),
             Sum((ONE, ABSENT, ABSENT, ABSENT)),
         ]
         if visit.keep:
-            sums.append(Sum((ABSENT, ONE, ABSENT)))
+            sums.append(Sum((ABSENT, ONE, ABSENT, ABSENT)))
         if visit.lanes:
             first, second = self.read_lanes(visit.norm_scale)
             streams = [(self.x0,), (first.sum,), skip, (second.sum,)]
