@@ -24,6 +24,10 @@ Optimizers, Training, Entropy coder, Quantizer, Artifact, N-gram, Scoring, Test-
 #                                       TestTimeTraining learns from a chunk only after its nats are in the ledger
 #   report     finish                   verdicts on budgets, bytes and conditions C1 to C4; result.json
 #
+# C1: a score uses nothing but earlier text. C2: the probabilities of all tokens sum to one. C3: a target is scored
+# before anything learns from it. C4: one pass, by settings that the artifact holds. #1855 and the like are pull
+# requests of openai/parameter-golf.
+#
 # The network, for one document of tokens t[0], t[1], ... (d channels, L layers; the docstring of `GPT` has the exact
 # equations, with the coefficients that are learnt, and the shapes of the weights):
 #
@@ -68,6 +72,7 @@ import signal
 import struct
 import sys
 import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -460,7 +465,8 @@ class Config:
     def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
         """Each setting from the mapping `env`, else from `stored` (an artifact's settings), else its default.
 
-        Raises UserError for a bad value or, with `check`, for values that do not go together."""
+        Raises UserError for an unknown name or unreadable text and, with `check`, for values out of range or in
+        conflict."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         check_names(env, fields)
         given = {f.name: parse_setting(name, env[name], type(f.default)) for name, f in fields.items() if name in env}
@@ -478,10 +484,10 @@ class Config:
         for rule, holds in self.rules().items():
             name, duty = rule.split(maxsplit=1)
             require(holds, f"{name}={getattr(self, name.lower())} {duty}")
-        context_schedule(self)
+        context_schedule(self)  # raises where TRAIN_SEQ_SCHEDULE is malformed
 
     def rules(self) -> dict:
-        """What several settings owe each other: a rule, which begins with the setting to blame -> whether it holds."""
+        """Conditions across settings: a message that begins with the setting to blame -> whether it holds."""
         limit = self.max_wallclock_seconds
         loops_fit = self.loop_start <= self.loop_end < self.num_layers
         two_gates = self.attn_out_gate_enabled and self.sparse_attn_gate_enabled
@@ -680,12 +686,13 @@ class Log:
             self.file = open(path, mode, encoding="utf-8")
             self.file.write(early)
 
-    def __call__(self, line: str):
+    def __call__(self, line: str, console: bool = True):
         if self.main:
             line = line.replace(str(Path.home()) + os.sep, "~/")  # logs are published: no private paths
             self.file.write(line + "\n")
             self.file.flush()
-            print(line, flush=True)
+            if console:
+                print(line, flush=True)
 
 
 class Clock:
@@ -1843,7 +1850,7 @@ def qkv_heads(
 # --- XSA and the gate of each head's output ---
 # For one head's y, the v of its group and the gate's input z:
 #     along = (y . v) / (v . v)                    across = y - along v               out = top sigmoid(slope z) across
-# Backward, from d_across = top sigmoid(slope z) d_out and d_along = (d_across . v) / (v . v):
+# Backward, from d_across = top sigmoid(slope z) d_out and its own component d_along = (d_across . v) / (v . v):
 #     dz = (d_out . across) top slope sigmoid(slope z) (1 - sigmoid(slope z))
 #     dy = d_across - d_along v                    dv = 2 along d_along v - d_along y - along d_across
 
@@ -1970,7 +1977,7 @@ def embed_reference(tokens, previous, positions, table, gate, strength, eps, dty
 def smeared(row, inputs, T, C: constexpr, D: constexpr, GATE: constexpr):
     """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens and those before, both (ROWS, 1), c(e)
     (ROWS, GATE), of which C channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
-    inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,), strength (); the last two or None."""
+    inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,) and strength () or None."""
     tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr = inputs
     ok = row < T
     channel = columns(GATE)
@@ -2093,8 +2100,8 @@ def embed(
     dtype: torch.dtype,
 ) -> Tensor:
     """tokens, previous (T,) int64, positions (T,) int32, table (V, d), gate (c,) and strength () fp32
-    -> RMSNorm of e_t + strength sigmoid(gate . e_t) e_{t-1} (T, d) in `dtype`, without the second term at position 0
-    and without gate (SmearGate, #1667)."""
+    -> RMSNorm of e_t + strength sigmoid(gate . e_t[:c]) e_{t-1} (T, d) in `dtype`. The second term is
+    missing at position 0 and, where gate is None, everywhere (SmearGate, #1667)."""
     if use_kernels(dtype, table.device, table.size(1)):
         return Embed.apply(tokens, previous, positions, table, gate, strength, eps)
     return embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype)
@@ -2152,7 +2159,7 @@ def tile_from(first, T, D: constexpr, BLOCK: constexpr, ROWS: constexpr):
 
 @triton.jit
 def weighted_sum(tiles, ws, FORM: constexpr, m: constexpr):
-    """The sum of the tiles, each multiplied as its entry in FORM[m] says: by a row of `ws`, ONE or ABSENT; fp32."""
+    """sum_i c_i tiles[i] (ROWS, BLOCK) fp32: c_i is 1 (ONE), 0 (ABSENT) or the row ws[FORM[m][i]] (1, BLOCK)."""
     total = tl.zeros(tiles[0].shape, tl.float32)
     for i in tl.static_range(len(tiles)):
         if FORM[m][i] == IS_ONE:
@@ -2320,10 +2327,10 @@ def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: flo
     return [Combined(*pair) for pair in zip(outputs[: len(sums)], outputs[len(sums) :])]
 
 
-# --- A product and the attention gate's, from one input ---
+# --- A matrix product, and the attention gate's product with the first channels of the same input ---
 class GatedLinear(torch.autograd.Function):
-    """`gated_linear`. Autograd's own gradient of the leading channels is padded to (T, d) before it is added to dx;
-    this one is added in place."""
+    """`gated_linear`. For x[:, :c] autograd would make a zero-padded (T, d) gradient and add it to dx; this adds in
+    place."""
 
     @staticmethod
     def forward(ctx, x, w, gate):
@@ -2442,7 +2449,7 @@ def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
         None, None, None,  # rotary_cos, rotary_sin, seqlens_rotary: q and k are rotated
         None, None, None,  # descale of q, k, v: for fp8
         q.size(-1) ** -0.5, True, window, 0,  # softmax_scale, causal, window to the left, to the right
-        num_splits=1,  # its own choice splits, and a combining kernel eats the gain
+        num_splits=1,  # FA3 would split the keys; the kernel that combines the parts costs what that gains
     )
     return out, lse
 
@@ -2462,7 +2469,8 @@ def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
 
 
 def fa4_where(cu_q, cu_k, max_q, max_k, window) -> dict:
-    """The arguments that both directions of FlashAttention 4 share. It has None, not -1, for a window without bound."""
+    """The arguments that both directions of FlashAttention 4 share. No bound is None
+    there, not -1; causal=True bounds the right side."""
     return dict(
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
@@ -2769,7 +2777,7 @@ class Residual:
 
     def read(self, visit: Visit) -> Tensor:
         """Mix x0 and the skip into the stream, or into lane 0 -> what attention reads (T, d)."""
-        # The first visit to merge an output would find the stream itself, which `mixes` accounts for.
+        # The first visit that merges comes right after its source: s is x itself, and mixes() adds both coefficients.
         skip = self.outputs.get(visit.source, ())
         streams = [(self.x0,), self.terms, skip, ()]  # the last is for lane 1
         sums = [
@@ -2852,11 +2860,11 @@ class GPT(nn.Module):
     Where a visit's sublayers are `shared`, the MLP reads the n of attention (GPT-J, #1493):
         x = x + attention(n) + mlp(n)
 
-    Where it has `lanes` (#1529), both of which begin as x, only lane x_0 receives the skip. Then
-        a = attention(norm(resid_mix[l, 0] x_0 + resid_mix[l, 1] x0) / sqrt(l + 1))
-        m = mlp(norm(x_1) / sqrt(l + 1))
-        x_k = parallel_resid[l, k] x_k + parallel_post[l, 0, k] a + parallel_post[l, 1, k] m     for k = 0, 1
-        hidden = norm((x_0 + x_1) / 2)
+    Where a visit has `lanes` (#1529), both of which begin as x, only lane_0 receives the skip. Then
+        a = attention(norm(resid_mix[l, 0] lane_0 + resid_mix[l, 1] x0) / sqrt(l + 1))
+        m = mlp(norm(lane_1) / sqrt(l + 1))
+        lane_k = parallel_resid[l, k] lane_k + parallel_post[l, 0, k] a + parallel_post[l, 1, k] m     for k = 0, 1
+        hidden = norm((lane_0 + lane_1) / 2)
 
     attention(n) = attn_scale[l] o[l] y, with the heads y of attention_sublayer(). norm is the RMSNorm; a product of two
     vectors is one by channel. Matrices of all layers are stacked: optimizer and quantizer see one tensor of a kind."""
@@ -2968,22 +2976,23 @@ class GPT(nn.Module):
         )
 
     def mixes(self, looped: bool) -> tuple[Tensor, ...]:
-        """The Mix of each visit, stacked (5, d). x = g x + (1 - g) w s and then x = stay x + begin x0 are together
+        """A tuple: for each visit its Mix, stacked (5, d) fp32. With w = skip_weights and stay, begin = resid_mix,
+        x = g x + (1 - g) w s and then x = stay x + begin x0 are together
         x = begin x0 + (stay g) x + (stay (1 - g) w) s."""
         schedule = self.schedules[looped]
         layers = self.resid_mix.unbind()
         stay, begin = torch.stack([layers[visit.layer] for visit in schedule]).unbind(1)  # (visits, d)
-        # The first visit finds x = x0. Its stream is left out, and x0 gets both coefficients.
+        # At the first visit x = x0. Residual.read passes no stream there, so x0 gets both coefficients.
         begin = torch.cat((begin[:1] + stay[:1], begin[1:]))
 
-        # Half of the visits merge nothing. As many then merge one output each, by skips 0, 1, ...
+        # The first half of the visits merges nothing. In the second, visit encoder + j merges by skip j.
         encoder = len(schedule) // 2
         g = torch.sigmoid(self.skip_gates[:encoder])
         skip = (1 - g) * self.skip_weights[:encoder]
-        # The first to merge comes right after its source: s = x. Its s is left out, and x gets both coefficients.
+        # The first merge follows its source directly: s = x. Residual.read passes no s there, so x gets both.
         g = torch.cat((g[:1] + skip[:1], g[1:]))
 
-        around = 0, 0, encoder, len(schedule) - 2 * encoder
+        around = 0, 0, encoder, len(schedule) - 2 * encoder  # F.pad: no columns, then rows before and after
         g = F.pad(g - 1, around) + 1  # (visits, d): 1 where nothing is merged
         skip = F.pad(skip, around)
         mix = Mix(
@@ -3299,13 +3308,13 @@ class Optimizer:
         self.parameters = list(model.parameters())
         self.small = []  # Adam's parameters
         adam_groups = {}  # rule -> the group of those of `small` that share it
-        shapes = {}  # (rows, cols) -> Muon's blocks: q with o, k with v, and up and down where their shapes differ
+        shapes = {}  # (rows, cols) -> Muon's blocks of that shape: q and o together, k and v together
         for p, rule in zip(self.parameters, parameter_rules(model, cfg).values()):
             if not rule.heights:
                 self.small.append(p)
                 settings = {
                     "params": [],
-                    "base_lr": rule.lr,  # times its factor, step() makes it the lr
+                    "base_lr": rule.lr,  # step() sets lr = base_lr * lr_scale
                     "weight_decay": rule.weight_decay,
                 }
                 adam_groups.setdefault(rule, settings)["params"].append(p)
@@ -3427,7 +3436,7 @@ class Optimizer:
 class Schedule:
     """How far training is, and what depends on this progress in [0, 1): learning rate, loops, attention span.
 
-    Training may use MAX_WALLCLOCK_SECONDS but for the reserve or, if that setting is 0, a number of steps."""
+    The limit is MAX_WALLCLOCK_SECONDS less the reserve; where that is 0, it is ITERATIONS, which caps every run."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -3520,7 +3529,8 @@ class Trainer:
         seconds = clock.stop()
         self.optimizer.use_average(step)
         tokens = step * cfg.train_batch_tokens
-        self.log(f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s")
+        rate = seconds / max(step, 1)
+        self.log(f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: {1e3 * rate:.1f} ms/step")
         return {
             "steps": step,
             "tokens": tokens,
@@ -3545,10 +3555,13 @@ class Trainer:
         seconds = clock.seconds()
         require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
         self.curve.append((step, round(seconds, 3), loss, lr_scale))
-        percent = 100 * self.schedule.progress(step, seconds)
+        progress = self.schedule.progress(step, seconds)
+        rate = seconds / step
+        left = seconds * (1 / progress - 1)  # progress is linear in time, or in steps
         self.log(
-            f"step {step:6d}  {percent:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  "
-            f"{1e3 * seconds / step:7.1f} ms/step  {seconds:6.1f} s"
+            f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  "
+            f"{1e3 * rate:7.1f} ms/step  {self.cfg.train_batch_tokens / rate:11,.0f} tokens/s  "
+            f"{seconds:6.1f} s, {max(left, 0):.0f} s left"
         )
 
 
@@ -3619,7 +3632,7 @@ class CorrelationPrior(NamedTuple):
     """What the first rows of a stack are predicted with: the correlations of earlier stacks of the same width."""
 
     rows: int  # that the prior counts for against a matrix's own rows; 0: no predictor, columns are independent
-    pool_weight: float  # of the earlier stacks' correlations against the identity
+    pool_weight: float  # of the earlier stacks' correlations against the identity; also the most that the members' get
 
 
 CORRELATION_PRIORS = (CorrelationPrior(700, 0.6), CorrelationPrior(2500, 0.4), CorrelationPrior(0, 0.0))
@@ -3718,10 +3731,11 @@ def log2_fixed(x: ndarray) -> ndarray:
 
 
 def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
-    """Correlations (G, n, n) to c = (I + L) diag(d) (I + L)^T: strictly lower L_q20 and d_q22, integers in float64.
+    """Factor correlations c (G, n, n) = (I + L) diag(d) (I + L)^T, L strictly lower: L_q20 (G, n, n) and d_q22 (G, n),
+    integers in float64.
 
-    L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. |sum_k L_ik d_k L_jk| <= 1 and no
-    eigenvalue below 1/64 keep every product below 2**53."""
+    L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. By Cauchy-Schwarz
+    sum_k |L_ik d_k L_jk| <= 1, so partial sums stay below 2**53 in any order."""
     ld_q22 = np.rint(c * 2.0**22)  # begins as c, becomes L d column by column
     low_q20 = np.zeros_like(ld_q22)
     d_q22 = np.empty(c.shape[:2])
@@ -3781,7 +3795,8 @@ class StackModel:
         return np.maximum(variance, MIN_VARIANCE)
 
     def correlations(self, shared, pool):
-        """Of x (G, n, n). As rows come in they move from the pool's to all members' to the matrix's own."""
+        """Correlations (G, n, n) to code with. With more rows, weight moves from identity and pool to those of all
+        members, then to the matrix's own."""
         identity = np.eye(len(self.columns))
         rows = self.seen * len(self.moments)
         common = self.prior.pool_weight * rows / (rows + SHARED_CORRELATION_ROWS)
@@ -3806,7 +3821,7 @@ class StackModel:
     def code(self, coder, pools: dict[int, ndarray]):
         """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
 
-        pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
+        pools: width n -> correlations (1, n, n) that earlier stacks have left as prior; this stack adds its own."""
         width, members, rows = self.columns.shape
         pool = pools.get(width, np.eye(width))
         most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
@@ -4265,7 +4280,7 @@ def error_feedback(hessian: Tensor, damping: float) -> ErrorFeedback:
     until it is not."""
     h = hessian.double()
     diagonal = h.diagonal(dim1=1, dim2=2)
-    diagonal.add_(diagonal == 0)
+    diagonal.add_(diagonal == 0)  # a view: this writes into h
     order = diagonal.argsort(dim=1, descending=True, stable=True)
     h = h.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
     mean = diagonal.mean(1)
@@ -4378,6 +4393,7 @@ def rate_curve(
 
     mean = g.mean(1, keepdim=True).clamp_min(1e-20)
     trace = feedback.diagonal.sum(1, keepdim=True).clamp_min(1e-20)
+    # The 0.1 keeps rows that calibration hardly uses from nearly unbounded step sizes.
     g = (g / mean + 0.1).pow(row_power) * mean / trace
     row = ((-mean_log2_d - g.log2()) / 2).exp2()
 
@@ -4557,7 +4573,7 @@ class Quantizer:
                 self.saliency[name] = mean_square.sqrt() * w.abs().mean(1)
 
     def step_sizes(self, saved: float) -> dict[str, StepSizes]:
-        """By the settings, for `saved` bits a weight less than ARTIFACT_CAP bytes, or than the published rule."""
+        """Step sizes that save `saved` bits a weight, against ARTIFACT_CAP (RATE_DISTORTION) or the published rule."""
         if not self.cfg.rate_distortion:
             steps = clip_step_sizes(self.weights, self.cfg, saved)
             refine_salient_columns(steps, self.saliency, self.cfg)
@@ -4884,7 +4900,7 @@ class Continuations(NamedTuple):
 
 
 def run_starts(*keys: Tensor) -> Tensor:
-    """Places (n,) bool where any of the sorted keys differs from the place before."""
+    """bool (n,): True at place 0 and wherever any key differs from the place before."""
     first = torch.zeros_like(keys[0], dtype=torch.bool)
     first[:1] = True
     for key in keys:
@@ -5146,8 +5162,12 @@ class Ledger:
         """Call before learning from `targets`: all of them must be scored (C3)."""
         if np.isnan(self.nats[targets]).any():
             fault = "training on a target that is not scored"
-            self.verdicts.set("C3", "FAIL", f"pass {self.name}: {fault}")
+            self.break_condition("C3", f"pass {self.name}: {fault}")
             self.check(False, fault)
+
+    def break_condition(self, condition: str, reason: str):
+        """The one door for settings that break a condition: the run goes on, and its number never becomes `val_bpb`."""
+        self.verdicts.set(condition, "FAIL", reason)
 
     def bpb(self) -> float:
         """Bits per byte over all targets; raises if one is missing."""
@@ -5187,21 +5207,24 @@ class Progress:
         done = merged + self.ranks.world * (ledger.scored.sum() - merged)
         share = done / len(ledger.nats)
         rate = done / (now - self.begun)
-        self.log(f"  {100 * share:5.1f} %  BPB so far {ledger.bpb_so_far():.4f}  {rate:,.0f} targets/s")
+        left = max(len(ledger.nats) - done, 0) / max(rate, 1)
+        self.log(
+            f"  {100 * share:5.1f} %  BPB so far {ledger.bpb_so_far():.4f}  {rate:,.0f} targets/s  {left:.0f} s left"
+        )
 
 
 def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> ndarray:
     """Windows (n, 3) int64, rows (begin, first, end): tokens begin..end are read, targets of first..end are scored.
 
-    Every position 0..inputs is scored once. The first window of a document scores all it reads; each later one scores
-    `stride` new positions after seq_len - stride tokens of context. A document of 7 tokens, seq_len = 4, stride = 2:
+    Ends are exclusive. Every position from starts[0] to `inputs` is scored once. The first window of a
+    document scores all it reads; each later one scores `stride` new positions after seq_len - stride tokens of context.
+    A document of 7 tokens, seq_len = 4, stride = 2:
 
         0 1 2 3                 scores 0 1 2 3
             2 3 4 5             scores 4 5
                 4 5 6           scores 6
 
-    The last window begins where a full one would: a document's length decides nothing, or the context would tell where
-    it ends (C1).
+    A document's length must not decide where a window begins, or the context would reveal where it ends (C1).
     """
     windows = []
     ends = np.append(starts[1:], inputs).clip(max=inputs)
@@ -5475,11 +5498,12 @@ class DocumentTTT:
         self.scoring = scoring
         self.lockstep = Lockstep(scoring)
         self.graphs = {}  # Shape -> CapturedStep, on a GPU
-        self.drift = [torch.zeros_like(p) for p in self.lockstep.start]  # sum over tokens of how far adapters moved
-        self.drift_tokens = 0  # that the sum holds
+        # Sum over documents of weight * (adapters - start), shaped like start: (1, in, rank) or (1, rank, out).
+        self.drift = [torch.zeros_like(p) for p in self.lockstep.start]
+        self.drift_tokens = 0  # sum of those weights
 
     def capture(self, batches: list[ndarray]):
-        """Capture the CUDA graphs that these batches need. No validation token is read, only lengths are (B29)."""
+        """Capture the CUDA graphs that these batches need. No validation token is read, only lengths are."""
         begun = time.perf_counter()
         shapes = set()
         for batch in batches:
@@ -5552,9 +5576,9 @@ class DocumentTTT:
 
     @torch.no_grad()
     def remember(self, lengths: ndarray):
-        """Add up how far the adapters of the first rows, documents of these lengths, have moved.
+        """Add to `drift` how far each document's adapters have moved, weighted by its tokens, at most TTT_EVAL_SEQ_LEN.
 
-        A document counts by its tokens, at most a context of them.
+        lengths (documents,): of the documents in rows 0, 1, ..., in that order.
         """
         tokens = np.minimum(lengths, self.scoring.cfg.ttt_eval_seq_len)
         total = int(tokens.sum())
@@ -5583,7 +5607,7 @@ def base_gradients(scoring: ScoringPass, begin: int, end: int):
     """Leave in .grad of every parameter the gradient of the mean nats of targets begin..end (exclusive) over all ranks.
 
     Its norm is at most GLOBAL_TTT_GRAD_CLIP. The targets are cut every TTT_EVAL_SEQ_LEN and each rank takes
-    neighbouring pieces, so no sum depends on the number of ranks.
+    neighbouring pieces, so the pieces are the same for any number of ranks.
     """
     model, cfg, ranks, _, val, *_ = scoring
     span = cfg.ttt_eval_seq_len
@@ -5628,8 +5652,8 @@ class GlobalSGD:
     def learn(self, begin: int, end: int, progress: float, progress_after: float):
         """GLOBAL_TTT_EPOCHS passes over targets begin..end, all of them scored.
 
-        Each step takes about GLOBAL_TTT_CHUNK_TOKENS in stream order. Progress rises evenly from `progress` to
-        `progress_after`.
+        Each step takes about GLOBAL_TTT_CHUNK_TOKENS in stream order. Progress rises evenly from `progress`
+        to `progress_after`, which it does not reach.
         """
         model = self.scoring.model
         cfg = self.scoring.cfg
@@ -5640,7 +5664,7 @@ class GlobalSGD:
         chunks = list(itertools.pairwise(edges.tolist())) * cfg.global_ttt_epochs
         for i, (low, high) in enumerate(chunks):
             base_gradients(self.scoring, low, high)
-            # From 0 to 1 x is i / len(chunks) to the bit, and from x to x it stays x.
+            # Written so that progress 0 to 1 gives exactly i / len(chunks), and equal ends give exactly progress.
             x = progress + (progress_after - progress) * (i / len(chunks))
             cosine = math.cos(math.pi * x)
             self.optimizer.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + cosine)
@@ -5690,7 +5714,7 @@ class TestTimeTraining:
     """
 
     def __init__(self, scoring: ScoringPass):
-        """Everything that takes time before the first score; no weight learns from a token in it (B29)."""
+        """Everything that takes time before the first score; no weight learns from a token in it."""
         cfg = scoring.cfg
         ranks = scoring.ranks
         lengths = scoring.val.lengths
@@ -5805,26 +5829,57 @@ def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
     # lc: four bits of the byte before select the literal's statistics, which suits text.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
-    packed = lzma.compress(
-        strip_source(source).encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters
-    )
+    stripped = strip_source(source)
+    if without_docstrings(stripped) != without_docstrings(source):  # a string with a blank line in it
+        raise RuntimeError("stripping comments would change the program")
+    packed = lzma.compress(stripped.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters)
     text = packed.decode("latin-1").translate(ESCAPES)
     return (BOOTSTRAP % text).encode("latin-1")
 
 
 def strip_source(source: str) -> str:
-    """The source without comments, docstrings and blank lines, a statement a line.
+    """The source without comments, docstrings and blank lines.
 
-    Names and annotations stay, since Triton and torch read them."""
+    Names, annotations and layout stay, since Triton and torch read them."""
+    lines = source.split("\n")
+    docstrings = set()  # numbers of lines that hold nothing but a docstring
+    for node in documented(ast.parse(source)):
+        doc, following = node.body[:2]
+        starts_line = not lines[doc.lineno - 1][: doc.col_offset].strip()
+        if starts_line and following.lineno > doc.end_lineno:
+            docstrings.update(range(doc.lineno, doc.end_lineno + 1))
+    literal = set()  # numbers of lines of a string that spans several: they stay to the letter
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
+        if token.type == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+        elif token.end[0] > row and token.type not in (tokenize.NEWLINE, tokenize.NL):
+            literal.update(range(row, token.end[0] + 1))
+    remaining = []
+    for number, line in enumerate(lines, 1):
+        text = line if number in literal else line.rstrip()
+        if number not in docstrings and (text or number in literal):
+            remaining.append(text)
+    return "\n".join(remaining) + "\n"
+
+
+def without_docstrings(source: str) -> str:
+    """The syntax tree as text, docstrings left out."""
     tree = ast.parse(source)
-    for node in ast.walk(tree):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
-        if documented and len(node.body) > 1:
-            del node.body[0]
-    stripped = ast.unparse(tree) + "\n"
-    if ast.dump(ast.parse(stripped)) != ast.dump(tree):
-        raise RuntimeError("stripping comments would change the program")
-    return stripped
+    for node in documented(tree):
+        del node.body[0]
+    return ast.dump(tree)
+
+
+def documented(tree: ast.Module) -> list:
+    """Nodes whose first statement is a docstring and not the only one."""
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and ast.get_docstring(node) is not None
+        and len(node.body) > 1
+    ]
 
 
 def unpack_script(path: Path) -> str:
@@ -5867,10 +5922,16 @@ class Run:
         settings = cfg.settings()
         facts = self.describe_environment() | {"dataset": data["dataset"], "data": data}
         self.result |= facts | {"seed": cfg.seed, "settings": settings}
-        for name, value in facts.items():
-            self.log(f"{name} {value}")
+        self.log(f"hardware {facts['hardware']}, attention {facts['attention']}, kernels {facts['kernels']}")
+        self.log(f"versions {facts['versions']}")
+        self.log(f"source sha256 {facts['source_sha256']}")
         changed = sorted(settings.items() - Config().settings().items())
-        self.log(f"changed from their defaults: {' '.join(f'{name.upper()}={value}' for name, value in changed)}")
+        changes = " ".join(f"{name.upper()}={value}" for name, value in changed) or "none"
+        self.log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
+        self.log(f"all settings: {json.dumps(settings)}", console=False)
+        self.log("data: " + ", ".join(f"{name} {value}" for name, value in data.items()))
+        if not data["manifest"]:
+            self.log("data: no manifest.json, so documents and hashes are unchecked")
 
     def describe_environment(self) -> dict:
         """Hardware, versions and hashes, for the log and result.json."""
@@ -5942,8 +6003,10 @@ def preflight(run: Run):
             check_folder(run)
     if not (cfg.ttt_eval_only or cfg.quantize_only):
         tokens = TrainStream(cfg).tokens
-        micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)  # ranks beyond this number would idle
+        micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
         run.log(f"checks passed: {tokens:,} training tokens, {micro_batches} micro-batch(es) a step")
+        if micro_batches < run.ranks.world:
+            run.log(f"warning: only {micro_batches} of {run.ranks.world} ranks will work; lower MICRO_BATCH_TOKENS")
 
 
 def try_codec(run: Run):
@@ -5978,7 +6041,7 @@ def train(run: Run, model: GPT):
     trainer = Trainer(model, run.cfg, run.ranks, run.log)
     with run.phases("warmup"):
         trainer.warm_up()
-    run.log("warmed up")
+    run.log(f"warmed up in {run.phases.seconds['warmup']:.1f} s")
     with run.phases("steps"):
         training = trainer.run()
     run.result["training"] = training
@@ -6117,11 +6180,11 @@ def score_artifact(run: Run):
     others = [name.upper() for name, _ in sorted(cfg.settings().items() - stored.items())]
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
+    scoring = run.scoring(model, "quantized")
     if stored.get("prequant_ttt_enabled"):
         reason = "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
-        run.verdicts.set("C3", "FAIL", reason)
+        scoring.ledger.break_condition("C3", reason)
     sizes = [len(run.val.starts)]
-    scoring = run.scoring(model, "quantized")
     if cfg.ttt_enabled or cfg.ngram_enabled:
         run.diagnose(model, "quantized")
         scoring = run.scoring(model, "adapted")
@@ -6240,8 +6303,12 @@ def main(argv: list[str]) -> int:
             require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
             execute(configure(os.environ))
         return 0
-    except (UserError, OSError) as e:  # an OSError names its file and what is wrong with it
+    except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        where = e.filename or "a file"
+        print(f"error: {where}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
