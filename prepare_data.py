@@ -346,6 +346,7 @@ class StrippedEnds:
     def __init__(self, sp: sentencepiece.SentencePieceProcessor):
         self.sp = sp
         self.kinds: dict[str, str] = {}
+        self.leading_kinds: dict[str, str] = {}
         self.strips_spaces = sp.normalize("a  a") == sp.normalize("a a")
         self.dummy_prefix = len(sp.normalize("a")) > 1
 
@@ -356,12 +357,22 @@ class StrippedEnds:
             self.kinds[char] = "space" if is_space else "gone" if normal == "aa" else "solid"
         return self.kinds[char]
 
+    def leading_kind(self, char: str) -> str:
+        """As `kind`, before the first solid character. There only what the rules turn into a space is dropped: a
+        U+2581 that they leave alone looks like an escaped space, is stripped at the end of a text, and stays here."""
+        if char not in self.leading_kinds:
+            kind = self.kind(char)
+            stays = kind == "space" and self.sp.normalize(f"{char}a") != self.sp.normalize("a")
+            self.leading_kinds[char] = "solid" if stays else kind
+        return self.leading_kinds[char]
+
     def count(self, text: str) -> int:
+        if all(self.kind(char) != "solid" for char in text):
+            # Where spaces are kept, an added space is a token of its own and takes what vanishes.
+            return 0 if self.dummy_prefix and not self.strips_spaces else len(text.encode())
         start, end = 0, len(text)
-        while start < end and self.kind(text[start]) != "solid":
+        while self.leading_kind(text[start]) != "solid":
             start += 1
-        if start == end:
-            return len(text.encode())
         while self.kind(text[end - 1]) != "solid":
             end -= 1
         while (
@@ -369,7 +380,7 @@ class StrippedEnds:
         ):  # what vanishes before the first space belongs to the last piece
             end += 1
         if self.dummy_prefix:  # the added space takes what vanishes behind the leading spaces
-            start = next(i for i, char in enumerate(text) if self.kind(char) != "space")
+            start = next(i for i, char in enumerate(text) if self.leading_kind(char) != "space")
         return len(text[:start].encode()) + len(text[end:].encode())
 
 
@@ -401,7 +412,7 @@ class Encoder:
         if sizes.sum() != expected:
             raise DataError(
                 f"its tokens account for {sizes.sum()} bytes, its text for {expected}: the tokenizer's normalisation "
-                "is not understood"
+                "is not understood; drop the document, or leave out --tokenizer to have one trained"
             )
         if sizes.max(initial=0) > 65535:
             raise DataError(
@@ -425,6 +436,11 @@ def check_tokenizer(encoder: Encoder, name: str) -> None:
     if not any(map(sp.is_byte, range(sp.vocab_size()))):
         raise DataError(
             f"{name}: has no byte fallback, so some text would be lost as unknown; train it with byte_fallback=True"
+        )
+    if sp.normalize("a").endswith("\u2581"):
+        raise DataError(
+            f"{name}: adds its space behind the text, where the bytes of white space cannot be told; train it with "
+            "treat_whitespace_as_suffix=False or add_dummy_prefix=False"
         )
     if sp.is_unknown(sp.piece_to_id("\u2581")):
         raise DataError(
@@ -1137,12 +1153,13 @@ def available_cpus() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 2 after one line about what is wrong, 130 after Ctrl-C."""
     args = parse_args(argv)
     try:
         prepare_shards(args) if args.source == ["shards"] else prepare(args)
     except (DataError, OSError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print(f"prepare_data.py: interrupted; {args.out} is unfinished, run the same command again", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@ failure says what to do."""
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -173,7 +174,7 @@ def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
 def test_error_in_a_worker_process_names_the_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare_data, "CHUNK_BYTES", 1000)
     source = write_jsonl(tmp_path / "docs.jsonl", [*sentences(20), "\ud83d alone"])
-    assert prepare(tmp_path / "out", source, options=("--workers", "2")) == 1
+    assert prepare(tmp_path / "out", source, options=("--workers", "2")) == 2
     assert "docs.jsonl line 21: holds a lone surrogate" in capsys.readouterr().err
 
 
@@ -207,7 +208,7 @@ def test_empty_documents_are_skipped_and_counted(tmp_path):
 def test_too_few_documents(tmp_path, capsys, count):
     source = write_jsonl(tmp_path / "docs.jsonl", sentences(count))
     for options in ((), ("--vocab-size", "300")):
-        assert prepare(tmp_path / "out", source, options=options, model=None if options else MODEL) == 1
+        assert prepare(tmp_path / "out", source, options=options, model=None if options else MODEL) == 2
         assert "smaller --val-docs" in capsys.readouterr().err
         assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -233,7 +234,7 @@ def test_max_train_docs(tmp_path):
 def test_bad_lines_are_named(tmp_path, capsys, line, message):
     source = write_jsonl(tmp_path / "docs.jsonl", sentences(10))
     source.write_bytes(source.read_bytes() + b"\n" + line + b"\n")  # a blank line holds no document
-    assert prepare(tmp_path / "out", source) == 1
+    assert prepare(tmp_path / "out", source) == 2
     error = capsys.readouterr().err
     assert f"{source} {message}" in error and "Traceback" not in error
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -248,10 +249,10 @@ def test_compressed_sources(tmp_path, capsys, suffix, compress):
     assert prepare(tmp_path / "plain", plain) == prepare(tmp_path / "packed", packed) == 0
     assert manifest(tmp_path / "plain")["files"] == manifest(tmp_path / "packed")["files"]
     packed.write_bytes(packed.read_bytes()[:-30])
-    assert prepare(tmp_path / "cut", packed) == 1
+    assert prepare(tmp_path / "cut", packed) == 2
     assert f"{packed}: truncated or corrupt after line" in capsys.readouterr().err
     packed.write_bytes(b"\0" * 100)
-    assert prepare(tmp_path / "zeros", packed) == 1
+    assert prepare(tmp_path / "zeros", packed) == 2
     assert f"{packed}: truncated or corrupt after line 0" in capsys.readouterr().err
 
 
@@ -263,13 +264,13 @@ def test_zst_sources(tmp_path):
     assert prepare(tmp_path / "plain", plain) == prepare(tmp_path / "packed", packed) == 0
     assert manifest(tmp_path / "plain")["files"] == manifest(tmp_path / "packed")["files"]
     packed.write_bytes(packed.read_bytes()[:-30])
-    assert prepare(tmp_path / "cut", packed) == 1
+    assert prepare(tmp_path / "cut", packed) == 2
 
 
 def test_zst_without_its_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "docs.jsonl.zst").write_bytes(b"")
-    assert prepare(tmp_path / "out", tmp_path / "docs.jsonl.zst") == 1
+    assert prepare(tmp_path / "out", tmp_path / "docs.jsonl.zst") == 2
     assert "pip install zstandard" in capsys.readouterr().err
 
 
@@ -328,10 +329,10 @@ def test_finished_folder_is_verified_and_kept(tmp_path, capsys):
     assert "already finished" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
-    assert prepare(out, source, val_docs=6) == 1
+    assert prepare(out, source, val_docs=6) == 2
     assert "val_docs: 5 there, 6 now" in capsys.readouterr().err
     write_jsonl(source, sentences(20, seed=1))
-    assert prepare(out, source) == 1
+    assert prepare(out, source) == 2
     assert "other options" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert prepare(out, source, val_docs=6, options=("--overwrite",)) == 0
@@ -339,10 +340,10 @@ def test_finished_folder_is_verified_and_kept(tmp_path, capsys):
 
     shard = out / "fineweb_train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
-    assert prepare(out, source, val_docs=6) == 1
+    assert prepare(out, source, val_docs=6) == 2
     assert f"{shard}: differs" in capsys.readouterr().err
     shard.unlink()
-    assert prepare(out, source, val_docs=6) == 1
+    assert prepare(out, source, val_docs=6) == 2
     assert "missing" in capsys.readouterr().err
 
 
@@ -350,7 +351,7 @@ def test_shards_of_others_are_not_cleared(tmp_path, capsys):
     source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
     out.mkdir()
     (out / "fineweb_train_000000.bin").write_bytes(b"precious")
-    assert prepare(out, source) == 1
+    assert prepare(out, source) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (out / "fineweb_train_000000.bin").read_bytes() == b"precious"
 
@@ -368,7 +369,7 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     out.mkdir()
     with open(out / "UNFINISHED", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert prepare(out, source) == 1
+        assert prepare(out, source) == 2
     assert "another prepare_data.py" in capsys.readouterr().err
     assert prepare(out, source) == 0
 
@@ -426,6 +427,52 @@ def test_stripped_ends(text, stripped):
         assert encoder.tokens_and_bytes(text)[1].sum() == len(text.encode()) - stripped
 
 
+def train_model(path: Path, **options) -> Path:
+    """A small CaseOps tokenizer with options that the script does not choose but takes from others."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=map(lossless_caps.encode, sentences(60)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        user_defined_symbols=list(lossless_caps.OPERATORS),
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+NORMALISERS = [
+    {"normalization_rule_name": "identity", "add_dummy_prefix": True},  # the published 10,240 pieces
+    {"normalization_rule_name": "nfkc_cf", "add_dummy_prefix": False},
+    {"normalization_rule_name": "nmt_nfkc", "add_dummy_prefix": True, "remove_extra_whitespaces": False},
+    {"normalization_rule_name": "identity", "add_dummy_prefix": False, "treat_whitespace_as_suffix": True},
+]
+
+
+@pytest.mark.parametrize("options", NORMALISERS, ids=lambda options: "-".join(map(str, options.values())))
+def test_bytes_are_exact_whatever_the_normaliser(tmp_path, options):
+    encoder = Encoder(train_model(tmp_path / "t.model", **options), True)
+    rng = random.Random(0)
+    texts = ["\u2581a", "\u2581\u2581 a", " \u2581a", "a\u2581", "\u2581", "\x8f", "\x01", "a\x01", ""]
+    texts += ["".join(rng.choices(HOSTILE, k=rng.randrange(1, 9))) for _ in range(1000)]
+    for text in texts:
+        assert encoder.tokens_and_bytes(text)[1].sum() == len(text.encode()) - encoder.ends.count(text)
+
+
+def test_space_behind_the_text_is_refused_before_the_documents(tmp_path, capsys):
+    model = train_model(tmp_path / "t.model", add_dummy_prefix=True, treat_whitespace_as_suffix=True)
+    assert prepare(tmp_path / "out", write_jsonl(tmp_path / "docs.jsonl", sentences(20)), model=model) == 2
+    assert f"{model}: adds its space behind the text" in capsys.readouterr().err
+
+
 def test_hostile_documents_end_to_end(tmp_path):
     rng = random.Random(0)
     texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(1, 50))) + f" {i}" for i in range(200)]
@@ -449,7 +496,7 @@ def test_wrong_byte_count_aborts_and_names_the_document(tmp_path, capsys, monkey
 
     monkeypatch.setattr(lossless_caps, "piece_bytes", wrong)
     source = write_jsonl(tmp_path / "docs.jsonl", ["all lower case", "One capital", *sentences(10)])
-    assert prepare(tmp_path / "out", source) == 1
+    assert prepare(tmp_path / "out", source) == 2
     assert f"{source} line 2: its tokens account for 14 bytes, its text for 11" in capsys.readouterr().err
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -460,7 +507,7 @@ def test_token_of_more_than_65535_bytes(tmp_path, capsys):
         prepare(tmp_path / "train", write_jsonl(tmp_path / "t.jsonl", [*sentences(10), long])) == 0
     )  # no sidecar for training text
     source = write_jsonl(tmp_path / "v.jsonl", [long, *sentences(10)])
-    assert prepare(tmp_path / "val", source) == 1
+    assert prepare(tmp_path / "val", source) == 2
     assert f"{source} line 1: one token stands for" in capsys.readouterr().err
 
 
@@ -520,10 +567,10 @@ def test_unusable_tokenizers(tmp_path, capsys):
         (tmp_path / "not.model", "not a SentencePiece model"),
         (tmp_path / "none.model", "no such file"),
     ):
-        assert prepare(tmp_path / "out", source, model=model) == 1
+        assert prepare(tmp_path / "out", source, model=model) == 2
         error = capsys.readouterr().err
         assert message in error and str(model) in error
-    assert prepare(tmp_path / "out", source, model=None, options=("--vocab-size", "10")) == 1
+    assert prepare(tmp_path / "out", source, model=None, options=("--vocab-size", "10")) == 2
     assert "--vocab-size 10" in capsys.readouterr().err
 
 
@@ -626,11 +673,11 @@ def test_published_shards(tmp_path, hub, capsys):
     )
     hub.asked.clear()
     assert fetch(out, "--train-shards", "2") == 0 and not hub.asked  # finished: nothing is asked for
-    assert fetch(out, "--train-shards", "3") == 1
+    assert fetch(out, "--train-shards", "3") == 2
     assert "train_shards: 2 there, 3 now" in capsys.readouterr().err
     assert (
         prepare_data.main(["--source", "shards", "--repo", "a/b", "--variant", "sp4096", "--out", str(tmp_path / "no")])
-        == 1
+        == 2
     )
     assert "pass --variant with one of: sp8192_lossless" in capsys.readouterr().err
 
@@ -642,7 +689,7 @@ def test_published_shards_that_are_wrong(tmp_path, hub, capsys):
     val, sidecar, train = (folder / f"fineweb_{name}_000000.bin" for name in ("val", "val_bytes", "train"))
 
     def fails(message: str, repo: str = "someone/parameter-golf") -> None:
-        assert fetch(tmp_path / "out", repo=repo) == 1
+        assert fetch(tmp_path / "out", repo=repo) == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
         assert not (tmp_path / "out" / "manifest.json").exists()
@@ -680,14 +727,14 @@ def test_fineweb_documents(tmp_path, hub, capsys):
     found = manifest(tmp_path / "out")
     assert found["source"]["repo"] == "willdepueoai/parameter-golf" and found["val"]["documents"] == 5
     sidecar.write_text(json.dumps({"docs_sha256": "0" * 64}))
-    assert prepare(tmp_path / "other", "fineweb") == 1
+    assert prepare(tmp_path / "other", "fineweb") == 2
     assert "is not the published" in capsys.readouterr().err
     assert not (tmp_path / "other" / "manifest.json").exists()
 
 
 def test_downloads_without_their_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert fetch(tmp_path / "out") == 1
+    assert fetch(tmp_path / "out") == 2
     assert "pip install huggingface_hub" in capsys.readouterr().err
 
 
@@ -708,13 +755,13 @@ def test_command_line(tmp_path, capsys):
         assert ended.value.code == code
         captured = capsys.readouterr()
         assert message in captured.out + captured.err
-    assert prepare(tmp_path / "out", tmp_path / "none.jsonl") == 1
+    assert prepare(tmp_path / "out", tmp_path / "none.jsonl") == 2
     assert "none.jsonl: no such file" in capsys.readouterr().err
 
 
 def test_unwritable_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    assert prepare(tmp_path / "file" / "out", write_jsonl(tmp_path / "docs.jsonl", sentences(20))) == 1
+    assert prepare(tmp_path / "file" / "out", write_jsonl(tmp_path / "docs.jsonl", sentences(20))) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and "file" in error[0] and os.sep in error[0]
 
