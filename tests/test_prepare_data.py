@@ -308,12 +308,14 @@ def test_kill_and_rerun(tmp_path):
     ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(out.glob("fineweb_train_*.bin")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(out.glob("UNFINISHED/fineweb_train_*.bin")) and process.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()
-    for path in out.glob("fineweb_*.bin"):
+    for path in out.rglob("fineweb_*.bin"):
         assert len(prepare_data.read_shard(path))  # whole, or not there
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert prepare(tmp_path / "fresh", source, options=("--shard-tokens", "1000")) == 0
@@ -352,7 +354,7 @@ def test_shards_of_others_are_not_cleared(tmp_path, capsys):
     out.mkdir()
     (out / "fineweb_train_000000.bin").write_bytes(b"precious")
     assert prepare(out, source) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "choose another --out" in capsys.readouterr().err
     assert (out / "fineweb_train_000000.bin").read_bytes() == b"precious"
 
 
@@ -366,8 +368,8 @@ def test_tokenizer_of_the_folder_itself_survives_overwrite(tmp_path):
 def test_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     fcntl = pytest.importorskip("fcntl")
     source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
-    out.mkdir()
-    with open(out / "UNFINISHED", "w") as held:
+    (out / "UNFINISHED").mkdir(parents=True)
+    with open(out / "UNFINISHED" / "lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert prepare(out, source) == 2
     assert "another prepare_data.py" in capsys.readouterr().err
@@ -607,7 +609,7 @@ def hub(tmp_path, monkeypatch):
     (root / "datasets").mkdir(parents=True)
     asked = []
 
-    def hf_hub_download(repo_id, filename, *, repo_type):
+    def hf_hub_download(repo_id, filename, *, repo_type, force_download=False):
         assert repo_type == "dataset"
         asked.append(filename)
         if not (root / filename).exists():
