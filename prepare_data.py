@@ -738,8 +738,9 @@ def send_tokenizer(sender, source: Source, args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- the pipeline
 
 
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def log(message: str, end: str = "\n") -> None:
+    with contextlib.suppress(BrokenPipeError):  # a reader that has gone (`| head`) must not end the work of hours
+        print(message, end=end, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -761,12 +762,7 @@ class Progress:
         share = max(self.source.position / self.size, self.docs / self.doc_limit if self.doc_limit else 0, 1e-9)
         left = f"{seconds * (1 - share) / share:,.0f} s left" if share < 1 else f"{seconds:.1f} s"
         rate = self.bytes / 1e6 / max(seconds, 1e-9)
-        print(
-            f"{self.docs:,} docs  {self.bytes / 1e6:,.1f} MB  {rate:.1f} MB/s  {left}   ",
-            end=end,
-            file=sys.stderr,
-            flush=True,
-        )
+        log(f"{self.docs:,} docs  {self.bytes / 1e6:,.1f} MB  {rate:.1f} MB/s  {left}   ", end)
 
 
 def chunks(source: Source, val_docs: int, max_train_docs: int | None) -> Iterator[Chunk]:
@@ -961,15 +957,15 @@ def new_dataset(out: Path) -> Iterator[Path]:
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     work = out / UNFINISHED
     work.mkdir(parents=True, exist_ok=True)
-    with naming(work / LOCK), open(work / LOCK, "w") as lock:
+    with open(work / LOCK, "w") as lock:
         try:
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # no such locks on Windows
         except BlockingIOError:
             raise DataError(f"{out}: another prepare_data.py is writing there; choose another --out") from None
+        except (ImportError, OSError):
+            pass  # no such locks on Windows and on some network disks
         written = written_before(out)  # by now the run that held the lock may have ended
         try:
             clear(work)
@@ -1470,10 +1466,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare_shards(args) if args.source == ["shards"] else prepare(args)
     except (DataError, OSError) as error:
-        print(f"prepare_data.py: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        log(f"prepare_data.py: {explain(error) if isinstance(error, OSError) else error}")
         return 2
     except KeyboardInterrupt:
-        print(f"prepare_data.py: interrupted; {args.out} is not finished: run the same command again", file=sys.stderr)
+        log(f"prepare_data.py: interrupted; {args.out} is not finished: run the same command again")
         return 130
     return 0
 

@@ -1186,6 +1186,18 @@ def test_paths_outside_ascii_in_a_locale_without_them(tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_a_reader_of_the_log_that_has_gone(tmp_path):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["--source", source, "--out", out, "--tokenizer", MODEL, "--val-docs", "5", "--workers", "1"]
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
+    status = subprocess.run(command, stderr=writer, check=False, timeout=120).returncode
+    os.close(writer)
+    assert status == 0
+    assert manifest(out)["val"]["documents"] == 5
+
+
 def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
