@@ -52,8 +52,11 @@ import lossless_caps
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 BOS_ID = 1
 FORMAT = 1
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"
-UNFINISHED, LOCK, WRITTEN = "UNFINISHED", "lock", "written.json"  # the folder of a run at work, and its two records
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+UNFINISHED = "UNFINISHED"  # the folder of a run at work
+LOCK = "lock"  # in it
+WRITTEN = "written.json"  # in it: what earlier runs wrote in OUT
 OUR_NAMES = re.compile(r"manifest\.json|tokenizer\.model|fineweb_(?:train|val|val_bytes)_\d{6,}\.bin")
 CHUNK_BYTES = 1 << 20  # documents travel to the workers in batches of about this size
 FINEWEB_REPO = "willdepueoai/parameter-golf"
@@ -897,8 +900,8 @@ def write_splits(source: Source, args: argparse.Namespace, out: Path) -> dict:
 
 
 def names_in(record: Path) -> set[str]:
-    """Names of the files that a manifest, or the list of a run at work, says this script wrote. None if it is
-    another's."""
+    """Names of the files that this script wrote by a manifest or by the list of a run at work; no name where the record
+    is missing or another program's."""
     try:
         found = json_object(record)
     except (DataError, OSError):
