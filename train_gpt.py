@@ -5704,77 +5704,105 @@ def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
     return [Segment(first, last, last < len(lengths)) for first, last in itertools.pairwise(cuts)]
 
 
-class TestTimeTraining:
-    """Scores the validation stream segment by segment and lets the model learn from what is scored, by a method:
+class Windows:
+    """TTT_ENABLED=0: windows alone; nothing learns but the n-grams, which count between segments."""
 
-    lora    adapters learn inside each document, base weights in phases from all that is scored so far
-    sgd     windows score a segment, then the base weights learn from it (#549); one momentum and one half cosine span
-            the stream
-    none    (TTT_ENABLED=0) windows alone: nothing learns but the n-grams, which count between segments
-    """
+    plan = staticmethod(plan_segments)
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        self.scoring = scoring
+        self.segments = segments
+
+    def score(self, i: int):
+        """Score segment i; returns once all ranks have its scores."""
+        first, last, _ = self.segments[i]
+        score_documents(self.scoring, first, last)
+
+    def learn(self, i: int):
+        """Learn from what is scored, after segment i."""
+
+
+class LearnBehindWindows(Windows):
+    """TTT_METHOD=sgd: the base weights learn from each segment behind its scores (#549). One momentum and one half
+    cosine span the stream."""
+
+    plan = staticmethod(plan_sgd_segments)
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        super().__init__(scoring, segments)
+        self.sgd = GlobalSGD(scoring)
+
+    def learn(self, i: int):
+        starts = self.scoring.val.starts
+        first, last, _ = self.segments[i]
+        progress = i / len(self.segments)  # constant in a segment
+        self.sgd.learn(int(starts[first]), int(starts[last]), progress, progress)
+
+
+class AdaptDocuments(Windows):
+    """TTT_METHOD=lora: adapters learn inside each document, and the base weights in phases from all that is scored."""
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        super().__init__(scoring, segments)
+        ranks = scoring.ranks
+        self.documents = DocumentTTT(scoring)
+        self.batches = []  # of each segment, this rank's
+        serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
+        for first, last, _ in segments:
+            lengths = scoring.val.lengths[first:last]
+            dealt = deal_batches(lengths, first, scoring.cfg, ranks.world)
+            self.batches.append(dealt[ranks.rank])
+            serial += len(chunk_ends(int(lengths.max()), scoring.cfg))
+        scoring.log(f"  critical path {serial:,} chunks, one after the other: the longest documents of the segments")
+        if ranks.cuda:
+            self.documents.capture(list(itertools.chain(*self.batches)))
+
+    def score(self, i: int):
+        for batch in self.batches[i]:
+            self.scoring.progress.show(self.scoring.ledger)
+            self.documents.run(batch)
+        self.documents.next_segment()
+        self.scoring.ledger.merge(self.scoring.ranks)
+
+    def learn(self, i: int):
+        """A phase of global SGD, with a half cosine and a momentum of its own."""
+        end = int(self.scoring.val.starts[self.segments[i].last])
+        GlobalSGD(self.scoring).learn(0, end, 0.0, 1.0)
+        self.scoring.log(f"  base weights learnt from {end:,} scored targets")
+
+
+class TestTimeTraining:
+    """Scores the validation stream segment by segment and lets the model learn from what is scored."""
+
+    STRATEGIES = {"lora": AdaptDocuments, "sgd": LearnBehindWindows}
 
     def __init__(self, scoring: ScoringPass):
         """Everything that takes time before the first score; no weight learns from a token in it."""
         cfg = scoring.cfg
-        ranks = scoring.ranks
-        lengths = scoring.val.lengths
-        self.method = cfg.ttt_method if cfg.ttt_enabled else "none"
-        plan = plan_sgd_segments if self.method == "sgd" else plan_segments
-        self.segments = plan(lengths, cfg)
+        strategy = self.STRATEGIES[cfg.ttt_method] if cfg.ttt_enabled else Windows
+        self.segments = strategy.plan(scoring.val.lengths, cfg)
         sizes = [segment.last - segment.first for segment in self.segments]
         shown = sizes if len(sizes) < 30 else f"{min(sizes)}..{max(sizes)}"
-        scoring.log(f"test-time training ({self.method}): {len(sizes)} segment(s) of {shown} documents")
+        scoring.log(f"{strategy.__name__}: {len(sizes)} segment(s) of {shown} documents")
         if cfg.ngram_enabled:
             scoring = scoring._replace(ngram=NGram(scoring, sizes))
         scoring.model.requires_grad_(False)  # only adapters learn, until global SGD asks for more
         self.scoring = scoring
-        self.sgd = GlobalSGD(scoring)  # for the method sgd; each phase of lora has one of its own
-        if self.method == "lora":
-            self.documents = DocumentTTT(scoring)
-            self.batches = []  # of each segment, this rank's
-            serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
-            for first, last, _ in self.segments:
-                dealt = deal_batches(lengths[first:last], first, cfg, ranks.world)
-                self.batches.append(dealt[ranks.rank])
-                serial += len(chunk_ends(int(lengths[first:last].max()), cfg))
-            scoring.log(f"  critical path {serial:,} chunks in a row, the longest documents of the segments")
-            if ranks.device.type == "cuda":
-                self.documents.capture(list(itertools.chain(*self.batches)))
+        self.strategy = strategy(scoring, self.segments)
 
     def score(self) -> float:
         """Score a segment, learn from it, go on; returns the ledger's BPB."""
-        scoring = self.scoring
         begun = time.perf_counter()
-        for i, (first, last, then_learn) in enumerate(self.segments):
-            if self.method == "lora":
-                for batch in self.batches[i]:
-                    scoring.progress.show(scoring.ledger)
-                    self.documents.run(batch)
-                self.documents.next_segment()
-                scoring.ledger.merge(scoring.ranks)
-            else:
-                score_documents(scoring, first, last)
-            if then_learn:
-                self.learn(i)
+        for i, segment in enumerate(self.segments):
+            self.strategy.score(i)
+            if segment.then_learn:
+                self.strategy.learn(i)
         seconds = time.perf_counter() - begun
-        targets = scoring.val.targets
-        world = scoring.ranks.world
-        scoring.log(
-            f"  {targets:,} targets in {seconds:.1f} s: {targets / seconds:,.0f} targets/s over {world} rank(s)"
-        )
-        return scoring.ledger.bpb()
-
-    def learn(self, i: int):
-        """The base weights learn from scored targets after segment i."""
-        starts = self.scoring.val.starts
-        segment = self.segments[i]
-        end = int(starts[segment.last])
-        if self.method == "lora":  # a phase: with a cosine and a momentum of its own
-            GlobalSGD(self.scoring).learn(0, end, 0.0, 1.0)
-            self.scoring.log(f"  base weights learnt from {end:,} scored targets")
-        elif self.method == "sgd":
-            progress = i / len(self.segments)  # constant in a segment
-            self.sgd.learn(int(starts[segment.first]), end, progress, progress)
+        targets = self.scoring.val.targets
+        world = self.scoring.ranks.world
+        rate = targets / seconds
+        self.scoring.log(f"  {targets:,} targets in {seconds:.1f} s: {rate:,.0f} targets/s over {world} rank(s)")
+        return self.scoring.ledger.bpb()
 
 
 def train_on_validation_set(scoring: ScoringPass):

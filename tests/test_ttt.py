@@ -1006,9 +1006,9 @@ def test_replayed_graphs_give_the_same_scores(monkeypatch, mode, ngrams):
     plain = adapt(documents, cfg)
     scoring = passing(cfg, Stream(documents))
     adaptation = TestTimeTraining(scoring)
-    adapted = adaptation.documents
+    adapted = adaptation.strategy.documents
     tokens = adapted.lockstep.tokens.clone()
-    adapted.capture([batch for batches in adaptation.batches for batch in batches])
+    adapted.capture([batch for batches in adaptation.strategy.batches for batch in batches])
     assert torch.equal(adapted.lockstep.tokens, tokens)
     lockstep = train_gpt.plan_lockstep
     monkeypatch.setattr(train_gpt, "plan_lockstep", lambda lengths, cfg, exact: lockstep(lengths, cfg, False))
