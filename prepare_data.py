@@ -4,7 +4,10 @@
     OUT/fineweb_val_000000.bin ...        the first --val-docs documents of the source, and nothing else
     OUT/fineweb_val_bytes_000000.bin ...  same format: bytes of the original text for each validation token
     OUT/tokenizer.model                   the SentencePiece model
-    OUT/manifest.json                     counts, hashes, options; written last: a folder without it is unfinished
+    OUT/manifest.json                     counts, hashes, options; comes last: a folder without it is unfinished
+
+A run writes in OUT/UNFINISHED and moves its files into OUT once all are complete. Of what lies in OUT it removes only
+what an earlier run wrote.
 
 Every document starts with BOS (id 1) and ends without EOS; a document may continue in the next shard. Documents that
 hold no token (empty, only spaces) are skipped and counted. A training document whose tokens equal those of a validation
@@ -15,6 +18,7 @@ nothing is finished. Training text has no sidecar: its `bytes` in the manifest a
 
 import argparse
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -31,7 +35,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -48,12 +52,18 @@ import lossless_caps
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 BOS_ID = 1
 FORMAT = 1
-MANIFEST, TOKENIZER, UNFINISHED = "manifest.json", "tokenizer.model", "UNFINISHED"
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+UNFINISHED = "UNFINISHED"  # the folder of a run at work
+LOCK = "lock"  # in it
+WRITTEN = "written.json"  # in it: what earlier runs wrote in OUT
+OUR_NAMES = re.compile(r"manifest\.json|tokenizer\.model|fineweb_(?:train|val|val_bytes)_\d{6,}\.bin")
 CHUNK_BYTES = 1 << 20  # documents travel to the workers in batches of about this size
 FINEWEB_REPO = "willdepueoai/parameter-golf"
 CASEOPS_REPO = "romeerp/parameter-golf-caseops-v1"
 DEFAULT_VARIANT = {FINEWEB_REPO: "sp1024", CASEOPS_REPO: "sp8192_lossless_caps_caseops_v1_reserved"}
 CONTEST_VAL_TOKENS = {CASEOPS_REPO: 47_853_344}  # the published validation export, BOS included
+GIVE_MORE = "give more text: a .txt file is one document, a JSONL file one for each line"
 VAL_DOCS = 50_000  # of the contest
 STDLIB_VAL_DOCS = 150
 STDLIB_DOCUMENT_CHARS = 3000
@@ -81,31 +91,78 @@ class DataError(Exception):
     """A problem that the user can act on; printed as one line."""
 
 
+def explain(error: OSError) -> str:
+    """One line for what the system refused."""
+    remedy = "check its permissions or name another place"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "free space there or choose another --out"
+    return f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}"
+
+
 # ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names `path` in an OSError of the block: a failed read or write (a full disk) does not know its file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> str:
     """Writes `path` whole, by rename, and returns its SHA-256."""
     digest = hashlib.sha256()
     part_path = path.with_name(path.name + ".part")
-    with open(part_path, "wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
+    with naming(path), open(part_path, "wb") as file:
+        try:
+            for part in parts:
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:  # a full disk gets its space back
+            part_path.unlink()
+            raise
     os.replace(part_path, path)
     return digest.hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_files(paths: list[Path]) -> list[str]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
         return list(pool.map(sha256_file, paths))
+
+
+def parse_json(data: bytes):
+    """The value of a JSON text; ValueError for whatever is wrong with it."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except RecursionError:  # a few kilobytes of brackets
+        raise ValueError("nested too deeply") from None
+
+
+def json_object(path: Path) -> dict:
+    """The JSON object that a file holds."""
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: holds no JSON object")
+    return value
+
+
+def portable(path: Path) -> str:
+    """A path as text, the same in every locale: LC_ALL=C reads letters outside ASCII as surrogates."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -166,8 +223,12 @@ class ShardWriter:
 
 class Line(NamedTuple):
     path: str
-    number: int  # from 1
+    number: int  # from 1; 0: the document is the whole file
     data: bytes
+
+    @property
+    def place(self) -> str:
+        return f"{self.path} line {self.number}" if self.number else self.path
 
 
 @dataclass
@@ -180,6 +241,7 @@ class Source:
     documents: tuple[bytes, ...] = ()  # of the built-in source
     expected_sha256: str | None = None
     position: int = 0  # compressed bytes read so far
+    closed: bool = False  # stops what hashes the source in the background
 
     @property
     def size(self) -> int:
@@ -192,10 +254,21 @@ class Source:
             yield Line("stdlib", number, document)
         done = 0
         for path in self.paths:
-            for number, data, position in json_lines(path):
+            for number, data, position in whole_text(path) if is_text(path) else json_lines(path):
                 self.position = done + position
                 yield Line(str(path), number, data)
             done += path.stat().st_size
+
+    def close(self) -> None:
+        self.closed = True
+
+    def sha256(self, path: Path) -> str:
+        """SHA-256 of a file of the source, unless the run ends meanwhile: 48 GB must not hold up Ctrl-C."""
+        digest = hashlib.sha256()
+        with naming(path), open(path, "rb", 0) as file:
+            while not self.closed and (data := file.read(1 << 22)):
+                digest.update(data)
+        return digest.hexdigest()
 
     def describe(self) -> dict:
         """The manifest's account of the source; hashes it."""
@@ -206,14 +279,15 @@ class Source:
                 "documents": len(self.documents),
                 "sha256": hashlib.sha256(b"\n".join(self.documents)).hexdigest(),
             }
-        hashes = sha256_files(list(self.paths))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+            hashes = list(pool.map(self.sha256, self.paths))
         if self.expected_sha256 not in (None, hashes[0]):
             raise DataError(
                 f"{self.paths[0]}: SHA-256 {hashes[0]} is not the published {self.expected_sha256}; delete it and "
-                "download it again"
+                "run the same command again"
             )
         files = [
-            {"path": str(path) if self.kind == "jsonl" else path.name, "bytes": path.stat().st_size, "sha256": sha}
+            {"path": portable(path) if self.kind == "jsonl" else path.name, "bytes": path.stat().st_size, "sha256": sha}
             for path, sha in zip(self.paths, hashes, strict=True)
         ]
         return {"kind": self.kind} | ({"repo": self.name} if self.name else {}) | {"files": files}
@@ -233,14 +307,38 @@ def open_compressed(path: Path, raw: io.BufferedReader):
     return raw
 
 
+def content_suffix(path: Path) -> str:
+    """The suffix below that of the compression."""
+    return (path.with_suffix("") if path.suffix in (".xz", ".gz", ".zst") else path).suffix
+
+
+def is_text(path: Path) -> bool:
+    return content_suffix(path) == ".txt"
+
+
+def whole_text(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """A text file as one document, in the form of `json_lines`."""
+    data = b"".join(line for _, line, _ in file_lines(path))
+    if re.match(rb'\s*\{\s*"text"', data):
+        raise DataError(f"{path}: holds JSON lines, but a .txt file is one document; rename it to .jsonl")
+    try:
+        yield 0, json.dumps(data.decode("utf-8-sig")).encode(), path.stat().st_size
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}); convert it") from None
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """Yields (line number, line, compressed bytes read) of a plain or compressed file; blank lines are skipped."""
+    """Lines of a file, less the blank ones."""
+    return (line for line in file_lines(path) if not line[1].isspace())
+
+
+def file_lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """Yields (line number, line, compressed bytes read) of a plain or compressed file."""
     number = 0
-    with open(path, "rb", 1 << 20) as raw, open_compressed(path, raw) as file:
+    with naming(path), open(path, "rb", 1 << 20) as raw, open_compressed(path, raw) as file:
         try:
             for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    yield number, line, raw.tell()
+                yield number, line, raw.tell()
         except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, *zstd_errors()) as error:
             raise DataError(
                 f"{path}: truncated or corrupt after line {number} ({error}); fetch the file again"
@@ -254,14 +352,14 @@ def zstd_errors() -> tuple[type[Exception], ...]:
 def parse_document(line: Line) -> str:
     """The text of `{"text": ...}` or of a bare JSON string."""
     try:
-        value = json.loads(line.data.decode("utf-8-sig"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        value = parse_json(line.data)
+    except ValueError as error:
         raise DataError(
-            f"{line.path} line {line.number}: not valid JSON ({error}); the file is damaged or truncated"
+            f"{line.place}: not valid JSON ({error}); the file is damaged, truncated or of another format"
         ) from None
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise DataError(f'{line.path} line {line.number}: no document: expected {{"text": "..."}} or a JSON string')
+        raise DataError(f'{line.place}: no document: expected {{"text": "..."}} or a JSON string')
     return text
 
 
@@ -309,20 +407,34 @@ def open_source(args: argparse.Namespace) -> Source:
         return Source("stdlib", documents=stdlib_documents())
     if args.source == ["fineweb"]:
         repo = args.repo or FINEWEB_REPO
-        sidecar = json.loads(hub_file(repo, "datasets/docs_selected.source_manifest.json").read_text())
-        return Source(
-            "fineweb",
-            (hub_file(repo, "datasets/docs_selected.jsonl"),),
-            repo,
-            expected_sha256=sidecar.get("docs_sha256"),
+        path = "datasets/docs_selected.source_manifest.json"
+        expected = hub_json(repo, path).get("docs_sha256")
+        if not isinstance(expected, str):
+            raise DataError(f"{repo}: {path} names no docs_sha256, so it is no manifest of documents; check --repo")
+        return Source("fineweb", (hub_file(repo, "datasets/docs_selected.jsonl"),), repo, expected_sha256=expected)
+    return Source("jsonl", tuple(file for given in args.source for file in source_files(expand(given))))
+
+
+def source_files(given: Path) -> list[Path]:
+    """The file, or the files of a folder in the order of their names: either JSON lines or texts."""
+    if given.is_file():
+        return [given]
+    if not given.is_dir():
+        if given.exists():
+            raise DataError(f"{given}: not a plain file; it is read more than once, so save it to one first")
+        raise DataError(
+            f"{given}: no such file; --source takes JSONL and .txt files (.xz, .gz, .zst too), folders of them, "
+            "fineweb, shards or stdlib"
         )
-    paths = tuple(map(Path, args.source))
-    for path in paths:
-        if not path.is_file():
-            raise DataError(
-                f"{path}: no such file; --source takes JSONL files (.xz, .gz, .zst too), fineweb, shards or stdlib"
-            )
-    return Source("jsonl", paths)
+    files = {".jsonl": [], ".txt": []}
+    for path in sorted(given.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            files.get(content_suffix(path), []).append(path)
+    if all(files.values()):
+        raise DataError(f"{given}: a folder with both *.jsonl and *.txt; name the files of one kind")
+    if not any(files.values()):
+        raise DataError(f"{given}: a folder without *.jsonl or *.txt; name its files")
+    return files[".jsonl"] or files[".txt"]
 
 
 # ---------------------------------------------------------------- tokens and bytes
@@ -346,6 +458,7 @@ class StrippedEnds:
     def __init__(self, sp: sentencepiece.SentencePieceProcessor):
         self.sp = sp
         self.kinds: dict[str, str] = {}
+        self.leading_kinds: dict[str, str] = {}
         self.strips_spaces = sp.normalize("a  a") == sp.normalize("a a")
         self.dummy_prefix = len(sp.normalize("a")) > 1
 
@@ -356,12 +469,22 @@ class StrippedEnds:
             self.kinds[char] = "space" if is_space else "gone" if normal == "aa" else "solid"
         return self.kinds[char]
 
+    def leading_kind(self, char: str) -> str:
+        """As `kind`, before the first solid character. There only what the rules turn into a space is dropped: a
+        U+2581 that they leave alone looks like an escaped space, is stripped at the end of a text, and stays here."""
+        if char not in self.leading_kinds:
+            kind = self.kind(char)
+            stays = kind == "space" and self.sp.normalize(f"{char}a") != self.sp.normalize("a")
+            self.leading_kinds[char] = "solid" if stays else kind
+        return self.leading_kinds[char]
+
     def count(self, text: str) -> int:
+        if all(self.kind(char) != "solid" for char in text):
+            # Where spaces are kept, an added space is a token of its own and takes what vanishes.
+            return 0 if self.dummy_prefix and not self.strips_spaces else len(text.encode())
         start, end = 0, len(text)
-        while start < end and self.kind(text[start]) != "solid":
+        while self.leading_kind(text[start]) != "solid":
             start += 1
-        if start == end:
-            return len(text.encode())
         while self.kind(text[end - 1]) != "solid":
             end -= 1
         while (
@@ -369,15 +492,25 @@ class StrippedEnds:
         ):  # what vanishes before the first space belongs to the last piece
             end += 1
         if self.dummy_prefix:  # the added space takes what vanishes behind the leading spaces
-            start = next(i for i, char in enumerate(text) if self.kind(char) != "space")
+            start = next(i for i, char in enumerate(text) if self.leading_kind(char) != "space")
         return len(text[:start].encode()) + len(text[end:].encode())
+
+
+def load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """A model read by Python: SentencePiece itself opens no path outside ASCII under LC_ALL=C."""
+    sp = sentencepiece.SentencePieceProcessor()
+    try:
+        sp.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError:
+        raise DataError(f"{path}: not a SentencePiece model") from None
+    return sp
 
 
 class Encoder:
     """A SentencePiece model with or without CaseOps in front."""
 
     def __init__(self, model: Path, caseops: bool):
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        self.sp = load_model(model)
         self.caseops = caseops
         self.ends = StrippedEnds(self.sp)
         self.ids = getattr(self.sp, "encode_as_numpy", self.sp.encode_as_ids)
@@ -401,7 +534,7 @@ class Encoder:
         if sizes.sum() != expected:
             raise DataError(
                 f"its tokens account for {sizes.sum()} bytes, its text for {expected}: the tokenizer's normalisation "
-                "is not understood"
+                "is not understood; drop the document, or leave out --tokenizer to have one trained"
             )
         if sizes.max(initial=0) > 65535:
             raise DataError(
@@ -425,6 +558,11 @@ def check_tokenizer(encoder: Encoder, name: str) -> None:
     if not any(map(sp.is_byte, range(sp.vocab_size()))):
         raise DataError(
             f"{name}: has no byte fallback, so some text would be lost as unknown; train it with byte_fallback=True"
+        )
+    if sp.normalize("a").endswith("\u2581"):
+        raise DataError(
+            f"{name}: adds its space behind the text, where the bytes of white space cannot be told; train it with "
+            "treat_whitespace_as_suffix=False or add_dummy_prefix=False"
         )
     if sp.is_unknown(sp.piece_to_id("\u2581")):
         raise DataError(
@@ -468,10 +606,10 @@ def encode_chunk(model: str, caseops: bool, chunk: Chunk) -> Encoded:
             ids, piece_sizes = encoder.tokens_and_bytes(text) if chunk.is_val else (encoder.tokens(text), None)
         except UnicodeEncodeError:
             raise DataError(
-                f"{line.path} line {line.number}: holds a lone surrogate, which UTF-8 cannot store; repair or drop it"
+                f"{line.place}: holds a lone surrogate, which UTF-8 cannot store; repair or drop it"
             ) from None
         except (DataError, lossless_caps.CaseOpsError) as error:
-            raise DataError(f"{line.path} line {line.number}: {error}") from None
+            raise DataError(f"{line.place}: {error}") from None
         source_bytes += size
         if not len(ids):
             empty += 1
@@ -519,20 +657,27 @@ def tokenizer_text(source: Source, args: argparse.Namespace) -> Iterator[str]:
         yield lossless_caps.encode(text) if args.caseops else text
 
 
+def keeping(texts: Iterable[str], errors: list[BaseException]) -> Iterator[str]:
+    """Passes `texts` on and keeps what ends them early: SentencePiece hides it in an error of its own."""
+    try:
+        yield from texts
+    except BaseException as error:
+        errors.append(error)
+        raise
+
+
 def train_tokenizer(source: Source, args: argparse.Namespace) -> bytes:
     """A byte-fallback BPE model: pad 0, BOS 1, EOS 2, unknown 3, then the four operators (with CaseOps), 256 bytes, and
     learned pieces."""
     text = tokenizer_text(source, args)
     if (first := next(text, None)) is None:
-        raise DataError(
-            f"no training document is left behind the first {args.val_docs:,} of --val-docs; pass a smaller "
-            "--val-docs or more text"
-        )
-    log(f"training a tokenizer of {args.vocab_size} pieces on the first {args.tokenizer_mb} MB of training text")
+        remedy = "pass a smaller --val-docs or more text" if args.val_docs > 1 else GIVE_MORE
+        raise DataError(f"no training document is left behind the first {args.val_docs:,} of --val-docs; {remedy}")
     model = io.BytesIO()
+    errors: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chain([first], text),
+            sentence_iterator=keeping(chain([first], text), errors),
             model_writer=model,
             model_type="bpe",
             vocab_size=args.vocab_size,
@@ -551,17 +696,54 @@ def train_tokenizer(source: Source, args: argparse.Namespace) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if errors:
+            raise errors[0] from None
         raise DataError(
             f"--vocab-size {args.vocab_size}: SentencePiece cannot train it: {' '.join(str(error).split())}"
         ) from None
     return model.getvalue()
 
 
+def train_tokenizer_apart(source: Source, args: argparse.Namespace) -> bytes:
+    """`train_tokenizer` in a process of its own: SentencePiece heeds no Ctrl-C while it learns, and memory that runs
+    out ends only that process."""
+    log(
+        f"training a tokenizer of {args.vocab_size} pieces on at most the first {args.tokenizer_mb} MB of training text"
+    )
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_tokenizer, args=(sender, source, args), daemon=True)
+    process.start()
+    sender.close()  # the child's end is the only one, so its death is the end of the file
+    try:
+        outcome = receiver.recv()
+    except EOFError:
+        raise DataError(
+            "the process that trains the tokenizer was killed (out of memory?); run again with a smaller --tokenizer-mb"
+        ) from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def send_tokenizer(sender, source: Source, args: argparse.Namespace) -> None:
+    """The child's part: sends the model, or the error."""
+    init_worker()
+    try:
+        sender.send(train_tokenizer(source, args))
+    except Exception as error:  # noqa: BLE001 - the parent raises it
+        sender.send(error)
+
+
 # ---------------------------------------------------------------- the pipeline
 
 
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def log(message: str, end: str = "\n") -> None:
+    with contextlib.suppress(BrokenPipeError):  # a reader that has gone (`| head`) must not end the work of hours
+        print(message, end=end, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -583,12 +765,7 @@ class Progress:
         share = max(self.source.position / self.size, self.docs / self.doc_limit if self.doc_limit else 0, 1e-9)
         left = f"{seconds * (1 - share) / share:,.0f} s left" if share < 1 else f"{seconds:.1f} s"
         rate = self.bytes / 1e6 / max(seconds, 1e-9)
-        print(
-            f"{self.docs:,} docs  {self.bytes / 1e6:,.1f} MB  {rate:.1f} MB/s  {left}   ",
-            end=end,
-            file=sys.stderr,
-            flush=True,
-        )
+        log(f"{self.docs:,} docs  {self.bytes / 1e6:,.1f} MB  {rate:.1f} MB/s  {left}   ", end)
 
 
 def chunks(source: Source, val_docs: int, max_train_docs: int | None) -> Iterator[Chunk]:
@@ -679,7 +856,7 @@ def too_few_documents(found: int, val_docs: int) -> DataError:
     return DataError(
         f"the source has {found:,} documents, no more than the {val_docs:,} of --val-docs, so none would be left to "
         "train on; "
-        f"pass a smaller --val-docs (for example {max(1, found // 20)}) or more text"
+        + (f"pass a smaller --val-docs (for example {max(1, found // 20)}) or more text" if found > 1 else GIVE_MORE)
     )
 
 
@@ -722,38 +899,120 @@ def write_splits(source: Source, args: argparse.Namespace, out: Path) -> dict:
 # ---------------------------------------------------------------- the output folder
 
 
-@contextlib.contextmanager
-def unfinished(out: Path, overwrite: bool) -> Iterator[None]:
-    """Clears OUT for a new run. The marker file says that what lies there may be cleared by the next one; a lock on it
-    keeps a second run out."""
-    out.mkdir(parents=True, exist_ok=True)
-    marker = out / UNFINISHED
-    ours = marker.exists()
-    if any(out.glob("fineweb_*.bin")) and not ours and not overwrite:
+def names_in(record: Path) -> set[str]:
+    """Names of the files that this script wrote by a manifest or by the list of a run at work; no name where the record
+    is missing or another program's."""
+    try:
+        found = json_object(record)
+    except (DataError, OSError):
+        return set()
+    files = found.get("files")
+    if found.get("format") != FORMAT or not isinstance(files, (dict, list)):
+        return set()
+    own = {MANIFEST, TOKENIZER} if record.name == MANIFEST else set()
+    return own | {name for name in files if isinstance(name, str) and OUR_NAMES.fullmatch(name)}
+
+
+def written_before(out: Path) -> set[str]:
+    """Names of OUT's files that earlier runs wrote; a DataError where anything else stands in the way. Touches
+    nothing."""
+    if not out.is_dir():
+        if out.exists() or out.is_symlink():
+            raise DataError(f"{out}: not a folder; choose another --out")
+        return set()
+    work = out / UNFINISHED
+    written = names_in(out / MANIFEST) | names_in(work / WRITTEN)
+    foreign = [path for path in out.iterdir() if OUR_NAMES.fullmatch(path.name) and path.name not in written]
+    if work.is_dir():
+        parts = {LOCK, WRITTEN, f"{WRITTEN}.part"}
+        foreign += [
+            path
+            for path in work.iterdir()
+            if path.name not in parts and not OUR_NAMES.fullmatch(path.name.removesuffix(".part"))
+        ]
+    elif work.exists():
+        foreign.append(work)
+    if foreign:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise DataError(
-            f"{out}: holds shards but neither {MANIFEST} nor the mark of an interrupted run; choose another --out or "
-            "pass --overwrite"
+            f"{min(foreign)}{more}: in the way, and by no record written by this script, so it stays; move it "
+            "elsewhere or choose another --out"
         )
-    with open(marker, "w") as file:
+    return written
+
+
+def clear(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name not in (LOCK, WRITTEN):
+            path.unlink()
+
+
+def write_record(work: Path, names: set[str]) -> None:
+    write_file(work / WRITTEN, json.dumps({"format": FORMAT, "files": sorted(names)}).encode())
+
+
+@contextlib.contextmanager
+def new_dataset(out: Path) -> Iterator[Path]:
+    """The folder where a run writes its files. Once all are complete they move into OUT and take the place of what
+    earlier runs wrote there; until then, and where the run fails, OUT stays as it was. A lock keeps a second run
+    out."""
+    written_before(out)
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    work = out / UNFINISHED
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / LOCK, "w") as lock:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # no such locks on Windows
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{out}: another prepare_data.py is writing there") from None
-        file.write("prepare_data.py has not finished this folder: run it again.\n")
-        file.flush()
-        for stale in (out / MANIFEST, out / TOKENIZER, *out.glob("fineweb_*.bin"), *out.glob("*.part")):
-            stale.unlink(missing_ok=True)
-        yield
-    marker.unlink()
+            raise DataError(f"{out}: another prepare_data.py is writing there; choose another --out") from None
+        except (ImportError, OSError):
+            pass  # no such locks on Windows and on some network disks
+        written = written_before(out)  # by now the run that held the lock may have ended
+        try:
+            clear(work)
+            write_record(work, written)
+            yield work
+        except BaseException:
+            clear(work)
+            # A run killed while its files moved left some that only this record knows.
+            if (out / MANIFEST).exists() or not any((out / name).exists() for name in written):
+                remove_work(work)
+                with contextlib.suppress(OSError):  # somebody else has put something there
+                    for folder in missing:
+                        folder.rmdir()
+            raise
+        move_in(work, out)
+        remove_work(work)
+
+
+def move_in(work: Path, out: Path) -> None:
+    """Moves the finished files into OUT, the manifest last. The record is complete before the first one moves, so that
+    the next run can go on wherever this one is killed."""
+    written = written_before(out)
+    new = {path.name for path in work.iterdir()} - {LOCK, WRITTEN}
+    write_record(work, written | new)
+    (out / MANIFEST).unlink(missing_ok=True)
+    for name in written - new:
+        (out / name).unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: (name == MANIFEST, name)):
+        os.replace(work / name, out / name)
+
+
+def remove_work(work: Path) -> None:
+    (work / WRITTEN).unlink(missing_ok=True)
+    with contextlib.suppress(PermissionError):  # Windows removes no open file; the next run takes the folder over
+        (work / LOCK).unlink()
+        work.rmdir()
 
 
 def identity(source: dict) -> dict:
-    """What makes two sources the same: not where the files lie."""
-    return {key: [file["sha256"] for file in value] if key == "files" else value for key, value in source.items()}
+    """What makes two sources the same: not where the files lie, but whether each is one document."""
+    return {
+        key: [file["sha256"] + " text" * is_text(Path(file["path"])) for file in value] if key == "files" else value
+        for key, value in source.items()
+    }
 
 
 def is_finished(out: Path, wanted: dict) -> bool:
@@ -762,13 +1021,15 @@ def is_finished(out: Path, wanted: dict) -> bool:
     if not path.exists():
         return False
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json_object(path)
         files = {TOKENIZER: manifest["tokenizer"]["sha256"]} | {
             name: entry["sha256"] for name, entry in manifest["files"].items()
         }
         found = identity(manifest["source"]) | manifest["options"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path}: not a manifest of this program; choose another --out or pass --overwrite") from None
+        if not files.keys() <= names_in(path):  # names of no file of ours: "../../etc/passwd"
+            raise ValueError
+    except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: not a manifest of this program; move it elsewhere or choose another --out") from None
     wanted = identity(wanted["source"]) | wanted["options"]
     if changed := [
         f"{key}: {found.get(key)} there, {wanted.get(key)} now"
@@ -804,7 +1065,7 @@ def prepare(args: argparse.Namespace) -> None:
         options["tokenizer_sha256"] = hashlib.sha256(given_model).hexdigest()
     else:
         options |= {"vocab_size": args.vocab_size, "tokenizer_mb": args.tokenizer_mb}
-    with ThreadPoolExecutor(1) as background:
+    with ThreadPoolExecutor(1) as background, contextlib.closing(source):
         description = background.submit(source.describe)  # hashing the source costs no time beside tokenising it
         if (
             not args.overwrite
@@ -813,14 +1074,19 @@ def prepare(args: argparse.Namespace) -> None:
         ):
             log(f"{args.out}: already finished with these options, hashes verified")
             return
-        with unfinished(args.out, args.overwrite):
-            model = given_model or train_tokenizer(source, args)
-            tokenizer_sha256 = write_file(args.out / TOKENIZER, model)
-            encoder = Encoder(args.out / TOKENIZER, args.caseops)
+        with new_dataset(args.out) as folder:
+            model = given_model or train_tokenizer_apart(source, args)
+            tokenizer_sha256 = write_file(folder / TOKENIZER, model)
+            encoder = Encoder(folder / TOKENIZER, args.caseops)
             check_tokenizer(encoder, "the trained tokenizer")
-            result = write_splits(source, args, args.out)
+            if not given_model and encoder.sp.vocab_size() < args.vocab_size:
+                log(
+                    f"--vocab-size {args.vocab_size}: the training text gives only {encoder.sp.vocab_size()} pieces, "
+                    f"so train with VOCAB_SIZE={encoder.sp.vocab_size()}; more text gives more"
+                )
+            result = write_splits(source, args, folder)
             write_manifest(
-                args.out,
+                folder,
                 {
                     "format": FORMAT,
                     "source": description.result(),
@@ -848,30 +1114,53 @@ def prepare(args: argparse.Namespace) -> None:
 
 def read_tokenizer(path: str, caseops: bool) -> bytes:
     """The bytes of a model, read before OUT is touched: it may lie there."""
-    try:
-        model = Path(path).read_bytes()
-        check_tokenizer(Encoder(Path(path), caseops), path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; --tokenizer takes a SentencePiece model") from None
-    except RuntimeError:
-        raise DataError(f"{path}: not a SentencePiece model") from None
-    return model
+    file = expand(path)
+    if not file.is_file():
+        what = "a folder" if file.is_dir() else "not a plain file" if file.exists() else "no such file"
+        raise DataError(f"{path}: {what}; --tokenizer takes a SentencePiece model")
+    check_tokenizer(Encoder(file, caseops), path)
+    return file.read_bytes()
 
 
 # ---------------------------------------------------------------- published shards
 
 
-def hub_file(repo: str, path: str) -> Path:
-    """A file of a Hugging Face dataset repository, downloaded (or resumed) into the hub's own cache."""
+def hub_file(repo: str, path: str, *, again: bool = False) -> Path:
+    """A file of a Hugging Face dataset repository, downloaded (or resumed) into the hub's own cache; `again`: even
+    where the cache has one."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise DataError("downloads need the huggingface_hub package: pip install huggingface_hub") from None
     try:
-        return Path(hf_hub_download(repo_id=repo, filename=path, repo_type="dataset")).resolve(strict=True)
+        options = {"force_download": True} if again else {}
+        return Path(hf_hub_download(repo_id=repo, filename=path, repo_type="dataset", **options)).resolve(strict=True)
     except Exception as error:  # noqa: BLE001 - network, disk and hub errors have no common base
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{repo}: cannot download {path} ({reason[0]}); run the same command again to resume") from None
+
+
+def checked_hub_file(repo: str, path: str, check: Callable[[Path], object]) -> Path:
+    """`hub_file` that `check` accepts. The cache would serve a damaged file for ever, so that one is fetched anew."""
+    file = hub_file(repo, path)
+    try:
+        check(file)
+        return file
+    except DataError as error:
+        log(f"{error.args[0].split(';')[0]}: fetching {path} again")
+    file = hub_file(repo, path, again=True)
+    try:
+        check(file)
+        return file
+    except DataError as error:
+        raise DataError(
+            f"{repo}: {path} is damaged where it is published ({error.args[0].split(';')[0]}); tell its owner or use "
+            "another --repo or --variant"
+        ) from None
+
+
+def hub_json(repo: str, path: str) -> dict:
+    return json_object(checked_hub_file(repo, path, json_object))
 
 
 def install(source: Path, target: Path) -> None:
@@ -880,7 +1169,8 @@ def install(source: Path, target: Path) -> None:
     try:
         os.link(source, part)
     except OSError:
-        shutil.copyfile(source, part)
+        with naming(target):
+            shutil.copyfile(source, part)
     os.replace(part, target)
 
 
@@ -897,47 +1187,70 @@ def document_hashes(shards: list[np.ndarray]) -> Iterator[bytes]:
         yield hashlib.blake2b(rest[1:], digest_size=16).digest()
 
 
-def download_shards(repo: str, variant: str, train_shards: int, out: Path) -> tuple[dict, dict[str, list[str]]]:
-    """Fetches shards, sidecar and tokenizer of one published export into OUT; returns its entry in the publisher's
-    manifest and the file names of each split."""
-    remote = json.loads(hub_file(repo, "datasets/manifest.json").read_text(encoding="utf-8"))
-    entries = {entry["name"]: entry for entry in remote["datasets"]}
+class Export(NamedTuple):
+    """One export of a publisher's manifest."""
+
+    name: str
+    tokenizer: str  # path of its model
+    stats: dict
+    has_sidecar: bool
+
+
+def find_export(repo: str, variant: str) -> Export:
     name = f"fineweb10B_{variant}"
-    if name not in entries:
+    path = "datasets/manifest.json"
+    remote = hub_json(repo, path)
+    try:
+        entries = {entry["name"]: entry for entry in remote["datasets"]}
+        models = {model.get("name"): model.get("model_path") for model in remote["tokenizers"]}
+        if name not in entries:
+            known = ", ".join(key.removeprefix("fineweb10B_") for key in entries)
+            raise DataError(f"{repo}: has no {name}; pass --variant with one of: {known}")
+        entry = entries[name]
+        stats = {**entry["stats"]}
+        if not all(type(stats[key]) is int and stats[key] > 0 for key in ("files_val", "files_train")):
+            raise ValueError
+        model = models.get(entry.get("tokenizer_name"))
+        has_sidecar = bool(entry.get("val_bytes_glob"))
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError(
-            f"{repo}: has no {name}; pass --variant with one of: "
-            f"{', '.join(key.removeprefix('fineweb10B_') for key in entries)}"
-        )
-    entry = entries[name]
-    tokenizer = next((item for item in remote["tokenizers"] if item.get("name") == entry.get("tokenizer_name")), {})
-    if "model_path" not in tokenizer:
+            f"{repo}: {path} is no manifest of exports (names, tokenizers and numbers of files); check --repo"
+        ) from None
+    if not isinstance(model, str):
         raise DataError(f"{repo}: {name} comes with no SentencePiece model; choose another --variant")
-    counts = {"val": entry["stats"]["files_val"], "train": min(train_shards, entry["stats"]["files_train"])}
-    if entry.get("val_bytes_glob"):
+    return Export(name, model, stats, has_sidecar)
+
+
+def download_shards(repo: str, variant: str, train_shards: int, out: Path) -> tuple[dict, dict[str, list[str]]]:
+    """Fetches shards, sidecar and tokenizer of one published export into OUT; returns its counts in the publisher's
+    manifest and the file names of each split."""
+    export = find_export(repo, variant)
+    counts = {"val": export.stats["files_val"], "train": min(train_shards, export.stats["files_train"])}
+    if counts["train"] < train_shards:
+        log(f"--train-shards {train_shards}: {repo} has only {counts['train']} of this variant")
+    if export.has_sidecar:
         counts["val_bytes"] = counts["val"]
     names = {split: [f"fineweb_{split}_{i:06d}.bin" for i in range(count)] for split, count in counts.items()}
-    install(hub_file(repo, f"datasets/{tokenizer['model_path']}"), out / TOKENIZER)
+    install(checked_hub_file(repo, f"datasets/{export.tokenizer}", load_model), out / TOKENIZER)
     files = [file for split in names.values() for file in split]
     for number, file in enumerate(files, 1):
         log(f"{number}/{len(files)} {file}")
-        install(hub_file(repo, f"datasets/datasets/{name}/{file}"), out / file)
-        read_shard(out / file)
-    return entry, names
+        install(checked_hub_file(repo, f"datasets/datasets/{export.name}/{file}", read_shard), out / file)
+    return export.stats, names
 
 
 def check_shards(repo: str, variant: str, vocab_size: int, shards: dict[str, list[np.ndarray]]) -> dict:
     """Counts both splits and proves them disjoint; a DataError names what is wrong with the export."""
     counts = {}
     for split in ("val", "train"):
-        tokens, bos = (
-            sum(map(len, shards[split])),
-            sum(int(np.count_nonzero(shard == BOS_ID)) for shard in shards[split]),
-        )
-        if not bos or shards[split][0][0] != BOS_ID:
+        tokens = sum(map(len, shards[split]))
+        bos = sum(int(np.count_nonzero(shard == BOS_ID)) for shard in shards[split])
+        filled = [shard for shard in shards[split] if len(shard)]
+        if not bos or filled[0][0] != BOS_ID:
             raise DataError(
                 f"{repo}: the {split} shards do not start with BOS ({BOS_ID}); this export marks no documents"
             )
-        if max(int(shard.max()) for shard in shards[split]) >= vocab_size:
+        if max(int(shard.max()) for shard in filled) >= vocab_size:
             raise DataError(
                 f"{repo}: the {split} shards hold tokens beyond the tokenizer's {vocab_size} pieces; they do not "
                 "belong together"
@@ -982,17 +1295,17 @@ def prepare_shards(args: argparse.Namespace) -> None:
     if not args.overwrite and is_finished(args.out, {"source": source, "options": options}):
         log(f"{args.out}: already finished with these options, hashes verified")
         return
-    with unfinished(args.out, args.overwrite):
-        entry, names = download_shards(repo, variant, args.train_shards, args.out)
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(args.out / TOKENIZER))
-        shards = {split: [read_shard(args.out / name) for name in files] for split, files in names.items()}
+    with new_dataset(args.out) as folder:
+        published, names = download_shards(repo, variant, args.train_shards, folder)
+        sp = load_model(folder / TOKENIZER)
+        shards = {split: [read_shard(folder / name) for name in files] for split, files in names.items()}
         log("checking hashes, counts and that no training document is a validation document")
         counts = check_shards(repo, variant, sp.vocab_size(), shards)
         files = [name for split in names.values() for name in split]
-        tokenizer_sha256, *hashes = sha256_files([args.out / name for name in (TOKENIZER, *files)])
+        tokenizer_sha256, *hashes = sha256_files([folder / name for name in (TOKENIZER, *files)])
         lengths = [len(shard) for split in shards.values() for shard in split]
         write_manifest(
-            args.out,
+            folder,
             {
                 "format": FORMAT,
                 "source": source,
@@ -1004,7 +1317,7 @@ def prepare_shards(args: argparse.Namespace) -> None:
                 "val": counts["val"],
                 "duplicates_dropped": 0,
                 "duplicates_kept": counts["duplicates_kept"],
-                "published": entry["stats"],
+                "published": published,
                 "files": {
                     name: {"sha256": sha, "tokens": length}
                     for name, sha, length in zip(files, hashes, lengths, strict=True)
@@ -1029,6 +1342,14 @@ def positive(text: str) -> int:
     return value
 
 
+def expand(text: str) -> Path:
+    """A path of the command line; a shell leaves the ~ of --out=~/x alone."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no home directory, as in many containers
+        return Path(text)
+
+
 KEYWORDS = {"fineweb", "shards", "stdlib"}
 DOCUMENT_OPTIONS = ("val_docs", "max_train_docs", "shard_tokens", "tokenizer", "vocab_size", "tokenizer_mb", "caseops")
 SHARD_OPTIONS = ("variant", "train_shards")
@@ -1050,12 +1371,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help='JSONL files ({"text": ...} or a JSON string per line; .xz, .gz, .zst too), read in this order; '
-        "or one of: fineweb, shards, stdlib",
+        help='JSONL files ({"text": ...} or a JSON string per line), .txt files (one document each), .xz, .gz or .zst '
+        "of them, or folders of either, read in this order; or one of: fineweb, shards, stdlib",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--out", type=expand, required=True, metavar="DIR", help="folder of the dataset")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier run with other options left in DIR"
+        "--overwrite",
+        action="store_true",
+        help="replace what an earlier run with other options wrote in DIR, once the new files are complete",
     )
     parser.add_argument(
         "--workers",
@@ -1129,6 +1452,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for option, default in (DEFAULTS | {"val_docs": STDLIB_VAL_DOCS if kind == "stdlib" else VAL_DOCS}).items():
         if getattr(args, option) is None:
             setattr(args, option, default)
+    # What the format cannot hold is refused before hours of work.
+    for option, most in (("vocab_size", 1 << 16), ("shard_tokens", (1 << 31) - 1)):
+        if getattr(args, option) > most:
+            parser.error(f"--{option.replace('_', '-')} {getattr(args, option)}: at most {most}")
     return args
 
 
@@ -1137,14 +1464,15 @@ def available_cpus() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 2 after one line about what is wrong, 130 after Ctrl-C."""
     args = parse_args(argv)
     try:
         prepare_shards(args) if args.source == ["shards"] else prepare(args)
     except (DataError, OSError) as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
-        return 1
+        log(f"prepare_data.py: {explain(error) if isinstance(error, OSError) else error}")
+        return 2
     except KeyboardInterrupt:
-        print(f"prepare_data.py: interrupted; {args.out} is unfinished, run the same command again", file=sys.stderr)
+        log(f"prepare_data.py: interrupted; {args.out} is not finished: run the same command again")
         return 130
     return 0
 

@@ -24,6 +24,10 @@ Optimizers, Training, Entropy coder, Quantizer, Artifact, N-gram, Scoring, Test-
 #                                       TestTimeTraining learns from a chunk only after its nats are in the ledger
 #   report     finish                   verdicts on budgets, bytes and conditions C1 to C4; result.json
 #
+# C1: a score uses nothing but earlier text. C2: the probabilities of all tokens sum to one. C3: a target is scored
+# before anything learns from it. C4: one pass, by settings that the artifact holds. #1855 and the like are pull
+# requests of openai/parameter-golf.
+#
 # The network, for one document of tokens t[0], t[1], ... (d channels, L layers; the docstring of `GPT` has the exact
 # equations, with the coefficients that are learnt, and the shapes of the weights):
 #
@@ -107,6 +111,11 @@ def explained(message: str, *errors: type[Exception]):
         yield
     except errors as e:
         raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
+
+
+def sha256(data) -> str:
+    """Hexadecimal digest of bytes or of a contiguous array."""
+    return hashlib.sha256(data).hexdigest()
 
 
 # ======== Hyperparameters =============================================================================================
@@ -456,7 +465,8 @@ class Config:
     def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
         """Each setting from the mapping `env`, else from `stored` (an artifact's settings), else its default.
 
-        Raises UserError for a bad value or, with `check`, for values that do not go together."""
+        Raises UserError for an unknown name or unreadable text and, with `check`, for values out of range or in
+        conflict."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         check_names(env, fields)
         given = {f.name: parse_setting(name, env[name], type(f.default)) for name, f in fields.items() if name in env}
@@ -470,43 +480,40 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             within = f.metadata["within"]
-            kind = "one of" if isinstance(value, str) else "in"
-            require(lies_within(value, within), f"{f.name.upper()}={value} must be {kind} {within}")
-        for name, holds, rule in self.rules():
-            require(holds, f"{name.upper()}={getattr(self, name)} {rule}")
-        context_schedule(self)
+            require(lies_within(value, within), f"{f.name.upper()}={value} is not in {within}")
+        for rule, holds in self.rules().items():
+            name, duty = rule.split(maxsplit=1)
+            require(holds, f"{name}={getattr(self, name.lower())} {duty}")
+        context_schedule(self)  # raises where TRAIN_SEQ_SCHEDULE is malformed
 
-    def rules(self) -> tuple:
-        """What several settings owe each other: (setting to blame, whether the rule holds, the rule)."""
-        head_dim = self.model_dim // self.num_heads
+    def rules(self) -> dict:
+        """Conditions across settings: a message that begins with the setting to blame -> whether it holds."""
+        limit = self.max_wallclock_seconds
         loops_fit = self.loop_start <= self.loop_end < self.num_layers
         two_gates = self.attn_out_gate_enabled and self.sparse_attn_gate_enabled
         size = r"[1-9]\d{0,8}"
         chunk_list = re.fullmatch(f"{size}(,{size})*", self.ttt_chunks)
         chunks_fit = chunk_list and max(map(int, self.ttt_chunks.split(","))) <= self.ttt_eval_seq_len
-        kinds = set(ADAPTER_KINDS)
         masked = set(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
-        return (
-            ("num_heads", self.model_dim % self.num_heads == 0, "must divide MODEL_DIM"),
-            ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "must divide NUM_HEADS"),
-            ("rope_dims", self.rope_dims in range(0, head_dim + 1, 2), "must be even and at most the head width"),
-            ("loop_end", self.num_loops == 0 or loops_fit, "must satisfy LOOP_START <= LOOP_END < NUM_LAYERS"),
-            ("attn_out_gate_enabled", not two_gates, "needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate"),
-            ("mlp_mult", int(self.mlp_mult * self.model_dim) >= 8, "gives an MLP of fewer than 8 units"),
-            ("attn_full_layers", re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers), "must be layers like 2,5,10"),
-            (
-                "gptq_reserve_seconds",
-                self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
-                "must be below MAX_WALLCLOCK_SECONDS",
-            ),
-            ("artifact_margin", self.artifact_margin < self.artifact_cap, "must be below ARTIFACT_CAP"),
-            ("eval_stride", self.eval_stride <= self.eval_seq_len, "must be at most EVAL_SEQ_LEN"),
-            ("val_batch_tokens", self.val_batch_tokens >= self.eval_seq_len, "must be at least EVAL_SEQ_LEN"),
-            ("ttt_chunks", chunks_fit, "must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN"),
-            ("ttt_mask", masked <= kinds, f"may name no_qv and {','.join(ADAPTER_KINDS)}"),
-            ("ttt_mask", masked != kinds, "leaves no adapter to learn; set TTT_ENABLED=0"),
-            ("ngram_min_order", self.ngram_min_order <= self.ngram_order, "must be at most NGRAM_ORDER"),
-        )
+        kinds = set(ADAPTER_KINDS)
+        return {
+            "NUM_HEADS must divide MODEL_DIM": self.model_dim % self.num_heads == 0,
+            "NUM_KV_HEADS must divide NUM_HEADS": self.num_heads % self.num_kv_heads == 0,
+            "ROPE_DIMS must be even": self.rope_dims % 2 == 0,
+            "ROPE_DIMS must be at most the head width": self.rope_dims <= self.model_dim // self.num_heads,
+            "LOOP_END must satisfy LOOP_START <= LOOP_END < NUM_LAYERS": self.num_loops == 0 or loops_fit,
+            "ATTN_OUT_GATE_ENABLED needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate": not two_gates,
+            "MLP_MULT gives an MLP of fewer than 8 units": int(self.mlp_mult * self.model_dim) >= 8,
+            "ATTN_FULL_LAYERS must be layers like 2,5,10": re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers),
+            "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS": not limit or self.gptq_reserve_seconds < limit,
+            "ARTIFACT_MARGIN must be below ARTIFACT_CAP": self.artifact_margin < self.artifact_cap,
+            "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
+            "VAL_BATCH_TOKENS must be at least EVAL_SEQ_LEN": self.val_batch_tokens >= self.eval_seq_len,
+            "TTT_CHUNKS must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN": chunks_fit,
+            "TTT_MASK may name no_qv, q, k, v, o, mlp and head": masked <= kinds,
+            "TTT_MASK leaves no adapter to learn; set TTT_ENABLED=0": masked != kinds,
+            "NGRAM_MIN_ORDER must be at most NGRAM_ORDER": self.ngram_min_order <= self.ngram_order,
+        }
 
     @property
     def looped(self) -> bool:
@@ -518,7 +525,7 @@ class Config:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_SETTINGS}
 
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(self.settings(), sort_keys=True).encode())
 
 
 # A variable of the environment that begins like one of our settings must be one. First words that other programs use,
@@ -528,24 +535,24 @@ SHARED_WORDS = set(
     "SCALAR SEED SEGMENT SEQ SKIP TOKENIZER VOCAB WARMUP WORLD".split()
 )
 FIRST_WORDS = {f.name.upper().split("_")[0] for f in dataclasses.fields(Config)}
-OUR_PREFIXES = tuple(f"{word}_" for word in sorted(FIRST_WORDS - SHARED_WORDS))
+OUR_PREFIXES = tuple(f"{word}_" for word in FIRST_WORDS - SHARED_WORDS)
 
 
 def still_set(stored: dict) -> dict:
     """An artifact's settings without those that are retired, where it had what is fixed now or its n-grams were off."""
-
-    def without_effect(name: str) -> bool:
-        idle = name.startswith("ngram_") and not stored["ngram_enabled"]
-        return name in RETIRED and (idle or stored[name] == RETIRED[name])
-
-    return {name: value for name, value in stored.items() if not without_effect(name)}
+    remaining = dict(stored)
+    for name, fixed in RETIRED.items():
+        idle = name.startswith("ngram_") and not stored.get("ngram_enabled")
+        if idle or stored.get(name) == fixed:
+            remaining.pop(name, None)
+    return remaining
 
 
 def check_names(env, fields):
     """Refuse a name that begins like a setting and is none; warn of a near miss without one of our prefixes."""
     for name in sorted(set(env) - set(fields)):
-        if name.lower() in RETIRED:
-            fixed = RETIRED[name.lower()]
+        fixed = RETIRED.get(name.lower())
+        if fixed is not None:
             same = parse_setting(name, env[name], type(fixed)) == fixed
             require(same, f"{name} is no longer a setting: its value is always {fixed}")
             continue
@@ -553,7 +560,7 @@ def check_names(env, fields):
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
         question = f"; did you mean {nearest[0]}?" if nearest else ""
         require(not ours, f"{name} is not a setting{question} (--help lists them all)")
-        if nearest and nearest[0] not in env and len(name) > 4:
+        if nearest and nearest[0] not in env:
             print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
 
 
@@ -561,12 +568,11 @@ def parse_setting(name: str, text: str, kind: type):
     """Text of an environment variable -> bool, int, float or str."""
     if kind is bool:
         word = text.strip().lower()
-        require(word in ("1", "true", "yes", "0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
-        return word in ("1", "true", "yes")
+        yes = word in ("1", "true", "yes")
+        require(yes or word in ("0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
+        return yes
     with explained(f"{name}={text!r} is not of type {kind.__name__}", ValueError):
-        value = kind(text)
-    require(kind is not float or math.isfinite(value), f"{name}={text!r} is not finite")
-    return value
+        return kind(text)
 
 
 class Stage(NamedTuple):
@@ -580,17 +586,15 @@ def context_schedule(cfg: Config) -> list[Stage]:
     """The stages of TRAIN_SEQ_SCHEDULE in order; the last one ends at infinity (#2014).
 
     "1024@0.1,2048@1.0" -> [Stage(0.1, 1024), Stage(inf, 2048)]"""
-    if not cfg.train_seq_schedule:
-        return [Stage(math.inf, cfg.train_seq_len)]
-    name = f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule!r}"
+    longest = cfg.train_seq_len
+    schedule = cfg.train_seq_schedule or f"{longest}@1.0"
+    name = f"TRAIN_SEQ_SCHEDULE={schedule!r}"
     with explained(f"{name} is not of the form 1024@0.1,2048@0.7,3072@1.0", ValueError):
-        parts = [part.split("@") for part in cfg.train_seq_schedule.split(",")]
+        parts = [part.split("@") for part in schedule.split(",")]
         stages = sorted(Stage(float(end), int(span)) for span, end in parts)
     require(all(span > 0 and end > 0 for end, span in stages), f"{name}: lengths and ends must be positive")
-    require(
-        max(stage.span for stage in stages) == cfg.train_seq_len,
-        f"{name}: the longest span must equal TRAIN_SEQ_LEN={cfg.train_seq_len}",
-    )
+    fits = max(stage.span for stage in stages) == longest
+    require(fits, f"{name}: the longest span must equal TRAIN_SEQ_LEN={longest}")
     return [*stages[:-1], stages[-1]._replace(end=math.inf)]
 
 
@@ -602,14 +606,13 @@ def help_text() -> str:
     for f in dataclasses.fields(Config):
         if f.name in GROUPS:
             lines.append(f"\n{GROUPS[f.name]}")
-        default = int(f.default) if isinstance(f.default, bool) else f.default
         within = f.metadata["within"]
         limits = "" if within in ("", "[0, inf)") else f"; {within}"
-        lines.append(f"  {f.name.upper():28s} {str(default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
+        lines.append(f"  {f.name.upper():28s} {str(f.default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
     return "\n".join(lines)
 
 
-# ======== Runtime: ranks, log, clock, budgets, verdicts, ledger =======================================================
+# ======== Runtime: ranks, log, clock, budgets, verdicts ===============================================================
 
 
 class Ranks:
@@ -620,20 +623,19 @@ class Ranks:
         self.world = cfg.world_size
         self.main = cfg.rank == 0
         gpu = torch.cuda.is_available()
-        use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and gpu)
-        require(
-            gpu or not use_cuda,
-            "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch",
-        )
-        self.device = torch.device("cuda", cfg.local_rank) if use_cuda else torch.device("cpu")
-        if use_cuda:
+        self.cuda = gpu and cfg.device != "cpu"  # whether this process computes on a GPU
+        self.device = torch.device("cpu")
+        if cfg.device == "cuda":
+            require(gpu, "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
+        if self.cuda:
+            self.device = torch.device("cuda", cfg.local_rank)
             torch.cuda.set_device(self.device)
         if self.world > 1:
             # torch.optim imports this module, whose defaults hold on to the group that exists by then: imported later,
             # gloo's threads would outlive close() and abort some exits.
             importlib.import_module("torch.distributed.nn.functional")
             # Tensors on the CPU travel over gloo, so sharing the clock does not wait for the GPU's queue.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo")
 
     def all_reduce_(self, t: Tensor) -> Tensor:
         """`t` becomes its sum over the ranks."""
@@ -660,7 +662,7 @@ class Ranks:
         return self.broadcast_(torch.tensor(value, dtype=torch.float64)).item()
 
     def synchronize(self):
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
 
     def close(self):
@@ -684,7 +686,7 @@ class Log:
             self.file = open(path, mode, encoding="utf-8")
             self.file.write(early)
 
-    def __call__(self, line: str = "", console: bool = True):
+    def __call__(self, line: str, console: bool = True):
         if self.main:
             line = line.replace(str(Path.home()) + os.sep, "~/")  # logs are published: no private paths
             self.file.write(line + "\n")
@@ -727,7 +729,7 @@ class Clock:
     def step_done(self):
         """Call after each step has been launched."""
         self.steps += 1
-        if self.ranks.device.type == "cuda":
+        if self.ranks.cuda:
             event = torch.cuda.Event()
             event.record()
             self.pending.append(event)
@@ -756,6 +758,7 @@ class Phases:
         # neither
         "setup": None,
         "warmup": None,
+        "save": None,
         "diagnostic": None,
         "write": None,
     }
@@ -767,16 +770,14 @@ class Phases:
     @contextlib.contextmanager
     def __call__(self, name: str):
         """Time the block as part of phase `name`."""
-        assert name in self.BUDGET, name
         start = time.perf_counter()
         yield
         self.ranks.synchronize()  # what the block launched belongs to it
         self.seconds[name] += time.perf_counter() - start
 
-    def charge(self, name: str, to: str, seconds: float):
-        """Move seconds that were timed as phase `name` to phase `to`."""
-        self.seconds[name] -= seconds
-        self.seconds[to] += seconds
+    def charge(self, name: str, to: str):
+        """Move what was timed as phase `name` to phase `to`."""
+        self.seconds[to] += self.seconds.pop(name)
 
     def budget(self, which: str) -> float:
         """Seconds of all phases that count towards the budget "train" or "eval"."""
@@ -803,100 +804,6 @@ class Verdicts:
         return [condition for condition, (verdict, _) in self.table.items() if verdict == "FAIL"]
 
 
-class Ledger:
-    """Write-once record of one scoring pass: `nats` of every validation target in stream order, NaN until scored.
-
-    Scoring a target twice, training on one that is not scored, or closing with a hole raises RuntimeError: a run whose
-    ledger does not hold is not a result."""
-
-    ROUNDING = 1e-4  # a certain token may come out this far below zero nats: fp32 logits of up to 30
-
-    def __init__(self, name: str, target_bytes: ndarray, verdicts: Verdicts):
-        self.name = name
-        self.bytes = target_bytes  # uint16 (targets,)
-        self.verdicts = verdicts
-        self.nats = np.full(len(target_bytes), np.nan)  # float64 (targets,)
-        self.merged = np.zeros(len(target_bytes), bool)  # scored by any rank before the last merge
-
-    @property
-    def scored(self) -> ndarray:
-        """bool (targets,): scored by this rank, or by any before the last merge."""
-        return ~np.isnan(self.nats)
-
-    def write(self, targets: ndarray, nats: ndarray):
-        """Record the scores of `targets`, int64 indices; `nats` is float, of the same length."""
-        unscored = np.isnan(self.nats[targets]).all()
-        distinct = len(np.unique(targets)) == len(targets)
-        self.check(unscored and distinct, "a target was scored twice")
-        possible = np.isfinite(nats).all() and (nats >= -self.ROUNDING).all()
-        self.check(possible, "a score is not finite or implies a probability above 1")
-        self.nats[targets] = np.maximum(nats, 0.0)
-
-    def merge(self, ranks: Ranks):
-        """Join what the ranks have scored since the last merge; one rank alone must have scored each target."""
-        new = self.scored & ~self.merged
-        if ranks.world > 1:
-            # Only what is new travels, so that a sum over the ranks adds one score and zeros.
-            writers = ranks.all_reduce_(torch.from_numpy(new.astype(np.int32))).numpy()
-            nats = ranks.all_reduce_(torch.from_numpy(np.where(new, self.nats, 0.0))).numpy()
-            once = writers.max() <= 1 and not writers[self.merged].any()
-            self.check(once, "two ranks scored the same target")
-            self.nats = np.where(writers > 0, nats, self.nats)
-        self.merged = self.scored
-
-    def may_train(self, targets: ndarray):
-        """Call before learning from `targets`: all of them must be scored (C3)."""
-        if np.isnan(self.nats[targets]).any():
-            self.break_condition("C3", f"pass {self.name} trained on a target before it was scored")
-            self.check(False, "training on a target that is not scored")
-
-    def break_condition(self, condition: str, reason: str):
-        """Record that a setting breaks a condition: the run goes on, its number never becomes `val_bpb`."""
-        self.verdicts.set(condition, "FAIL", reason)
-
-    def bpb(self) -> float:
-        """Bits per byte over all targets; raises if one is missing."""
-        self.check(self.scored.all(), f"{np.isnan(self.nats).sum()} targets were never scored")
-        return self.partial_bpb(self.scored)
-
-    def partial_bpb(self, which: ndarray) -> float:
-        """Bits per byte over the targets that the mask `which` (targets,) selects."""
-        size = self.bytes[which].sum(dtype=np.int64)  # uint16 would overflow
-        return float(self.nats[which].sum() / math.log(2) / max(size, 1))
-
-    def check(self, holds: bool, fault: str):
-        if not holds:
-            raise RuntimeError(f"ledger {self.name}: {fault}")
-
-
-class Progress:
-    """Says every few seconds how far a scoring pass is."""
-
-    EVERY = 5.0  # seconds
-
-    def __init__(self, ranks: Ranks, log: Log):
-        self.ranks = ranks
-        self.log = log
-        self.begun = time.perf_counter()
-        self.shown = self.begun  # time of the last line
-
-    def show(self, ledger: Ledger):
-        """Call before each batch. The other ranks are taken to have scored as much as this one since the last merge."""
-        now = time.perf_counter()
-        if now - self.shown <= self.EVERY:
-            return
-        self.shown = now
-        targets = len(ledger.nats)
-        new = ledger.scored & ~ledger.merged
-        done = ledger.merged.sum() + self.ranks.world * new.sum()
-        left = max(targets - done, 0)
-        rate = max(done, 1) / (now - self.begun)
-        self.log(
-            f"  {100 * (1 - left / targets):5.1f} %  BPB so far {ledger.partial_bpb(ledger.scored):.4f}  "
-            f"{rate:,.0f} targets/s  {left / rate:.0f} s left"
-        )
-
-
 @contextlib.contextmanager
 def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
     """Open `path` for writing bytes so that it appears complete, by rename, or not at all.
@@ -911,8 +818,7 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
                 os.fsync(f.fileno())  # a rename may reach the disk before the data
             os.replace(part, path)
         finally:
-            with contextlib.suppress(OSError):  # after the rename there is none
-                part.unlink()
+            part.unlink(missing_ok=True)  # after the rename there is none
 
 
 # ======== Data: shards, packed training batches, the validation stream ================================================
@@ -929,7 +835,7 @@ CONTEST_SETS = {
 def open_shard(path: Path) -> ndarray:
     """Memory-map the uint16 values of a shard; before them stand 256 little-endian int32: magic, 1, count, 0, ..."""
     header = np.fromfile(path, dtype="<i4", count=256)
-    genuine = len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, 1)
+    genuine = len(header) == 256 and header[:2].tolist() == [SHARD_MAGIC, 1]
     require(genuine, f"{path}: not a shard (wrong magic or version); make it again with prepare_data.py")
     count = int(header[2])
     size = path.stat().st_size
@@ -950,24 +856,6 @@ def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]
     return paths
 
 
-def check_start(path: Path, tokens: ndarray, cfg: Config):
-    """The first token of a stream begins a document."""
-    require(
-        list(tokens[:1]) == [cfg.bos_id],
-        f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again",
-    )
-
-
-def check_tokens(path: Path, tokens: ndarray, cfg: Config):
-    """Every token is in the vocabulary."""
-    highest = tokens.max(initial=0)
-    require(
-        highest < cfg.vocab_size,
-        f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; "
-        "set VOCAB_SIZE or use shards of the right tokenizer",
-    )
-
-
 class Seq(NamedTuple):
     """Where the sequences of a packed buffer lie. Attention is causal inside a sequence, whose last query and last key
     are the same token."""
@@ -986,15 +874,10 @@ class Seq(NamedTuple):
         document's start, not from the cut.
         """
         lengths = np.diff(np.append(starts, capacity))
-        pieces = -(-lengths // span)  # of each document
-        first = np.cumsum(pieces) - pieces  # the first piece of each document, among all pieces of the buffer
-        number = np.arange(pieces.sum()) - np.repeat(first, pieces)  # of each piece in its document: 0, 1, ...
-        cuts = np.repeat(starts, pieces) + number * span
-        ends = np.append(cuts, capacity)
-        cu = torch.from_numpy(ends.astype(np.int32))
         positions = np.arange(capacity) - np.repeat(starts, lengths)
-        positions = torch.from_numpy(positions.astype(np.int32))
-        return cls(cu, cu, longest, longest, positions)
+        cuts = np.flatnonzero(positions % span == 0)  # every document begins at position 0
+        cu = torch.from_numpy(np.append(cuts, capacity)).int()
+        return cls(cu, cu, longest, longest, torch.from_numpy(positions).int())
 
     @classmethod
     def lockstep(
@@ -1016,10 +899,10 @@ class Seq(NamedTuple):
         """
         row = torch.arange(rows, dtype=torch.int32, device=begin.device)[:, None]
 
-        def offsets(before: int, length: int) -> Tensor:
+        def offsets(before, length):
             """Where the two sequences of each row begin; `before` of its `length` tokens stand before the chunk."""
             outside = (before - begin).clamp(min=0).int()
-            in_row = torch.stack((torch.zeros_like(outside), outside))
+            in_row = F.pad(outside[None], (1, 0))
             starts = row * length + in_row
             return F.pad(starts.flatten(), (0, 1), value=rows * length)
 
@@ -1054,10 +937,9 @@ def pack_documents(
     targets are -1, so it is never scored.
     """
 
-    def padded(values: ndarray, fill: int) -> Tensor:
-        buffer = np.full(capacity, fill, np.int64)
-        buffer[: len(values)] = values
-        return torch.from_numpy(buffer)
+    def padded(values, fill):
+        values = torch.from_numpy(values.astype(np.int64))
+        return F.pad(values, (0, capacity - len(values)), value=fill)
 
     if len(inputs) < capacity:
         starts = np.append(starts, len(inputs))
@@ -1068,18 +950,15 @@ def pack_documents(
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy without waiting."""
 
-    def move(t: Tensor) -> Tensor:
+    def move(t):
         if device.type == "cpu":
             return t
         return t.pin_memory().to(device, non_blocking=True)
 
-    cu = move(batch.seq.cu_q)  # of queries and keys: without a cache both lie alike
-    positions = move(batch.seq.positions)
-    return batch._replace(
-        tokens=move(batch.tokens),
-        targets=move(batch.targets),
-        seq=batch.seq._replace(cu_q=cu, cu_k=cu, positions=positions),
-    )
+    seq = batch.seq
+    cu = move(seq.cu_q)  # of queries and keys: without a cache both lie alike
+    seq = Seq(cu, cu, seq.max_q, seq.max_k, move(seq.positions))
+    return Batch(move(batch.tokens), move(batch.targets), seq, batch.split)
 
 
 class TrainStream:
@@ -1112,20 +991,18 @@ class TrainStream:
     def micro_batch(self, start: int, count: int, span: int) -> Batch:
         """Inputs [start, start + count) and their targets; a document already running at `start` begins anew there."""
         tokens = self.read(start, count + 1)
-        starts = np.flatnonzero(tokens[:-1] == self.cfg.bos_id)
-        if not len(starts) or starts[0] != 0:
-            starts = np.insert(starts, 0, 0)
+        starts = np.union1d(0, np.flatnonzero(tokens[:-1] == self.cfg.bos_id))
         capacity = self.cfg.micro_batch_tokens
         return pack_documents(tokens[:-1], tokens[1:], starts, span, self.cfg.train_seq_len, capacity, "train")
 
     def read(self, start: int, count: int) -> ndarray:
-        """`count` tokens from position `start` of the endless stream, int64."""
+        """`count` tokens from position `start` of the endless stream, uint16."""
         pieces = []
         while count:
             start %= self.tokens  # another epoch
-            i = int(np.searchsorted(self.ends, start, side="right"))  # the shard that holds `start`
-            offset = start - (int(self.ends[i]) - len(self.shards[i]))
-            piece = self.shards[i][offset : offset + count].astype(np.int64)
+            i = np.searchsorted(self.ends, start, side="right")  # the shard that holds `start`
+            before_end = start - self.ends[i]  # negative: counted from the shard's end
+            piece = self.shards[i][before_end:][:count]
             check_tokens(self.paths[i], piece, self.cfg)
             pieces.append(piece)
             start += len(piece)
@@ -1137,18 +1014,15 @@ class Prefetch:
     """Builds the next step's batches in a thread. A change of span only wastes what was built for the earlier span."""
 
     def __init__(self, stream: TrainStream, ranks: Ranks):
-        self.stream = stream
-        self.ranks = ranks
-        self.pool = ThreadPoolExecutor(1)
+        thread = ThreadPoolExecutor(1)
+        self.submit = functools.partial(thread.submit, stream.step, rank=ranks.rank, world=ranks.world)
+        self.device = ranks.device
         self.waiting = {}  # (step, span) -> future of its batches
-
-    def submit(self, step: int, span: int):
-        return self.pool.submit(self.stream.step, step, span, self.ranks.rank, self.ranks.world)
 
     def __call__(self, step: int, span: int) -> list[Batch]:
         future = self.waiting.pop((step, span), None) or self.submit(step, span)
         self.waiting = {(step + 1, span): self.submit(step + 1, span)}  # the guess: no change of span
-        return [to_device(batch, self.ranks.device) for batch in future.result()]
+        return [to_device(batch, self.device) for batch in future.result()]
 
 
 class ValidationStream:
@@ -1156,9 +1030,10 @@ class ValidationStream:
 
     def __init__(self, cfg: Config):
         folder = Path(cfg.data_path)
-        self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, "fineweb_val_*.bin")])
-        check_start(folder / "fineweb_val_*.bin", self.tokens, cfg)
-        check_tokens(folder / "fineweb_val_*.bin", self.tokens, cfg)
+        shards = folder / "fineweb_val_*.bin"
+        self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, shards.name)])
+        check_start(shards, self.tokens, cfg)
+        check_tokens(shards, self.tokens, cfg)
         self.targets = len(self.tokens) - 1  # target i is token i + 1
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         # Inputs of each document. The target of its last input is the next document's BOS.
@@ -1167,24 +1042,38 @@ class ValidationStream:
         if sidecars:
             self.byte_source = "sidecar"
             self.bytes = np.concatenate([open_shard(path) for path in sidecars])
-            require(
-                len(self.bytes) == len(self.tokens),
-                f"{folder}: the byte sidecar has {len(self.bytes)} entries for {len(self.tokens)} tokens; "
-                "prepare both in one go",
-            )
-            require(self.bytes.any(), f"{sidecars[0]}: the byte sidecar holds only zeros; prepare the data again")
         else:
             self.byte_source = "tokenizer"
             self.bytes = tokenizer_bytes(cfg, self.tokens)
+        aligned = len(self.bytes) == len(self.tokens)
         require(
-            not self.bytes[self.starts].any(),
-            f"{folder}: the byte {self.byte_source} counts bytes for BOS; prepare the data again",
+            aligned and self.bytes.any() and not self.bytes[self.starts].any(),
+            f"{folder}: the byte {self.byte_source} must give bytes for every token, none for BOS, and not only zeros; "
+            "prepare tokens and bytes again, in one go",
         )
 
     @property
     def target_bytes(self) -> ndarray:
         """Bytes of target i, the token at i + 1."""
         return self.bytes[1:]
+
+
+def check_start(path: Path, tokens: ndarray, cfg: Config):
+    """The first token of a stream begins a document."""
+    require(
+        cfg.bos_id in tokens[:1],
+        f"{path}: the first token is {tokens[:1]}, not BOS_ID={cfg.bos_id}; prepare the data again",
+    )
+
+
+def check_tokens(path: Path, tokens: ndarray, cfg: Config):
+    """Every token is in the vocabulary."""
+    highest = tokens.max(initial=0)
+    require(
+        highest < cfg.vocab_size,
+        f"{path}: token {highest} is outside VOCAB_SIZE={cfg.vocab_size}; "
+        "set VOCAB_SIZE or use shards of the right tokenizer",
+    )
 
 
 def tokenizer_path(cfg: Config) -> Path:
@@ -1203,9 +1092,9 @@ def open_tokenizer(cfg: Config):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pieces = sp.vocab_size()
     require(pieces == cfg.vocab_size, f"TOKENIZER_PATH={path}: {pieces} pieces, VOCAB_SIZE={cfg.vocab_size}")
-    case_marks = "\ue001\ue002\ue003\ue004"  # pieces of a CaseOps tokenizer, which stand for no bytes
+    case_marks = set("\ue001\ue002\ue003\ue004")  # pieces of a CaseOps tokenizer, which stand for no bytes
     require(
-        not any(sp.id_to_piece(i) in case_marks for i in range(8)),
+        case_marks.isdisjoint(sp.id_to_piece(list(range(8)))),
         f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; "
         "prepare the data again",
     )
@@ -1218,20 +1107,18 @@ def tokenizer_bytes(cfg: Config, tokens: ndarray) -> ndarray:
     A control token has 0 bytes, a byte-fallback token 1, and \\u2581 is a space. Many tokenizers put a space of their
     own before a document: it does not count, since the text does not have it."""
     sp = open_tokenizer(cfg)
-    ids = range(cfg.vocab_size)
-    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
-    texts = ["" if special[i] else sp.id_to_piece(i).replace("\u2581", " ") for i in ids]
-    sizes = np.array([1 if sp.is_byte(i) else len(texts[i].encode()) for i in ids], np.uint16)
+    ids = list(range(cfg.vocab_size))
+    special = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
+    texts = [piece.replace("\u2581", " ") for piece in sp.id_to_piece(ids)]
+    sizes = np.array([len(text.encode()) for text in texts], np.uint16)
+    sizes[sp.is_byte(ids)] = 1
+    sizes[special] = 0
     counts = sizes[tokens]  # (tokens,)
     if sp.encode("a", out_type=str)[0].startswith("\u2581"):  # the tokenizer has add_dummy_prefix
-        spaced = np.array([text.startswith(" ") for text in texts])
-        opens = np.concatenate([[True], special[tokens[:-1]]])  # the first token after BOS
-        counts -= opens & spaced[tokens]
+        spaced = np.char.startswith(texts, " ") & ~special
+        after_special = np.roll(special[tokens], 1)  # the first token after BOS; of the stream's own BOS it is any
+        counts -= after_special & spaced[tokens]
     return counts
-
-
-def sha256(data) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def fingerprint(cfg: Config, val: ValidationStream) -> dict:
@@ -1246,6 +1133,8 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
         "val_documents": len(val.starts),
         "val_bytes": size,
         "byte_source": val.byte_source,
+        "vocab_size": cfg.vocab_size,
+        "bos_id": cfg.bos_id,
         "val_sha256": sha256(np.ascontiguousarray(val.tokens)),  # however the tokens are cut into shards
         "dataset": "contest" if contest else "other",
         "manifest": manifest.is_file(),
@@ -1260,21 +1149,22 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
     damaged = f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again"
     with explained(damaged, ValueError, KeyError, TypeError):
         promised = json.loads(manifest.read_text())
-        for key in ("tokens", "documents", "bytes"):
-            count = facts[f"val_{key}"]
-            wanted = promised["val"][key]
+        theirs = {f"val_{key}": promised["val"][key] for key in ("tokens", "documents", "bytes")}
+        theirs |= {key: promised[key] for key in ("vocab_size", "bos_id")}
+        for key, value in theirs.items():
             require(
-                wanted in (None, count),
-                f"{manifest}: promises {wanted} validation {key}, the shards hold {count}; prepare the data again",
+                value in (None, facts[key]),
+                f"{manifest}: promises {key} {value}, here it is {facts[key]}; "
+                "prepare the data again, or set VOCAB_SIZE and BOS_ID",
             )
         for name, file in promised["files"].items():
-            check_promised_file(manifest.parent / name, file)
-        for key in ("vocab_size", "bos_id"):
-            ours = getattr(cfg, key)
-            require(
-                promised[key] == ours,
-                f"{manifest}: the shards have {key.upper()}={promised[key]}, the setting is {ours}",
-            )
+            path = manifest.parent / name
+            require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
+            if "train" in name:  # hashing gigabytes would take minutes
+                intact = len(open_shard(path)) == file["tokens"]
+            else:
+                intact = sha256(path.read_bytes()) == file["sha256"]
+            require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
         made_by = promised["tokenizer"]["sha256"]
         model = tokenizer_path(cfg)
         require(
@@ -1282,16 +1172,6 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
             f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})",
         )
         return {"transform": promised["transform"], "tokenizer_sha256": made_by}
-
-
-def check_promised_file(path: Path, file: dict):
-    """A file of the manifest is there and intact. `file` has its "tokens" and "sha256"."""
-    require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
-    if "train" in path.name:  # hashing gigabytes would take minutes
-        intact = len(open_shard(path)) == file["tokens"]
-    else:
-        intact = sha256(path.read_bytes()) == file["sha256"]
-    require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
 
 
 # ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
@@ -1308,8 +1188,9 @@ try:
 except ImportError:  # without Triton only the references run; the kernels are defined and stay plain functions
     tl = SimpleNamespace()
     constexpr = int
-    triton = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f))
+    triton = SimpleNamespace(jit=lambda fn, **_: fn)
     INTERPRET = None
+kernel = functools.partial(triton.jit, do_not_specialize=["T"])  # compiled once for every number of tokens
 HEAD_TILE = 1024  # elements of heads per program of 4 warps
 STREAM_ROWS = 4  # rows of d elements per tile of 4 warps
 STREAM_PROGRAMS = 4  # programs per multiprocessor
@@ -1339,6 +1220,11 @@ def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, copied where they are not contiguous."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
 @triton.jit
 def rows_from(first, ROWS: constexpr):
     """first .. first + ROWS - 1 (ROWS,) int64."""
@@ -1358,9 +1244,28 @@ def load_fp32(ptrs, ok):
 
 
 @triton.jit
+def bf16(x):
+    """fp32 numbers rounded to bf16, the dtype in which the reference holds them."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def row_dot(x, y):
+    """x . y of each row of two tiles (rows, D), as (rows, 1)."""
+    return tl.sum(x * y, 1)[:, None]
+
+
+@triton.jit
 def inverse_rms(x, D: constexpr, eps):
-    """1 / sqrt(mean(x^2) + eps) of each row of x (rows, D), as (rows,)."""
-    return tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    """r = 1 / sqrt(mean(x^2) + eps) of each row of x (rows, D), as (rows, 1). The row's RMSNorm is n = r x."""
+    return tl.rsqrt(row_dot(x, x) / D + eps)
+
+
+@triton.jit
+def norm_gradient(x, dn, scale, D: constexpr, eps):
+    """dx = scale r (dn - x r^2 (x . dn) / D) for rows x (rows, D) and the gradient dn of scale r x."""
+    r = inverse_rms(x, D, eps)
+    return scale * r * (dn - x * (r * r * row_dot(x, dn) / D))
 
 
 # --- MLP: down(leaky_relu(up(x))^2) ---
@@ -1375,7 +1280,7 @@ def inverse_rms(x, D: constexpr, eps):
 # - Both cases are equally likely, so the errors spread evenly over (-1, 1]: their mean is zero.
 
 
-def mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+def mlp_reference(x, w_up, w_down, slope):
     """`mlp` in plain PyTorch."""
     hidden = F.leaky_relu(F.linear(x, w_up), slope).square()
     return F.linear(hidden, w_down), hidden.detach()
@@ -1410,7 +1315,7 @@ def times_hidden_slope(d_hidden, hidden_bits, negative, slope):
     return d_hidden * root * tl.where(negative != 0, -2 * slope, 2.0)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def mlp_gemm_kernel(
     a_desc,  # (T, K) bf16: x; backward: d_out
     b_desc,  # (N, K) bf16: w_up; backward (K, N): w_down
@@ -1519,7 +1424,7 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_up, w_down, slope):
-        x, w_up, w_down = (t.contiguous() for t in (x, w_up, w_down))
+        x, w_up, w_down = contiguous(x, w_up, w_down)
         hidden = x.new_empty(len(x), len(w_up))
         mlp_gemm(x, w_up, hidden, None, slope)
         ctx.save_for_backward(x, w_up, w_down, hidden)
@@ -1571,7 +1476,7 @@ def softcap(z: Tensor, cap: float | Tensor) -> Tensor:
     return torch.where(z > 0, above, below)
 
 
-def softcap_nll_reference(z: Tensor, targets: Tensor, cap: float | Tensor) -> tuple[Tensor, Tensor]:
+def softcap_nll_reference(z, targets, cap):
     """`softcap_nll` in plain PyTorch."""
     logits = softcap(z, cap)
     lse = logits.logsumexp(-1)
@@ -1589,7 +1494,7 @@ def tanh_of(doubled):
     return 1.0 - r * r
 
 
-@triton.jit
+@kernel
 def softcap_nll_kernel(
     z_ptr,  # (T, V)
     target_ptr,  # (T,) int64
@@ -1626,22 +1531,14 @@ def softcap_nll_kernel(
         tl.store(dz_ptr + row * V + col, dz, mask=col < V)
 
 
-def launch_softcap_nll(
-    z: Tensor,
-    targets: Tensor,
-    cap: float,
-    row_grad: Tensor | None = None,
-    dz: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """-> nll (T,), lse (T,), both fp32; fills dz if given. z (T, V) contiguous."""
+def launch_softcap_nll(z, targets, cap, row_grad=None, dz=None) -> tuple[Tensor, Tensor]:
+    """-> nll (T,), lse (T,), both fp32; fills dz (T, V), if given, by row_grad (T,) fp32. z (T, V) contiguous."""
     T, V = z.shape
-    nll = torch.empty(T, dtype=torch.float32, device=z.device)
+    nll = z.new_empty(T, dtype=torch.float32)
     lse = torch.empty_like(nll)
     block = triton.next_power_of_2(V)
-    inputs = (z, targets, row_grad)
-    outputs = (nll, lse, dz)
     warps = min(32, max(1, block // 1024))
-    softcap_nll_kernel[(T,)](*inputs, *outputs, cap, V=V, BLOCK=block, num_warps=warps)
+    softcap_nll_kernel[(T,)](z, targets, row_grad, nll, lse, dz, cap, V, block, num_warps=warps)
     return nll, lse
 
 
@@ -1732,9 +1629,7 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, cap: float | Tensor, weight
 #     dx = R' (r g dy - r (y . dy) / (D g) y),   and for q   dg = sum over tokens of (R n) . dy = sum of (y . dy) / g
 
 
-def qkv_heads_reference(
-    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def qkv_heads_reference(qkv, gain, cos, sin, kv_heads, copies, eps):
     """`qkv_heads` in plain PyTorch."""
     H = gain.numel()
     n = cos.size(1)
@@ -1753,8 +1648,8 @@ def qkv_heads_reference(
 
 
 @triton.jit
-def head_and_rows(HEADS: constexpr, BLOCK: constexpr):
-    """-> the head and the BLOCK tokens (int64) of this program. Neighbouring programs take heads of the same tokens."""
+def head_and_tokens(HEADS: constexpr, BLOCK: constexpr):
+    """-> the head and the tokens (BLOCK,) of this program. Neighbouring programs take heads of the same tokens."""
     pid = tl.program_id(0)
     return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)
 
@@ -1769,7 +1664,7 @@ def store_rotated(out_ptr, x, a, b, cos, sin, ok, D: constexpr, N: constexpr):
     tl.store(out_ptr + N + pair, b * cos - a * sin, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def qkv_heads_kernel(
     qkv_ptr,  # (T, H + 2 KV, D)
     gain_ptr,  # (H,) fp32
@@ -1790,7 +1685,7 @@ def qkv_heads_kernel(
 ):
     """One head of BLOCK tokens per program: y = g R n for q and k, v as it is."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_rows(HEADS, BLOCK)
+    head, row = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
     token = row[:, None]
@@ -1806,9 +1701,9 @@ def qkv_heads_kernel(
     else:
         wide = x.to(tl.float32)
         rstd = inverse_rms(wide, D, eps)
-        tl.store(rstd_ptr + row * (H + KV) + head, rstd, mask=row < T)
+        tl.store(rstd_ptr + token * (H + KV) + head, rstd, mask=ok)
         gain = tl.load(gain_ptr + head) if is_query else 1.0
-        scale = rstd[:, None] * gain
+        scale = rstd * gain
         y = wide * scale
         # The halves come once more, from the L1 cache: to cut them out of the tile would move data between threads.
         a = load_fp32(x_ptr + pair, ok) * scale
@@ -1842,7 +1737,7 @@ def load_head(ptr, ok, COPIES: constexpr, D: constexpr, N: constexpr):
     return x, a, b
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def qkv_heads_gradient_kernel(
     dq_ptr,  # (T, H, D)
     dk_ptr,  # (T, KV, COPIES, D)
@@ -1866,7 +1761,7 @@ def qkv_heads_gradient_kernel(
 ):
     """One head of BLOCK tokens per program: dx from y and dy; dv sums the gradients of v's copies and of its view."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_rows(HEADS, BLOCK)
+    head, row = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
     token = row[:, None]
@@ -1880,7 +1775,7 @@ def qkv_heads_gradient_kernel(
         dv = load_sum(dv_ptr + offset * COPIES, col, ok, COPIES, D) + d_own
         tl.store(dx_ptr + col, dv, mask=ok)
     else:
-        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)
+        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)[:, None]
         cos = load_fp32(cos_ptr + token * N + pair, ok)
         sin = load_fp32(sin_ptr + token * N + pair, ok)
         if is_query:
@@ -1894,14 +1789,14 @@ def qkv_heads_gradient_kernel(
             y_ptr = k_ptr + offset
             dy, da, db = load_head(dk_ptr + offset, ok, COPIES, D, N)
         y = load_fp32(y_ptr + col, ok)
-        dot = tl.sum(y * dy, 1)
-        by_dy = (rstd * gain)[:, None]
-        by_y = (rstd * dot / (D * gain))[:, None]
+        dot = row_dot(y, dy)
+        by_dy = rstd * gain
+        by_y = rstd * dot / (D * gain)
         a = by_dy * da - by_y * load_fp32(y_ptr + pair, ok)
         b = by_dy * db - by_y * load_fp32(y_ptr + N + pair, ok)
         store_rotated(dx_ptr, by_dy * dy - by_y * y, a, b, cos, -sin, ok, D, N)
         if is_query and d_gain_ptr is not None:
-            tl.atomic_add(d_gain_ptr + head, tl.sum(dot, 0) / gain, sem="relaxed")
+            tl.atomic_add(d_gain_ptr + head, tl.sum(dot) / gain, sem="relaxed")
 
 
 class QKVHeads(torch.autograd.Function):
@@ -1909,7 +1804,7 @@ class QKVHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, gain, cos, sin, kv_heads, copies, eps):
-        qkv, gain, cos, sin = (t.contiguous() for t in (qkv, gain, cos, sin))
+        qkv, gain, cos, sin = contiguous(qkv, gain, cos, sin)
         T = len(qkv)
         H = len(gain)
         heads = qkv.unflatten(1, (H + 2 * kv_heads, -1))
@@ -1917,31 +1812,22 @@ class QKVHeads(torch.autograd.Function):
         q = qkv.new_empty(T, H, D)
         k, v = (qkv.new_empty(T, copies * kv_heads, D) for _ in range(2))
         rstd = qkv.new_empty(T, H + kv_heads, dtype=torch.float32)
-        inputs = (qkv, gain, cos, sin)
-        outputs = (q, k, v, rstd)
         rows = max(HEAD_TILE // D, 1)  # tokens per program
-        ctx.sizes = dict(
-            H=H,
-            KV=kv_heads,
-            COPIES=copies,
-            D=D,
-            N=cos.size(1),
-            BLOCK=rows,
-        )
+        ctx.sizes = (H, kv_heads, copies, D, cos.size(1), rows)
         ctx.grid = (triton.cdiv(T, rows) * heads.size(1),)
-        qkv_heads_kernel[ctx.grid](*inputs, *outputs, T, eps, **ctx.sizes)
+        qkv_heads_kernel[ctx.grid](qkv, gain, cos, sin, q, k, v, rstd, T, eps, *ctx.sizes)
         ctx.save_for_backward(q, k, gain, cos, sin, rstd)
         return q, k, v, heads[:, -kv_heads:]
 
     @staticmethod
     def backward(ctx, *grads):
-        q, _, gain, *_ = ctx.saved_tensors
-        T, H, D = q.shape
-        d_qkv = q.new_empty(T, (H + 2 * ctx.sizes["KV"]) * D)
+        _, _, gain, _, _, rstd = ctx.saved_tensors
+        H, kv_heads, _, D, *_ = ctx.sizes
+        T = len(rstd)
+        d_qkv = grads[0].new_empty(T, (H + 2 * kv_heads) * D)
         d_gain = torch.zeros_like(gain) if ctx.needs_input_grad[1] else None
-        grads = [t.contiguous() for t in grads]
-        outputs = (d_qkv, d_gain)
-        qkv_heads_gradient_kernel[ctx.grid](*grads, *ctx.saved_tensors, *outputs, T, **ctx.sizes)
+        inputs = (*contiguous(*grads), *ctx.saved_tensors)
+        qkv_heads_gradient_kernel[ctx.grid](*inputs, d_qkv, d_gain, T, *ctx.sizes)
         return d_qkv, d_gain, None, None, None, None, None
 
 
@@ -1964,12 +1850,12 @@ def qkv_heads(
 # --- XSA and the gate of each head's output ---
 # For one head's y, the v of its group and the gate's input z:
 #     along = (y . v) / (v . v)                    across = y - along v               out = top sigmoid(slope z) across
-# Backward, from d_across = top sigmoid(slope z) d_out and d_along = (d_across . v) / (v . v):
+# Backward, from d_across = top sigmoid(slope z) d_out and its own component d_along = (d_across . v) / (v . v):
 #     dz = (d_out . across) top slope sigmoid(slope z) (1 - sigmoid(slope z))
 #     dy = d_across - d_along v                    dv = 2 along d_along v - d_along y - along d_across
 
 
-def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
+def xsa_gate_reference(y, v, z, slope, top):
     """`xsa_gate` in plain PyTorch."""
     y_grouped = y.unflatten(1, (v.size(1), -1)).float()  # (T, KV, H / KV, D)
     v = v[:, :, None].float()
@@ -1980,7 +1866,7 @@ def xsa_gate_reference(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float
     return (across * gate[:, :, None]).to(y.dtype)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def xsa_gate_kernel(
     y_ptr,  # (T, KV, GROUP, D)
     v_ptr,  # (T, KV, D), its tokens v_stride elements apart
@@ -2001,56 +1887,41 @@ def xsa_gate_kernel(
     """BLOCK rows (token, KV head) per program; the GROUP query heads that share a v pass one after another."""
     row = rows_from(tl.program_id(0) * BLOCK, BLOCK)
     col = columns(D)
-    ok = (row < T * KV)[:, None]
+    exists = row < T * KV
+    ok = exists[:, None]
     v_row = row // KV * v_stride + row % KV * D
     v = load_fp32(v_ptr + v_row[:, None] + col, ok)
-    inverse = 1.0 / tl.maximum(tl.sum(v * v, 1), 1e-12)[:, None]
+    inverse = 1.0 / tl.maximum(row_dot(v, v), 1e-12)
     dv = tl.zeros((BLOCK, D), tl.float32)
     for g in tl.static_range(GROUP):
         head = row * GROUP + g
         cell = head[:, None] * D + col
         y = load_fp32(y_ptr + cell, ok)
-        z = load_fp32(z_ptr + head, row < T * KV)
-        opened = tl.sigmoid(slope * z)
-        along = tl.sum(y * v, 1)[:, None] * inverse
+        opened = tl.sigmoid(slope * load_fp32(z_ptr + head, exists))[:, None]
+        along = row_dot(y, v) * inverse
         across = y - along * v
         if d_out_ptr is None:
-            out = across * (top * opened)[:, None]
-            tl.store(out_ptr + cell, out, mask=ok)
+            tl.store(out_ptr + cell, across * (top * opened), mask=ok)
         else:
             d_out = load_fp32(d_out_ptr + cell, ok)
-            d_gate = tl.sum(d_out * across, 1)
+            d_gate = row_dot(d_out, across)
             dz = d_gate * (top * slope) * opened * (1.0 - opened)
-            tl.store(dz_ptr + head, dz, mask=row < T * KV)
-            d_across = d_out * (top * opened)[:, None]
-            d_along = tl.sum(d_across * v, 1)[:, None] * inverse
-            dy = d_across - d_along * v
-            tl.store(out_ptr + cell, dy, mask=ok)
+            tl.store(dz_ptr + head[:, None], dz, mask=ok)
+            d_across = d_out * (top * opened)
+            d_along = row_dot(d_across, v) * inverse
+            tl.store(out_ptr + cell, d_across - d_along * v, mask=ok)
             dv += 2.0 * along * d_along * v - d_along * y - along * d_across
     if d_out_ptr is not None:
         tl.store(dv_ptr + row[:, None] * D + col, dv, mask=ok)
 
 
-def launch_xsa_gate(
-    y: Tensor,
-    v: Tensor,
-    z: Tensor,
-    slope: float,
-    top: float,
-    *,
-    out: Tensor,
-    d_out: Tensor | None = None,
-    dv: Tensor | None = None,
-    dz: Tensor | None = None,
-) -> None:
-    """Forward fills out; with d_out backward fills out with the gradient of y, and dv and dz."""
+def launch_xsa_gate(y, v, z, slope, top, d_out, out, dv=None, dz=None):
+    """Forward (d_out None) fills out; backward fills out with the gradient of y, and dv and dz."""
     T, KV, D = v.shape
-    inputs = (y, v, z, d_out)
-    outputs = (out, dv, dz)
     rows = max(HEAD_TILE // D, 1)
-    sizes = dict(KV=KV, GROUP=y.size(1) // KV, D=D, BLOCK=rows)
-    grid = (triton.cdiv(T * KV, rows),)
-    xsa_gate_kernel[grid](*inputs, *outputs, T, v.stride(0), slope, top, **sizes)
+    tensors = (y, v, z, d_out, out, dv, dz)
+    sizes = (KV, y.size(1) // KV, D, rows)
+    xsa_gate_kernel[(triton.cdiv(T * KV, rows),)](*tensors, T, v.stride(0), slope, top, *sizes)
 
 
 class XSAGate(torch.autograd.Function):
@@ -2058,22 +1929,20 @@ class XSAGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, v, z, slope, top):
-        y = y.contiguous()
-        z = z.contiguous()
-        heads_adjoin = v.stride()[1:] == (v.size(2), 1)
-        if not heads_adjoin:  # tokens may lie apart, as they do in a view of qkv
+        y, z = contiguous(y, z)
+        if not v[:1].is_contiguous():  # tokens may lie apart, as they do in a view of qkv, but not a token's heads
             v = v.contiguous()
         out = torch.empty_like(y)
-        launch_xsa_gate(y, v, z, slope, top, out=out)
+        launch_xsa_gate(y, v, z, slope, top, None, out)
         ctx.save_for_backward(y, v, z)
         ctx.constants = (slope, top)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        dy, dv, dz = empty_like(*ctx.saved_tensors)
-        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, out=dy, d_out=d_out.contiguous(), dv=dv, dz=dz)
-        return dy, dv, dz, None, None
+        grads = empty_like(*ctx.saved_tensors)
+        launch_xsa_gate(*ctx.saved_tensors, *ctx.constants, d_out.contiguous(), *grads)
+        return *grads, None, None
 
 
 def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tensor:
@@ -2093,16 +1962,7 @@ def xsa_gate(y: Tensor, v: Tensor, z: Tensor, slope: float, top: float) -> Tenso
 #     d c(e_t) += dz_t g                           d g += dz_t c(e_t)
 
 
-def embed_reference(
-    tokens: Tensor,
-    previous: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    gate: Tensor | None,
-    strength: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
+def embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype):
     """`embed` in plain PyTorch."""
     x = F.embedding(tokens, table).to(dtype)
     if gate is not None:
@@ -2114,29 +1974,23 @@ def embed_reference(
 
 
 @triton.jit
-def bf16(x):
-    """fp32 numbers rounded to bf16, the dtype in which the reference holds them."""
-    return x.to(tl.bfloat16).to(tl.float32)
-
-
-@triton.jit
 def smeared(row, inputs, T, C: constexpr, D: constexpr, GATE: constexpr):
-    """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens, those before, c(e) (ROWS, GATE), of which C
-    channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
-    inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,), strength (); the last two or None."""
+    """-> x (ROWS, D) of some rows, and what its gradient needs: the tokens and those before, both (ROWS, 1), c(e)
+    (ROWS, GATE), of which C channels count, how far the gate is open (ROWS,), and the embeddings before (ROWS, D).
+    inputs: tokens (T,), previous (T,), positions (T,), table (V, D), gate (C,) and strength () or None."""
     tokens_ptr, previous_ptr, positions_ptr, table_ptr, gate_ptr, strength_ptr = inputs
     ok = row < T
     channel = columns(GATE)
     col = columns(D)
-    token = tl.load(tokens_ptr + row, mask=ok, other=0)
-    before = tl.load(previous_ptr + row, mask=ok, other=0)
-    token_row = table_ptr + token[:, None] * D
+    token = tl.load(tokens_ptr + row, mask=ok, other=0)[:, None]
+    before = tl.load(previous_ptr + row, mask=ok, other=0)[:, None]
+    token_row = table_ptr + token * D
     x = bf16(tl.load(token_row + col))
     first = bf16(load_fp32(token_row + channel, channel < C))
     e_before = x
     opened = tl.zeros(row.shape, tl.float32)
     if gate_ptr is not None:
-        e_before = bf16(tl.load(table_ptr + before[:, None] * D + col))
+        e_before = bf16(tl.load(table_ptr + before * D + col))
         gate = bf16(load_fp32(gate_ptr + channel, channel < C))
         position = tl.load(positions_ptr + row, mask=ok, other=0)
         has_before = (position > 0).to(tl.float32)
@@ -2145,7 +1999,7 @@ def smeared(row, inputs, T, C: constexpr, D: constexpr, GATE: constexpr):
     return bf16(x), (token, before, first, opened, e_before)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def embed_kernel(
     inputs,  # of smeared()
     out_ptr,  # (T, D), written
@@ -2159,12 +2013,12 @@ def embed_kernel(
     """ROWS smeared and normed embeddings per program."""
     row = rows_from(tl.program_id(0) * ROWS, ROWS)
     x, _ = smeared(row, inputs, T, C, D, GATE)
-    n = x * inverse_rms(x, D, eps)[:, None]
+    n = x * inverse_rms(x, D, eps)
     out_ptr += row[:, None] * D + columns(D)
     tl.store(out_ptr, n, mask=(row < T)[:, None])
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def embed_gradient_kernel(
     dn_ptr,  # (T, D)
     inputs,  # of smeared()
@@ -2179,7 +2033,7 @@ def embed_gradient_kernel(
     ROWS: constexpr,
 ):
     """Every program takes ROWS tokens at a time and sums the gradients of gate and strength in registers."""
-    _, _, _, table_ptr, gate_ptr, strength_ptr = inputs
+    _, _, _, _, gate_ptr, strength_ptr = inputs
     channel = columns(GATE)
     col = columns(D)
     d_gate = tl.zeros((ROWS, GATE), tl.float32)
@@ -2190,22 +2044,19 @@ def embed_gradient_kernel(
         x, parts = smeared(row, inputs, T, C, D, GATE)
         token, before, first, opened, e_before = parts
         dn = load_fp32(dn_ptr + row[:, None] * D + col, ok)
-        rstd = inverse_rms(x, D, eps)[:, None]
-        along = rstd * rstd * tl.sum(x * dn, 1)[:, None] / D
-        dx = rstd * (dn - x * along)
-        token_row = d_table_ptr + token[:, None] * D
+        dx = norm_gradient(x, dn, 1.0, D, eps)
+        token_row = d_table_ptr + token * D
         tl.atomic_add(token_row + col, dx, mask=ok, sem="relaxed")
         if gate_ptr is not None:
             strength = tl.load(strength_ptr)
             dot = tl.sum(e_before * dx, 1)
-            before_row = d_table_ptr + before[:, None] * D
+            before_row = d_table_ptr + before * D
             d_before = (strength * opened)[:, None] * dx
             tl.atomic_add(before_row + col, d_before, mask=ok & (opened > 0)[:, None], sem="relaxed")
-            dz = strength * dot * opened * (1.0 - opened)
+            dz = (strength * dot * opened * (1.0 - opened))[:, None]
             gate = bf16(load_fp32(gate_ptr + channel, channel < C))
-            d_first = dz[:, None] * gate
-            tl.atomic_add(token_row + channel, d_first, mask=ok & (channel < C), sem="relaxed")
-            d_gate += dz[:, None] * first
+            tl.atomic_add(token_row + channel, dz * gate, mask=ok & (channel < C), sem="relaxed")
+            d_gate += dz * first
             d_strength += dot * opened
     if gate_ptr is not None:
         channel = tl.arange(0, GATE)
@@ -2221,13 +2072,11 @@ class Embed(torch.autograd.Function):
         T = len(tokens)
         d = table.size(1)
         channels = 0 if gate is None else len(gate)
-        block = 16 if gate is None else triton.next_power_of_2(channels)
-        ctx.sizes = dict(C=channels, D=d, GATE=block, ROWS=STREAM_ROWS)
-        ctx.eps = eps
+        block = triton.next_power_of_2(channels or 16)
+        ctx.constants = (T, eps, channels, d, block, STREAM_ROWS)
         inputs = (tokens, previous, positions, table, gate, strength)
-        out = torch.empty(T, d, dtype=torch.bfloat16, device=table.device)
-        grid = (triton.cdiv(T, STREAM_ROWS),)
-        embed_kernel[grid](inputs, out, T, eps, **ctx.sizes)
+        out = table.new_empty(T, d, dtype=torch.bfloat16)
+        embed_kernel[(triton.cdiv(T, STREAM_ROWS),)](inputs, out, *ctx.constants)
         ctx.save_for_backward(*inputs)
         return out
 
@@ -2236,7 +2085,7 @@ class Embed(torch.autograd.Function):
         inputs = tuple(ctx.saved_tensors)
         grads = [None if t is None else torch.zeros_like(t) for t in inputs[3:]]
         grid = (3 * processors(dn.device),)  # with more they contend for the rows of the table
-        embed_gradient_kernel[grid](dn.contiguous(), inputs, *grads, len(dn), ctx.eps, **ctx.sizes)
+        embed_gradient_kernel[grid](dn.contiguous(), inputs, *grads, *ctx.constants)
         return None, None, None, *grads, None
 
 
@@ -2251,8 +2100,8 @@ def embed(
     dtype: torch.dtype,
 ) -> Tensor:
     """tokens, previous (T,) int64, positions (T,) int32, table (V, d), gate (c,) and strength () fp32
-    -> RMSNorm of e_t + strength sigmoid(gate . e_t) e_{t-1} (T, d) in `dtype`, without the second term at position 0
-    and without gate (SmearGate, #1667)."""
+    -> RMSNorm of e_t + strength sigmoid(gate . e_t[:c]) e_{t-1} (T, d) in `dtype`. The second term is
+    missing at position 0 and, where gate is None, everywhere (SmearGate, #1667)."""
     if use_kernels(dtype, table.device, table.size(1)):
         return Embed.apply(tokens, previous, positions, table, gate, strength, eps)
     return embed_reference(tokens, previous, positions, table, gate, strength, eps, dtype)
@@ -2279,8 +2128,8 @@ class Combined(NamedTuple):
     normed: Tensor | None  # (T, d)
 
 
-def combine_reference(terms: list[Tensor], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
-    """combine() in plain PyTorch; the sums have a weight for each term."""
+def combine_reference(terms, sums, rows, eps):
+    """combine() in plain PyTorch. Of single terms (T, d): the sums have a weight for each."""
     results = []
     for weights, norm_scale, keep in sums:
         parts = [x if w == ONE else rows[w] * x for w, x in zip(weights, terms) if w != ABSENT]
@@ -2291,123 +2140,101 @@ def combine_reference(terms: list[Tensor], sums: list[Sum], rows: Tensor | None,
 
 
 @triton.jit
-def load_all(ptrs, at, ok):
-    """The tiles of all pointers, fp32."""
-    tiles = ()
-    for i in tl.static_range(len(ptrs)):
-        tiles = tiles + (tl.load(ptrs[i] + at, mask=ok, other=0.0).to(tl.float32),)
-    return tiles
-
-
-@triton.jit
 def load_rows(w_ptr, R: constexpr, D: constexpr, BLOCK: constexpr):
     """The R rows of weights, each (1, BLOCK)."""
-    col, ws = tl.arange(0, BLOCK)[None, :], ()
+    col = columns(BLOCK)
+    ws = ()
     for r in tl.static_range(R):
-        ws = ws + (tl.load(w_ptr + r * D + col, mask=col < D, other=0.0),)
+        ws += (load_fp32(w_ptr + r * D + col, col < D),)
     return ws
 
 
 @triton.jit
-def tile_at(first, T, D: constexpr, BLOCK: constexpr, ROWS: constexpr):
+def tile_from(first, T, D: constexpr, BLOCK: constexpr, ROWS: constexpr):
     """-> offsets of the tile of ROWS tokens that begins at token `first`, and which of its elements exist."""
-    col = tl.arange(0, BLOCK)[None, :]
-    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    return row * D + col, row < T if BLOCK == D else (row < T) & (col < D)
+    row = rows_from(first, ROWS)[:, None]
+    col = columns(BLOCK)
+    return row * D + col, (row < T) & (col < D)
 
 
 @triton.jit
-def weighted_sum(xs, ws, FORM: constexpr, m: constexpr):
-    """Sum m of tiles xs, fp32."""
-    y = tl.zeros(xs[0].shape, tl.float32)
-    for k in tl.static_range(len(xs)):
-        if FORM[m][k] == IS_ONE:
-            y += xs[k]
-        elif FORM[m][k] >= 0:
-            y += ws[FORM[m][k]] * xs[k]
-    return y
+def weighted_sum(tiles, ws, FORM: constexpr, m: constexpr):
+    """sum_i c_i tiles[i] (ROWS, BLOCK) fp32: c_i is 1 (ONE), 0 (ABSENT) or the row ws[FORM[m][i]] (1, BLOCK)."""
+    total = tl.zeros(tiles[0].shape, tl.float32)
+    for i in tl.static_range(len(tiles)):
+        if FORM[m][i] == IS_ONE:
+            total += tiles[i]
+        elif FORM[m][i] >= 0:
+            total += ws[FORM[m][i]] * tiles[i]
+    return total
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def combine_kernel(
-    streams,
-    w_ptr,
-    ys,
-    ns,
-    scales,
+    streams,  # (T, D) each
+    w_ptr,  # (R, D) fp32; None if R is 0
+    ys,  # (T, D) each, written: the sums; None where not wanted
+    ns,  # (T, D) each, written: their norms; None where not wanted
+    scales,  # of the norms
     T,
     eps,
-    FORM: constexpr,
+    FORM: constexpr,  # the weights of each Sum
     R: constexpr,
     D: constexpr,
-    BLOCK: constexpr,
+    BLOCK: constexpr,  # D or the next power of two
     ROWS: constexpr,
 ):
-    """FORM holds the weights of every Sum. ys and ns receive the sums and their norms; each may be None.
-    BLOCK is D or the next power of two."""
+    """y = sum of w x over the streams x, and n = scale r y, for each Sum; ROWS tokens at a time."""
     ws = load_rows(w_ptr, R, D, BLOCK)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        at, ok = tile_at(first, T, D, BLOCK, ROWS)
-        xs = load_all(streams, at, ok)
+        offset, ok = tile_from(first, T, D, BLOCK, ROWS)
+        xs = [load_fp32(x_ptr + offset, ok) for x_ptr in streams]
         for m in tl.static_range(len(FORM)):
             if ys[m] is not None or ns[m] is not None:
-                y = weighted_sum(xs, ws, FORM, m).to(streams[0].dtype.element_ty)
+                y = bf16(weighted_sum(xs, ws, FORM, m))
                 if ys[m] is not None:
-                    tl.store(ys[m] + at, y, mask=ok)
+                    tl.store(ys[m] + offset, y, mask=ok)
                 if ns[m] is not None:
-                    wide = y.to(tl.float32)
-                    n = wide * (scales[m] * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps))[:, None]
-                    tl.store(ns[m] + at, n.to(ns[m].dtype.element_ty), mask=ok)
+                    n = y * (scales[m] * inverse_rms(y, D, eps))
+                    tl.store(ns[m] + offset, n, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def combine_gradient_kernel(
-    streams,
-    w_ptr,
-    dys,
-    dns,
-    scales,
-    grads,
-    dw_ptr,
+    streams,  # (T, D) each
+    w_ptr,  # (R, D) fp32; None if R is 0
+    dys,  # (T, D) each: the gradients of the sums; None: zero
+    dns,  # (T, D) each: of their norms; None: zero
+    scales,  # of the norms
+    grads,  # (T, D) each, written: a gradient for each entry of COLUMNS
+    dw_ptr,  # (R, D) fp32, added to; None: no gradient
+    COLUMNS: constexpr,  # of FORM: the weights of one stream in each Sum
     T,
     eps,
-    FORM: constexpr,
+    FORM: constexpr,  # the weights of each Sum
     R: constexpr,
     D: constexpr,
-    BLOCK: constexpr,
+    BLOCK: constexpr,  # D or the next power of two
     ROWS: constexpr,
 ):
-    """Gradients of the streams; those of the weights are added to dw_ptr if given.
-    Each of dys, dns and grads may be None."""
+    """dx = sum of w g over the Sums and dw = sum of g x over the tokens, g being the gradient of a Sum's y."""
     ws = load_rows(w_ptr, R, D, BLOCK)
-    row_sums = ()  # this program's part of the gradient of each row of weights
-    for _ in tl.static_range(R):
-        row_sums = row_sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
+    row_sums = [tl.zeros((ROWS, BLOCK), tl.float32) for _ in ws]  # this program's part of dw
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        at, ok = tile_at(first, T, D, BLOCK, ROWS)
-        xs = load_all(streams, at, ok)
-        gs = ()  # the gradient of each sum: through its norm, and directly
+        offset, ok = tile_from(first, T, D, BLOCK, ROWS)
+        xs = [load_fp32(x_ptr + offset, ok) for x_ptr in streams]
+        gs = ()  # of each sum: through its norm, and directly
         for m in tl.static_range(len(FORM)):
             g = tl.zeros((ROWS, BLOCK), tl.float32)
             if dns[m] is not None:
-                # n = scale y rstd, rstd = (mean(y^2) + eps)^(-1/2)  =>  dy = scale rstd (dn - y rstd^2 mean(y dn))
-                y = weighted_sum(xs, ws, FORM, m).to(streams[0].dtype.element_ty).to(tl.float32)
-                dn = tl.load(dns[m] + at, mask=ok, other=0.0).to(tl.float32)
-                rstd = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
-                g = scales[m] * rstd * (dn - y * (rstd * rstd * tl.sum(y * dn, 1)[:, None] / D))
+                y = bf16(weighted_sum(xs, ws, FORM, m))
+                g = norm_gradient(y, load_fp32(dns[m] + offset, ok), scales[m], D, eps)
             if dys[m] is not None:
-                g += tl.load(dys[m] + at, mask=ok, other=0.0).to(tl.float32)
-            gs = gs + (g,)
-        for k in tl.static_range(len(streams)):
-            if grads[k] is not None:
-                # Every use of stream k meets here, handing it on included: one store, and no addition later.
-                d = tl.zeros((ROWS, BLOCK), tl.float32)
-                for m in tl.static_range(len(FORM)):
-                    if FORM[m][k] == IS_ONE:
-                        d += gs[m]
-                    elif FORM[m][k] >= 0:
-                        d += ws[FORM[m][k]] * gs[m]
-                tl.store(grads[k] + at, d.to(grads[k].dtype.element_ty), mask=ok)
+                g += load_fp32(dys[m] + offset, ok)
+            gs += (g,)
+        for k in tl.static_range(len(COLUMNS)):
+            # Every use of a stream meets here, handing it on included: one store, and no addition later.
+            tl.store(grads[k] + offset, weighted_sum(gs, ws, COLUMNS, k), mask=ok)
         added = ()
         for r in tl.static_range(R):
             total = row_sums[r]
@@ -2415,7 +2242,7 @@ def combine_gradient_kernel(
                 for k in tl.static_range(len(streams)):
                     if FORM[m][k] == r:
                         total += gs[m] * xs[k]
-            added = added + (total,)
+            added += (total,)
         row_sums = added
     if dw_ptr is not None:
         col = tl.arange(0, BLOCK)
@@ -2424,73 +2251,62 @@ def combine_gradient_kernel(
 
 
 class Combine(torch.autograd.Function):
-    """combine() through the kernels. Its outputs are sum, norm, sum, norm, ..., None where not wanted."""
+    """combine() through the kernels. Its outputs are the sums and then the norms, None where not wanted."""
 
     @staticmethod
     def forward(ctx, rows, sums, eps, *terms):
-        rows = None if rows is None else rows.contiguous()
-        terms = tuple(x.contiguous() for x in terms)
-        ys, ns, outputs = [], [], []
-        for weights, norm_scale, keep in sums:
-            y = n = total = None
+        rows, *terms = contiguous(rows, *terms)
+        T, d = terms[0].shape
+        form, scales, keeps = zip(*sums)
+        totals = []  # the sums that are returned
+        ys = []  # those of them that are computed
+        for weights, keep in zip(form, keeps):
+            y = None
+            total = None
             if keep and [w for w in weights if w != ABSENT] == [ONE]:
                 term = terms[weights.index(ONE)]
                 total = term.view_as(term)  # handed on: nothing to compute
             elif keep:
                 total = y = torch.empty_like(terms[0])
-            if norm_scale is not None:
-                n = torch.empty_like(terms[0])
+            totals.append(total)
             ys.append(y)
-            ns.append(n)
-            outputs += [total, n]
-        T, d = terms[0].shape
-        form, scales, _ = zip(*sums)
+        ns = [None if scale is None else torch.empty_like(terms[0]) for scale in scales]
         height = 0 if rows is None else len(rows)
-        constants = T, eps, form, height, d, triton.next_power_of_2(d)
-        if any(t is not None for t in ys + ns):
-            grid = (STREAM_PROGRAMS * processors(terms[0].device),)
-            combine_kernel[grid](
-                terms,
-                rows,
-                tuple(ys),
-                tuple(ns),
-                scales,
-                *constants,
-                STREAM_ROWS,
-            )
+        ctx.constants = (T, eps, form, height, d, triton.next_power_of_2(d))
+        grid = (STREAM_PROGRAMS * processors(terms[0].device),)
+        combine_kernel[grid](tuple(terms), rows, tuple(ys), tuple(ns), scales, *ctx.constants, STREAM_ROWS)
         ctx.save_for_backward(rows, *terms)
         ctx.form = form
         ctx.scales = scales
-        ctx.constants = constants
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return *totals, *ns
 
     @staticmethod
     def backward(ctx, *d_outputs):
         rows, *terms = ctx.saved_tensors
         need_rows, _, _, *need_terms = ctx.needs_input_grad
-        arriving = tuple(None if t is None else t.contiguous() for t in d_outputs)
+        d_outputs = contiguous(*d_outputs)
+        count = len(ctx.form)
         # Terms of equal weights in every sum, such as those of one stream, have one gradient: it is computed once.
         columns = list(zip(*ctx.form))
-        firsts = [columns.index(column) for column in columns]
-        needed = {first for first, need in zip(firsts, need_terms) if need}
-        grads = tuple(torch.empty_like(x) if k in needed else None for k, x in enumerate(terms))
+        needed = dict.fromkeys(itertools.compress(columns, need_terms))
+        grads = {column: torch.empty_like(terms[0]) for column in needed}
         d_rows = torch.zeros_like(rows) if need_rows else None
         # Four rows of four streams do not fit into the registers.
         programs, tile = (6, STREAM_ROWS) if len(terms) < 4 else (8, 1)
         combine_gradient_kernel[(programs * processors(terms[0].device),)](
             tuple(terms),
             rows,
-            arriving[::2],  # gradients of the sums
-            arriving[1::2],  # and of their norms
+            d_outputs[:count],
+            d_outputs[count:],
             ctx.scales,
-            grads,
+            tuple(grads.values()),
             d_rows,
+            tuple(grads),
             *ctx.constants,
             tile,
         )
-        d_terms = [grads[first] if need else None for first, need in zip(firsts, need_terms)]
-        return d_rows, None, None, *d_terms
+        return d_rows, None, None, *[grads.get(column) for column in columns]
 
 
 def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: float) -> list[Combined]:
@@ -2503,20 +2319,18 @@ def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: flo
     and the backward kernel adds it to the stream's gradient while it writes that. If they read the stream itself,
     autograd adds the (T, d) gradients in a kernel of its own, a pass over memory for each reader."""
     terms = [x for stream in streams for x in stream]
-    by_term = []  # the sums, with a weight for each term
-    for s in sums:
-        weights = [(w,) * len(stream) for w, stream in zip(s.weights, streams)]
-        by_term.append(s._replace(weights=sum(weights, ())))
+    counts = [len(stream) for stream in streams]
+    by_term = [s._replace(weights=tuple(np.repeat(s.weights, counts).tolist())) for s in sums]
     if not use_kernels(terms[0].dtype, terms[0].device):
         return combine_reference(terms, by_term, rows, eps)
     outputs = Combine.apply(rows, by_term, eps, *terms)
-    return [Combined(*pair) for pair in zip(outputs[::2], outputs[1::2])]
+    return [Combined(*pair) for pair in zip(outputs[: len(sums)], outputs[len(sums) :])]
 
 
-# --- A product and the attention gate's, from one input ---
+# --- A matrix product, and the attention gate's product with the first channels of the same input ---
 class GatedLinear(torch.autograd.Function):
-    """`gated_linear`. Autograd's own gradient of the leading channels is padded to (T, d) before it is added to dx;
-    this one is added in place."""
+    """`gated_linear`. For x[:, :c] autograd would make a zero-padded (T, d) gradient and add it to dx; this adds in
+    place."""
 
     @staticmethod
     def forward(ctx, x, w, gate):
@@ -2551,31 +2365,6 @@ def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 # largest lengths. `window` is how many tokens a query reaches back, -1: all. A sequence's queries are its last tokens.
 
 
-def sequence_groups(cu_q: Tensor, cu_k: Tensor, window: int) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """Yield runs of consecutive sequences of equal lengths, n queries and m keys each, as (their queries, their keys,
-    how many sequences, mask): which keys a query sees, (n, m) bool."""
-    lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
-    nonempty = (pair for pair in lengths if pair != (0, 0))
-    queries = keys = slice(0, 0)
-    for (n, m), run in itertools.groupby(nonempty):
-        count = sum(1 for _ in run)
-        queries = slice(queries.stop, queries.stop + count * n)
-        keys = slice(keys.stop, keys.stop + count * m)
-        if n == 0:  # keys that nobody asks for
-            continue
-        mask = torch.ones(n, m, dtype=torch.bool, device=cu_q.device)
-        mask = mask.tril(m - n)  # query i sees the keys up to m - n + i
-        if window >= 0:
-            mask = mask.triu(m - n - window)
-        yield queries, keys, count, mask
-
-
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """q (B, KV, G, n, D), k (B, KV, 1, m, D) -> (B, KV, G, n, m), softmax over the keys that the mask allows."""
-    scores = q @ k.mT * q.size(-1) ** -0.5
-    return scores.masked_fill_(~mask, -torch.inf).softmax(-1)
-
-
 def heads_first(t: Tensor, count: int, kv_heads: int) -> Tensor:
     """(count n, H, D) -> (count, KV, H / KV, n, D)."""
     grouped = t.unflatten(0, (count, -1)).unflatten(2, (kv_heads, -1))  # (count, n, KV, H / KV, D)
@@ -2587,45 +2376,68 @@ def tokens_first(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
-def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1) -> tuple[Tensor, Tensor]:
+class Group(NamedTuple):
+    """A run of `count` consecutive sequences of equal lengths, n queries and m keys each, with their heads first."""
+
+    queries: slice  # of the tokens of q
+    keys: slice  # of the tokens of k
+    q: Tensor  # (count, KV, G, n, D)
+    k: Tensor  # (count, KV, 1, m, D)
+    v: Tensor  # (count, KV, 1, m, D)
+    weights: Tensor  # (count, KV, G, n, m), softmax over the keys that a query sees
+
+
+def sequence_groups(q, k, v, cu_q, cu_k, window) -> Iterator[Group]:
+    """Yield the sequences that have queries."""
+    lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist())
+    nonempty = (pair for pair in lengths if pair != (0, 0))
+    queries = slice(0, 0)
+    keys = slice(0, 0)
+    for (n, m), run in itertools.groupby(nonempty):
+        count = len(list(run))
+        queries = slice(queries.stop, queries.stop + count * n)
+        keys = slice(keys.stop, keys.stop + count * m)
+        if n == 0:  # keys that nobody asks for
+            continue
+        seen = torch.ones(n, m, dtype=torch.bool, device=q.device)
+        seen = seen.tril(m - n)  # query i sees the keys up to m - n + i
+        if window >= 0:
+            seen = seen.triu(m - n - window)
+        qs = heads_first(q[queries], count, k.size(1))
+        ks = heads_first(k[keys], count, k.size(1))
+        vs = heads_first(v[keys], count, k.size(1))
+        scores = qs @ ks.mT * q.size(-1) ** -0.5
+        weights = scores.masked_fill_(~seen, -torch.inf).softmax(-1)
+        yield Group(queries, keys, qs, ks, vs, weights)
+
+
+def reference_forward(q, k, v, cu_q, cu_k, max_q=0, max_k=0, window=-1):
     """Attention in plain PyTorch. The log-sum-exp is empty, since the backward pass recomputes."""
     out = torch.empty_like(q)
-    kv_heads = k.size(1)
-    for queries, keys, count, mask in sequence_groups(cu_q, cu_k, window):
-        qs = heads_first(q[queries], count, kv_heads)
-        ks = heads_first(k[keys], count, kv_heads)
-        vs = heads_first(v[keys], count, kv_heads)
-        out[queries] = tokens_first(attention_weights(qs, ks, mask) @ vs)
+    for group in sequence_groups(q, k, v, cu_q, cu_k, window):
+        out[group.queries] = tokens_first(group.weights @ group.v)
     return out, q.new_empty(0, dtype=torch.float32)
 
 
-def reference_backward(
-    dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q=0, max_k=0, window=-1):
     """Gradients of `reference_forward`, from P = softmax(S), S = q k' / sqrt(D), where ' is the transpose:
 
     dv = P' dout    dP = dout v'    dS = P (dP - rowsum(dP P)) / sqrt(D)    dq = dS k    dk = dS' q
     Those of k and v sum over the G heads that share them."""
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    kv_heads = k.size(1)
-    for queries, keys, count, mask in sequence_groups(cu_q, cu_k, window):
-        qs = heads_first(q[queries], count, kv_heads)
-        ks = heads_first(k[keys], count, kv_heads)
-        vs = heads_first(v[keys], count, kv_heads)
-        ds = heads_first(dout[queries], count, kv_heads)
-        p = attention_weights(qs, ks, mask)
-        dp = ds @ vs.mT
-        centred = dp - (dp * p).sum(-1, keepdim=True)
-        dscore = p * centred * q.size(-1) ** -0.5
-        dq[queries] = tokens_first(dscore @ ks)
-        dk[keys] = tokens_first((dscore.mT @ qs).sum(2, keepdim=True))
-        dv[keys] = tokens_first((p.mT @ ds).sum(2, keepdim=True))
+    for queries, keys, qs, ks, vs, p in sequence_groups(q, k, v, cu_q, cu_k, window):
+        do = heads_first(dout[queries], *qs.shape[:2])
+        dp = do @ vs.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
+        dq[queries] = tokens_first(ds @ ks)
+        dk[keys] = tokens_first((ds.mT @ qs).sum(2, keepdim=True))
+        dv[keys] = tokens_first((p.mT @ do).sum(2, keepdim=True))
     return dq, dk, dv
 
 
 # The operators of FlashAttention 3 take up to 34 positional arguments: one group of them a line.
 # fmt: off
-def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, Tensor]:
+def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: out (Tq, H, D) and log-sum-exp (H, Tq) fp32."""
     out, lse, *_ = torch.ops.flash_attn_3.fwd(
         q, k, v,
@@ -2637,12 +2449,12 @@ def fa3_forward(q, k, v, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, Tens
         None, None, None,  # rotary_cos, rotary_sin, seqlens_rotary: q and k are rotated
         None, None, None,  # descale of q, k, v: for fp8
         q.size(-1) ** -0.5, True, window, 0,  # softmax_scale, causal, window to the left, to the right
-        num_splits=1,  # its own choice splits, and a combining kernel eats the gain
+        num_splits=1,  # FA3 would split the keys; the kernel that combines the parts costs what that gains
     )
     return out, lse
 
 
-def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window) -> tuple[Tensor, ...]:
+def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window):
     """FlashAttention 3: gradients of q, k, v."""
     grads = empty_like(q, k, v)
     torch.ops.flash_attn_3.bwd(
@@ -2657,7 +2469,8 @@ def fa3_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window) -> t
 
 
 def fa4_where(cu_q, cu_k, max_q, max_k, window) -> dict:
-    """The arguments that both directions of FlashAttention 4 share. It has None, not -1, for a window without bound."""
+    """The arguments that both directions of FlashAttention 4 share. No bound is None
+    there, not -1; causal=True bounds the right side."""
     return dict(
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
@@ -2668,13 +2481,13 @@ def fa4_where(cu_q, cu_k, max_q, max_k, window) -> dict:
     )
 
 
-def fa4_forward(q, k, v, *where) -> tuple[Tensor, Tensor]:
+def fa4_forward(q, k, v, *where):
     """FlashAttention 4 (CuTe DSL, compiled at first use): out and log-sum-exp (H, Tq)."""
     module = sys.modules[ATTENTION_MODULES["fa4"]]
     return module._flash_attn_fwd(q, k, v, return_lse=True, **fa4_where(*where))[:2]
 
 
-def fa4_backward(dout, q, k, v, out, lse, *where) -> tuple[Tensor, ...]:
+def fa4_backward(dout, q, k, v, out, lse, *where):
     """FlashAttention 4: gradients of q, k, v."""
     module = sys.modules[ATTENTION_MODULES["fa4"]]
     return module._flash_attn_bwd(q, k, v, out, dout, lse, **fa4_where(*where))
@@ -2694,14 +2507,14 @@ def torch_where(cu_q, cu_k, max_q, max_k, window) -> dict:
     )
 
 
-def torch_forward(q, k, v, *where) -> tuple[Tensor, Tensor]:
+def torch_forward(q, k, v, *where):
     """torch's own FlashAttention 2: out and log-sum-exp."""
     attention = torch.ops.aten._flash_attention_forward
     out, lse, *_ = attention(q, k, v, return_debug_mask=False, **torch_where(*where))
     return out, lse
 
 
-def torch_backward(dout, q, k, v, out, lse, *where) -> tuple[Tensor, Tensor, Tensor]:
+def torch_backward(dout, q, k, v, out, lse, *where):
     """torch's own FlashAttention 2: gradients of q, k, v."""
     attention_gradient = torch.ops.aten._flash_attention_backward
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout, not used at rate 0
@@ -2747,47 +2560,50 @@ def choose_attention(cfg: Config, device: torch.device) -> str:
     raise UserError(f"ATTENTION={cfg.attention}: no backend works here ({'; '.join(reasons)})")
 
 
+def both_directions(backend: Backend, tensors: list[Tensor], where: tuple) -> tuple[Tensor, ...]:
+    """-> out, dq, dk, dv of tensors dout, q, k, v."""
+    dout, *qkv = tensors
+    out, lse = backend.forward(*qkv, *where)
+    return out, *backend.backward(dout, *qkv, out, lse, *where)[:3]
+
+
 def check_backend(name: str, cfg: Config, device: torch.device) -> None:
     """Compare both directions with the reference on two documents, without a window and with one; both
     without cached keys and with them: fewer queries than keys. Raise RuntimeError if they differ by 2 % (bf16)."""
-    backend = BACKENDS[name]
     head_dim = cfg.model_dim // cfg.num_heads
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, dout = (
+    dout, q, k, v = (
         torch.randn(384, heads, head_dim, device=device, dtype=torch.bfloat16, generator=generator)
-        for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads)
+        for heads in (cfg.num_heads, cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
     )
     cu_k = torch.tensor([0, 100, 384], dtype=torch.int32, device=device)
     cu_cached = torch.tensor([0, 30, 130], dtype=torch.int32, device=device)
     for window, (cu_q, n) in itertools.product((-1, 64), ((cu_k, 384), (cu_cached, 130))):
-        inputs = (q[:n], k, v)
+        tensors = [dout[:n], q[:n], k, v]
         where = (cu_q, cu_k, 384, 384, window)
-        out, lse = backend.forward(*inputs, *where)
-        grads = backend.backward(dout[:n], *inputs, out, lse, *where)
-        exact = [t.float() for t in inputs]
-        wanted_out, _ = reference_forward(*exact, *where)
-        wanted_grads = reference_backward(dout[:n].float(), *exact, None, None, *where)
-        for have, want in zip((out, *grads[:3]), (wanted_out, *wanted_grads)):
+        results = both_directions(BACKENDS[name], tensors, where)
+        exact = both_directions(BACKENDS["reference"], [t.float() for t in tensors], where)
+        for have, want in zip(results, exact):
             error = ((have.float() - want).norm() / want.norm()).item()
             if not error < 0.02:  # NaN is no agreement
                 raise RuntimeError(f"differs from the reference by {error:.1%}")
 
 
 class Attention(torch.autograd.Function):
-    """The backend of that name: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
+    """A backend: q (Tq, H, D), k, v (Tk, KV, D) -> (Tq, H, D)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, window, name):
-        out, lse = BACKENDS[name].forward(q, k, v, cu_q, cu_k, max_q, max_k, window)
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        ctx.constants = (max_q, max_k, window)
-        ctx.name = name
+    def forward(ctx, backend, q, k, v, *where):
+        out, lse = backend.forward(q, k, v, *where)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.backend = backend
+        ctx.where = where
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        grads = BACKENDS[ctx.name].backward(dout.contiguous(), *ctx.saved_tensors, *ctx.constants)
-        return *grads[:3], *[None] * 6
+        grads = ctx.backend.backward(dout.contiguous(), *ctx.saved_tensors, *ctx.where)
+        return None, *grads[:3], *[None] * len(ctx.where)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_backend: str) -> Tensor:
@@ -2796,7 +2612,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int, attention_bac
     if attention_backend != "reference":  # the flash kernels take no fp32
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
     where = (seq.cu_q, seq.cu_k, seq.max_q, seq.max_k, window)
-    return Attention.apply(q, k, v, *where, attention_backend).to(dtype)
+    return Attention.apply(BACKENDS[attention_backend], q, k, v, *where).to(dtype)
 
 
 # ======== Model: one trunk, one head =================================================================================
@@ -2811,8 +2627,7 @@ class Visit(NamedTuple):
 
     index: int
     layer: int
-    skip: int | None  # row of skip_weights and skip_gates, where an earlier output is merged in
-    source: int | None  # index of the visit whose output that is
+    source: int | None  # index of the visit whose output is merged in; None: nothing is
     keep: bool  # whether a later visit merges the stream that this one finds, the output of the visit before
     lanes: bool  # attention reads one lane, the MLP the other (#1529)
     shared: bool  # the MLP reads what attention reads, as in GPT-J (#1493)
@@ -2823,24 +2638,22 @@ def visit_schedule(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     """Depth recurrence and U-Net pairing. The first half of the visits encodes, the second half merges their outputs,
     last first: of 6 visits number 3 merges the output of number 2, number 4 that of number 1, number 5 that of 0."""
     layers = list(range(cfg.num_layers))
-    if looped and cfg.num_loops:
-        loop = layers[cfg.loop_start : cfg.loop_end + 1]
-        layers = layers[: cfg.loop_start] + loop * (cfg.num_loops + 1) + layers[cfg.loop_end + 1 :]
+    if looped:
+        end = cfg.loop_end + 1
+        layers[end:end] = layers[cfg.loop_start : end] * cfg.num_loops
     encoder = len(layers) // 2
     visits = []
     for i, layer in enumerate(layers):
-        j = i - encoder  # decoder visit
-        merges = 0 <= j < encoder
         parallel = 0 < cfg.parallel_start_layer <= layer
+        lanes = cfg.parallel_mode == "lanes"
         visits.append(
             Visit(
                 index=i,
                 layer=layer,
-                skip=j if merges else None,
-                source=encoder - 1 - j if merges else None,
+                source=2 * encoder - 1 - i if encoder <= i < 2 * encoder else None,
                 keep=0 < i < encoder,
-                lanes=parallel and j >= 0 and cfg.parallel_mode == "lanes",
-                shared=parallel and cfg.parallel_mode == "gptj",
+                lanes=parallel and lanes and i >= encoder,
+                shared=parallel and not lanes,
                 norm_scale=1 / math.sqrt(layer + 1),
             )
         )
@@ -2854,6 +2667,14 @@ class Cache(NamedTuple):
     keys: Tensor  # (visits, rows, length, KV, D)
     values: Tensor  # (visits, rows, length, KV, D)
     last: Tensor  # (rows,) int64
+
+    def by_row(self, t: Tensor) -> Tensor:
+        """t (rows * n, ...) -> (rows, n, ...)."""
+        return t.unflatten(0, (len(self.last), -1))
+
+    def extended(self, cached: Tensor, new: Tensor) -> Tensor:
+        """cached (rows, length, ...), and behind each row its new (rows * n, ...) -> (rows * (length + n), ...)."""
+        return torch.cat((cached, self.by_row(new)), 1).flatten(0, 1)
 
 
 class Mix(NamedTuple):
@@ -2871,7 +2692,7 @@ class Mix(NamedTuple):
 
 
 # A visit's coefficients are stacked to (5, d) in the order of Mix; this names the row of each.
-ROW = Mix(0, 1, 2, 3, 4)
+ROW = Mix(*range(5))
 
 
 class LayerWeights(NamedTuple):
@@ -2910,6 +2731,10 @@ def calibrated_scores(
     return Scores(nats, logits.gather(1, hint[:, None])[:, 0] - log_total)
 
 
+def no_tap(kind: str, layer: int, x: Tensor):
+    """The tap of a pass that nobody watches."""
+
+
 class Site(NamedTuple):
     """What a sublayer computes with at a visit, besides its input."""
 
@@ -2918,27 +2743,22 @@ class Site(NamedTuple):
     rope: tuple[Tensor, Tensor]  # cos, sin (T, rope_dims / 2)
     seq: Seq
     lora: "LoRA | None"
-    tap: Callable | None  # (kind, layer, x) sees the input of every product
-    past: tuple[Tensor, Tensor] | None  # cached keys and values (rows, length, KV, D)
-
-    def watch(self, kind: str, x: Tensor):
-        """Show the tap the input of a product."""
-        if self.tap is not None:
-            self.tap(kind, self.visit.layer, x)
+    tap: Callable  # (kind, layer, x) sees the input of every product
+    cache: Cache | None
 
     def adapted(self, kind: str, y: Tensor, x: Tensor) -> Tensor:
         """y (T, out) and what the adapter of that kind adds to it, a function of x (T, in)."""
         return y if self.lora is None else self.lora.add_to(y, kind, self.visit.index, x)
 
 
-def add_and_norm(terms: tuple[Tensor, ...], scale: float, keep: bool = True) -> Combined:
+def add_and_norm(terms: tuple, scale: float, keep: bool = True) -> Combined:
     """The sum of terms (T, d), if it is to be kept, and its RMSNorm times scale."""
     return combine([terms], [Sum((ONE,), scale, keep)], None, NORM_EPS)[0]
 
 
 class Residual:
-    """The residual stream of one forward pass, by the equations of GPT. Sublayers read() and write() it; where it has
-    two lanes, read_lanes() and write_lanes().
+    """The residual stream of one forward pass, by the equations of GPT. At each visit attention reads it with read(),
+    the MLP with read_mlp(), and both write() what they add to it.
 
     Additions wait. What is written stays a term of its own until the next read, where one kernel adds, mixes and norms.
     x0 is handed on (see combine): a visit reads the x0 that the read before it returned."""
@@ -2947,85 +2767,78 @@ class Residual:
         self.model = model
         self.x0 = x0
         self.mixes = model.mixes(looped)
-        self.terms = ()  # the stream is their sum; at first it is x0, which `mixes` accounts for
-        self.outputs = {}  # index of a visit -> the stream after it, where a later visit merges it
-        self.lanes = None  # four streams: both lanes as attention and the MLP read them, and what these two wrote
-        self.shares = (
-            None  # (3, 2): the weights of the lane itself, of attention and of the MLP in each lane's new value
-        )
+        self.lanes = []  # where there are two: both, without what was written since
+        # Without lanes the stream is the sum of these; at first it is x0, which `mixes` accounts for. With lanes, these
+        # are what attention and the MLP wrote.
+        self.terms = ()
+        self.shares = None  # (3, 2): in each lane's new value the weights of the lane, of attention and of the MLP
+        self.outputs = {}  # index of a visit -> (stream after it,), where a later visit merges it
+        self.mlp_input = None  # where the MLP reads nothing of what attention writes
 
     def read(self, visit: Visit) -> Tensor:
-        """Mix x0 and the skip into the stream -> what attention reads (T, d)."""
-        streams = [(self.x0,), self.terms, self.merged(visit)]
+        """Mix x0 and the skip into the stream, or into lane 0 -> what attention reads (T, d)."""
+        # The first visit that merges comes right after its source: s is x itself, and mixes() adds both coefficients.
+        skip = self.outputs.get(visit.source, ())
+        streams = [(self.x0,), self.terms, skip, ()]  # the last is for lane 1
         sums = [
-            Sum((ROW.embedding, ROW.stream, ROW.skip), visit.norm_scale),
-            Sum((ONE, ABSENT, ABSENT)),
-            Sum((ABSENT, ONE, ABSENT)),
+            Sum((ROW.embedding, ROW.stream, ROW.skip, ABSENT), visit.norm_scale, keep=not visit.lanes),
+            Sum((ONE, ABSENT, ABSENT, ABSENT)),
         ]
-        mixed, x0, *output = combine(streams, sums[: 2 + visit.keep], self.mixes[visit.index], NORM_EPS)
         if visit.keep:
-            self.outputs[visit.index - 1] = output[0].sum
+            sums.append(Sum((ABSENT, ONE, ABSENT, ABSENT)))
+        if visit.lanes:
+            first, second = self.read_lanes(visit.norm_scale)
+            streams = [(self.x0,), (first.sum,), skip, (second.sum,)]
+            own = ONE if visit.source is None else ROW.lane_stream
+            sums += [Sum((ABSENT, own, ROW.lane_skip, ABSENT)), Sum((ABSENT, ABSENT, ABSENT, ONE))]
+        mixed, x0, *others = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
         self.x0 = x0.sum
         self.terms = (mixed.sum,)
+        self.mlp_input = mixed.normed
+        if visit.keep:
+            self.outputs[visit.index - 1] = (others[0].sum,)
+        if visit.lanes:
+            self.lanes = [lane.sum for lane in others]
+            self.terms = ()
+            self.mlp_input = second.normed
+            kept = self.model.parallel_resid[visit.layer, None]
+            self.shares = torch.cat((kept, self.model.parallel_post[visit.layer]))
         return mixed.normed
 
-    def write(self, update: Tensor):
-        """Add a sublayer's output (T, d) to the stream."""
-        self.terms += (update,)
+    def read_lanes(self, scale: float):
+        """Both lanes with all that was written, and the RMSNorm of lane 1 times scale."""
+        if self.lanes:
+            sums = [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), scale)]  # rows of the flattened shares
+            return self.combine_lanes(sums, self.shares.flatten())
+        return [add_and_norm(self.terms, scale)] * 2  # both begin as the stream
 
-    def read_sum(self, visit: Visit) -> Tensor:
-        """-> what the MLP reads after attention has written (T, d)."""
+    def read_mlp(self, visit: Visit) -> Tensor:
+        """-> what the MLP reads (T, d), once attention has written."""
+        if visit.lanes or visit.shared:
+            return self.mlp_input
         added = add_and_norm(self.terms, visit.norm_scale)
         self.terms = (added.sum,)
         return added.normed
 
-    def read_lanes(self, visit: Visit) -> tuple[Tensor, Tensor]:
-        """-> what attention reads of lane 0, and what the MLP reads of lane 1, both (T, d)."""
-        scale = visit.norm_scale
-        if self.lanes is None:  # both begin as the stream
-            first = second = add_and_norm(self.terms, scale)
-        else:
-            first, second = self.combine_lanes(
-                [Sum((0, ABSENT, 2, 4)), Sum((ABSENT, 1, 3, 5), scale)],  # rows of the flattened shares
-                self.shares.flatten(),
-            )
-        streams = [(self.x0,), (first.sum,), (second.sum,), self.merged(visit)]
-        own = ONE if visit.skip is None else ROW.lane_stream
-        sums = [
-            Sum((ROW.embedding, ROW.stream, ABSENT, ROW.skip), scale, keep=False),
-            Sum((ONE, ABSENT, ABSENT, ABSENT)),
-            Sum((ABSENT, own, ABSENT, ROW.lane_skip)),
-            Sum((ABSENT, ABSENT, ONE, ABSENT)),
-        ]
-        mixed, x0, *lanes = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
-        self.x0 = x0.sum
-        self.lanes = [(lane.sum,) for lane in lanes]
-        return mixed.normed, second.normed
-
-    def write_lanes(self, visit: Visit, attended: Tensor, transformed: Tensor):
-        """Add attention's and the MLP's output, both (T, d), to both lanes."""
-        self.lanes += [(attended,), (transformed,)]
-        kept = self.model.parallel_resid[visit.layer]
-        self.shares = torch.cat((kept[None], self.model.parallel_post[visit.layer]))
+    def write(self, update: Tensor):
+        """Add a sublayer's output (T, d) to the stream, or to both lanes."""
+        self.terms += (update,)
 
     def final(self) -> Tensor:
         """The trunk's output (T, d): the RMSNorm of the stream or of the mean of the lanes."""
-        if self.lanes is None:
+        if not self.lanes:
             return add_and_norm(self.terms, 1.0, keep=False).normed
-        kept, added = (0.5 * self.shares).split((1, 2))
-        weights = torch.cat((kept[0], added.sum(1)))  # of both lanes, of attention and of the MLP in the mean
+        half = 0.5 * self.shares
+        weights = torch.cat((half[0], half[1:].sum(1)))  # of both lanes, of attention and of the MLP in the mean
         (mean,) = self.combine_lanes([Sum((0, 1, 2, 3), 1.0, keep=False)], weights)
         return mean.normed
 
-    def combine_lanes(self, sums: list[Sum], weights: Tensor) -> list[Combined]:
-        """combine() by weights (rows,) that hold for all channels."""
+    def combine_lanes(self, sums, weights):
+        """combine() of both lanes and of what attention and the MLP wrote, by weights (rows,) that hold for all
+        channels."""
+        streams = [(x,) for x in (*self.lanes, *self.terms)]
         rows = weights[:, None].expand(-1, self.x0.size(1))
-        return combine(self.lanes, sums, rows, NORM_EPS)
-
-    def merged(self, visit: Visit) -> tuple[Tensor, ...]:
-        """The output of an earlier visit that joins the stream. The first visit to merge one would find the stream
-        itself, which `mixes` accounts for."""
-        return (self.outputs[visit.source],) if visit.source in self.outputs else ()
+        return combine(streams, sums, rows, NORM_EPS)
 
 
 def parameter(*shape: int, value: float = 0) -> nn.Parameter:
@@ -3047,11 +2860,11 @@ class GPT(nn.Module):
     Where a visit's sublayers are `shared`, the MLP reads the n of attention (GPT-J, #1493):
         x = x + attention(n) + mlp(n)
 
-    Where it has `lanes` (#1529), both of which begin as x, only lane x_0 receives the skip. Then
-        a = attention(norm(resid_mix[l, 0] x_0 + resid_mix[l, 1] x0) / sqrt(l + 1))
-        m = mlp(norm(x_1) / sqrt(l + 1))
-        x_k = parallel_resid[l, k] x_k + parallel_post[l, 0, k] a + parallel_post[l, 1, k] m     for k = 0, 1
-        hidden = norm((x_0 + x_1) / 2)
+    Where a visit has `lanes` (#1529), both of which begin as x, only lane_0 receives the skip. Then
+        a = attention(norm(resid_mix[l, 0] lane_0 + resid_mix[l, 1] x0) / sqrt(l + 1))
+        m = mlp(norm(lane_1) / sqrt(l + 1))
+        lane_k = parallel_resid[l, k] lane_k + parallel_post[l, 0, k] a + parallel_post[l, 1, k] m     for k = 0, 1
+        hidden = norm((lane_0 + lane_1) / 2)
 
     attention(n) = attn_scale[l] o[l] y, with the heads y of attention_sublayer(). norm is the RMSNorm; a product of two
     vectors is one by channel. Matrices of all layers are stacked: optimizer and quantizer see one tensor of a kind."""
@@ -3080,7 +2893,7 @@ class GPT(nn.Module):
         self.kv_dim = cfg.num_kv_heads * self.head_dim
         hidden = int(cfg.mlp_mult * d)
         channels = min(GATE_CHANNELS, d)
-        skips = max(len(visits) // 2 for visits in self.schedules.values())
+        skips = len(self.schedules[True]) // 2  # the loops only add visits
 
         # matrices
         self.tok_emb = parameter(cfg.vocab_size, d)  # (V, d), also the head
@@ -3092,7 +2905,7 @@ class GPT(nn.Module):
         # scales and gates of the sublayers
         self.attn_scale = parameter(layers, d, value=1)  # (L, d)
         self.mlp_scale = parameter(layers, d, value=1)  # (L, d)
-        self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))  # (L, 2, d)
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(layers, 1, d))  # (L, 2, d)
         self.q_gain = parameter(layers, heads, value=cfg.qk_gain_init)  # (L, H)
         gated = cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled
         self.attn_gate = parameter(layers, heads, channels) if gated else None  # (L, H, channels)
@@ -3108,18 +2921,18 @@ class GPT(nn.Module):
         self.parallel_resid = parameter(layers, 2, value=1.1) if lanes else None  # (L, lane)
 
         # embedding and head
-        smear = cfg.smear_gate_enabled
-        self.smear_gate = parameter(channels) if smear else None  # (channels,)
-        self.smear_lambda = parameter() if smear else None  # ()
+        self.smear_gate = parameter(channels) if cfg.smear_gate_enabled else None  # (channels,)
+        self.smear_lambda = parameter() if cfg.smear_gate_enabled else None  # ()
         # One cap of all logits, or learned ones of positive and of negative logits.
         self.caps = parameter(2, value=cfg.logit_softcap) if cfg.asym_logit_rescale else cfg.logit_softcap
 
         # constants of each layer
-        pairs = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32)
-        frequency = cfg.rope_base ** -(pairs / max(cfg.rope_dims, 1))
+        pairs = torch.arange(0, cfg.rope_dims, 2)
+        frequency = cfg.rope_base ** -(pairs / cfg.rope_dims)
         self.register_buffer("rope_frequency", frequency, persistent=False)  # (rope_dims / 2,)
-        full = {int(n) for n in cfg.attn_full_layers.split(",") if n} if cfg.attn_window else range(layers)
-        self.windows = [-1 if layer in full else cfg.attn_window for layer in range(layers)]
+        window = cfg.attn_window or -1
+        full = {int(n) for n in cfg.attn_full_layers.split(",") if n}
+        self.windows = [-1 if layer in full else window for layer in range(layers)]  # tokens seen; -1: all
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -3140,19 +2953,17 @@ class GPT(nn.Module):
             down=self.down * self.mlp_scale[:, :, None],
             attn_gate=self.attn_gate,
         )
-        absent = [None] * self.cfg.num_layers
-        columns = [absent if stack is None else stack.to(self.dtype).unbind(0) for stack in stacks]
+        columns = [itertools.repeat(None) if stack is None else stack.to(self.dtype).unbind() for stack in stacks]
         return [LayerWeights(*layer) for layer in zip(*columns)]
 
     def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         """tokens (T,) -> x0 (T, d), normed."""
         if cache is None:
-            rows = tokens[None]
-            first = rows[:, :1]  # at position 0, where nothing before is seen
+            # Before the first comes itself: at position 0 nothing before is seen.
+            previous = torch.cat((tokens[:1], tokens[:-1]))
         else:
-            rows = tokens.unflatten(0, (len(cache.last), -1))
-            first = cache.last[:, None]
-        previous = torch.cat((first, rows[:, :-1]), 1).flatten()
+            earlier = cache.by_row(tokens)[:, :-1]
+            previous = torch.cat((cache.last[:, None], earlier), 1).flatten()
         return embed(
             tokens,
             previous,
@@ -3165,24 +2976,23 @@ class GPT(nn.Module):
         )
 
     def mixes(self, looped: bool) -> tuple[Tensor, ...]:
-        """The Mix of each visit, stacked (5, d). x = g x + (1 - g) w s and then x = stay x + begin x0 are together
+        """A tuple: for each visit its Mix, stacked (5, d) fp32. With w = skip_weights and stay, begin = resid_mix,
+        x = g x + (1 - g) w s and then x = stay x + begin x0 are together
         x = begin x0 + (stay g) x + (stay (1 - g) w) s."""
         schedule = self.schedules[looped]
-        layers = self.resid_mix.unbind(0)
+        layers = self.resid_mix.unbind()
         stay, begin = torch.stack([layers[visit.layer] for visit in schedule]).unbind(1)  # (visits, d)
-        # The first visit finds x = x0. Its stream is left out, and x0 gets both coefficients.
+        # At the first visit x = x0. Residual.read passes no stream there, so x0 gets both coefficients.
         begin = torch.cat((begin[:1] + stay[:1], begin[1:]))
 
-        encoder = (
-            len(schedule) // 2
-        )  # visits that merge nothing; as many then merge one output each, by skips 0, 1, ...
-        w = self.skip_weights[:encoder]
+        # The first half of the visits merges nothing. In the second, visit encoder + j merges by skip j.
+        encoder = len(schedule) // 2
         g = torch.sigmoid(self.skip_gates[:encoder])
-        skip = (1 - g) * w
-        # The first to merge comes right after its source: s = x. Its s is left out, and x gets both coefficients.
+        skip = (1 - g) * self.skip_weights[:encoder]
+        # The first merge follows its source directly: s = x. Residual.read passes no s there, so x gets both.
         g = torch.cat((g[:1] + skip[:1], g[1:]))
 
-        around = 0, 0, encoder, len(schedule) - 2 * encoder
+        around = 0, 0, encoder, len(schedule) - 2 * encoder  # F.pad: no columns, then rows before and after
         g = F.pad(g - 1, around) + 1  # (visits, d): 1 where nothing is merged
         skip = F.pad(skip, around)
         mix = Mix(
@@ -3192,7 +3002,7 @@ class GPT(nn.Module):
             lane_stream=g,
             lane_skip=skip,
         )
-        return torch.stack(mix, 1).unbind(0)
+        return torch.stack(mix, 1).unbind()
 
     def trunk(
         self,
@@ -3201,39 +3011,28 @@ class GPT(nn.Module):
         *,
         looped: bool,
         lora: "LoRA | None" = None,
-        tap: Callable | None = None,
+        tap: Callable = no_tap,
         cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens'.
         With lora or cache, tokens are rows of one length, flattened. The tap sees the input of every product."""
         residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
-        angle = seq.positions[:, None].float() * self.rope_frequency
+        angle = seq.positions[:, None] * self.rope_frequency
         rope = angle.cos(), angle.sin()
         weights = self.layer_weights()
         new = []  # keys and values of each visit
         for visit in self.schedules[looped]:
-            past = None if cache is None else (cache.keys[visit.index], cache.values[visit.index])
-            site = Site(visit, weights[visit.layer], rope, seq, lora, tap, past)
-            if visit.lanes:
-                attention_input, mlp_input = residual.read_lanes(visit)
-                attended, keys, values = self.attention_sublayer(attention_input, site)
-                transformed = self.mlp_sublayer(mlp_input, site)
-                residual.write_lanes(visit, attended, transformed)
-            else:
-                normed = residual.read(visit)
-                attended, keys, values = self.attention_sublayer(normed, site)
-                residual.write(attended)
-                if not visit.shared:
-                    normed = residual.read_sum(visit)
-                residual.write(self.mlp_sublayer(normed, site))
+            site = Site(visit, weights[visit.layer], rope, seq, lora, tap, cache)
+            attended, *keys_values = self.attention_sublayer(residual.read(visit), site)
+            residual.write(attended)
+            residual.write(self.mlp_sublayer(residual.read_mlp(visit), site))
             if cache is not None:  # otherwise nobody reads them, and in training they are 0.2 GB a visit
-                new.append((keys, values))
+                new.append(keys_values)
         hidden = residual.final()
         if cache is None:
             return hidden
-        by_row = lambda t: t.unflatten(0, (len(cache.last), -1))
-        keys, values = (torch.stack([by_row(t) for t in visits]) for visits in zip(*new))
-        return hidden, Cache(keys, values, by_row(tokens)[:, -1])
+        keys, values = (torch.stack([cache.by_row(t) for t in visits]) for visits in zip(*new))
+        return hidden, Cache(keys, values, cache.by_row(tokens)[:, -1])
 
     def attention_sublayer(self, n: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """n (T, d) -> output (T, d), and the new tokens' keys and values: (T, KV, D) with a cache, else (T, H, D).
@@ -3243,16 +3042,18 @@ class GPT(nn.Module):
         y = y - (y v / |v|^2) v                  XSA: without the component along the token's own value
         y = top sigmoid(slope z) y               z = attn_gate times the first channels of n, for each head"""
         cfg = self.cfg
-        layer = site.visit.layer
+        visit = site.visit
+        layer = visit.layer
         weights = site.weights
-        site.watch("qkv", n)
+        cache = site.cache
+        site.tap("qkv", layer, n)
         if weights.attn_gate is None:
             qkv = F.linear(n, weights.qkv)
             z = n.new_zeros(len(n), cfg.num_heads)
         else:
             qkv, z = gated_linear(n, weights.qkv, weights.attn_gate)
         qkv = site.adapted("qkv", qkv, n)
-        copies = cfg.num_heads // cfg.num_kv_heads if site.past is None else 1  # a cache holds each key once
+        copies = cfg.num_heads // cfg.num_kv_heads if cache is None else 1  # a cache holds each key once
         q, *new, own_v = qkv_heads(
             qkv,
             self.q_gain[layer],
@@ -3262,22 +3063,20 @@ class GPT(nn.Module):
             NORM_EPS,
         )
         k, v = new
-        if site.past is not None:
-            k, v = (
-                torch.cat((cached, t.unflatten(0, (len(cached), -1))), 1).flatten(0, 1)
-                for cached, t in zip(site.past, new)
-            )
+        if cache is not None:
+            k = cache.extended(cache.keys[visit.index], k)
+            v = cache.extended(cache.values[visit.index], v)
         y = attend(q, k, v, site.seq, self.windows[layer], self.attention_backend)
         y = xsa_gate(y, own_v, z, self.gate_slope, self.gate_top).flatten(1)
-        site.watch("o", y)
+        site.tap("o", layer, y)
         # The adapter "o" reads the sublayer's input and not that of the product, as #1855's does.
         return site.adapted("o", F.linear(y, weights.o), n), *new
 
     def mlp_sublayer(self, n: Tensor, site: Site) -> Tensor:
         """n (T, d) -> (T, d)."""
         out, hidden = mlp(n, site.weights.up, site.weights.down, self.cfg.leaky_relu_sq_slope)
-        site.watch("up", n)
-        site.watch("down", hidden)
+        site.tap("up", site.visit.layer, n)
+        site.tap("down", site.visit.layer, hidden)
         return site.adapted("mlp", out, n)
 
     def logits(self, hidden: Tensor, lora: "LoRA | None" = None) -> Tensor:
@@ -3293,19 +3092,14 @@ class GPT(nn.Module):
         nats, log_total = softcap_nll(z, targets, self.caps)
         if hint is None:
             return Scores(nats)
-        return Scores(nats, softcap(z.gather(1, hint[:, None])[:, 0], self.caps) - log_total)
-
-    def loss(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Sum of the nats times weight (T,) fp32: a scalar."""
-        if self.logit_calibration is not None:
-            return torch.dot(self.nll(hidden, targets).nats, weight)
-        return head_loss(hidden, self.tok_emb.to(self.dtype), targets, self.caps, weight)
+        hinted = z.gather(1, hint[:, None])[:, 0]
+        return Scores(nats, softcap(hinted, self.caps) - log_total)
 
 
 @torch.no_grad()
 def folded_state(model: GPT) -> dict[str, Tensor]:
     """Parameters by name (fp32), the sublayer scales multiplied into the rows they scale and set to one."""
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = {name: p.clone() for name, p in model.named_parameters()}
     for scale, matrix in FOLDED.items():
         state[matrix] *= state[scale][:, :, None]
         state[scale].fill_(1.0)
@@ -3321,8 +3115,11 @@ def score_batch(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = No
 def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
     """Sum of nats over this micro-batch's targets / `total`, the tokens of the global batch."""
     hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
+    targets = batch.targets.clamp(min=0)
     weight = (batch.targets >= 0).float() / total  # padding has target -1
-    return model.loss(hidden, batch.targets.clamp(min=0), weight)
+    if model.logit_calibration is not None:
+        return torch.dot(model.nll(hidden, targets).nats, weight)
+    return head_loss(hidden, model.tok_emb.to(model.dtype), targets, model.caps, weight)
 
 
 # ======== Adapters: LoRA stacked over visits and documents ===========================================================
@@ -3342,10 +3139,11 @@ class LoRA(NamedTuple):
 
     def add_to(self, y: Tensor, kind: str, visit: int, x: Tensor) -> Tensor:
         """y (documents * n, out) plus delta(x) of x (documents * n, in). The kind "qkv" joins q, k and v."""
-        kinds = ("q", "k", "v") if kind == "qkv" else (kind,)
-        if not any(k in self.a for k in kinds):
+        kinds = "qkv" if kind == "qkv" else (kind,)
+        if self.a.keys().isdisjoint(kinds):
             return y
-        return y + torch.cat([self.delta(k, visit, x) for k in kinds], dim=-1)
+        deltas = [self.delta(k, visit, x) for k in kinds]
+        return y + torch.cat(deltas, dim=-1)
 
     def delta(self, kind: str, visit: int, x: Tensor) -> Tensor:
         """x (documents * n, in) -> (documents * n, out), zero where the kind is not adapted."""
@@ -3358,13 +3156,15 @@ class LoRA(NamedTuple):
 
     def leaves(self) -> list[Tensor]:
         """Every tensor that learns."""
-        return [t for part in (self.a, self.b) for visits in part.values() for t in visits]
+        return list(itertools.chain(*self.a.values(), *self.b.values()))
 
     def first(self, documents: int) -> "LoRA":
         """The adapters of the first documents: leaves of their own in the same memory."""
-        leaf = lambda t: t.detach()[:documents].requires_grad_()
-        a, b = ({kind: [leaf(t) for t in part[kind]] for kind in part} for part in (self.a, self.b))
-        return self._replace(a=a, b=b)
+
+        def cut(part):
+            return {kind: [t.detach()[:documents].requires_grad_() for t in part[kind]] for kind in part}
+
+        return self._replace(a=cut(self.a), b=cut(self.b))
 
 
 def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: float, seed: int) -> LoRA:
@@ -3373,15 +3173,24 @@ def new_lora(model: GPT, documents: int, masked: frozenset, rank: int, alpha: fl
     d = model.cfg.model_dim
     device = model.tok_emb.device
     visits = len(model.schedules[model.cfg.looped])
-    widths = {"q": model.q_dim, "k": model.kv_dim, "v": model.kv_dim, "o": d, "mlp": d, "head": model.cfg.vocab_size}
+    widths = {
+        "q": model.q_dim,
+        "k": model.kv_dim,
+        "v": model.kv_dim,
+        "o": d,
+        "mlp": d,
+        "head": model.cfg.vocab_size,
+    }
     generator = torch.Generator().manual_seed(seed)
-    a, b = {}, {}
+    a = {}
+    b = {}
     for kind, width in widths.items():
         count = 1 if kind == "head" else visits
-        initial = (2 * torch.rand(count, 1, d, rank, generator=generator) - 1) / math.sqrt(d)
+        uniform = torch.rand(count, 1, d, rank, generator=generator)
+        initial = (2 * uniform - 1) / math.sqrt(d)
         if kind not in masked:
             a[kind] = [t.repeat(documents, 1, 1).requires_grad_() for t in initial.to(device)]
-            b[kind] = [torch.zeros(documents, rank, width, device=device).requires_grad_() for _ in range(count)]
+            b[kind] = [torch.zeros(documents, rank, width, device=device, requires_grad=True) for _ in a[kind]]
     return LoRA(a, b, widths, alpha / rank)
 
 
@@ -3409,15 +3218,18 @@ class Rule(NamedTuple):
 
 def parameter_rules(model: GPT, cfg: Config) -> dict[str, Rule]:
     """The rule of every parameter by name. A parameter that the table does not name gets the rule of the scalars."""
-    muon = Rule(cfg.matrix_lr, cfg.muon_wd)
+
+    def muon(*heights: int) -> Rule:
+        return Rule(cfg.matrix_lr, cfg.muon_wd, heights)
+
     scalars = Rule(cfg.scalar_lr, cfg.adam_wd)
     table = {
-        "qkv": muon._replace(heights=(model.q_dim, model.kv_dim, model.kv_dim)),  # Q, K and V are three matrices
-        "o": muon._replace(heights=(model.o.size(1),)),
-        "up": muon._replace(heights=(model.up.size(1),)),
-        "down": muon._replace(heights=(model.down.size(1),)),
+        "qkv": muon(model.q_dim, model.kv_dim, model.kv_dim),  # Q, K and V are three matrices
+        "o": muon(model.o.size(1)),
+        "up": muon(model.up.size(1)),
+        "down": muon(model.down.size(1)),
         "tok_emb": Rule(cfg.tied_embed_lr, cfg.embed_wd),
-        "caps": scalars._replace(weight_decay=0.0),  # decay would pull them from LOGIT_SOFTCAP to zero
+        "caps": Rule(cfg.scalar_lr, 0.0),  # decay would pull them from LOGIT_SOFTCAP to zero
     }
     return {name: table.get(name, scalars) for name, _ in model.named_parameters()}
 
@@ -3439,39 +3251,50 @@ def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
 
 
 class Block(NamedTuple):
-    """Rows low to high of a parameter (layers, rows, cols): one matrix in each layer."""
+    """Some rows of a parameter (layers, all rows, cols): one matrix in each layer."""
 
     parameter: nn.Parameter
-    low: int
-    high: int
+    rows: slice
 
 
 class MuonGroup:
     """All matrices of one shape, from several parameters, in one tensor (matrices, rows, cols) cut over the ranks."""
 
-    def __init__(self, blocks: list[Block], world: int, dtype: torch.dtype):
-        first = blocks[0]
+    def __init__(self, rows: int, cols: int, blocks: list[Block], ranks: Ranks, dtype: torch.dtype):
+        """dtype: of momentum and update."""
+        self.rows = rows
+        self.cols = cols
         self.blocks = blocks
-        self.rows = first.high - first.low
-        self.cols = first.parameter.size(2)
-        self.count = sum(len(block.parameter) for block in blocks)
-        self.shard = -(-self.count // world)  # matrices of one rank; the last ranks' may be padding
-        self.padded = self.shard * world
-        # This rank's momentum, (shard, rows, cols).
-        self.momentum = torch.zeros(self.shard, self.rows, self.cols, dtype=dtype, device=first.parameter.device)
-        self.scale = math.sqrt(max(1.0, self.rows / self.cols))  # of the update: tall matrices need larger entries
+        self.count = len(blocks) * len(blocks[0].parameter)  # a matrix in each layer
+        self.shard = math.ceil(self.count / ranks.world)  # matrices of one rank; the last ranks' may be padding
+        self.padded = self.shard * ranks.world
+        self.momentum = torch.zeros(self.shard, rows, cols, dtype=dtype, device=ranks.device)  # this rank's
+
+    def pieces(self, t: Tensor):
+        """Each block and its part (layers, rows, cols) of t (padded, rows, cols)."""
+        return zip(self.blocks, t[: self.count].chunk(len(self.blocks)))
 
     def gradient(self) -> Tensor:
         """(padded, rows, cols) in the momentum's dtype."""
-        pieces = [p.grad[:, low:high].to(self.momentum.dtype) for p, low, high in self.blocks]
-        padding = self.momentum.new_zeros(self.padded - self.count, self.rows, self.cols)
-        return torch.cat([*pieces, padding])
+        gradient = self.momentum.new_zeros(self.padded, self.rows, self.cols)
+        for (p, rows), piece in self.pieces(gradient):
+            piece.copy_(p.grad[:, rows])
+        return gradient
 
     def apply_(self, update: Tensor, lr: float, weight_decay: float):
         """w <- (1 - lr * weight_decay) w - lr * scale * update, with update (padded, rows, cols)."""
-        pieces = update[: self.count].split([len(block.parameter) for block in self.blocks])
-        for (p, low, high), piece in zip(self.blocks, pieces):
-            p[:, low:high].mul_(1 - lr * weight_decay).add_(piece, alpha=-lr * self.scale)
+        scale = math.sqrt(max(1.0, self.rows / self.cols))  # tall matrices need larger entries
+        for (p, rows), piece in self.pieces(update):
+            w = p[:, rows]
+            w.mul_(1 - lr * weight_decay)
+            w.add_(piece, alpha=-lr * scale)
+
+
+def arrived(t: Tensor, wait) -> Tensor:
+    """t, once its communication has ended."""
+    if wait is not None:
+        wait.wait()
+    return t
 
 
 class Optimizer:
@@ -3484,39 +3307,34 @@ class Optimizer:
         self.ranks = ranks
         self.parameters = list(model.parameters())
         self.small = []  # Adam's parameters
-        alike = {}  # rule -> those of `small` that share it
-        shapes = {}  # shape -> Muon's blocks: q with o, k with v, and up and down where their shapes differ
+        adam_groups = {}  # rule -> the group of those of `small` that share it
+        shapes = {}  # (rows, cols) -> Muon's blocks of that shape: q and o together, k and v together
         for p, rule in zip(self.parameters, parameter_rules(model, cfg).values()):
             if not rule.heights:
                 self.small.append(p)
-                alike.setdefault(rule, []).append(p)
+                settings = {
+                    "params": [],
+                    "base_lr": rule.lr,  # step() sets lr = base_lr * lr_scale
+                    "weight_decay": rule.weight_decay,
+                }
+                adam_groups.setdefault(rule, settings)["params"].append(p)
+                continue
+            assert sum(rule.heights) == p.size(1), "Muon needs every row of a parameter once"
             low = 0
             for height in rule.heights:
-                shapes.setdefault((height, p.size(2)), []).append(Block(p, low, low + height))
+                block = Block(p, slice(low, low + height))
+                shapes.setdefault((height, p.size(2)), []).append(block)
                 low += height
-            assert low == (p.size(1) if rule.heights else 0), "Muon needs every row of a parameter once"
-        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        groups = [MuonGroup(blocks, ranks.world, dtype) for blocks in shapes.values()]
+        groups = [MuonGroup(*shape, blocks, ranks, model.dtype) for shape, blocks in shapes.items()]
         # Largest first: its communication overlaps the others' work.
         self.muon = sorted(groups, key=lambda group: -group.momentum.numel())
         self.adam = torch.optim.AdamW(
-            [
-                {"params": params, "base_lr": rule.lr, "lr": rule.lr, "weight_decay": rule.weight_decay}
-                for rule, params in alike.items()
-            ],
+            list(adam_groups.values()),
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
             fused=True,  # one kernel for each group
         )
         self.average = [torch.zeros_like(p) for p in self.parameters] if cfg.ema_decay else []
-        self.averaged_steps = 0
-
-    def reset(self):
-        """Forget everything: momentum, Adam's moments and the average."""
-        for t in (*(group.momentum for group in self.muon), *self.average):
-            t.zero_()
-        self.adam.state.clear()
-        self.averaged_steps = 0
 
     @torch.no_grad()
     def step(self, step: int, lr_scale: float):
@@ -3526,68 +3344,70 @@ class Optimizer:
         for p in self.parameters:
             if p.grad is None:  # a rank without a micro-batch still takes part in the sums
                 p.grad = torch.zeros_like(p)
-        shards, waits = self.reduce_scatter()
-        for p, grad in zip(self.small, self.ranks.all_reduce_flat([p.grad for p in self.small])):
-            p.grad = grad
-        for wait in waits:
-            wait.wait()
+        travelling = [self.reduce_scatter(group) for group in self.muon]
+        small = self.ranks.all_reduce_flat([p.grad for p in self.small])
+        shards = [arrived(*shard) for shard in travelling]
 
         # 2. Clip the norm of the sum, not that of each rank's part.
-        clip = self.clip_factor(shards)
-        torch._foreach_mul_([p.grad for p in self.small], clip)
+        clip = self.clip_factor(shards, small)
+        torch._foreach_mul_(small, clip)
 
         # 3. Update.
         momentum = self.muon_momentum(step)
-        updates = [self.direction(g, shard * clip.to(shard.dtype), momentum) for g, shard in zip(self.muon, shards)]
-        gathered = [self.gather(g, update) for g, update in zip(self.muon, updates)]
+        travelling = []
+        for group, shard in zip(self.muon, shards):
+            clipped = shard * clip.to(shard.dtype)
+            update = self.direction(group, clipped, momentum)
+            travelling.append(self.gather(group, update))
+        for p, grad in zip(self.small, small):
+            p.grad = grad
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        for group, (update, wait) in zip(self.muon, gathered):
-            if wait is not None:
-                wait.wait()
-            group.apply_(update, cfg.matrix_lr * lr_scale, cfg.muon_wd)
+        for group, update in zip(self.muon, travelling):
+            group.apply_(arrived(*update), cfg.matrix_lr * lr_scale, cfg.muon_wd)
 
         # 4. Average.
         for p in self.parameters:
             p.grad = None
         if self.average:
             torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)
-            self.averaged_steps += 1
 
-    def reduce_scatter(self) -> tuple[list[Tensor], list]:
-        """This rank's shard of each Muon group's summed gradient, and what to wait for."""
+    def reduce_scatter(self, group: MuonGroup):
+        """This rank's shard of the group's summed gradient, and what to wait for before reading it."""
         ranks = self.ranks
-        gradients = [group.gradient() for group in self.muon]
-        if ranks.world == 1:
-            return gradients, []
-        if ranks.device.type == "cpu":  # gloo has no reduce_scatter
-            return [ranks.all_reduce_(t).chunk(ranks.world)[ranks.rank] for t in gradients], []
-        shards = [torch.empty_like(group.momentum) for group in self.muon]
-        waits = [dist.reduce_scatter_tensor(s, t, async_op=True) for s, t in zip(shards, gradients)]
-        return shards, waits
+        gradient = group.gradient()
+        if ranks.world == 1 or ranks.device.type == "cpu":  # gloo has no reduce_scatter
+            return ranks.all_reduce_(gradient).chunk(ranks.world)[ranks.rank], None
+        shard = torch.empty_like(group.momentum)
+        return shard, dist.reduce_scatter_tensor(shard, gradient, async_op=True)
 
-    def clip_factor(self, shards: list[Tensor]) -> Tensor:
-        """min(1, GRAD_CLIP_NORM / norm of the gradient of all parameters over all ranks), a scalar on the device."""
-        if not self.cfg.grad_clip_norm:
-            return torch.ones((), device=self.ranks.device)
+    def clip_factor(self, shards: list[Tensor], small: list[Tensor]) -> Tensor:
+        """min(1, GRAD_CLIP_NORM / norm of the gradient of all parameters over all ranks), a scalar on the device.
+
+        shards: this rank's of Muon's gradients; small: Adam's, of which every rank already has the sum."""
+        limit = self.cfg.grad_clip_norm or math.inf
         norms = torch._foreach_norm(shards, dtype=torch.float32)  # fp32: the shards are bf16 on a GPU
         squares = self.ranks.all_reduce_(torch.stack(norms).square().sum())
-        # Every rank already has the sum of these.
-        small_norms = torch._foreach_norm([p.grad for p in self.small])
-        squares = squares + torch.stack(small_norms).square().sum()
-        return (self.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        small_norms = torch._foreach_norm(small)
+        squares += torch.stack(small_norms).square().sum()
+        norm = squares.sqrt()
+        return (limit / (norm + 1e-6)).clamp(max=1.0)
 
     def muon_momentum(self, step: int) -> float:
         """Muon's momentum after its linear warm-up or on the way there."""
         cfg = self.cfg
-        warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+        steps = cfg.muon_momentum_warmup_steps
+        warm = min(step / steps, 1.0) if steps else 1.0
         return (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
 
     def direction(self, group: MuonGroup, grad: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum, rows normed (MuonEq-R), orthogonalised: this rank's matrices (n, rows, cols)."""
-        group.momentum.mul_(momentum).add_(grad)  # m <- momentum m + g
-        u = grad.add_(group.momentum, alpha=momentum)  # g + momentum m
+        """What this rank's matrices (shard, rows, cols) move along: Nesterov momentum, rows normed (MuonEq-R),
+        orthogonalised. Overwrites grad."""
+        m = group.momentum
+        m.mul_(momentum)
+        m.add_(grad)  # m <- momentum m + g
+        u = grad.add_(m, alpha=momentum)  # g + momentum m
         row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
         u = u / row_norms.clamp_min(1e-7).to(u.dtype)
         return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients])
@@ -3597,15 +3417,15 @@ class Optimizer:
         if self.ranks.world == 1:
             return update, None
         everyones = update.new_empty(group.padded, group.rows, group.cols)
-        return everyones, dist.all_gather_into_tensor(everyones, update.contiguous(), async_op=True)
+        return everyones, dist.all_gather_into_tensor(everyones, update, async_op=True)
 
     @torch.no_grad()
-    def use_average(self):
-        """Put the debiased average into the model: average / (1 - decay^steps).
+    def use_average(self, steps: int):
+        """Put the debiased average over the `steps` steps so far into the model: average / (1 - decay^steps).
 
         The average begins at zero; without the correction a short run would be averaged with zeros."""
-        if self.averaged_steps:
-            correction = 1 - self.cfg.ema_decay**self.averaged_steps
+        if steps:
+            correction = 1 - self.cfg.ema_decay**steps
             for p, average in zip(self.parameters, self.average):
                 p.copy_(average / correction)
 
@@ -3616,7 +3436,7 @@ class Optimizer:
 class Schedule:
     """How far training is, and what depends on this progress in [0, 1): learning rate, loops, attention span.
 
-    Training may use MAX_WALLCLOCK_SECONDS but for the reserve or, if that setting is 0, a number of steps."""
+    The limit is MAX_WALLCLOCK_SECONDS less the reserve; where that is 0, it is ITERATIONS, which caps every run."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -3641,14 +3461,14 @@ class Schedule:
     def lr_scale(self, progress: float) -> float:
         """1, then linear to zero at the end of training, but never below MIN_LR."""
         warmdown = self.cfg.warmdown_frac
-        if warmdown <= 0 or progress < 1 - warmdown:
+        if progress < 1 - warmdown:
             return 1.0
         return max((1 - progress) / warmdown, self.cfg.min_lr)
 
-    def ramp(self, step: int, changed_at: int | None) -> float:
+    def ramp(self, step: int, changed_at: float) -> float:
         """Extra factor after a change of span at step `changed_at`: 1/n, 2/n, ..., 1."""
         n = self.cfg.seq_change_warmup_steps
-        return 1.0 if changed_at is None or n == 0 else min((step - changed_at + 1) / n, 1.0)
+        return min((step - changed_at + 1) / n, 1.0) if n else 1.0
 
 
 class Trainer:
@@ -3660,6 +3480,7 @@ class Trainer:
         self.ranks = ranks
         self.log = log
         self.stream = TrainStream(cfg)
+        self.fetch = Prefetch(self.stream, ranks)
         self.optimizer = Optimizer(model, cfg, ranks)
         self.schedule = Schedule(cfg)
         self.curve = []  # (step, seconds, loss, learning-rate factor) of every logged step
@@ -3668,48 +3489,55 @@ class Trainer:
         """Run steps of both schedules on real shapes, then restore weights and optimizer entirely.
 
         Kernels are compiled and libraries are set up before the clock starts."""
-        saved = [p.detach().clone() for p in self.model.parameters()]
-        fetch = Prefetch(self.stream, self.ranks)
+        parameters = self.optimizer.parameters
+        saved = [p.detach().clone() for p in parameters]
         for looped in sorted({self.schedule.looped(0.0), self.schedule.looped(1.0)}):  # those that will occur
             for step in range(self.cfg.warmup_steps):
-                self.gradients(fetch(step, self.cfg.train_seq_len), looped)
+                self.gradients(self.fetch(step, self.cfg.train_seq_len), looped)
                 self.optimizer.step(step, 1.0)
         with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), saved)
-        self.optimizer.reset()
+            torch._foreach_copy_(parameters, saved)
+        self.optimizer = Optimizer(self.model, self.cfg, self.ranks)  # no momentum, no moments, no average
 
     def run(self) -> dict:
         """Train until the budget or ITERATIONS ends, leave the averaged weights in the model, return the counts."""
         cfg = self.cfg
         schedule = self.schedule
-        fetch = Prefetch(self.stream, self.ranks)
         clock = Clock(self.ranks)
         step = 0
         looped = False
-        span = None  # attention span of the last step
-        changed_at = None  # step at which the span changed last
+        span = schedule.span(0.0)  # attention span of the last step
+        changed_at = -math.inf  # step at which the span changed last
         # All ranks read the same clock, so they stop, loop and change the span at the same step.
         while step < cfg.iterations and schedule.allows(step, now := clock.tick()):
             progress = schedule.progress(step, now)
-            if schedule.looped(progress) and not looped:
+            if not looped and schedule.looped(progress):
                 looped = True  # from here on a step visits more layers and takes longer
-                visits = [visit.layer for visit in self.model.schedules[True]]
-                self.log(f"step {step}: loops on at progress {progress:.3f}, visits {visits}")
-            if schedule.span(progress) != span:
-                changed_at = None if span is None else step  # the first span is no change: no ramp
+                self.log(f"step {step}: loops on at progress {progress:.3f}")
+            if span != schedule.span(progress):
                 span = schedule.span(progress)
+                changed_at = step
                 self.log(f"step {step}: attention span {span}")
             lr_scale = schedule.lr_scale(progress) * schedule.ramp(step, changed_at)
 
-            loss = self.gradients(fetch(step, span), looped)  # a thread builds the next step's batches meanwhile
+            loss = self.gradients(self.fetch(step, span), looped)  # a thread builds the next step's batches meanwhile
             self.optimizer.step(step, lr_scale)
             clock.step_done()
             step += 1
             if step <= 5 or step % cfg.train_log_every == 0:  # the first steps show a mistake early
                 self.report(step, loss, lr_scale, clock)
         seconds = clock.stop()
-        self.optimizer.use_average()
-        return self.summary(step, seconds)
+        self.optimizer.use_average(step)
+        tokens = step * cfg.train_batch_tokens
+        rate = seconds / max(step, 1)
+        self.log(f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: {1e3 * rate:.1f} ms/step")
+        return {
+            "steps": step,
+            "tokens": tokens,
+            "seconds": seconds,
+            "epochs": tokens / self.stream.tokens,
+            "curve": self.curve,
+        }
 
     def gradients(self, batches: list[Batch], looped: bool) -> Tensor:
         """Backward through this rank's micro-batches; returns their part of the loss, on the device."""
@@ -3723,33 +3551,18 @@ class Trainer:
 
     def report(self, step: int, loss: Tensor, lr_scale: float, clock: Clock):
         """A log line and a point of the curve, after `step` steps; `loss` is this rank's part."""
-        loss = self.ranks.all_reduce_(loss.clone()).item()  # waits for the GPU
+        loss = self.ranks.all_reduce_(loss).item()  # waits for the GPU
         seconds = clock.seconds()
         require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower MATRIX_LR or TIED_EMBED_LR")
         self.curve.append((step, round(seconds, 3), loss, lr_scale))
-        mean = seconds / step
         progress = self.schedule.progress(step, seconds)
-        left = seconds * max(1 / progress - 1, 0)  # exact if the budget is of seconds, else an estimate
+        rate = seconds / step
+        left = seconds * (1 / progress - 1)  # progress is linear in time, or in steps
         self.log(
             f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  "
-            f"{1e3 * mean:7.1f} ms/step  {self.cfg.train_batch_tokens / mean:11,.0f} tokens/s  "
-            f"{seconds:6.1f} s, {left:.0f} s left"
+            f"{1e3 * rate:7.1f} ms/step  {self.cfg.train_batch_tokens / rate:11,.0f} tokens/s  "
+            f"{seconds:6.1f} s, {max(left, 0):.0f} s left"
         )
-
-    def summary(self, step: int, seconds: float) -> dict:
-        """The counts of the run for result.json, logged."""
-        tokens = step * self.cfg.train_batch_tokens
-        self.log(
-            f"trained {step} steps, {tokens:,} tokens in {seconds:.1f} s: "
-            f"{1e3 * seconds / max(step, 1):.1f} ms/step, {tokens / seconds:,.0f} tokens/s"
-        )
-        return {
-            "steps": step,
-            "tokens": tokens,
-            "seconds": seconds,
-            "epochs": tokens / self.stream.tokens,
-            "curve": self.curve,
-        }
 
 
 # ======== Entropy coder: stacks of integer matrices, by a model that the decoder learns as well =======================
@@ -3819,7 +3632,7 @@ class CorrelationPrior(NamedTuple):
     """What the first rows of a stack are predicted with: the correlations of earlier stacks of the same width."""
 
     rows: int  # that the prior counts for against a matrix's own rows; 0: no predictor, columns are independent
-    pool_weight: float  # of the earlier stacks' correlations against the identity
+    pool_weight: float  # of the earlier stacks' correlations against the identity; also the most that the members' get
 
 
 CORRELATION_PRIORS = (CorrelationPrior(700, 0.6), CorrelationPrior(2500, 0.4), CorrelationPrior(0, 0.0))
@@ -3846,69 +3659,65 @@ def binary_roots(n: int) -> list[int]:
     return [int(x.exp() * 2**60) for x in logarithms]
 
 
-def half_gaussian(top: int = 9) -> ndarray:
-    """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, int64 (GAUSS_STEPS * top + 1,), by the trapezoid rule."""
+def half_gaussian() -> ndarray:
+    """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, up to 9 sigma, int64 (9 * GAUSS_STEPS + 1,), by the
+    trapezoid rule."""
     twice_variance = 2 * GAUSS_STEPS**2
-    squares = (Decimal(i * i) for i in range(GAUSS_STEPS * top + 1))
-    density = [int((-x / twice_variance).exp() * 2**64) for x in squares]
-    trapezoids = (a + b for a, b in itertools.pairwise(density))
+    density = []
+    for i in range(9 * GAUSS_STEPS + 1):
+        exponent = Decimal(-i * i) / twice_variance
+        density.append(int(exponent.exp() * 2**64))
+    trapezoids = map(sum, itertools.pairwise(density))
     area = list(itertools.accumulate(trapezoids, initial=0))
-    return np.array([(a << 29) // area[-1] for a in area], np.int64)
+    return np.array([(a << 29) // area[-1] for a in area])
 
 
 def bucket_sigmas_q20() -> ndarray:
     """Standard deviation of the Gaussian behind each variance bucket, int64 (VARIANCE_BUCKETS,)."""
-    roots_q60 = binary_roots(2 * BUCKETS_PER_OCTAVE)
-    sigmas = []
-    for bucket in range(VARIANCE_BUCKETS):
-        octave, step = divmod(bucket, BUCKETS_PER_OCTAVE)
-        middle_q40 = roots_q60[2 * step + 1] << octave >> 20 - MIN_LOG2_VARIANCE
-        # Rounding to unit bins has added 1/12 to the variance (Sheppard's correction).
-        true_q40 = max(middle_q40 - (1 << 40) // 12, (1 << 40) // 48)
-        sigmas.append(math.isqrt(true_q40))
-    return np.array(sigmas)
+    middles_q60 = np.array(binary_roots(2 * BUCKETS_PER_OCTAVE)[1::2])
+    octave, step = np.divmod(np.arange(VARIANCE_BUCKETS), BUCKETS_PER_OCTAVE)
+    middle_q40 = middles_q60[step] >> 20 - MIN_LOG2_VARIANCE - octave
+    # Rounding to unit bins has added 1/12 to the variance (Sheppard's correction).
+    true_q40 = np.maximum(middle_q40 - 2**40 // 12, 2**40 // 48)
+    return np.sqrt(true_q40).astype(np.int64)  # exact below 2**52: IEEE square roots are
 
 
 def frequency_tables() -> ndarray:
-    """Integer frequencies (mixtures, VARIANCE_BUCKETS * MEAN_FRACTIONS, 256), each table's sum 2**PROB_BITS.
-    Symbols beyond 6 sigma + 2 have none and are escaped; ESCAPE has at least 1."""
+    """Integer frequencies of all cells, (mixtures, VARIANCE_BUCKETS * MEAN_FRACTIONS * 256), int64. The cell of a
+    symbol is table * 256 + code. Each table's sum is 2**PROB_BITS. Symbols beyond 6 sigma + 2 have none and are
+    escaped; ESCAPE has at least 1."""
     half = half_gaussian()
     sigma_q20 = bucket_sigmas_q20()[:, None, None]
-    unit = 2 * MEAN_FRACTIONS  # of the bins' edges: a symbol less 1/2, less the mean's fraction
     fractions = np.arange(MEAN_FRACTIONS)[:, None]
     symbols = np.arange(-MAX_SYMBOL, MAX_SYMBOL + 2)
+    # In 1 / (2 * MEAN_FRACTIONS): a symbol less 1/2, less the mean's fraction.
     edges = (2 * symbols - 1) * MEAN_FRACTIONS - 2 * fractions
+    edges_q32 = edges * 2**32 // (2 * MEAN_FRACTIONS)
     inside = np.abs(symbols[:-1]) <= (sigma_q20 * 6 >> 20) + 2
     room = SLOT_MASK - inside.sum(-1, keepdims=True)  # every symbol inside gets 1 before the rest is dealt out
     tables = []
     for mixture in TAIL_SHAPES:
         mass = 0  # below each edge, in 2**-32
         for quarters in mixture:
-            x = edges * (1 << 32) // (unit * quarters * sigma_q20)  # in 1 / GAUSS_STEPS of this Gaussian's sigma
+            x = edges_q32 // (quarters * sigma_q20)  # in 1 / GAUSS_STEPS of this Gaussian's sigma
             distance = np.minimum(np.abs(x), len(half) - 1)
             mass += np.sign(x) * half[distance]
         freq = np.where(inside, 1 + (np.diff(mass) * room >> 32), 0)
-        escape = np.ones_like(freq[..., :1])
-        freq = np.concatenate([freq, escape], -1).reshape(-1, 256)
+        freq = np.insert(freq, ESCAPE, 1, axis=-1).reshape(-1, 256)
         left_over = (1 << PROB_BITS) - freq.sum(-1)  # by rounding
         freq[np.arange(len(freq)), freq.argmax(-1)] += left_over
-        tables.append(freq)
+        tables.append(freq.ravel())
     return np.stack(tables)
 
 
 FREQUENCIES = frequency_tables()
+# Of every cell: frequency << PROB_BITS | sum of its table's frequencies before it.
+CELL_STARTS = FREQUENCIES << PROB_BITS | (FREQUENCIES.cumsum(1) - FREQUENCIES) & SLOT_MASK
+CELL_STARTS = CELL_STARTS.astype(np.uint32)
 # Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
-COST_BITS = PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))
-COST_BITS = np.where(FREQUENCIES > 0, COST_BITS, 0).astype(np.float32)
+COST_BITS = (PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))).astype(np.float32)
 # Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
 LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
-
-
-def cell_starts(mixture: int) -> ndarray:
-    """For every cell (table * 256 + code): frequency << PROB_BITS | sum of the frequencies before it."""
-    freq = FREQUENCIES[mixture]
-    before = np.minimum(np.cumsum(freq, 1) - freq, SLOT_MASK)
-    return (freq << PROB_BITS | before).ravel()
 
 
 # --- The model ---
@@ -3922,126 +3731,121 @@ def log2_fixed(x: ndarray) -> ndarray:
 
 
 def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
-    """Correlations (G, n, n) to c = (I + L) diag(d) (I + L)^T: strictly lower L_q20 and d_q22, integers in float64.
+    """Factor correlations c (G, n, n) = (I + L) diag(d) (I + L)^T, L strictly lower: L_q20 (G, n, n) and d_q22 (G, n),
+    integers in float64.
 
-    L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. |sum_k L_ik d_k L_jk| <= 1 and no
-    eigenvalue below 1/64 keep every product below 2**53."""
+    L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. By Cauchy-Schwarz
+    sum_k |L_ik d_k L_jk| <= 1, so partial sums stay below 2**53 in any order."""
     ld_q22 = np.rint(c * 2.0**22)  # begins as c, becomes L d column by column
     low_q20 = np.zeros_like(ld_q22)
     d_q22 = np.empty(c.shape[:2])
     for first in range(0, c.shape[1], 16):
-        end = min(first + 16, c.shape[1])
-        rows = ld_q22[:, first:end, :first].transpose(0, 2, 1)
-        known_q42 = low_q20[:, first:, :first] @ rows
-        panel = ld_q22[:, first:, first:end]
-        panel = panel - np.rint(known_q42 * 2.0**-20)
-        for i in range(end - first):
+        panel = slice(first, first + 16)
+        known_q42 = low_q20[:, first:, :first] @ ld_q22[:, panel, :first].mT
+        rest = ld_q22[:, first:, panel] - np.rint(known_q42 * 2.0**-20)
+        for i in range(rest.shape[2]):
             j = first + i
-            d_q22[:, j] = np.maximum(panel[:, i, i], MIN_D_Q22)
+            d_q22[:, j] = np.maximum(rest[:, i, i], MIN_D_Q22)
             inverse = 2.0**20 / d_q22[:, j, None]
-            column = np.rint(panel[:, i + 1 :, i] * inverse)
+            column = np.rint(rest[:, i + 1 :, i] * inverse)
             low_q20[:, j + 1 :, j] = column
-            later = slice(i + 1, end - first)
-            row = panel[:, None, later, i] * 2.0**-20
-            panel[:, i + 1 :, later] -= np.rint(column[:, :, None] * row)
-        ld_q22[:, first:, first:end] = panel
+            later = rest[:, i + 1 :, i + 1 :]
+            row = rest[:, None, i + 1 : rest.shape[2], i] * 2.0**-20
+            later -= np.rint(column[:, :, None] * row)
+        ld_q22[:, first:, panel] = rest
     return low_q20, d_q22
 
 
 def correlation(moments: ndarray) -> ndarray:
     """(G, n, n) second moments to correlations."""
-    square = np.diagonal(moments, axis1=1, axis2=2)
+    square = np.linalg.diagonal(moments)
     scale = np.sqrt(np.maximum(square, 1e-9))
     return moments / scale[:, :, None] / scale[:, None, :]
 
 
-def blend(a: ndarray, b: ndarray, weight: float) -> ndarray:
-    """a (1 - weight) + b weight."""
+def blend(a, b, weight):
+    """a (1 - weight) + b weight, arrays."""
     return a * (1 - weight) + b * weight
 
 
 class StackModel:
     """The distribution of every symbol of a stack, given those before it. Rows go in chunks, and in them columns."""
 
-    def __init__(self, header: StackHeader, pools: dict[int, ndarray]):
-        """pools: correlations (1, n, n) by width n that earlier stacks have left as prior; this stack adds its own."""
-        self.members, self.rows, self.width = header.shape
+    def __init__(self, columns: ndarray, header: StackHeader):
+        """columns (n, G, R) int32: the stack's values, which an encoder reads and a decoder fills in."""
+        width, members, _ = columns.shape
+        self.columns = columns
         self.variance = np.exp2(np.array(header.log2_variance, np.float64))  # of integers: exact
         self.prior = CORRELATION_PRIORS[header.prior]
         self.row_trust, self.column_trust = header.trust
-        self.pools = pools
-        self.moments = np.zeros((self.members, self.width, self.width))  # sums of x x^T of the rows seen
+        self.moments = np.zeros((members, width, width))  # sums of x x^T of the rows seen
         self.seen = 0
-        self.gain_sum_q8 = np.full(self.members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
-        self.gain_count_q8 = 256.0 * UNIT_GAIN_SYMBOLS
+        self.gain_sum_q8 = np.full(members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
 
-    def shared_moments(self) -> ndarray:
+    def shared_moments(self):
         """Moments summed over the members, each at unit variance, (1, n, n)."""
-        scaled = (m / v for m, v in zip(self.moments, self.variance))
-        return sum(scaled)[None]
+        return sum(m / v for m, v in zip(self.moments, self.variance))[None]
 
-    def column_variances(self, shared: ndarray) -> ndarray:
+    def column_variances(self, shared):
         """Of x (G, n): a column's own variance, drawn to that of all members."""
-        total = self.seen * self.members
-        common = UNIT_VARIANCE_ROWS + np.diagonal(shared, axis1=1, axis2=2)
-        common = common / (UNIT_VARIANCE_ROWS + total) * self.variance[:, None]
-        own = np.diagonal(self.moments, axis1=1, axis2=2)
+        total = UNIT_VARIANCE_ROWS + self.seen * len(self.moments)
+        common = (UNIT_VARIANCE_ROWS + np.linalg.diagonal(shared)) / total * self.variance[:, None]
+        own = np.linalg.diagonal(self.moments)
         variance = (self.column_trust * common + own) / (self.column_trust + self.seen)
         return np.maximum(variance, MIN_VARIANCE)
 
-    def correlations(self, shared: ndarray) -> ndarray:
-        """Of x (G, n, n). As rows come in they move from the pool's to all members' to the matrix's own."""
-        identity = np.eye(self.width)[None]
-        pool = self.pools.get(self.width, identity)
+    def correlations(self, shared, pool):
+        """Correlations (G, n, n) to code with. With more rows, weight moves from identity and pool to those of all
+        members, then to the matrix's own."""
+        identity = np.eye(len(self.columns))
+        rows = self.seen * len(self.moments)
+        common = self.prior.pool_weight * rows / (rows + SHARED_CORRELATION_ROWS)
+        own = self.seen / (self.seen + self.prior.rows)
         c = blend(identity, pool, self.prior.pool_weight)
-        if self.seen:
-            total = self.seen * self.members
-            common = self.prior.pool_weight * total / (total + SHARED_CORRELATION_ROWS)
-            own = self.seen / (self.seen + self.prior.rows)
-            c = blend(c, correlation(shared), common)
-            c = blend(c, correlation(self.moments), own)
+        c = blend(c, correlation(shared), common)
+        c = blend(c, correlation(self.moments), own)
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
-    def predictor(self) -> tuple[ndarray | None, ndarray]:
+    def predictor(self, pool):
         """L_q12 (G, n, n), integers in float64, of x = e + L e, or None for L = 0; and the variance of e (G, n)."""
         shared = self.shared_moments()
         variance = self.column_variances(shared)
         if not self.prior.rows:
             return None, variance
-        low_q20, d_q22 = ldl(self.correlations(shared))
+        low_q20, d_q22 = ldl(self.correlations(shared, pool))
         scale = np.sqrt(np.minimum(variance, MAX_SCALED_VARIANCE))
         ratio = scale[:, :, None] / scale[:, None, :]  # from unit variances to those of x
         low_q12 = np.rint(low_q20 * (ratio * 2.0**-8))
         return low_q12, d_q22 * 2.0**-22 * variance
 
-    def code(self, symbols):
-        """Code all rows through `symbols`, a SymbolWriter or a SymbolReader."""
-        start = 0
-        size = FIRST_CHUNK_ROWS
-        most = max(1, min(RANS_STATES // self.members, MAX_CHUNK_ROWS))
-        while start < self.rows:
-            end = min(start + min(size, most), self.rows)
-            self.code_chunk(start, end, symbols)
-            start = end
-            size *= 2
-        own = correlation(self.shared_moments())
-        earlier = self.pools.get(self.width, own)
-        self.pools[self.width] = blend(earlier, own, 0.5)
+    def code(self, coder, pools: dict[int, ndarray]):
+        """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
 
-    def code_chunk(self, start: int, end: int, symbols):
-        """Code rows start..end of every member, then learn from them."""
-        low_q12, variance = self.predictor()
+        pools: width n -> correlations (1, n, n) that earlier stacks have left as prior; this stack adds its own."""
+        width, members, rows = self.columns.shape
+        pool = pools.get(width, np.eye(width))
+        most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
+        size = min(FIRST_CHUNK_ROWS, most)
+        while self.seen < rows:
+            self.code_chunk(size, coder, pool)
+            size = min(2 * size, most)
+        own = correlation(self.shared_moments())
+        pools[width] = blend(pools.get(width, own), own, 0.5)
+
+    def code_chunk(self, size: int, coder, pool):
+        """Code the next `size` rows of every member, or what is left, then learn from them."""
+        low_q12, variance = self.predictor(pool)
         sigma = np.sqrt(variance)
         log2_variance = log2_fixed(variance)
-        q = np.zeros((self.members, self.width, end - start))
-        e_q8 = np.zeros_like(q)
-        mean_q8 = np.zeros((self.members, end - start))
+        chunk = self.columns[:, :, self.seen : self.seen + size]
+        width, members, rows = chunk.shape
+        e_q8 = np.zeros((members, width, rows))
+        mean_q8 = np.zeros((members, rows))
         square_q8 = np.zeros_like(mean_q8)  # sums of the rows' squared e / sigma
-        rows = slice(start, end)
-        mean_gain = (self.gain_sum_q8 / self.gain_count_q8)[:, None]
-        prior_q8 = mean_gain * (self.row_trust * 256)
-        for a in range(0, self.width, REFRESH_COLUMNS):
-            b = min(a + REFRESH_COLUMNS, self.width)
+        gain = self.gain_sum_q8 / (256.0 * (UNIT_GAIN_SYMBOLS + width * self.seen))
+        prior_q8 = gain[:, None] * (self.row_trust * 256)
+        for a in range(0, width, REFRESH_COLUMNS):
+            b = min(a + REFRESH_COLUMNS, width)
             per_symbol = 1 / (256 * (a + self.row_trust))
             log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
             table = first_tables(log2_variance[:, a:b, None] + log2_gain[:, None])
@@ -4051,35 +3855,28 @@ class StackModel:
                 if low_q12 is not None:
                     recent_q20 = low_q12[:, j, None, a:j] @ e_q8[:, a:j]
                     mean_q20 = known_q20[:, j - a] + recent_q20[:, 0]
-                    mean_q8 = np.rint(mean_q20 * 2.0**-12)
-                    mean_q8 = np.clip(mean_q8, -MAX_MEAN_Q8, MAX_MEAN_Q8)
+                    mean_q8 = np.rint(mean_q20 * 2.0**-12).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
                 rounded_q8 = (mean_q8 + 128 // MEAN_FRACTIONS).astype(np.int64)  # to the nearest fraction, once cut
                 fraction = (rounded_q8 & 255) * MEAN_FRACTIONS >> 8
-                floor = rounded_q8 >> 8
-                values = symbols.column(table[:, j - a] + fraction, floor, rows, j)
-                q[:, j] = values
-                innovation_q8 = values * 256 - mean_q8
-                e_q8[:, j] = np.clip(innovation_q8, -MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
+                coder.column(table[:, j - a] + fraction, rounded_q8 >> 8, chunk[j])
+                innovation_q8 = chunk[j] * 256 - mean_q8
+                e_q8[:, j] = innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
             white_q8 = np.rint(e_q8[:, a:b] / sigma[:, a:b, None])
-            white_square_q8 = np.rint(white_q8 * white_q8 / 256)
-            square_q8 += white_square_q8.sum(1)
+            square_q8 += np.rint(white_q8 * white_q8 / 256).sum(1)
         self.gain_sum_q8 += square_q8.sum(1)
-        self.gain_count_q8 += 256.0 * self.width * (end - start)
-        self.learn(q)
-
-    def learn(self, q: ndarray):
-        """Add a chunk (G, n, rows) to the moments; exact, see MAX_CHUNK_ROWS."""
-        exact = q.astype(np.float32) if np.abs(q).max() <= 128 else q
-        for moments, x in zip(self.moments, exact):
-            moments += x @ x.T  # of a matrix with itself: BLAS does half of it
-        self.seen += q.shape[2]
+        # Sums of products are exact, see MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them.
+        exact = np.float32 if np.abs(chunk).max() <= 128 else np.float64
+        for member, moments in enumerate(self.moments):
+            x = chunk[:, member].astype(exact)
+            moments += x @ x.T
+        self.seen += rows
 
 
 def first_tables(log2_variance: ndarray) -> ndarray:
     """The table of a variance, in 1 / LOG2_STEPS of an octave, at a mean without fraction."""
     above = log2_variance - MIN_LOG2_VARIANCE * LOG2_STEPS
     bucket = above // (LOG2_STEPS // BUCKETS_PER_OCTAVE)
-    return np.clip(bucket, 0, VARIANCE_BUCKETS - 1) * MEAN_FRACTIONS
+    return bucket.clip(0, VARIANCE_BUCKETS - 1) * MEAN_FRACTIONS
 
 
 # --- Symbols to rANS states and back ---
@@ -4088,42 +3885,29 @@ def first_tables(log2_variance: ndarray) -> ndarray:
 class SymbolWriter:
     """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
 
-    def __init__(self, q: ndarray):
-        self.columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int64)
-        self.cells: list[ndarray] = []  # of every step
-        self.escaped: list[ndarray] = []
+    def __init__(self):
+        self.cells = []  # arrays int32 (G * rows,), one for every step
+        self.escaped = []  # bytes of raw int16
 
-    def column(
-        self,
-        table: ndarray,  # (G, rows) int64: the table of each symbol
-        floor: ndarray,  # (G, rows) int64: whole part of its mean
-        rows: slice,
-        j: int,
-    ) -> ndarray:
-        """Values of column j in `rows` of all members, (G, rows) int64."""
-        values = self.columns[j, :, rows]
-        code = values - floor + MAX_SYMBOL
-        outside = (code < 0) | (code > ESCAPE)
-        cell = (table * 256 + np.where(outside, ESCAPE, code)).ravel()
-        frequency = FREQUENCIES[0].ravel()[cell]  # every mixture has its zeros in the same places
-        escaped = (frequency == 0) | (cell & 255 == ESCAPE)
+    def column(self, table, floor, values):
+        """Take one step: a column of all rows of a chunk. Arrays (G, rows): the table of each symbol and the whole part
+        of its mean, int64, and its value, int32."""
+        code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
+        cell = (table * 256 + code).ravel()
+        frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
+        escaped = (frequency == 0) | (code.ravel() == ESCAPE)
         if escaped.any():
             cell[escaped] |= ESCAPE
-            self.escaped.append(values.ravel()[escaped])
+            self.escaped.append(values.ravel()[escaped].astype("<i2").tobytes())
         self.cells.append(cell.astype(np.int32))
-        return values
 
     def best_mixture(self) -> int:
         """The tail shape that codes every fifth column best."""
-
-        def cost(bits: ndarray) -> float:
-            sums = (bits[cells].sum(dtype=np.float64) for cells in self.cells[::5])
-            return sum(float(x) for x in sums)
-
-        return int(np.argmin([cost(bits.ravel()) for bits in COST_BITS]))
+        sample = np.concatenate(self.cells[::5])
+        return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
 
 
-def take(values: ndarray, count: int) -> tuple[ndarray, ndarray]:
+def take(values, count: int):
     """The first `count` values and the rest."""
     if count > len(values):
         raise ValueError("the code ends early")
@@ -4134,20 +3918,19 @@ class SymbolReader:
     """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
 
     def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
-        self.states = states.astype(np.uint32)
-        self.words = words.astype(np.uint32)
+        self.states = states.copy()
+        self.words = words
         self.escaped = escaped
 
-    def begin(self, header: StackHeader):
-        """Make room for a stack, and lay out its tables."""
-        members, rows, width = header.shape
-        codes = np.tile(np.arange(256, dtype=np.uint8), VARIANCE_BUCKETS * MEAN_FRACTIONS)
-        self.columns = np.empty((width, members, rows), np.int16)
-        self.starts = cell_starts(header.mixture).astype(np.uint32)
-        self.codes = np.repeat(codes, FREQUENCIES[header.mixture].ravel())  # of every slot of every table
+    def begin(self, mixture: int):
+        """Lay out the tables of a stack."""
+        frequencies = FREQUENCIES[mixture]
+        codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
+        self.codes = np.repeat(codes, frequencies)  # of every slot of every table
+        self.starts = CELL_STARTS[mixture]
 
-    def column(self, table: ndarray, floor: ndarray, rows: slice, j: int) -> ndarray:
-        """As SymbolWriter.column, but decoded."""
+    def column(self, table, floor, values):
+        """As SymbolWriter.column, but fills in the values."""
         state = self.states[: table.size]  # a view: the states advance in place
         table = table.ravel()
         slot = state & SLOT_MASK
@@ -4158,69 +3941,63 @@ class SymbolReader:
         low = np.flatnonzero(state < 1 << 16)
         taken, self.words = take(self.words, len(low))
         state[low] = state[low] << 16 | taken
-        values = code + (floor.ravel() - MAX_SYMBOL)
+        decoded = code + (floor.ravel() - MAX_SYMBOL)
         is_escaped = code == ESCAPE
         if count := np.count_nonzero(is_escaped):
-            values[is_escaped], self.escaped = take(self.escaped, count)
-        values = values.reshape(floor.shape)
-        self.columns[j, :, rows] = values
-        return values
+            decoded[is_escaped], self.escaped = take(self.escaped, count)
+        values[:] = decoded.reshape(values.shape)
 
 
-def rans_encode(steps: list[tuple[ndarray, ndarray]], rider: bytes) -> tuple[ndarray, ndarray]:
-    """steps: (cells, starts), in the order of decoding. Returns states uint32 and words uint16.
-    A state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
+def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
+    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
+    state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
     with."""
     states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
-    words = [np.empty(0, "<u2")]
-    for cells, starts in reversed(steps):
-        state = states[: len(cells)]
-        start = starts[cells]
+    words = []
+    for start in reversed(steps):
+        state = states[: len(start)]  # a view
         freq = start >> PROB_BITS
         full = state >= freq << (32 - PROB_BITS)
-        words.append(state[full].astype("<u2"))
-        state = np.where(full, state >> 16, state)
+        words.append(state[full].astype("<u2").tobytes())
+        state[full] >>= 16
         times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
         rest = state - times * freq
-        states[: len(cells)] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
-    return states.astype("<u4"), np.concatenate(words[::-1])
+        state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
+    return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
 # --- What the encoder chooses ---
 
 
-def choose_prior(q: ndarray, pool: ndarray | None) -> int:
-    """Index into CORRELATION_PRIORS by Gaussian code length of odd rows given the correlation of even ones, on at most
-    two members."""
+def choose_prior(q: ndarray, pool: ndarray) -> int:
+    """Index into CORRELATION_PRIORS for q (G, R, n) float64, by Gaussian code length of odd rows given the correlation
+    of even ones, on at most two members."""
     members, rows, width = q.shape
     if rows * members < 64 or width < 8:
         return len(CORRELATION_PRIORS) - 1
+    q = q[:: max(members - 1, 1)]  # the first and the last
+    square = (q**2).mean(1, keepdims=True)
+    z = q / np.sqrt(np.maximum(square, MIN_VARIANCE))
+    even = z[:, ::2]
+    odd = z[:, 1::2]
+    known = correlation(even.mT @ even)
     identity = np.eye(width)
-    nats = np.zeros(len(CORRELATION_PRIORS))  # per symbol, against independent columns
-    for g in {0, members - 1}:
-        square = (q[g].astype(np.float64) ** 2).mean(0)
-        scale = np.sqrt(np.maximum(square, MIN_VARIANCE))
-        z = q[g] / scale
-        even = z[::2]
-        odd = z[1::2]
-        known = correlation((even.T @ even)[None])[0]
-        for i, prior in enumerate(CORRELATION_PRIORS[:-1]):
-            own = len(even) / (len(even) + prior.rows)
-            expected = identity if pool is None else pool[0]
-            expected = blend(identity, expected, prior.pool_weight)
-            c = known * own + expected * (1 - own)
-            low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
-            e = np.linalg.solve(low, odd.T)
-            determinant = np.log(np.diag(low)).mean()
-            energy = (e * e).mean() - (odd * odd).mean()
-            nats[i] += determinant + 0.5 * energy + CORRELATION_COST
-    return int(nats.argmin())
+    nats = []  # per symbol, against independent columns
+    for prior in CORRELATION_PRIORS[:-1]:
+        own = even.shape[1] / (even.shape[1] + prior.rows)
+        c = blend(blend(identity, pool, prior.pool_weight), known, own)
+        low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
+        e = np.linalg.solve(low, odd.mT)
+        determinant = np.log(np.linalg.diagonal(low)).mean()
+        energy = (e * e).mean() - (odd * odd).mean()
+        nats.append(determinant + 0.5 * energy + CORRELATION_COST)
+    return int(np.argmin([*nats, 0.0]))
 
 
 def common_weight(q: ndarray, axis: int) -> int:
     """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how
     far theirs lie apart."""
-    square = (q.astype(np.float64) ** 2).mean(axis)
+    square = (q**2).mean(axis)
     spread = np.log(square + 1 / 12).var(1).mean()
     spread -= 2 / q.shape[axis]  # what chance alone would give
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
@@ -4253,61 +4030,61 @@ def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int
     residual = residual_width(stacks)
     headers = []
     pools = {}
-    steps = []  # (cells, starts) of every column of every chunk
-    escaped = [np.empty(0, np.int64)]
+    steps = []  # CELL_STARTS of every column of every chunk
+    escaped = []
     for q in stacks:
         copies = repeated_rows(q)
         q = np.delete(q, list(copies), axis=1)
         rows, width = q.shape[1:]
         turned = width != residual and (rows == residual or rows < width)
-        q = q.transpose(0, 2, 1) if turned else q
-        square = (q.astype(np.float64) ** 2).mean((1, 2))
-        variance = np.maximum(square, MIN_VARIANCE)
+        q = (q.mT if turned else q).astype(np.float64)
+        width = q.shape[2]
+        variance = np.maximum((q**2).mean((1, 2)), MIN_VARIANCE)
         header = StackHeader(
             shape=list(q.shape),
             log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
             turned=int(turned),
-            prior=choose_prior(q, pools.get(q.shape[2])),
+            prior=choose_prior(q, pools.get(width, np.eye(width))),
             trust=[common_weight(q, 2), common_weight(q, 1)],
             copies=[list(copies), list(copies.values())],
         )
-        writer = SymbolWriter(q)
-        StackModel(header, pools).code(writer)
+        columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int32)
+        writer = SymbolWriter()
+        StackModel(columns, header).code(writer, pools)
         header = header._replace(mixture=writer.best_mixture())
-        starts = cell_starts(header.mixture)
-        steps += [(cells, starts) for cells in writer.cells]
+        steps += [CELL_STARTS[header.mixture][cells] for cells in writer.cells]
         escaped += writer.escaped
         headers.append(header._asdict())
-    count = max((len(cells) for cells, _ in steps), default=0)
+    count = max(map(len, steps), default=0)
     ridden = min(len(rider), 2 * count)
     states, words = rans_encode(steps, rider[:ridden].ljust(2 * count, b"\0"))
     side = zlib.compress(json.dumps(headers, separators=(",", ":")).encode(), 9)
-    raw = zlib.compress(np.concatenate(escaped).astype("<i2").tobytes(), 9)
-    sizes = struct.pack("<4I", len(side), len(raw), count, len(words))
-    code = (sizes, side, raw, states.tobytes(), words.tobytes())
-    return b"".join(code), ridden
+    raw = zlib.compress(b"".join(escaped), 9)
+    sizes = struct.pack("<4I", len(side), len(raw), count, len(words) // 2)
+    return sizes + side + raw + states + words, ridden
 
 
 def decode_stacks(code: bytes) -> tuple[list[ndarray], bytes]:
-    """Inverse of encode_stacks: int16 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
-    side, raw, count, words = struct.unpack_from("<4I", code)
-    sizes = np.array([16, side, raw, 4 * count, 2 * words])
-    side_at, raw_at, states_at, words_at, end = np.cumsum(sizes).tolist()
-    if len(code) != end:
-        raise ValueError(f"{len(code)} bytes of code, {end} by their header")
-    reader = SymbolReader(
-        states=np.frombuffer(code, "<u4", count, states_at),
-        words=np.frombuffer(code, "<u2", words, words_at),
-        escaped=np.frombuffer(zlib.decompress(code[raw_at:states_at]), "<i2"),
-    )
+    """Inverse of encode_stacks: int32 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
+    parts = io.BytesIO(code)
+    side, raw, count, words = struct.unpack("<4I", parts.read(16))
+    length = 16 + side + raw + 4 * count + 2 * words
+    if len(code) != length:
+        raise ValueError(f"{len(code)} bytes of code, {length} by their header")
+    headers = json.loads(zlib.decompress(parts.read(side)))
+    escaped = np.frombuffer(zlib.decompress(parts.read(raw)), "<i2")
+    states = np.frombuffer(parts.read(4 * count), "<u4")
+    reader = SymbolReader(states, np.frombuffer(parts.read(), "<u2"), escaped)
     stacks = []
     pools = {}
-    for entry in json.loads(zlib.decompress(code[side_at:raw_at])):
+    for entry in headers:
         header = StackHeader(**entry)
-        reader.begin(header)
-        StackModel(header, pools).code(reader)
-        q = reader.columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
-        copies, sources = (np.array(rows, int) for rows in header.copies)
+        members, rows, width = header.shape
+        columns = np.empty((width, members, rows), np.int32)
+        reader.begin(header.mixture)
+        StackModel(columns, header).code(reader, pools)
+        q = columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
+        copies, sources = np.array(header.copies, int)
         q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
         q[:, copies] = q[:, sources]
         stacks.append(q)
@@ -4373,7 +4150,7 @@ class Correction(NamedTuple):
 
     def product(self, cols: int) -> Tensor:
         """A B (rows, cols), fp32."""
-        a, b, scales = (torch.from_numpy(part.astype(np.float32)) for part in self[:3])
+        a, b, scales = (torch.from_numpy(part).float() for part in self[:3])
         b = (b * scales[1:, None]).flatten()
         b = b[: a.size(1) * cols].view(-1, cols)
         return scales[0] * a @ b
@@ -4384,70 +4161,51 @@ class QuantizedMatrix(NamedTuple):
 
     symbols: ndarray  # int8 (rows, cols)
     row_codes: ndarray  # int16 (rows,)
-    column_codes: ndarray | None = None  # int8 (cols,); None: zeros
+    column_codes: ndarray  # int8 (cols,)
     correction: Correction | None = None
 
     def dequantize(self) -> Tensor:
         """(rows, cols), fp32, equal on every machine but for the correction."""
         row = dequantize_scales(self.row_codes)
-        w = self.symbols.astype(np.float32) * row[:, None]
-        if self.column_codes is not None:
-            w *= dequantize_scales(self.column_codes, COLUMN_STEPS)
-        w = torch.from_numpy(w)
-        return w if self.correction is None else w + self.correction.product(w.size(1))
-
-
-class QuantizedGate(NamedTuple):
-    """The attention gate in int8 rows."""
-
-    symbols: ndarray  # int8 (layers, heads, channels)
-    scale: ndarray  # fp16 (layers, heads)
-
-    def dequantize(self) -> Tensor:
-        scale = self.scale.astype(np.float32)
-        return torch.from_numpy(self.symbols.astype(np.float32) * scale[..., None])
+        column = dequantize_scales(self.column_codes, COLUMN_STEPS)
+        w = torch.from_numpy(self.symbols * row[:, None] * column)
+        return w + self.correction.product(w.size(1)) if self.correction else w
 
 
 class Quantized(NamedTuple):
     """A model as the artifact holds it."""
 
     matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
-    parameters: dict[str, ndarray | QuantizedGate]  # fp16 but for the gate
+    parameters: dict[str, ndarray]  # fp16; the attention gate may be in int8 rows, see `quantize_gate`
     logit_calibration: ndarray | None = None  # fp32 (15,), see to_logit_calibration
 
     def state(self) -> dict[str, Tensor]:
         """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
-        state = {}
-        for name, array in self.parameters.items():
-            gate = isinstance(array, QuantizedGate)
-            state[name] = array.dequantize() if gate else torch.from_numpy(array.astype(np.float32))
+        state = {name: torch.from_numpy(array).float() for name, array in self.parameters.items()}
+        if "attn_gate.int8" in state:
+            scale = state.pop("attn_gate.scale")
+            state["attn_gate"] = state.pop("attn_gate.int8") * scale[..., None]
         for name, layers in self.matrices.items():
             stack = torch.stack([matrix.dequantize() for matrix in layers])
             state[name] = stack[0] if name == "tok_emb" else stack
         for vector, matrix in FOLDED.items():
-            if matrix in state:
-                state[vector] = torch.ones(state[matrix].shape[:2])
+            state[vector] = torch.ones(state[matrix].shape[:2])
         return state
 
 
 def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
     """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
     the file they came from."""
-    parameters = dict(model.named_parameters())
-    for name, p in parameters.items():
-        shape = tuple(state[name].shape) if name in state else "no"
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    given = {name: tuple(t.shape) for name, t in state.items()}
+    for name in wanted | given:
+        shape = given.get(name, "no")
         require(
-            shape == tuple(p.shape),
-            f"{origin}: holds {shape} {name}, the settings ask for {tuple(p.shape)}; use the settings it was made with",
+            shape == wanted.get(name),
+            f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
+            "use the settings it was made with",
         )
-    unknown = ", ".join(sorted(set(state) - set(parameters)))
-    require(
-        not unknown,
-        f"{origin}: holds {unknown}, which the settings do not use; use the settings it was made with",
-    )
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(state[name])
+    model.load_state_dict(state)
 
 
 # --- Hessians: second moments of the inputs of every matrix ---
@@ -4460,11 +4218,11 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
     |dnats_t / drow|^2. One backward pass estimates it. With random signs s_t, E |sum_t s_t g_t|^2 = sum_t |g_t|^2:
     cross terms cancel."""
     sums = {}
-    for name, kind in MATRICES.items():
-        matrix = getattr(model, name)
+    matrices = [getattr(model, name) for name in MATRICES]
+    for kind, matrix in zip(MATRICES.values(), matrices):
         layers = len(matrix) if matrix.ndim == 3 else 1
         width = matrix.size(-1)
-        sums[kind.hessian] = torch.zeros(layers, width, width, device=matrix.device)
+        sums[kind.hessian] = matrix.new_zeros(layers, width, width)
 
     def tap(kind: str, layer: int, x: Tensor):
         x = x.detach().float()
@@ -4476,10 +4234,11 @@ def batch_moments(model: GPT, batch: Batch, seed: int, rows: bool) -> dict[str, 
         if rows:
             generator = torch.Generator().manual_seed(seed)  # on the CPU: the same signs on every device
             coins = torch.randint(0, 2, batch.targets.shape, generator=generator)
-            signs = coins.to(batch.targets.device) * 2 - 1
-            nats = model.nll(hidden, batch.targets.clamp(min=0)).nats
-            loss = (nats * signs * (batch.targets >= 0)).sum()
-            gradients = torch.autograd.grad(loss, [getattr(model, name) for name in MATRICES])
+            targets = batch.targets
+            signs = coins.to(targets.device) * 2 - 1
+            nats = model.nll(hidden, targets.clamp(min=0)).nats
+            loss = (nats * signs * (targets >= 0)).sum()
+            gradients = torch.autograd.grad(loss, matrices)
             for name, gradient in zip(MATRICES, gradients):
                 sums[f"{name}.rows"] = gradient.square().sum(-1)
     return sums
@@ -4521,10 +4280,9 @@ def error_feedback(hessian: Tensor, damping: float) -> ErrorFeedback:
     until it is not."""
     h = hessian.double()
     diagonal = h.diagonal(dim1=1, dim2=2)
-    diagonal.add_(diagonal == 0)
+    diagonal.add_(diagonal == 0)  # a view: this writes into h
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    h = h.gather(1, order[:, :, None].expand_as(h))
-    h = h.gather(2, order[:, None].expand_as(h))
+    h = h.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
     mean = diagonal.mean(1)
     damp = torch.full_like(mean, damping)
     for _ in range(8):
@@ -4553,41 +4311,31 @@ class StepSizes(NamedTuple):
         return (self.column_codes / COLUMN_STEPS).exp2()
 
 
-def clip_step_sizes(
-    model: GPT,
-    weights: dict[str, Tensor],  # (layers, rows, cols)
-    feedback: dict[str, ErrorFeedback],
-    cfg: Config,
-    saved: float,
-) -> dict[str, StepSizes]:
-    """The published rule (#1394): *_CLIP_SIGMAS standard deviations of a row over the symbol range, times 2**saved.
-
-    AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of (activation RMS * mean
-    |w|) gets the step sizes of AWQ_BITS."""
+def clip_step_sizes(weights: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, StepSizes]:
+    """The published rule (#1394): *_CLIP_SIGMAS standard deviations of a row of weights (layers, rows, cols) over the
+    symbol range, times 2**saved."""
     steps = {}
-    groups = []  # (saliency, name, layer, first column)
-    layers = torch.tensor([visit.layer for visit in model.schedules[cfg.looped]])
-    visits = torch.bincount(layers, minlength=cfg.num_layers).to(model.tok_emb.device)
     for name, kind in MATRICES.items():
         w = weights[name]
-        bits = getattr(cfg, kind.bits)
-        limit = 2 ** (bits - 1) - 1
-        sigmas = getattr(cfg, kind.sigmas)
-        row = 2**saved * sigmas * w.std(2) / limit
-        square = feedback[name].diagonal
-        steps[name] = StepSizes(row.clamp_min(1e-6), torch.zeros_like(square), limit)
-        if cfg.awq_lite_enabled and bits < AWQ_BITS and w.size(2) >= AWQ_GROUP:
-            square = square / visits[:, None] if len(w) > 1 else square  # the embedding is read once
-            saliency = square.sqrt() * w.abs().mean(1)
-            sums = saliency.unfold(1, AWQ_GROUP, AWQ_GROUP).sum(2)
-            for layer, row_sums in enumerate(sums.tolist()):
-                groups += [(total, name, layer, i * AWQ_GROUP) for i, total in enumerate(row_sums)]
-    if groups:
-        _, name, layer, first = max(groups)
-        finer = AWQ_BITS - getattr(cfg, MATRICES[name].bits)
-        group = slice(first, first + AWQ_GROUP)
-        steps[name].column_codes[layer, group] = -finer * COLUMN_STEPS
+        limit = 2 ** (getattr(cfg, kind.bits) - 1) - 1
+        row = 2**saved * getattr(cfg, kind.sigmas) * w.std(2) / limit
+        steps[name] = StepSizes(row.clamp_min(1e-6), torch.zeros_like(w[:, 0]), limit)
     return steps
+
+
+def refine_salient_columns(steps: dict[str, StepSizes], saliency: dict[str, Tensor], cfg: Config):
+    """AWQ-lite (#1908): of all matrices, the group of AWQ_GROUP columns with the largest sum of `saliency` (layers,
+    cols), activation RMS * mean |w|, gets the step sizes of AWQ_BITS."""
+    sums = {}  # (layers, groups)
+    for name, columns in saliency.items():
+        if steps[name].limit < MAX_SYMBOL and columns.size(1) >= AWQ_GROUP:
+            sums[name] = columns.unfold(1, AWQ_GROUP, AWQ_GROUP).sum(2)
+    if sums:
+        name = max(sums, key=lambda name: sums[name].max())
+        finer = AWQ_BITS - getattr(cfg, MATRICES[name].bits)
+        layer, group = divmod(sums[name].argmax().item(), sums[name].size(1))
+        groups = steps[name].column_codes[layer].unfold(0, AWQ_GROUP, AWQ_GROUP)  # a view
+        groups[group] = -finer * COLUMN_STEPS
 
 
 # How RATE_DISTORTION chooses step sizes: one more bit anywhere must lower the loss by the same amount (reverse
@@ -4645,6 +4393,7 @@ def rate_curve(
 
     mean = g.mean(1, keepdim=True).clamp_min(1e-20)
     trace = feedback.diagonal.sum(1, keepdim=True).clamp_min(1e-20)
+    # The 0.1 keeps rows that calibration hardly uses from nearly unbounded step sizes.
     g = (g / mean + 0.1).pow(row_power) * mean / trace
     row = ((-mean_log2_d - g.log2()) / 2).exp2()
 
@@ -4675,9 +4424,8 @@ class Columns(NamedTuple):
 
     w: Tensor  # (n, columns, rows): a column lies in one piece
     upper: Tensor  # (n, columns, columns), see ErrorFeedback
-    step: Tensor  # (n, rows)
-    scale: Tensor  # (n, columns): factors of the step size
-    limit: Tensor  # (n, columns): largest symbols
+    size: Tensor  # (n, columns, rows): step sizes
+    limit: Tensor  # (n, columns, 1): largest symbols
 
 
 def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
@@ -4687,11 +4435,10 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
 
     Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
     them."""
-    w = columns.w.clone()
-    size = columns.step[:, None] * columns.scale[:, :, None]
-    high = columns.limit[:, :, None]
+    w, upper, size, high = columns
+    w = w.clone()
     low = -high
-    pivot = columns.upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    pivot = upper.diagonal(dim1=1, dim2=2)[:, :, None]
     symbols = torch.empty_like(w)
     errors = torch.empty_like(w)
     for j in range(w.size(1)):
@@ -4702,7 +4449,7 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
         symbol.round_().clamp_(low[:, one], high[:, one])
         torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
         error.div_(pivot[:, one])
-        later = columns.upper[:, j, j + 1 :, None]
+        later = upper[:, j, j + 1 :, None]
         w[:, j + 1 :].addcmul_(error, later, value=-1)
     return symbols, errors
 
@@ -4723,49 +4470,38 @@ def replayed(function: Callable, example: NamedTuple) -> Callable:
     return replay
 
 
-def gptq(
-    w: Tensor,  # (n, rows, cols)
-    feedback: ErrorFeedback,
-    step: Tensor,  # (n, rows)
-    limit: int,
-    column_scale: Tensor | None = None,  # (n, cols): factors of the step; None: ones
-    block: int = 128,
-) -> Tensor:
-    """Round w to multiples of step, feeding each column's error to the columns not yet rounded (arXiv 2210.17323).
+def gptq(w: Tensor, feedback: ErrorFeedback, steps: StepSizes, block: int = 128) -> Tensor:
+    """Round w (n, rows, cols) to multiples of its step sizes, feeding each column's error to the columns that are not
+    yet rounded (arXiv 2210.17323).
 
-    Returns symbols int16 (n, rows, cols), at most `limit`, or MAX_SYMBOL where column_scale is below 1. Columns go in
-    the order of `feedback`. One whose input never fires is zero."""
+    Returns symbols int8 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1. Columns go
+    in the order of `feedback`. One whose input never fires is zero."""
     order, upper, diagonal = feedback
     silent = (diagonal == 0)[:, :, None]
-    w = w.float().mT.masked_fill(silent, 0.0)
-    w = w.gather(1, order[:, :, None].expand_as(w))
-    scale = torch.ones_like(upper[:, 0])
-    if column_scale is not None:
-        scale = column_scale.gather(1, order)
-    limits = torch.where(scale < 1, MAX_SYMBOL, limit).float()
-    symbols = torch.empty_like(w, dtype=torch.int16)
+    w = w.mT.masked_fill(silent, 0.0).take_along_dim(order[:, :, None], 1)
+    scale = steps.column_scale.gather(1, order)[:, :, None]
+    size = steps.row[:, None] * scale
+    limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
+    symbols = torch.empty_like(w, dtype=torch.int8)
     round_block = round_columns
     for start in range(0, w.size(1), block):
         here = slice(start, start + block)
         rest = slice(start + block, None)
-        columns = Columns(
-            w=w[:, here],
-            upper=upper[:, here, here],
-            step=step,
-            scale=scale[:, here],
-            limit=limits[:, here],
-        )
+        columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here])
         is_full = start + block <= w.size(1)
         if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
             round_block = replayed(round_columns, columns)
         symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
-        later = upper[:, here, rest].mT
-        w[:, rest].baddbmm_(later, errors, alpha=-1)
-    in_place = order.argsort(dim=1)[:, :, None].expand_as(symbols)
-    return symbols.gather(1, in_place).mT.contiguous()
+        w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
+    return symbols.take_along_dim(order.argsort(dim=1)[:, :, None], 1).mT.contiguous()
 
 
 # --- LQER ---
+
+
+def round_to_int8(w: Tensor, scale: Tensor, low: int, high: int) -> ndarray:
+    """w / scale, rounded to low..high."""
+    return (w / scale).round().clamp(low, high).to(torch.int8).cpu().numpy()
 
 
 def lqer(error: Tensor, cfg: Config) -> Correction:
@@ -4784,12 +4520,9 @@ def lqer(error: Tensor, cfg: Config) -> Correction:
     scale_a = a.abs().max()[None] / 1.5
     scales_b = groups.abs().amax(1) / 7.5
     scales = torch.cat((scale_a, scales_b)).clamp(1e-7, 6e4).half()
-    a = (a / scales[0]).round().clamp(-2, 1).to(torch.int8)
-    b = (groups / scales[1:, None]).round()
-    b = b.clamp(-8, 7).to(torch.int8)
     return Correction(
-        a=a.cpu().numpy(),
-        b=b.cpu().numpy(),
+        a=round_to_int8(a, scales[0], -2, 1),
+        b=round_to_int8(groups, scales[1:, None], -8, 7),
         scales=scales.cpu().numpy(),
         error=error.norm().item(),
     )
@@ -4799,8 +4532,7 @@ def add_corrections(matrices: dict[str, list[QuantizedMatrix]], weights: dict[st
     """LQER for the LQER_TOP_K matrices with the largest Frobenius error."""
     errors = {}
     for name, layers in matrices.items():
-        for layer, matrix in enumerate(layers):
-            w = weights[name][layer]
+        for layer, (w, matrix) in enumerate(zip(weights[name], layers)):
             errors[name, layer] = w - matrix.dequantize().to(w.device)
     largest = sorted(errors, key=lambda place: -errors[place].norm().item())
     for name, layer in largest[: cfg.lqer_top_k]:
@@ -4815,14 +4547,16 @@ class Quantizer:
     """Quantises one model, as often as its size asks for. What no step size changes is computed once."""
 
     def __init__(self, model: GPT, hessians: dict[str, Tensor], cfg: Config, ranks: Ranks):
-        self.model = model
         self.cfg = cfg
         self.ranks = ranks
         self.parameters = folded_state(model)
         self.weights = {}  # of matrices, (layers, rows, cols) fp32
         self.feedback = {}
-        self.curves = {}
+        self.curves = {}  # for RATE_DISTORTION
+        self.saliency = {}  # for AWQ-lite: activation RMS * mean |w| of every column
         scales = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
+        visited = [visit.layer for visit in model.schedules[cfg.looped]]
+        visits = torch.tensor(visited, device=model.tok_emb.device).bincount()
         for name, kind in MATRICES.items():
             w = self.parameters.pop(name)
             w = w if w.ndim == 3 else w[None]
@@ -4833,13 +4567,17 @@ class Quantizer:
                 g = hessians[f"{name}.rows"].view(w.shape[:2])
                 if name in scales:  # gradients are of the model's own matrix: chain rule for the folded one
                     g = g / scales[name].square().clamp_min(1e-6)
-                row_power = getattr(cfg, kind.rows)
-                self.curves[name] = rate_curve(w, feedback, g, row_power, cfg.rate_columns)
+                self.curves[name] = rate_curve(w, feedback, g, getattr(cfg, kind.rows), cfg.rate_columns)
+            elif cfg.awq_lite_enabled:
+                mean_square = feedback.diagonal / (1 if name == "tok_emb" else visits[:, None])
+                self.saliency[name] = mean_square.sqrt() * w.abs().mean(1)
 
     def step_sizes(self, saved: float) -> dict[str, StepSizes]:
-        """By the settings, for `saved` bits a weight less than ARTIFACT_CAP bytes, or than the published rule."""
+        """Step sizes that save `saved` bits a weight, against ARTIFACT_CAP (RATE_DISTORTION) or the published rule."""
         if not self.cfg.rate_distortion:
-            return clip_step_sizes(self.model, self.weights, self.feedback, self.cfg, saved)
+            steps = clip_step_sizes(self.weights, self.cfg, saved)
+            refine_salient_columns(steps, self.saliency, self.cfg)
+            return steps
         weights = sum(w.numel() for w in self.weights.values())
         level = level_for(self.curves.values(), 8 * self.cfg.artifact_cap - saved * weights)
         return {name: curve.step_sizes_at(level) for name, curve in self.curves.items()}
@@ -4855,7 +4593,7 @@ class Quantizer:
         parameters = {}
         for name, value in self.parameters.items():
             if name == "attn_gate" and self.cfg.gated_attn_quant_gate:
-                parameters[name] = quantize_gate(value)
+                parameters |= quantize_gate(value)
             elif name not in FOLDED:
                 parameters[name] = value.half().cpu().numpy()
         return Quantized(matrices, parameters)
@@ -4865,22 +4603,21 @@ class Quantizer:
         ranks."""
         w = self.weights[name]
         row_codes = quantize_scales(steps.row.cpu().numpy())
-        symbols = torch.empty(w.shape, dtype=torch.int8, device=w.device)
         if self.ranks.rank == owner:
-            step = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
-            rounded = gptq(w, self.feedback[name], step, steps.limit, steps.column_scale)
-            symbols = rounded.to(torch.int8)
+            row = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
+            symbols = gptq(w, self.feedback[name], steps._replace(row=row))
+        else:
+            symbols = torch.empty_like(w, dtype=torch.int8)
         symbols = self.ranks.broadcast_(symbols, owner).cpu().numpy()
-        columns = steps.column_codes.to(torch.int8).cpu().numpy()
-        return [QuantizedMatrix(*parts) for parts in zip(symbols, row_codes, columns)]
+        column_codes = steps.column_codes.to(torch.int8).cpu().numpy()
+        return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
 
 
-def quantize_gate(gate: Tensor) -> QuantizedGate:
-    """gate (layers, heads, channels), each row with a scale of its own."""
+def quantize_gate(gate: Tensor) -> dict[str, ndarray]:
+    """gate (layers, heads, channels) as int8, and the fp16 scale (layers, heads) of each row."""
     scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
-    symbols = (gate / scale[..., None]).round()
-    symbols = symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL).to(torch.int8)
-    return QuantizedGate(symbols.cpu().numpy(), scale.cpu().numpy())
+    symbols = round_to_int8(gate, scale[..., None], -MAX_SYMBOL, MAX_SYMBOL)
+    return {"attn_gate.int8": symbols, "attn_gate.scale": scale.cpu().numpy()}
 
 
 # --- Logit calibration (#1924): logits <- scale * softcap(z) + features . biases, fitted to the quantised model ---
@@ -4952,7 +4689,8 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
         penalty = values[1:].square().mean() + (calibration.scale - 1).square()
         mean_nats = (nats * real).sum() / real.sum().clamp_min(1)
         loss = mean_nats + 0.01 * penalty
-        (values.grad,) = torch.autograd.grad(loss, [values])
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
     return ranks.broadcast_(values.detach().cpu()).numpy()
 
@@ -4964,7 +4702,6 @@ def fit_logit_calibration(model: GPT, stream: TrainStream, cfg: Config, ranks: R
 
 MATRIX_PARTS = ("symbols", "step", "column")
 LQER_PARTS = ("lqer_a", "lqer_b", "lqer_scales")
-GATE_PARTS = ("int8", "scale")
 
 
 def flatten(quantized: Quantized) -> dict[str, ndarray]:
@@ -4980,18 +4717,13 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
     for kind, layers in quantized.matrices.items():
         for layer, matrix in enumerate(layers):
             name = f"{kind}.{layer}"
-            has_columns = matrix.column_codes is not None and matrix.column_codes.any()
-            add(name, MATRIX_PARTS[: 2 + has_columns], matrix)
-            if matrix.correction is not None:
+            add(name, MATRIX_PARTS if matrix.column_codes.any() else MATRIX_PARTS[:2], matrix)
+            if matrix.correction:
                 corrections[name] = matrix.correction
     # Corrections follow all matrices, the largest error first.
-    for name, correction in sorted(corrections.items(), key=lambda item: -item[1].error):
-        add(name, LQER_PARTS, correction)
-    for name, value in quantized.parameters.items():
-        if isinstance(value, QuantizedGate):
-            add(name, GATE_PARTS, value)
-        else:
-            arrays[name] = value
+    for name in sorted(corrections, key=lambda name: -corrections[name].error):
+        add(name, LQER_PARTS, corrections[name])
+    arrays |= quantized.parameters
     if quantized.logit_calibration is not None:
         arrays["logit_calibration"] = quantized.logit_calibration
     return arrays
@@ -4999,19 +4731,20 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
 
 def unflatten(arrays: dict[str, ndarray]) -> Quantized:
     """Inverse of flatten."""
-    matrices = {}
+    layers = {}  # "qkv.3" -> {"symbols": ..., "step": ...}
     parameters = {}
     for full_name, array in arrays.items():
-        name, _, part = full_name.rpartition(".")  # "qkv.3", "symbols"; a parameter has no dot: "", "caps"
-        parts = lambda suffixes, name=name: [arrays.get(f"{name}.{suffix}") for suffix in suffixes]
-        if part == "symbols":
-            correction = Correction(*parts(LQER_PARTS)) if f"{name}.lqer_a" in arrays else None
-            matrix = QuantizedMatrix(*parts(MATRIX_PARTS), correction)
-            matrices.setdefault(name.split(".")[0], []).append(matrix)
-        elif part == "int8":
-            parameters[name] = QuantizedGate(*parts(GATE_PARTS))
-        elif not name:
-            parameters[part] = array
+        name, _, part = full_name.rpartition(".")
+        if part in MATRIX_PARTS + LQER_PARTS:
+            layers.setdefault(name, {})[part] = array
+        else:
+            parameters[full_name] = array
+    matrices = {}
+    for name, parts in layers.items():
+        correction = Correction(*[parts[part] for part in LQER_PARTS]) if "lqer_a" in parts else None
+        parts.setdefault("column", np.zeros(parts["symbols"].shape[1], np.int8))
+        matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)
+        matrices.setdefault(name.split(".")[0], []).append(matrix)
     return Quantized(matrices, parameters, parameters.pop("logit_calibration", None))
 
 
@@ -5027,10 +4760,6 @@ LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "p
 LEAST_CODED = 64  # values of an array that are worth the entropy coder's header
 
 
-class ArtifactError(UserError):
-    """The model file is damaged or not ours; the message names it and the remedy."""
-
-
 def as_matrix(a: ndarray) -> ndarray:
     """An integer array as (R, C): vectors and matrices of two long sides are folded, the last row padded with zeros."""
     if a.ndim > 1 and min(len(a), a[0].size) <= 1024:
@@ -5040,11 +4769,9 @@ def as_matrix(a: ndarray) -> ndarray:
     return padded.reshape(-1, width)
 
 
-def planes(arrays: Iterable[ndarray], dtype: str) -> bytes:
-    """Bytes of arrays of one dtype, most significant bytes of all values first: these repeat, so LZMA sees runs."""
-    raw = b"".join(a.tobytes() for a in arrays)
-    values = np.frombuffer(raw, np.uint8).reshape(-1, np.dtype(dtype).itemsize)
-    return values.T[::-1].tobytes()
+def planes(values: ndarray) -> bytes:
+    """Bytes of values (count,), most significant bytes of all values first: these repeat, so LZMA sees runs."""
+    return values.view(np.uint8).reshape(-1, values.itemsize).T[::-1].tobytes()
 
 
 def from_planes(raw: bytes, dtype: str, count: int) -> ndarray:
@@ -5058,29 +4785,28 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     """Arrays (any numpy dtype) and `meta` (JSON) as the bytes of a model file. Integer arrays of LEAST_CODED values or
     more are entropy-coded. Arrays whose names differ only in numbers, of one shape, are coded together, so many small
     ones cost little."""
-    groups = {}  # entropy-coded: (name without numbers, shape, dtype) -> arrays by name
-    rest = {}  # dtype -> arrays by name
+    groups = {}  # entropy-coded: (name without numbers, shape, dtype) -> names
+    rest = {}  # dtype -> names
     for name, a in tensors.items():
         is_integer = a.dtype.kind in "iu" and a.size >= LEAST_CODED
         if is_integer and int(a.max()) - int(a.min()) < 1 << 15:
             key = (re.sub(r"\d+", "#", name), a.shape, a.dtype.str)  # "qkv.3.symbols" -> "qkv.#.symbols"
-            groups.setdefault(key, {})[name] = a
+            groups.setdefault(key, []).append(name)
         else:
-            rest.setdefault(a.dtype.str, {})[name] = a
+            rest.setdefault(a.dtype.str, []).append(name)
     coded = []
     stacks = []
-    for (_, shape, dtype), members in groups.items():
+    for (_, shape, dtype), names in groups.items():
         # The coder expects values around 0, so codes of step sizes lose their median.
-        centres = [round(float(np.median(a))) for a in members.values()]
-        centred = [a.astype(np.int64) - centre for a, centre in zip(members.values(), centres)]
-        coded.append([dtype, shape, list(members), centres])
-        stacks.append(np.stack([as_matrix(a) for a in centred]))
+        stack = np.stack([tensors[name] for name in names]).astype(np.int64)
+        centres = [round(np.median(a)) for a in stack]
+        coded.append([dtype, shape, names, centres])
+        stacks.append(np.stack([as_matrix(a - centre) for a, centre in zip(stack, centres)]))
     plain = []
     raw = b""
-    for dtype, members in rest.items():
-        shapes = [[name, a.shape] for name, a in members.items()]
-        plain.append([dtype, shapes])
-        raw += planes(members.values(), dtype)
+    for dtype, names in rest.items():
+        plain.append([dtype, [[name, tensors[name].shape] for name in names]])
+        raw += planes(np.concatenate([tensors[name].ravel() for name in names]))
     raw = lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA)
     code, ridden = encode_stacks(stacks, raw)  # the first `ridden` bytes of raw travel in the code's states
     header = {"meta": meta, "coded": coded, "plain": plain, "ridden": ridden}
@@ -5099,51 +4825,41 @@ def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict):
 
 def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
     """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or
-    of another kind raises ArtifactError."""
-    try:
+    of another kind raises UserError."""
+    with explained(
+        f"{path}: cannot be read ({{}}); train first, or set ARTIFACT_DIR to the folder that holds it", OSError
+    ):
         data = path.read_bytes()
-    except OSError as e:
-        raise ArtifactError(
-            f"{path}: cannot be read ({e.strerror}); train first, or set ARTIFACT_DIR to the folder that holds it"
-        ) from None
-
-    def verify(holds: bool, problem: str):
-        if not holds:
-            raise ArtifactError(f"{path}: {problem}")
-
-    verify(
-        data[:8] == MAGIC,
-        f"not a model file of this script (its first bytes are {data[:8]!r}); "
+    magic, version, length, header_size, code_size = FIXED.unpack_from(data.ljust(FIXED.size, b"\0"))
+    require(
+        magic == MAGIC,
+        f"{path}: not a model file of this script (its first bytes are {magic!r}); "
         "set ARTIFACT_DIR to the folder that holds one",
     )
-    length = FIXED.unpack_from(data)[2] if len(data) >= FIXED.size else 0
-    verify(
+    require(
         len(data) == length,
-        f"{len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it anew",
+        f"{path}: {len(data)} bytes long, not what its header says; it was cut or extended: copy it again or write it "
+        "anew",
     )
-    (checksum,) = struct.unpack("<I", data[-4:])
-    verify(
-        zlib.crc32(data[:-4]) == checksum,
-        "checksum does not match; the file was altered: copy it again or write it anew",
+    require(
+        zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little"),
+        f"{path}: checksum does not match; the file was altered: copy it again or write it anew",
     )
-    _, version, _, header_size, code_size = FIXED.unpack_from(data)
-    verify(
+    require(
         version == VERSION,
-        f"format version {version}, this script reads {VERSION}; score it with the script that wrote it",
+        f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it",
     )
-    code_at = FIXED.size + header_size
-    rest_at = code_at + code_size
-    header = json.loads(zlib.decompress(data[FIXED.size : code_at]))
-    return header, data[code_at:rest_at], data[rest_at:-4]
+    parts = io.BytesIO(data[FIXED.size : -4])
+    header = json.loads(zlib.decompress(parts.read(header_size)))
+    return header, parts.read(code_size), parts.read()
 
 
 def load_artifact(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Inverse of encode_artifact: arrays and meta."""
     header, code, rest = read_artifact(path)
-    try:
+    # The checksum holds, so an error is of a file that was made wrongly.
+    with explained(f"{path}: cannot be decoded ({{}}); write it anew", Exception):
         return unpack_tensors(header, code, rest), header["meta"]
-    except Exception as e:  # the checksum holds, so this is a file that was made wrongly
-        raise ArtifactError(f"{path}: cannot be decoded ({type(e).__name__}: {e}); write it anew") from e
 
 
 def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, ndarray]:
@@ -5184,7 +4900,7 @@ class Continuations(NamedTuple):
 
 
 def run_starts(*keys: Tensor) -> Tensor:
-    """Places (n,) bool where any of the sorted keys differs from the place before."""
+    """bool (n,): True at place 0 and wherever any key differs from the place before."""
     first = torch.zeros_like(keys[0], dtype=torch.bool)
     first[:1] = True
     for key in keys:
@@ -5330,29 +5046,22 @@ class NGram:
     The divisor is the sum of the numerators, so p' sums to one; h depends on nothing but what came before x.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        ranks: Ranks,
-        val: ValidationStream,
-        sizes: list[int],  # documents of each segment, in order
-        log: Log,
-    ):
-        """Count the whole stream, on every rank: counts are integers, so all ranks agree."""
-        begun = time.perf_counter()
-        device = ranks.device
-        self.device = device
+    def __init__(self, scoring: "ScoringPass", sizes: list[int]):
+        """Count the whole stream, on every rank: counts are integers, so all ranks agree.
+
+        sizes: documents of each segment, in order.
+        """
+        cfg = scoring.cfg
+        val = scoring.val
+        self.device = scoring.ranks.device
         self.boost = cfg.ngram_boost
         self.gold = val.tokens[1:]  # uint16 (targets,): the realised tokens
-        lengths = torch.from_numpy(val.lengths.astype(np.int32))
-        document = torch.repeat_interleave(
-            lengths.to(device)
-        )  # of each target: 0 for the first lengths[0], then 1, ...
-        segment_of_document = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int32, device=device))
-        segment = segment_of_document[document]
-        tokens = torch.from_numpy(val.tokens.astype(np.int32))
-        hint = torch.full_like(document, -1)
-        for known in continuations(tokens.to(device), document, segment, cfg.ngram_order, cfg.vocab_size):
+        # Document and segment of each target: 0 for the first lengths[0] targets, then 1, ...
+        document = np.repeat(np.arange(len(val.lengths)), val.lengths)
+        segment = np.repeat(np.arange(len(sizes)), sizes)[document]
+        stream = [torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (val.tokens, document, segment)]
+        hint = torch.full((val.targets,), -1, dtype=torch.int32, device=self.device)
+        for known in continuations(*stream, cfg.ngram_order, cfg.vocab_size):
             if known.order < cfg.ngram_min_order:
                 continue
             share = known.top.double() / known.total
@@ -5361,9 +5070,9 @@ class NGram:
             hint[known.targets[clears]] = known.hint[clears]  # a longer order comes later and replaces a shorter one
         self.hint = hint.cpu().numpy()  # int32 (targets,): -1 where no order clears
         hinted = 100 * (self.hint >= 0).mean()
-        seconds = time.perf_counter() - begun
-        orders = f"{cfg.ngram_min_order}..{cfg.ngram_order}"
-        log(f"n-grams of order {orders}: hints at {hinted:.2f} % of the targets, {seconds:.1f} s")
+        scoring.log(
+            f"n-grams of order {cfg.ngram_min_order}..{cfg.ngram_order}: hints at {hinted:.2f} % of the targets"
+        )
 
     def hints(self, targets: ndarray) -> Tensor:
         """The tokens whose log-probabilities `tilted` asks for, int64 on the device; 0 where there is no hint."""
@@ -5390,27 +5099,132 @@ class ScoringPass(NamedTuple):
     ranks: Ranks
     log: Log
     val: ValidationStream
-    ledger: Ledger  # of this pass alone
-    progress: Progress
+    ledger: "Ledger"  # of this pass alone
+    progress: "Progress"
     ngram: NGram | None = None  # tilts every score before it is written
 
-    @classmethod
-    def begin(cls, model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream, ledger: Ledger):
-        return cls(model, cfg, ranks, log, val, ledger, Progress(ranks, log))
+
+def book(scoring: ScoringPass, targets: ndarray, scores: Scores, places: ndarray):
+    """Write what a forward gave at `places`, int64 indices, as the nats of `targets`, tilted by n-grams if any."""
+
+    def of_targets(values: Tensor) -> ndarray:
+        # In float64 from here on: the ledger's sums run over the whole stream.
+        return values.detach().cpu().double().numpy()[places]
+
+    nats = of_targets(scores.nats)
+    if scoring.ngram is not None:
+        nats = scoring.ngram.tilted(targets, nats, of_targets(scores.hint_log_prob))
+    scoring.ledger.write(targets, nats)
+
+
+class Ledger:
+    """Write-once record of one scoring pass: `nats` of every validation target in stream order, NaN until scored.
+
+    Scoring a target twice, training on one that is not scored, or closing with a hole raises RuntimeError: a run whose
+    ledger does not hold is not a result."""
+
+    ROUNDING = 1e-4  # a certain token may come out this far below zero nats: fp32 logits of up to 30
+
+    def __init__(self, name: str, target_bytes: ndarray, verdicts: Verdicts):
+        self.name = name
+        self.bytes = target_bytes  # uint16 (targets,)
+        self.verdicts = verdicts
+        self.nats = np.full(len(target_bytes), np.nan)  # float64 (targets,)
+        self.merged = np.zeros(len(target_bytes), bool)  # scored by any rank before the last merge
+
+    @property
+    def scored(self) -> ndarray:
+        """bool (targets,): scored by this rank, or by any before the last merge."""
+        return ~np.isnan(self.nats)
+
+    def write(self, targets: ndarray, nats: ndarray):
+        """Record the scores of `targets`, int64 indices; `nats` is float, of the same length."""
+        unscored = np.isnan(self.nats[targets]).all()
+        distinct = len(np.unique(targets)) == len(targets)
+        self.check(unscored and distinct, "a target was scored twice")
+        possible = np.isfinite(nats).all() and (nats >= -self.ROUNDING).all()
+        self.check(possible, "a score is not finite or implies a probability above 1")
+        self.nats[targets] = np.maximum(nats, 0.0)
+
+    def merge(self, ranks: Ranks):
+        """Join what the ranks have scored since the last merge; one rank alone must have scored each target."""
+        new = self.scored & ~self.merged
+        if ranks.world > 1:
+            # Only what is new travels, so that a sum over the ranks adds one score and zeros.
+            writers = ranks.all_reduce_(torch.from_numpy(new.astype(np.int32))).numpy()
+            nats = ranks.all_reduce_(torch.from_numpy(np.where(new, self.nats, 0.0))).numpy()
+            once = writers.max() <= 1 and not writers[self.merged].any()
+            self.check(once, "two ranks scored the same target")
+            self.nats = np.where(writers > 0, nats, self.nats)
+        self.merged = self.scored
+
+    def may_train(self, targets: ndarray):
+        """Call before learning from `targets`: all of them must be scored (C3)."""
+        if np.isnan(self.nats[targets]).any():
+            fault = "training on a target that is not scored"
+            self.break_condition("C3", f"pass {self.name}: {fault}")
+            self.check(False, fault)
+
+    def break_condition(self, condition: str, reason: str):
+        """The one door for settings that break a condition: the run goes on, and its number never becomes `val_bpb`."""
+        self.verdicts.set(condition, "FAIL", reason)
+
+    def bpb(self) -> float:
+        """Bits per byte over all targets; raises if one is missing."""
+        missing = np.isnan(self.nats).sum()
+        self.check(missing == 0, f"{missing} targets were never scored")
+        return self.bpb_so_far()
+
+    def bpb_so_far(self) -> float:
+        """Bits per byte over the targets that are scored."""
+        scored = self.scored
+        size = self.bytes[scored].sum(dtype=np.int64)  # uint16 would overflow
+        return float(self.nats[scored].sum() / math.log(2) / max(size, 1))
+
+    def check(self, holds: bool, fault: str):
+        if not holds:
+            raise RuntimeError(f"ledger {self.name}: {fault}")
+
+
+class Progress:
+    """Says every few seconds how far a scoring pass is."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, ranks: Ranks, log: Log):
+        self.ranks = ranks
+        self.log = log
+        self.begun = time.perf_counter()
+        self.shown = self.begun  # time of the last line
+
+    def show(self, ledger: Ledger):
+        """Call before each batch. The other ranks are taken to have scored as much as this one since the last merge."""
+        now = time.perf_counter()
+        if now - self.shown <= self.EVERY:
+            return
+        self.shown = now
+        merged = ledger.merged.sum()
+        done = merged + self.ranks.world * (ledger.scored.sum() - merged)
+        share = done / len(ledger.nats)
+        rate = done / (now - self.begun)
+        left = max(len(ledger.nats) - done, 0) / max(rate, 1)
+        self.log(
+            f"  {100 * share:5.1f} %  BPB so far {ledger.bpb_so_far():.4f}  {rate:,.0f} targets/s  {left:.0f} s left"
+        )
 
 
 def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> ndarray:
     """Windows (n, 3) int64, rows (begin, first, end): tokens begin..end are read, targets of first..end are scored.
 
-    Every position 0..inputs is scored once. The first window of a document scores all it reads; each later one scores
-    `stride` new positions after seq_len - stride tokens of context. A document of 7 tokens, seq_len = 4, stride = 2:
+    Ends are exclusive. Every position from starts[0] to `inputs` is scored once. The first window of a
+    document scores all it reads; each later one scores `stride` new positions after seq_len - stride tokens of context.
+    A document of 7 tokens, seq_len = 4, stride = 2:
 
         0 1 2 3                 scores 0 1 2 3
             2 3 4 5             scores 4 5
                 4 5 6           scores 6
 
-    The last window begins where a full one would: a document's length decides nothing, or the context would tell where
-    it ends (C1).
+    A document's length must not decide where a window begins, or the context would reveal where it ends (C1).
     """
     windows = []
     ends = np.append(starts[1:], inputs).clip(max=inputs)
@@ -5426,16 +5240,25 @@ def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> nda
     return np.array(windows, dtype=np.int64).reshape(-1, 3)
 
 
+def greedy_cuts(sizes: ndarray, capacity: int, overfull: bool) -> list[int]:
+    """Cut a list into groups of neighbours that hold as many as fit `capacity`: the first index of each group, and the
+    list's length. If `overfull`, a group also takes the one that fills it or no longer fits."""
+    before = np.append(0, np.cumsum(sizes))  # what lies before each index
+    cuts = [0]
+    while cuts[-1] < len(sizes):
+        full = before[cuts[-1]] + capacity
+        if overfull:
+            cut = np.searchsorted(before, full)  # the first index that has so much before it
+        else:
+            cut = np.searchsorted(before, full, side="right") - 1  # the last that has no more
+        cuts.append(min(int(cut), len(sizes)))
+    return cuts
+
+
 def group_windows(windows: ndarray, capacity: int) -> list[ndarray]:
     """Consecutive windows, as many for each buffer as `capacity` tokens hold."""
     lengths = windows[:, 2] - windows[:, 0]
-    tokens_before = np.append(0, np.cumsum(lengths))  # each window, and after the last one
-    cuts = [0]  # windows at which a buffer begins
-    while cuts[-1] < len(windows):
-        full = tokens_before[cuts[-1]] + capacity
-        # tokens_before[too_many] is the first that exceeds `full`, so the window before it no longer fits.
-        too_many = np.searchsorted(tokens_before, full, side="right")
-        cuts.append(int(too_many) - 1)
+    cuts = greedy_cuts(lengths, capacity, overfull=False)
     return [windows[low:high] for low, high in itertools.pairwise(cuts)]
 
 
@@ -5451,30 +5274,11 @@ def window_batch(
     place = np.arange(lengths.sum())
     position = place + np.repeat(begin - starts, lengths)  # in the stream
     scored = position >= np.repeat(first, lengths)
-    batch = pack_documents(
-        val.tokens[position],
-        val.tokens[position + 1],
-        starts,
-        span=cfg.eval_seq_len,
-        longest=cfg.eval_seq_len,
-        capacity=cfg.val_batch_tokens,
-        split="val",
-    )
+    inputs = val.tokens[position]
+    targets = val.tokens[position + 1]
+    span = cfg.eval_seq_len
+    batch = pack_documents(inputs, targets, starts, span, span, cfg.val_batch_tokens, "val")
     return batch, place[scored], position[scored]
-
-
-def book(scoring: ScoringPass, targets: ndarray, scores: Scores, places: Tensor):
-    """Write what a forward gave at `places` (indices or a mask) as the nats of `targets`, tilted by n-grams if any."""
-
-    def of_targets(values: Tensor) -> ndarray:
-        # In float64 from here on: the ledger's sums run over the whole stream.
-        return values.detach()[places].double().cpu().numpy()
-
-    nats = of_targets(scores.nats)
-    if scoring.ngram is not None:
-        hint_log_prob = of_targets(scores.hint_log_prob)
-        nats = scoring.ngram.tilted(targets, nats, hint_log_prob)
-    scoring.ledger.write(targets, nats)
 
 
 @torch.no_grad()
@@ -5492,10 +5296,10 @@ def score_documents(scoring: ScoringPass, first: int, last: int):
         progress.show(ledger)
         batch, places, targets = window_batch(val, buffer, cfg)
         batch = to_device(batch, ranks.device)
-        places = torch.from_numpy(places).to(ranks.device)
         hint = None
         if ngram is not None:  # places that are not scored ask for token 0, and nobody looks
-            hint = torch.zeros_like(batch.targets).index_copy(0, places, ngram.hints(targets))
+            hint = torch.zeros_like(batch.targets)
+            hint[torch.from_numpy(places)] = ngram.hints(targets)
         scores = score_batch(model, batch, cfg.looped, hint)
         book(scoring, targets, scores, places)
     ledger.merge(ranks)
@@ -5512,62 +5316,8 @@ def score_stream(scoring: ScoringPass) -> float:
 # ======== Test-time training: score a chunk, then learn from it; state crosses documents only between segments ========
 
 
-class Segment(NamedTuple):
-    """Consecutive documents of the stream that are independent of each other."""
-
-    first: int  # documents first..last (exclusive)
-    last: int
-    then_learn: bool  # the base weights learn from scored targets before the next segment
-
-
-def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
-    """Segments of documents of these lengths end where a phase of global SGD follows and otherwise every SEGMENT_DOCS.
-
-    Phase p = 1, 2, ... follows document PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES, never the last one.
-    """
-    documents = len(lengths)
-    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
-    phases = cfg.phased_ttt_num_phases
-    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)} - {0}
-    full = range(cfg.segment_docs, documents, cfg.segment_docs)
-    cuts = sorted({0, *phase_ends, *full, documents})
-    ends = cuts[1:]
-    then_learn = [end in phase_ends for end in ends]
-    return list(map(Segment, cuts, ends, then_learn))
-
-
-def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
-    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
-
-    All segments but the last are learnt from.
-    """
-    documents = len(lengths)
-    targets_before = np.append(0, np.cumsum(lengths))
-    cuts = [0]
-    while cuts[-1] < documents:
-        filled = targets_before[cuts[-1]] + cfg.global_ttt_chunk_tokens
-        last = int(np.searchsorted(targets_before, filled))
-        cuts.append(min(last, documents))
-    ends = cuts[1:]
-    then_learn = [end < documents for end in ends]
-    return list(map(Segment, cuts, ends, then_learn))
-
-
-def chunk_ends(longest: int, cfg: Config) -> list[int]:
-    """Ends of the chunks that cover `longest` positions: sizes are TTT_CHUNKS in order, the last one repeated.
-
-    They are a function of position, never of a document's length (C1).
-    """
-    sizes = [int(size) for size in cfg.ttt_chunks.split(",")]
-    ends = [0]
-    while ends[-1] < longest:
-        chunk = min(len(ends), len(sizes)) - 1  # index of the next size
-        ends.append(ends[-1] + sizes[chunk])
-    return ends[1:]
-
-
 class Shape(NamedTuple):
-    """All that a step depends on besides the contents of its memory: one CUDA graph each."""
+    """All that a step depends on besides the contents of its memory: one pair of CUDA graphs each."""
 
     rows: int  # documents run together
     older: int  # cached tokens that may be attended to
@@ -5575,124 +5325,86 @@ class Shape(NamedTuple):
     count: int  # tokens of the chunk
 
 
-def plan_lockstep(lengths: ndarray, cfg: Config, exact: bool) -> Iterator[tuple[int, int, Shape]]:
-    """Steps of documents of these lengths, longest first: yields (begin, end, Shape) of each chunk.
+class Lockstep:
+    """The device's half of adapting to documents: every row is at the same position of a document of its own.
 
-    Finished rows leave the batch. Unless `exact`, rows and context are rounded up to powers of two, so that few shapes
-    serve every batch.
+    All memory is static and score() and learn() depend on their Shape alone, so a GPU replays them as CUDA graphs.
     """
 
-    def rounded(needed: int, least: int, most: int) -> int:
-        if exact or needed == 0:
-            return min(needed, most)
-        power = 1 << (needed - 1).bit_length()  # the least that holds what is needed
-        return min(max(least, power), most)
-
-    begin = 0
-    for end in chunk_ends(int(lengths.max(initial=0)), cfg):
-        count = end - begin
-        room = cfg.ttt_eval_seq_len - count  # of the context, before the chunk
-        back = rounded(begin, 64, min(cfg.ttt_backprop_tokens, room))
-        older = rounded(max(begin - back, 0), 256, room - back)
-        running = int((lengths > begin).sum())
-        rows = rounded(running, 8, cfg.ttt_batch_size)
-        yield begin, end, Shape(rows, older, back, count)
-        begin = end
-
-
-def deal_batches(lengths: ndarray, first: int, cfg: Config, world: int) -> list[list[ndarray]]:
-    """For each rank its batches of the documents first, first + 1, ... that have these lengths.
-
-    Documents are taken by falling length. Each batch goes to the rank with the least work so far, counted in chunks of
-    a batch's longest document.
-    """
-    order = np.argsort(-lengths, kind="stable")  # a batch of alike documents has few idle rows
-    load = np.zeros(world)  # chunks in a row, of each rank
-    dealt = [[] for _ in range(world)]
-    for begin in range(0, len(order), cfg.ttt_batch_size):
-        batch = order[begin : begin + cfg.ttt_batch_size]
-        longest = int(lengths[batch].max())
-        rank = int(load.argmin())
-        load[rank] += len(chunk_ends(longest, cfg))
-        dealt[rank].append(first + batch)
-    return dealt
-
-
-class KeyValueRing:
-    """Keys and values of each row's last `length` tokens, at every visit, as they were when their token was scored."""
-
-    def __init__(self, model: GPT, rows: int, length: int):
-        cfg = model.cfg
-        visits = len(model.schedules[cfg.looped])
-        shape = (visits, rows, length, cfg.num_kv_heads, model.head_dim)
-        self.length = length  # the token at position p lies in slot p % length
-        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.tok_emb.device)
-        self.values = torch.zeros_like(self.keys)
-
-    def read(self, rows: int, positions: Tensor, last: Tensor) -> Cache:
-        """What the first rows hold of `positions` (n,) int64; of a negative position, anything.
-
-        last (rows,) int64: the token before those that will be run.
-        """
-        slots = positions % self.length
-        keys = self.keys[:, :rows].index_select(2, slots)
-        values = self.values[:, :rows].index_select(2, slots)
-        return Cache(keys, values, last)
-
-    def write(self, rows: int, positions: Tensor, new: Cache):
-        """Store what the first rows have computed for `positions`; a position that is run again overwrites itself."""
-        slots = positions % self.length
-        for memory, computed in ((self.keys, new.keys), (self.values, new.values)):
-            memory[:, :rows].index_copy_(2, slots, computed.detach())
-
-
-class AdapterState:
-    """The adapters of a batch of documents, their second moments, and where the adapters of later documents start."""
-
-    def __init__(self, model: GPT, cfg: Config):
+    def __init__(self, scoring: ScoringPass):
+        model = scoring.model
+        cfg = scoring.cfg
+        device = scoring.ranks.device
+        rows = cfg.ttt_batch_size
+        self.model = model
         self.cfg = cfg
-        # All batches use the same memory, because CUDA graphs hold its addresses.
+        self.tokens = torch.from_numpy(scoring.val.tokens.astype(np.int64)).to(device)  # of the whole stream
+        self.hints = None  # int64 (targets,), if there are n-grams
+        if scoring.ngram is not None:
+            self.hints = scoring.ngram.hints(np.arange(scoring.val.targets))
+        self.begin = torch.zeros((), dtype=torch.int64, device=device)  # position at which the chunk begins
+        self.row_starts = torch.zeros(rows, dtype=torch.int64, device=device)  # of the documents in the stream
+        self.row_lengths = torch.zeros_like(self.row_starts)  # 0 where a row has no document
+
+        # Keys and values of each row's last TTT_EVAL_SEQ_LEN tokens, at every visit, as they were when their token was
+        # scored. The token at position p lies in slot p % TTT_EVAL_SEQ_LEN.
+        visits = len(model.schedules[cfg.looped])
+        ring = (2, visits, rows, cfg.ttt_eval_seq_len, cfg.num_kv_heads, model.head_dim)
+        self.ring = torch.zeros(ring, dtype=model.dtype, device=device)
+
         masked = frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(","))
-        self.lora = new_lora(
-            model,
-            documents=cfg.ttt_batch_size,
-            masked=masked,
-            rank=cfg.ttt_lora_rank,
-            alpha=cfg.ttt_lora_alpha,
-            seed=cfg.seed,
-        )
+        self.lora = new_lora(model, rows, masked, cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
+        # Adapters of the first rows: the same leaves at every call, so that learn() finds those of score().
+        self.first = functools.cache(self.lora.first)
         leaves = self.lora.leaves()
-        self.first_rows = {}  # number of rows -> their adapters, leaves that share the memory of self.lora
         self.squares = [torch.zeros_like(p) for p in leaves]  # second moments
-        self.updates = torch.zeros((), device=model.tok_emb.device)  # of this batch, for Adam's bias correction
+        self.updates = torch.zeros((), device=device)  # of these documents, for Adam's bias correction
         self.start = [p[:1].detach().clone() for p in leaves]  # (1, in, rank) and (1, rank, out), of every document
-        self.drift = [torch.zeros_like(p) for p in self.start]  # sum over tokens of how far their adapters moved
-        self.drift_tokens = 0.0  # that the sum holds
 
-    @torch.no_grad()
-    def reset(self):
-        """For the next batch: all adapters at their start, no second moments, no updates."""
-        for p, start in zip(self.lora.leaves(), self.start):
-            p.copy_(start.expand_as(p))
-        for square in self.squares:
-            square.zero_()
-        self.updates.zero_()
+    def score(self, shape: Shape) -> Scores:
+        """Scores (rows * count,) of the chunk at `self.begin`, and of the hints if there are n-grams.
 
-    def first(self, rows: int) -> LoRA:
-        """The adapters of the first rows: the same leaves at every call, so that learning finds those of scoring."""
-        if rows not in self.first_rows:
-            self.first_rows[rows] = self.lora.first(rows)
-        return self.first_rows[rows]
+        The last `back` tokens before the chunk are run again together with it, and before those `older` tokens are
+        read as cached keys and values. Positions before a document are BOS, which Seq.lockstep hides.
+        """
+        rows, older, back, count = shape
+        cfg = self.cfg
+        context = torch.arange(-older - back, count, device=self.tokens.device)
+        cached, position = (self.begin + context).split((older, back + count))  # in the document
+        index = self.row_starts[:rows, None] + position  # (rows, back + count): in the stream
+        index = index.clamp(0, len(self.tokens) - 2)  # outside the document anything will do: nobody sees it
+        tokens = torch.where(position >= 0, self.tokens[index], cfg.bos_id)
+        before = (index[:, 0] - 1).clamp(min=0)  # SmearGate looks one token back
+        slots = cached % cfg.ttt_eval_seq_len
+        keys, values = (memory[:, :rows].index_select(2, slots) for memory in self.ring)
+        lora = self.first(rows)
+        hidden, new = self.model.trunk(
+            tokens.flatten(),
+            Seq.lockstep(self.begin, position, rows, older, back),
+            looped=cfg.looped,
+            lora=lora,
+            cache=Cache(keys, values, self.tokens[before]),
+        )
+        slots = position % cfg.ttt_eval_seq_len  # a token that is run again overwrites itself
+        for memory, computed in zip(self.ring, (new.keys, new.values)):
+            memory[:, :rows].index_copy_(2, slots, computed.detach())
+        hidden = hidden.unflatten(0, tokens.shape)[:, back:].flatten(0, 1)  # only the chunk pays for the head
+        chunk = index[:, back:].flatten()
+        hint = None if self.hints is None else self.hints[chunk]
+        return self.model.nll(hidden, self.tokens[chunk + 1], lora=lora, hint=hint)
 
-    def step(self, rows: int, loss: Tensor, goes_on: Tensor):
-        """AdamW without a first moment on `loss` () for the first rows.
+    def learn(self, shape: Shape, nats: Tensor):
+        """A step of AdamW without a first moment on the mean nats of the chunk, for rows with a later chunk.
 
-        goes_on (rows,) float: 0 keeps a finished row as it is; its gradient is zero, and it does not decay.
+        nats (rows * count,): of score(). Rows do not mix: the loss is a sum over them and AdamW is elementwise.
         """
         cfg = self.cfg
-        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        rows = shape.rows
+        goes_on = (self.row_lengths[:rows] > self.begin + shape.count).float()  # 0: a finished row stays as it is
+        loss = (nats.unflatten(0, (rows, shape.count)).mean(1) * goes_on).sum()
         leaves = self.first(rows).leaves()
         grads = [grad.contiguous() for grad in torch.autograd.grad(loss, leaves)]
+        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
         self.updates += 1
         with torch.no_grad():
             # Decoupled decay is done here, since the fused optimizer would apply it to finished rows, too.
@@ -5715,39 +5427,6 @@ class AdapterState:
                 maximize=False,
             )
 
-    @torch.no_grad()
-    def remember(self, lengths: ndarray):
-        """Add up how far the batch's adapters have moved. lengths: of its documents, in the order of the rows.
-
-        A document counts by its tokens, at most a context of them.
-        """
-        tokens = np.minimum(lengths, self.cfg.ttt_eval_seq_len)
-        weight = torch.from_numpy(tokens.astype(np.float32)).to(self.updates.device)
-        total = weight.sum()
-        for drift, p, start in zip(self.drift, self.lora.leaves(), self.start):
-            # sum over documents of weight (adapters - start)
-            drift += torch.tensordot(weight, p[: len(weight)], 1) - total * start
-        self.drift_tokens += float(total)
-
-    @torch.no_grad()
-    def next_segment(self, ranks: Ranks):
-        """Move the start by TTT_WARM_START to the mean of the segment's adapters (Reptile, arXiv 1803.02999).
-
-        All that it learns from is scored: the segment is over.
-        """
-        tokens = torch.tensor([self.drift_tokens], dtype=torch.float64)
-        total = ranks.all_reduce_(tokens).item()
-        share = self.cfg.ttt_warm_start / max(total, 1.0)  # start += TTT_WARM_START (mean - start)
-        for start, drift in zip(self.start, self.drift):
-            start += share * ranks.all_reduce_(drift)
-            drift.zero_()
-        self.drift_tokens = 0.0
-
-
-def each(change: Callable[[Tensor], Tensor], scores: Scores) -> Scores:
-    """Scores of which every tensor is changed."""
-    return Scores(*[None if t is None else change(t) for t in scores])
-
 
 class CapturedStep(NamedTuple):
     """The CUDA graphs of a Shape, and the memory in which the first leaves its scores."""
@@ -5757,189 +5436,180 @@ class CapturedStep(NamedTuple):
     scores: Scores
 
 
-class GraphPool:
-    """Runs the two halves of a step, score(shape) -> Scores and learn(shape, nats).
+def chunk_ends(longest: int, cfg: Config) -> list[int]:
+    """Ends of the chunks that cover `longest` positions: sizes are TTT_CHUNKS in order, the last one repeated.
 
-    Once they are captured they are replayed as CUDA graphs, which share the memory of one pool; before, and on a CPU,
-    they are called.
+    They are a function of position, never of a document's length (C1).
+    """
+    sizes = [int(size) for size in cfg.ttt_chunks.split(",")]
+    endless = itertools.chain(sizes, itertools.repeat(sizes[-1]))
+    ends = []
+    end = 0
+    while end < longest:
+        end += next(endless)
+        ends.append(end)
+    return ends
+
+
+def plan_lockstep(lengths: ndarray, cfg: Config, exact: bool) -> Iterator[tuple[int, Shape]]:
+    """The steps of documents of these lengths: yields where each chunk begins, and its Shape.
+
+    Rows hold the documents by falling length, so finished ones leave the batch. Unless `exact`, rows and context are
+    rounded up to powers of two, so that few shapes serve every batch.
     """
 
-    def __init__(self):
-        self.steps = {}  # Shape -> CapturedStep
+    def rounded(needed: int, least: int, most: int) -> int:
+        if exact or needed == 0:
+            return min(needed, most)
+        power = 1 << (needed - 1).bit_length()  # the least that holds what is needed
+        return min(max(least, power), most)
 
-    def capture(self, shapes: set[Shape], score: Callable, learn: Callable):
-        """Capture every shape, the largest first: smaller ones then find their memory in the pool."""
-        pool = torch.cuda.graph_pool_handle()
-        for shape in sorted(shapes, reverse=True):
-            self.steps[shape] = self.captured(shape, score, learn, pool)
+    longest = int(lengths.max(initial=0))
+    for begin, end in itertools.pairwise([0, *chunk_ends(longest, cfg)]):
+        count = end - begin
+        room = cfg.ttt_eval_seq_len - count  # of the context, before the chunk
+        back = rounded(begin, 64, min(cfg.ttt_backprop_tokens, room))
+        older = rounded(max(begin - back, 0), 256, room - back)
+        running = int((lengths > begin).sum())
+        yield begin, Shape(rounded(running, 8, cfg.ttt_batch_size), older, back, count)
 
-    @staticmethod
-    def captured(shape: Shape, score: Callable, learn: Callable, pool) -> CapturedStep:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            learn(shape, score(shape).nats)  # libraries and Triton set themselves up outside of a capture
-        torch.cuda.synchronize()
-        scoring = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(scoring, pool=pool):
-            scores = score(shape)
-        learning = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(learning, pool=pool):
-            learn(shape, scores.nats)
-        # Detached, so that what autograd kept for learn() is free for the next capture.
-        return CapturedStep(scoring, learning, each(Tensor.detach, scores))
 
-    def score(self, shape: Shape, call: Callable) -> Scores:
-        """Replay, or else call(shape)."""
-        if not self.steps:
-            return call(shape)
-        if shape not in self.steps:  # prepare() was given other batches
-            raise RuntimeError(f"no graph was captured for {shape}")
-        step = self.steps[shape]
-        step.scoring.replay()
-        return step.scores
+def deal_batches(lengths: ndarray, first: int, cfg: Config, world: int) -> list[list[ndarray]]:
+    """For each rank its batches of the documents first, first + 1, ... that have these lengths.
 
-    def learn(self, shape: Shape, scores: Scores, call: Callable):
-        """Replay, or else call(shape, nats). scores: what score() returned for this chunk."""
-        if self.steps:
-            self.steps[shape].learning.replay()
-        else:
-            call(shape, scores.nats)
+    Documents are taken by falling length. Each batch goes to the rank with the least work so far, counted in chunks of
+    a batch's longest document.
+    """
+    order = np.argsort(-lengths, kind="stable")  # a batch of alike documents has few idle rows
+    load = np.zeros(world)  # chunks in a row, of each rank
+    dealt = [[] for _ in range(world)]
+    for batch in np.split(order, range(cfg.ttt_batch_size, len(order), cfg.ttt_batch_size)):
+        rank = int(load.argmin())
+        load[rank] += len(chunk_ends(int(lengths[batch[0]]), cfg))
+        dealt[rank].append(first + batch)
+    return dealt
 
 
 class DocumentTTT:
-    """Scores documents of one segment and adapts to each, in lockstep: every row is at the same position of its own.
-
-    All memory is static and a step depends on its Shape alone, so a GPU replays CUDA graphs: its many small kernels
-    cost no launches.
-    """
+    """Scores documents of one segment and adapts to each: the host's half, which plans, books scores and asks the
+    ledger before anything learns."""
 
     def __init__(self, scoring: ScoringPass):
-        cfg = scoring.cfg
-        val = scoring.val
-        ngram = scoring.ngram
-        device = scoring.ranks.device
-        rows = cfg.ttt_batch_size
         self.scoring = scoring
-        self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(device)  # of the whole stream
-        self.hints = None if ngram is None else ngram.hints(np.arange(val.targets))
-        self.begin = torch.zeros((), dtype=torch.int64, device=device)  # position at which the chunk begins
-        self.row_starts = torch.zeros(rows, dtype=torch.int64, device=device)  # of the documents in the stream
-        self.row_lengths = torch.zeros_like(self.row_starts)
-        self.adapters = AdapterState(scoring.model, cfg)
-        self.ring = KeyValueRing(scoring.model, rows, cfg.ttt_eval_seq_len)
-        self.graphs = GraphPool()
+        self.lockstep = Lockstep(scoring)
+        self.graphs = {}  # Shape -> CapturedStep, on a GPU
+        # Sum over documents of weight * (adapters - start), shaped like start: (1, in, rank) or (1, rank, out).
+        self.drift = [torch.zeros_like(p) for p in self.lockstep.start]
+        self.drift_tokens = 0  # sum of those weights
 
-    def prepare(self, batches: list[ndarray]):
-        """Capture every graph that these batches need, on random tokens: only lengths of documents are read (B29)."""
-        cfg = self.scoring.cfg
-        val = self.scoring.val
+    def capture(self, batches: list[ndarray]):
+        """Capture the CUDA graphs that these batches need. No validation token is read, only lengths are."""
+        begun = time.perf_counter()
         shapes = set()
         for batch in batches:
-            falling = np.sort(val.lengths[batch])[::-1]
-            shapes.update(shape for _, _, shape in plan_lockstep(falling, cfg, exact=False))
-        generator = torch.Generator(self.tokens.device).manual_seed(0)
-        self.tokens.random_(cfg.vocab_size, generator=generator)
-        self.graphs.capture(shapes, self.score, self.learn)
-        tokens = torch.from_numpy(val.tokens.astype(np.int32))
-        self.tokens.copy_(tokens)
+            plan = plan_lockstep(self.scoring.val.lengths[batch], self.scoring.cfg, exact=False)
+            shapes.update(shape for _, shape in plan)
+        lockstep = self.lockstep
+        tokens = lockstep.tokens.clone()
+        lockstep.tokens.zero_()
+        pool = torch.cuda.graph_pool_handle()
+        for shape in sorted(shapes, reverse=True):  # the largest first: smaller ones find their memory in the pool
+            with torch.cuda.stream(torch.cuda.Stream()):
+                lockstep.learn(shape, lockstep.score(shape).nats)  # libraries and Triton set themselves up before
+            torch.cuda.synchronize()
+            scoring = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(scoring, pool=pool):
+                scores = lockstep.score(shape)
+            learning = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(learning, pool=pool):
+                lockstep.learn(shape, scores.nats)
+            # Detached, so that what autograd kept for learn() is free for the next capture.
+            detached = [None if t is None else t.detach() for t in scores]
+            self.graphs[shape] = CapturedStep(scoring, learning, Scores(*detached))
+        lockstep.tokens.copy_(tokens)
+        seconds = time.perf_counter() - begun
+        self.scoring.log(f"  captured {len(self.graphs)} graphs in {seconds:.1f} s")
+
+    @torch.no_grad()
+    def seat(self, starts: ndarray, lengths: ndarray):
+        """Put documents into the rows: their adapters are at the start, without second moments and updates."""
+        lockstep = self.lockstep
+        lockstep.row_lengths.zero_()
+        lockstep.row_starts[: len(starts)] = torch.from_numpy(starts)
+        lockstep.row_lengths[: len(lengths)] = torch.from_numpy(lengths)
+        for p, start in zip(lockstep.lora.leaves(), lockstep.start):
+            p.copy_(start)
+        torch._foreach_zero_([*lockstep.squares, lockstep.updates])
 
     def run(self, documents: ndarray):
         """Score every target of `documents` (indices, at most TTT_BATCH_SIZE, in any order), learning in between."""
-        cfg = self.scoring.cfg
         val = self.scoring.val
+        ledger = self.scoring.ledger
         falling = np.argsort(-val.lengths[documents], kind="stable")
-        documents = documents[falling]
-        starts = val.starts[documents]
-        lengths = val.lengths[documents]
+        starts = val.starts[documents[falling]]
+        lengths = val.lengths[documents[falling]]
         self.seat(starts, lengths)
-        on_cpu = self.tokens.device.type == "cpu"
-        for begin, end, shape in plan_lockstep(lengths, cfg, exact=on_cpu):
-            self.begin.fill_(begin)
-            scores = self.graphs.score(shape, self.score)  # (shape.rows, count)
-            row_starts = starts[: shape.rows, None]
-            row_lengths = lengths[: shape.rows, None]  # (documents, 1); the shape may have more rows than documents
+        on_cpu = self.scoring.ranks.device.type == "cpu"
+        for begin, shape in plan_lockstep(lengths, self.scoring.cfg, exact=on_cpu):
+            self.lockstep.begin.fill_(begin)
+            graphs = self.graphs[shape] if self.graphs else None  # once captured, every shape is
+            if graphs:
+                graphs.scoring.replay()
+                scores = graphs.scores
+            else:
+                scores = self.lockstep.score(shape)
+            end = begin + shape.count
             position = np.arange(begin, end)
-            targets = row_starts + position
-            valid = position < row_lengths  # (documents, count): chunks reach beyond the end of a document
-            on_host = each(lambda t: t[: len(valid)].cpu(), scores)
-            book(self.scoring, targets[valid], on_host, torch.from_numpy(valid))
-            goes_on = row_lengths[:, 0] > end
-            if goes_on.any():  # a last chunk teaches nobody
-                learnt = targets[goes_on]
-                self.scoring.ledger.may_train(learnt.ravel())
-                self.graphs.learn(shape, scores, self.learn)
-        self.adapters.remember(lengths)
+            row_lengths = lengths[: shape.rows, None]  # (documents, 1); the shape may have more rows than documents
+            targets = starts[: shape.rows, None] + position  # (documents, count)
+            valid = position < row_lengths  # chunks reach beyond the end of a document
+            book(self.scoring, targets[valid], scores, np.flatnonzero(valid))
+            learnt = targets[row_lengths[:, 0] > end]  # a last chunk teaches nobody
+            if not len(learnt):
+                continue
+            ledger.may_train(learnt.ravel())
+            if graphs:
+                graphs.learning.replay()
+            else:
+                self.lockstep.learn(shape, scores.nats)
+        self.remember(lengths)
 
-    def seat(self, starts: ndarray, lengths: ndarray):
-        """Put documents into the rows, with new adapters. Rows that are left over are documents of no length."""
-        self.adapters.reset()
-        for memory, values in ((self.row_starts, starts), (self.row_lengths, lengths)):
-            memory.zero_()
-            memory[: len(values)] = torch.from_numpy(values)
+    @torch.no_grad()
+    def remember(self, lengths: ndarray):
+        """Add to `drift` how far each document's adapters have moved, weighted by its tokens, at most TTT_EVAL_SEQ_LEN.
 
-    def score(self, shape: Shape) -> Scores:
-        """Scores (rows, count) of the chunk at `self.begin`, with the log-probabilities of hints if there are n-grams.
-
-        The last `back` tokens before the chunk are run again together with it, and before those `older` tokens are
-        read as cached keys and values. Positions before a document are BOS, which Seq.lockstep hides.
+        lengths (documents,): of the documents in rows 0, 1, ..., in that order.
         """
-        rows, older, back, count = shape
-        width = back + count
-        model = self.scoring.model
-        cfg = self.scoring.cfg
-        device = self.tokens.device
-        first = self.begin - back
-        position = first + torch.arange(width, device=device)  # (width,): in the document
-        index = self.row_starts[:rows, None] + position  # (rows, width): in the stream
-        index = index.clamp(0, len(self.tokens) - 2)  # outside the document anything will do: nobody sees it
-        tokens = torch.where(position >= 0, self.tokens[index], cfg.bos_id).long()
-        before = (index[:, 0] - 1).clamp(min=0)  # SmearGate looks one token back
-        cached = first - older + torch.arange(older, device=device)
-        cache = self.ring.read(rows, cached, last=self.tokens[before].long())
-        seq = Seq.lockstep(self.begin, position, rows, older, back)
-        lora = self.adapters.first(rows)
-        hidden, new = model.trunk(
-            tokens.flatten(),
-            seq,
-            looped=cfg.looped,
-            lora=lora,
-            cache=cache,
-        )
-        chunk = index[:, back:]
-        hidden = hidden.unflatten(0, (rows, width))[:, back:]  # only the chunk pays for the head
-        targets = self.tokens[chunk + 1].flatten()
-        scores = model.nll(
-            hidden.flatten(0, 1),
-            targets.long(),
-            lora=lora,
-            hint=None if self.hints is None else self.hints[chunk].flatten(),
-        )
-        self.ring.write(rows, position, new)
-        return each(lambda t: t.unflatten(0, (rows, count)), scores)
+        tokens = np.minimum(lengths, self.scoring.cfg.ttt_eval_seq_len)
+        total = int(tokens.sum())
+        weight = torch.from_numpy(tokens.astype(np.float32)).to(self.scoring.ranks.device)
+        for drift, p, start in zip(self.drift, self.lockstep.lora.leaves(), self.lockstep.start):
+            # sum over documents of weight (adapters - start)
+            drift += torch.tensordot(weight, p[: len(weight)], 1) - total * start
+        self.drift_tokens += total
 
-    def learn(self, shape: Shape, nats: Tensor):
-        """A step on the mean nats (rows, count) of the chunk, for rows with a later chunk.
+    @torch.no_grad()
+    def next_segment(self):
+        """Move the start by TTT_WARM_START to the mean of the segment's adapters (Reptile, arXiv 1803.02999).
 
-        Rows do not mix: the loss is a sum over them and AdamW is elementwise.
+        All that it learns from is scored: the segment is over.
         """
-        end = self.begin + shape.count
-        goes_on = (self.row_lengths[: shape.rows] > end).float()
-        loss = (nats.mean(1) * goes_on).sum()
-        self.adapters.step(shape.rows, loss, goes_on)
+        ranks = self.scoring.ranks
+        total = ranks.all_reduce_(torch.tensor(self.drift_tokens)).item()
+        share = self.scoring.cfg.ttt_warm_start / max(total, 1)  # start += TTT_WARM_START (mean - start)
+        for start, drift in zip(self.lockstep.start, self.drift):
+            start += share * ranks.all_reduce_(drift)
+            drift.zero_()
+        self.drift_tokens = 0
 
 
-def base_gradients(
-    model: GPT,
-    cfg: Config,
-    ranks: Ranks,
-    val: ValidationStream,
-    begin: int,  # targets begin..end (exclusive)
-    end: int,
-):
-    """Leave in .grad of every parameter the gradient of the mean nats of the targets, summed over the ranks.
+def base_gradients(scoring: ScoringPass, begin: int, end: int):
+    """Leave in .grad of every parameter the gradient of the mean nats of targets begin..end (exclusive) over all ranks.
 
     Its norm is at most GLOBAL_TTT_GRAD_CLIP. The targets are cut every TTT_EVAL_SEQ_LEN and each rank takes
-    neighbouring pieces, so no sum depends on the number of ranks.
+    neighbouring pieces, so the pieces are the same for any number of ranks.
     """
+    model, cfg, ranks, _, val, *_ = scoring
     span = cfg.ttt_eval_seq_len
 
     def rank_share(targets: int) -> int:
@@ -5952,21 +5622,12 @@ def base_gradients(
     last = min(first + share, end)
     for low in range(first, last, micro_batch):
         high = min(low + micro_batch, last)
-        tokens = val.tokens[low : high + 1]
-        inputs = tokens[:-1]
+        inputs = val.tokens[low:high]
+        targets = val.tokens[low + 1 : high + 1]
         document_starts = np.flatnonzero(inputs == cfg.bos_id)
         starts = np.union1d(document_starts, np.arange(0, len(inputs), span))
-        batch = pack_documents(
-            inputs,
-            tokens[1:],
-            starts,
-            span=span,
-            longest=span,
-            capacity=len(inputs),
-            split="val",
-        )
-        loss = batch_loss(model, to_device(batch, ranks.device), end - begin, cfg.looped)
-        loss.backward()
+        batch = pack_documents(inputs, targets, starts, span, span, len(inputs), "val")
+        batch_loss(model, to_device(batch, ranks.device), end - begin, cfg.looped).backward()
     parameters = list(model.parameters())
     for p in parameters:
         if p.grad is None:  # a rank without a piece, or a parameter outside the loss
@@ -5988,175 +5649,174 @@ class GlobalSGD:
         momentum = scoring.cfg.global_ttt_momentum
         self.optimizer = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)
 
-    def learn(self, begin: int, end: int, progress: float, progress_after: float) -> int:
-        """GLOBAL_TTT_EPOCHS passes over targets begin..end, all of them scored; returns the number of steps.
+    def learn(self, begin: int, end: int, progress: float, progress_after: float):
+        """GLOBAL_TTT_EPOCHS passes over targets begin..end, all of them scored.
 
-        Each step takes about GLOBAL_TTT_CHUNK_TOKENS in stream order. Progress rises evenly from `progress` to
-        `progress_after`.
+        Each step takes about GLOBAL_TTT_CHUNK_TOKENS in stream order. Progress rises evenly from `progress`
+        to `progress_after`, which it does not reach.
         """
         model = self.scoring.model
         cfg = self.scoring.cfg
-        ranks = self.scoring.ranks
-        val = self.scoring.val
         self.scoring.ledger.may_train(np.arange(begin, end))
         model.requires_grad_(True)
         count = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1)
         edges = np.linspace(begin, end, count + 1).astype(int)
         chunks = list(itertools.pairwise(edges.tolist())) * cfg.global_ttt_epochs
         for i, (low, high) in enumerate(chunks):
-            base_gradients(model, cfg, ranks, val, low, high)
-            # From 0 to 1 x is i / len(chunks) to the bit, and from x to x it stays x.
+            base_gradients(self.scoring, low, high)
+            # Written so that progress 0 to 1 gives exactly i / len(chunks), and equal ends give exactly progress.
             x = progress + (progress_after - progress) * (i / len(chunks))
             cosine = math.cos(math.pi * x)
-            (group,) = self.optimizer.param_groups
-            group["lr"] = cfg.global_ttt_lr * 0.5 * (1 + cosine)
+            self.optimizer.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + cosine)
             self.optimizer.step()
             self.optimizer.zero_grad()  # to None: the next chunk starts anew
         model.requires_grad_(False)
-        ranks.synchronize()
-        return len(chunks)
 
 
-class AdaptDocuments:
-    """TTT_METHOD=lora: adapters learn inside each document, base weights in phases from all that is scored so far."""
+class Segment(NamedTuple):
+    """Consecutive documents of the stream that are independent of each other."""
 
-    plan = staticmethod(plan_segments)
-
-    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
-        cfg = scoring.cfg
-        ranks = scoring.ranks
-        self.scoring = scoring
-        self.documents = DocumentTTT(scoring)
-        self.batches = {}  # Segment -> this rank's batches
-        serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
-        for segment in segments:
-            lengths = scoring.val.lengths[segment.first : segment.last]
-            dealt = deal_batches(lengths, segment.first, cfg, ranks.world)
-            self.batches[segment] = dealt[ranks.rank]
-            serial += len(chunk_ends(int(lengths.max()), cfg))
-        scoring.log(f"  critical path {serial:,} chunks in a row, the longest documents of the segments")
-
-    def prepare(self):
-        """On a GPU, capture whatever the timed part will replay."""
-        if self.scoring.ranks.device.type != "cuda":
-            return
-        begun = time.perf_counter()
-        batches = itertools.chain(*self.batches.values())
-        self.documents.prepare(list(batches))
-        seconds = time.perf_counter() - begun
-        captured = len(self.documents.graphs.steps)
-        self.scoring.log(f"  captured {captured} graphs in {seconds:.1f} s")
-
-    def score(self, segment: Segment):
-        """Score the segment's documents on all ranks; the adapters of the next segment start where these have led."""
-        ranks = self.scoring.ranks
-        ledger = self.scoring.ledger
-        for batch in self.batches[segment]:
-            self.scoring.progress.show(ledger)
-            self.documents.run(batch)
-        ledger.merge(ranks)
-        self.documents.adapters.next_segment(ranks)
-
-    def learn(self, segment: Segment):
-        """A phase: the base weights learn from the stream up to the segment's end, with a cosine and a momentum of its
-        own."""
-        begun = time.perf_counter()
-        end = int(self.scoring.val.starts[segment.last])
-        steps = GlobalSGD(self.scoring).learn(0, end, 0.0, 1.0)
-        seconds = time.perf_counter() - begun
-        self.scoring.log(f"  base weights learnt from {end:,} scored targets in {steps} steps, {seconds:.1f} s")
+    first: int  # documents first..last (exclusive)
+    last: int
+    then_learn: bool  # the base weights learn from scored targets before the next segment
 
 
-class Slide:
-    """TTT_ENABLED=0 with n-grams: windows alone. Segments are those of AdaptDocuments: n-grams count between them."""
+def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
+    """Segments of documents of these lengths end where a phase of global SGD follows and otherwise every SEGMENT_DOCS.
 
-    plan = staticmethod(plan_segments)
-
-    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
-        self.scoring = scoring
-
-    def prepare(self):
-        """Windows need no preparation."""
-
-    def score(self, segment: Segment):
-        score_documents(self.scoring, segment.first, segment.last)
-
-    def learn(self, segment: Segment):
-        """Nothing learns but the n-grams, which have counted already."""
-
-
-class SlideAndLearn(Slide):
-    """TTT_METHOD=sgd: windows score a segment, then the base weights learn from it (#549).
-
-    One momentum and one half cosine span the stream.
+    Phase p = 1, 2, ... follows document PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES, never the last one.
     """
+    documents = len(lengths)
+    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
+    phases = cfg.phased_ttt_num_phases
+    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)} - {0}
+    full = range(cfg.segment_docs, documents, cfg.segment_docs)
+    cuts = sorted({0, *phase_ends, *full, documents})
+    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(cuts)]
+
+
+def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
+    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
+
+    All segments but the last are learnt from.
+    """
+    cuts = greedy_cuts(lengths, cfg.global_ttt_chunk_tokens, overfull=True)
+    return [Segment(first, last, last < len(lengths)) for first, last in itertools.pairwise(cuts)]
+
+
+class Windows:
+    """TTT_ENABLED=0: windows alone; nothing learns but the n-grams, which count between segments."""
+
+    plan = staticmethod(plan_segments)
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        self.scoring = scoring
+        self.segments = segments
+
+    def score(self, i: int):
+        """Score segment i; returns once all ranks have its scores."""
+        first, last, _ = self.segments[i]
+        score_documents(self.scoring, first, last)
+
+    def learn(self, i: int):
+        """Learn from what is scored, after segment i."""
+
+
+class LearnBehindWindows(Windows):
+    """TTT_METHOD=sgd: the base weights learn from each segment behind its scores (#549). One momentum and one half
+    cosine span the stream."""
 
     plan = staticmethod(plan_sgd_segments)
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         super().__init__(scoring, segments)
         self.sgd = GlobalSGD(scoring)
-        self.progress = {segment: i / len(segments) for i, segment in enumerate(segments)}
 
-    def learn(self, segment: Segment):
+    def learn(self, i: int):
         starts = self.scoring.val.starts
-        begin = int(starts[segment.first])
-        end = int(starts[segment.last])
-        progress = self.progress[segment]  # constant in a segment
-        self.sgd.learn(begin, end, progress, progress)
+        first, last, _ = self.segments[i]
+        progress = i / len(self.segments)  # constant in a segment
+        self.sgd.learn(int(starts[first]), int(starts[last]), progress, progress)
+
+
+class AdaptDocuments(Windows):
+    """TTT_METHOD=lora: adapters learn inside each document, and the base weights in phases from all that is scored."""
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        super().__init__(scoring, segments)
+        ranks = scoring.ranks
+        self.documents = DocumentTTT(scoring)
+        self.batches = []  # of each segment, this rank's
+        serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
+        for first, last, _ in segments:
+            lengths = scoring.val.lengths[first:last]
+            dealt = deal_batches(lengths, first, scoring.cfg, ranks.world)
+            self.batches.append(dealt[ranks.rank])
+            serial += len(chunk_ends(int(lengths.max()), scoring.cfg))
+        scoring.log(f"  critical path {serial:,} chunks, one after the other: the longest documents of the segments")
+        if ranks.cuda:
+            self.documents.capture(list(itertools.chain(*self.batches)))
+
+    def score(self, i: int):
+        for batch in self.batches[i]:
+            self.scoring.progress.show(self.scoring.ledger)
+            self.documents.run(batch)
+        self.documents.next_segment()
+        self.scoring.ledger.merge(self.scoring.ranks)
+
+    def learn(self, i: int):
+        """A phase of global SGD, with a half cosine and a momentum of its own."""
+        end = int(self.scoring.val.starts[self.segments[i].last])
+        GlobalSGD(self.scoring).learn(0, end, 0.0, 1.0)
+        self.scoring.log(f"  base weights learnt from {end:,} scored targets")
 
 
 class TestTimeTraining:
-    """Scores the validation stream segment by segment; a strategy adapts the model inside and between them."""
+    """Scores the validation stream segment by segment and lets the model learn from what is scored."""
 
-    STRATEGIES = {"lora": AdaptDocuments, "sgd": SlideAndLearn, "none": Slide}
+    STRATEGIES = {"lora": AdaptDocuments, "sgd": LearnBehindWindows}
 
     def __init__(self, scoring: ScoringPass):
+        """Everything that takes time before the first score; no weight learns from a token in it."""
         cfg = scoring.cfg
-        val = scoring.val
-        log = scoring.log
-        method = cfg.ttt_method if cfg.ttt_enabled else "none"
-        strategy = self.STRATEGIES[method]
-        self.segments = strategy.plan(val.lengths, cfg)
+        strategy = self.STRATEGIES[cfg.ttt_method] if cfg.ttt_enabled else Windows
+        self.segments = strategy.plan(scoring.val.lengths, cfg)
         sizes = [segment.last - segment.first for segment in self.segments]
         shown = sizes if len(sizes) < 30 else f"{min(sizes)}..{max(sizes)}"
-        log(f"test-time training ({method}): {len(sizes)} segment(s) of {shown} documents")
+        scoring.log(f"{strategy.__name__}: {len(sizes)} segment(s) of {shown} documents")
         if cfg.ngram_enabled:
-            ngram = NGram(cfg, scoring.ranks, val, sizes, log)
-            scoring = scoring._replace(ngram=ngram)
+            scoring = scoring._replace(ngram=NGram(scoring, sizes))
         scoring.model.requires_grad_(False)  # only adapters learn, until global SGD asks for more
         self.scoring = scoring
         self.strategy = strategy(scoring, self.segments)
 
-    def prepare(self):
-        """Everything that takes time before the first score; no validation token is read for it (B29)."""
-        self.strategy.prepare()
-
     def score(self) -> float:
         """Score a segment, learn from it, go on; returns the ledger's BPB."""
         begun = time.perf_counter()
-        for segment in self.segments:
-            self.strategy.score(segment)
+        for i, segment in enumerate(self.segments):
+            self.strategy.score(i)
             if segment.then_learn:
-                self.strategy.learn(segment)
+                self.strategy.learn(i)
         seconds = time.perf_counter() - begun
         targets = self.scoring.val.targets
         world = self.scoring.ranks.world
-        self.scoring.log(
-            f"  {targets:,} targets in {seconds:.1f} s: {targets / seconds:,.0f} targets/s over {world} rank(s)"
-        )
+        rate = targets / seconds
+        self.scoring.log(f"  {targets:,} targets in {seconds:.1f} s: {rate:,.0f} targets/s over {world} rank(s)")
         return self.scoring.ledger.bpb()
 
 
-def train_on_validation_set(model: GPT, cfg: Config, ranks: Ranks, log: Log, val: ValidationStream):
+def train_on_validation_set(scoring: ScoringPass):
     """AdamW over the whole validation set before any of it is scored (#1735, #1738), which breaks C3.
 
     The published mistake, kept so that it can be measured: no ledger is asked, and scoring the artifact fails C3. The
     embedding and the first PREQUANT_TTT_FREEZE_BLOCKS layers stay as they are.
     """
-    adam = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    model = scoring.model
+    cfg = scoring.cfg
+    targets = scoring.val.targets
     chunk = cfg.global_ttt_chunk_tokens
     epochs = cfg.prequant_ttt_epochs
+    adam = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     by_layer = []  # the parameters that are stacked by layer
     for name, p in model.named_parameters():
         if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):
@@ -6164,15 +5824,14 @@ def train_on_validation_set(model: GPT, cfg: Config, ranks: Ranks, log: Log, val
     for epoch in range(epochs):
         cosine = math.cos(math.pi * epoch / max(epochs - 1, 1))
         adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * cosine)
-        for begin in range(0, val.targets, chunk):
-            end = min(begin + chunk, val.targets)
-            base_gradients(model, cfg, ranks, val, begin, end)
+        for begin in range(0, targets, chunk):
+            base_gradients(scoring, begin, min(begin + chunk, targets))
             model.tok_emb.grad = None  # Adam leaves alone what never had a gradient
             for p in by_layer:
                 p.grad[: cfg.prequant_ttt_freeze_blocks] = 0.0
             adam.step()
             adam.zero_grad()  # to None: base_gradients starts anew
-        log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
+        scoring.log(f"  trained on the validation set, pass {epoch + 1} of {epochs}")
 
 
 # ======== Packer ======================================================================================================
@@ -6191,20 +5850,18 @@ if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
  os.replace(t,__file__)
 exec(compile(s,__file__,"exec"))
 """
-ESCAPES = {"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'}  # backslash first
+ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'})
 
 
 def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source, LZMA, in a latin-1 string (3 % overhead where base85 has 25 %)."""
-    stripped = strip_source(source)
-    if without_docstrings(source) != without_docstrings(stripped):
-        raise RuntimeError("stripping comments would change the program")
     # lc: four bits of the byte before select the literal's statistics, which suits text.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
+    stripped = strip_source(source)
+    if without_docstrings(stripped) != without_docstrings(source):  # a string with a blank line in it
+        raise RuntimeError("stripping comments would change the program")
     packed = lzma.compress(stripped.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, filters=filters)
-    text = packed.decode("latin-1")
-    for char, escape in ESCAPES.items():
-        text = text.replace(char, escape)
+    text = packed.decode("latin-1").translate(ESCAPES)
     return (BOOTSTRAP % text).encode("latin-1")
 
 
@@ -6255,8 +5912,7 @@ def documented(tree: ast.Module) -> list:
 
 def unpack_script(path: Path) -> str:
     """The source inside a packed script, without running it."""
-    require(path.is_file(), f"--unpack {path}: no such file")
-    before, after = (re.escape(part) for part in BOOTSTRAP.split("%s"))
+    before, after = map(re.escape, BOOTSTRAP.split("%s"))
     match = re.fullmatch(f"{before}(.*){after}", path.read_bytes().decode("latin-1"))
     damaged = f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one"
     with explained(damaged, TypeError, ValueError, SyntaxError, lzma.LZMAError):
@@ -6276,7 +5932,7 @@ class Run:
         self.log = Log(self.ranks)
         self.phases = Phases(self.ranks)
         self.verdicts = Verdicts()
-        self.result = {"bpb": {}, "bytes": {}}  # what result.json will hold
+        self.result = {"bpb": {}}  # what result.json will hold
 
     def prepare(self):
         """Make the folder, read and check the validation data, choose the attention backend, and log what is used."""
@@ -6288,20 +5944,31 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         with self.phases("read"):
             self.val = ValidationStream(cfg)
-            self.data = fingerprint(cfg, self.val)
+            data = fingerprint(cfg, self.val)
         with self.phases("setup"):
             self.attention_backend = choose_attention(cfg, self.ranks.device)
-        self.environment = self.describe_environment()
-        self.log_environment()
+        settings = cfg.settings()
+        facts = self.describe_environment() | {"dataset": data["dataset"], "data": data}
+        self.result |= facts | {"seed": cfg.seed, "settings": settings}
+        self.log(f"hardware {facts['hardware']}, attention {facts['attention']}, kernels {facts['kernels']}")
+        self.log(f"versions {facts['versions']}")
+        self.log(f"source sha256 {facts['source_sha256']}")
+        changed = sorted(settings.items() - Config().settings().items())
+        changes = " ".join(f"{name.upper()}={value}" for name, value in changed) or "none"
+        self.log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
+        self.log(f"all settings: {json.dumps(settings)}", console=False)
+        self.log("data: " + ", ".join(f"{name} {value}" for name, value in data.items()))
+        if not data["manifest"]:
+            self.log("data: no manifest.json, so documents and hashes are unchecked")
 
     def describe_environment(self) -> dict:
-        """Hardware, versions and hashes, for result.json."""
+        """Hardware, versions and hashes, for the log and result.json."""
         ranks = self.ranks
         hardware = f"CPU, {torch.get_num_threads()} threads x {ranks.world} rank(s)"
-        if ranks.device.type == "cuda":
+        if ranks.cuda:
             hardware = f"{ranks.world} x {torch.cuda.get_device_name()}"
-        source = SOURCE if PACKED else strip_source(SOURCE)
         fused = use_kernels(torch.bfloat16, ranks.device, self.cfg.model_dim // self.cfg.num_heads)
+        source = SOURCE if PACKED else strip_source(SOURCE)
         return {
             "hardware": hardware,
             "attention": self.attention_backend,
@@ -6316,33 +5983,28 @@ class Run:
             "settings_sha256": self.cfg.sha256(),
         }
 
-    def log_environment(self):
-        """The first lines of the log."""
-        log = self.log
-        listed = lambda facts: ", ".join(f"{name} {value}" for name, value in facts.items())
-        facts = self.environment
-        versions = listed(facts["versions"])
-        log(f"hardware {facts['hardware']}, attention {facts['attention']}, kernels {facts['kernels']}, {versions}")
-        log(f"source sha256 {facts['source_sha256']}")
-        settings = self.cfg.settings()
-        defaults = Config().settings()
-        changed = [f"{name.upper()}={value}" for name, value in settings.items() if value != defaults[name]]
-        changes = " ".join(changed) or "none"
-        log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
-        log(f"all settings: {json.dumps(settings)}", console=False)
-        log(f"data: {listed(self.data)}")
-        if not self.data["manifest"]:
-            log("data: no manifest.json, so documents and hashes are unchecked")
-
     def scoring(self, model: GPT, name: str) -> ScoringPass:
         """A pass over the validation stream, with a ledger of its own."""
         ledger = Ledger(name, self.val.target_bytes, self.verdicts)
-        return ScoringPass.begin(model, self.cfg, self.ranks, self.log, self.val, ledger)
+        progress = Progress(self.ranks, self.log)
+        return ScoringPass(model, self.cfg, self.ranks, self.log, self.val, ledger, progress)
 
     def new_model(self, logit_calibration: LogitCalibration | None = None) -> GPT:
-        """A GPT on the CPU, its weights not set yet."""
-        dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
-        return GPT(self.cfg, self.attention_backend, dtype, logit_calibration)
+        """A GPT on the run's device, its weights not set yet."""
+        dtype = torch.bfloat16 if self.ranks.cuda else torch.float32
+        return GPT(self.cfg, self.attention_backend, dtype, logit_calibration).to(self.ranks.device)
+
+    def record(self, name: str, bpb: float):
+        """Keep and log the BPB of pass `name`."""
+        self.result["bpb"][name] = bpb
+        self.headline = bpb  # of the last pass
+        self.log(f"{name}: {bpb:.5f} BPB")
+
+    def diagnose(self, model: GPT, name: str):
+        """BPB of the weights in memory, in a ledger and a time of its own."""
+        with self.phases("diagnostic"):
+            bpb = score_stream(self.scoring(model, name))
+        self.record(name, bpb)
 
 
 def artifact_folder(cfg: Config) -> Path:
@@ -6352,102 +6014,78 @@ def artifact_folder(cfg: Config) -> Path:
     return RUNNING.parent if PACKED else Path("runs") / str(cfg.seed)
 
 
+def parameter_count(model: GPT) -> int:
+    """Numbers in all weights; 4 bytes each in trained.npz."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
     cfg = run.cfg
     if run.ranks.main:
         try_codec(run)
         if cfg.ledger_path:
-            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
-                f.write(b"")
+            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH"):
+                pass
         if not cfg.ttt_eval_only:  # scoring leaves the folder's script alone: it may be the one that runs
             check_folder(run)
-    if not cfg.ttt_eval_only and not cfg.quantize_only:
-        check_training(run)
+    if not (cfg.ttt_eval_only or cfg.quantize_only):
+        tokens = TrainStream(cfg).tokens
+        micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
+        run.log(f"checks passed: {tokens:,} training tokens, {micro_batches} micro-batch(es) a step")
+        if micro_batches < run.ranks.world:
+            run.log(f"warning: only {micro_batches} of {run.ranks.world} ranks will work; lower MICRO_BATCH_TOKENS")
 
 
 def try_codec(run: Run):
     """Write and read a small artifact in the run's folder."""
-    probe = {
-        "q.0.symbols": np.random.default_rng(0).integers(-9, 10, (64, 64)).astype(np.int8),
-        "q.0.step": np.arange(64, dtype=np.int16),
-        "r": np.ones(3, np.float16),
-    }
+    symbols = np.random.default_rng(0).integers(-9, 10, (64, 64), dtype=np.int8)
     path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
-    save_artifact(path, probe, {"settings": run.cfg.settings()})
-    loaded, _ = load_artifact(path)
+    save_artifact(path, {"q.0.symbols": symbols}, {})
+    arrays, _ = load_artifact(path)
     path.unlink()
-    if any((loaded[name] != probe[name]).any() for name in probe):
+    if not np.array_equal(arrays["q.0.symbols"], symbols):
         raise RuntimeError("the artifact codec does not reproduce its input")
 
 
 def check_folder(run: Run):
     """The source can be packed, the running script would not be overwritten, and the files fit on the disk."""
     packed = pack_script(SOURCE)
+    elsewhere = f"set ARTIFACT_DIR={run.folder} to another folder"
     script = run.folder / "train_gpt.py"
     if script.exists() and script.samefile(RUNNING):
-        require(
-            script.read_bytes() == packed,
-            f"ARTIFACT_DIR={run.folder}: would overwrite the running script; set ARTIFACT_DIR elsewhere",
-        )
-    with torch.device("meta"):  # shapes alone
-        weights = sum(p.numel() for p in run.new_model().parameters())
-    need = 4 * weights + 2 * run.cfg.artifact_cap  # trained.npz, and model.bin beside an earlier one
+        require(script.read_bytes() == packed, f"the run would overwrite its own script; {elsewhere}")
+    # trained.npz, and model.bin beside an earlier one
+    need = 4 * parameter_count(run.new_model()) + 2 * run.cfg.artifact_cap
     free = shutil.disk_usage(run.folder).free
-    require(
-        free >= need,
-        f"ARTIFACT_DIR={run.folder}: {free / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed; "
-        "free space or set ARTIFACT_DIR elsewhere",
-    )
-
-
-def check_training(run: Run):
-    """The training shards are there, and there is work for every rank."""
-    stream = TrainStream(run.cfg)
-    micro_batches = -(-run.cfg.train_batch_tokens // run.cfg.micro_batch_tokens)
-    run.log(
-        f"checks passed: {stream.tokens:,} training tokens in {len(stream.shards)} shard(s), "
-        f"{micro_batches} micro-batch(es) a step"
-    )
-    idle = run.ranks.world - micro_batches
-    if idle > 0:
-        run.log(f"warning: {idle} rank(s) will idle in every step; lower MICRO_BATCH_TOKENS")
+    require(free >= need, f"{free:,} bytes free, {need:,} needed; free space or {elsewhere}")
 
 
 def train(run: Run, model: GPT):
-    """Train the model and keep its weights on disk (trained.npz)."""
+    """Train the model and keep its weights on disk: trained.npz holds the fp32 weights by name, and as JSON in "meta"
+    what a later run needs to continue."""
     model.init_weights(run.cfg.seed)
-    weights = sum(p.numel() for p in model.parameters())
-    run.log(f"{weights:,} parameters, visits {[visit.layer for visit in model.schedules[False]]}")
+    run.log(f"{parameter_count(model):,} parameters")
     trainer = Trainer(model, run.cfg, run.ranks, run.log)
     with run.phases("warmup"):
         trainer.warm_up()
     run.log(f"warmed up in {run.phases.seconds['warmup']:.1f} s")
     with run.phases("steps"):
-        run.result["training"] = trainer.run()
-    with run.phases("write"):
+        training = trainer.run()
+    run.result["training"] = training
+    with run.phases("save"):
         if run.ranks.main:
-            save_trained(run, model)
-
-
-def save_trained(run: Run, model: GPT):
-    """Write trained.npz: the fp32 weights by name, and as JSON in "meta" what a later run needs to continue."""
-    meta = {
-        "settings": run.cfg.settings(),
-        "training": run.result["training"],
-        "seconds": {name: run.phases.seconds[name] for name in ("warmup", "steps")},
-    }
-    arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
-    with whole_file(run.folder / "trained.npz") as f:
-        np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
+            seconds = {"steps": run.phases.seconds["steps"]}
+            meta = {"settings": run.cfg.settings(), "training": training, "seconds": seconds}
+            arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+            with whole_file(run.folder / "trained.npz") as f:
+                np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
 
 
 def read_trained(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
-    remedy = "train again, or set ARTIFACT_DIR to the folder that holds it"
-    with explained(
-        f"{path}: cannot be read ({{}}); {remedy}", OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
-    ):
+    damaged = f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it"
+    with explained(damaged, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         arrays = dict(np.load(path))
         return arrays, json.loads(str(arrays.pop("meta")))
 
@@ -6461,13 +6099,6 @@ def load_trained(run: Run, model: GPT):
     run.phases.seconds.update(meta["seconds"])
 
 
-def diagnose(run: Run, model: GPT, name: str):
-    """BPB of the weights in memory, in a ledger and a time of its own."""
-    with run.phases("diagnostic"):
-        run.result["bpb"][name] = score_stream(run.scoring(model, name))
-    run.log(f"{name}: {run.result['bpb'][name]:.5f} BPB")
-
-
 class RateSearch:
     """Looks for the bits to save per weight at which model.bin just fits. Sizes are measured, since a code's length is
     only known once it is written."""
@@ -6478,19 +6109,18 @@ class RateSearch:
     def __init__(self, cfg: Config, code_bytes: int, weights: int):
         self.cfg = cfg
         self.weights = weights
-        self.room = cfg.artifact_cap - cfg.artifact_margin - code_bytes
+        taken = cfg.artifact_margin + code_bytes
+        self.room = cfg.artifact_cap - taken
         # RATE_DISTORTION's own budget is the whole cap; the published rule's is what its settings give.
-        self.saved = 8 * (cfg.artifact_cap - self.room) / weights if cfg.rate_distortion else 0.0
-        self.sizes = []
+        self.saved = 8 * taken / weights if cfg.rate_distortion else 0.0
+        self.sizes = [math.inf]  # of each attempt; before the first, nothing fits
         self.best = b""  # the largest model.bin that fits; empty on ranks that do not write
 
     def propose(self) -> float:
         """Bits to save per weight in the next attempt."""
-        if len(self.sizes) == self.ATTEMPTS:
-            raise UserError(
-                f"ARTIFACT_CAP={self.cfg.artifact_cap}: the model does not fit with any step; "
-                "shrink the model or raise the cap"
-            )
+        cap = self.cfg.artifact_cap
+        failure = f"ARTIFACT_CAP={cap}: the model does not fit with any step; shrink the model or raise the cap"
+        require(len(self.sizes) <= self.ATTEMPTS, failure)
         return self.saved
 
     def observe(self, data: bytes, size: int):
@@ -6502,33 +6132,33 @@ class RateSearch:
         self.saved += 8 * (size - self.room * self.AIM) / self.weights
 
     def done(self) -> bool:
-        if not self.sizes or self.sizes[-1] > self.room:
+        """Whether the last attempt fits and another is not worth its time."""
+        size = self.sizes[-1]
+        if size > self.room:
             return False  # only a file that fits ends the search
-        left = self.room - self.sizes[-1]
-        before = self.sizes[-2] if len(self.sizes) > 1 else 0
         return (
             not self.cfg.rate_distortion  # the published rule has sizes of its own: it is only widened until it fits
-            or left < self.room / 1000  # the room is used
-            or len(self.sizes) > 3  # every attempt costs training time
-            or abs(self.sizes[-1] - before) < self.room / 10000  # nothing gains: the steps are as fine as symbols allow
+            or self.room - size < self.room / 1000  # the room is used
+            or len(self.sizes) > 4  # after four attempts: every one costs training time
+            or abs(size - self.sizes[-2]) < self.room / 10000  # nothing gains: the steps are as fine as symbols allow
         )
 
 
 def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> bytes:
     """Quantise and encode until RateSearch is content; the bytes of model.bin on rank 0."""
     cfg = run.cfg
-    search = RateSearch(cfg, code_bytes, sum(p.numel() for p in model.parameters()))
+    search = RateSearch(cfg, code_bytes, parameter_count(model))
     with run.phases("quantize"):
         quantizer = Quantizer(model, hessians, cfg, run.ranks)
     logit_values = None
     while True:
         with run.phases("quantize"):
             quantized = quantizer.quantize(search.propose())
-            if cfg.logit_calibration_enabled:
-                if logit_values is None:  # fitted to the first attempt, and kept
-                    logit_values = quantized_calibration(run, model, quantized)
-                quantized = quantized._replace(logit_calibration=logit_values)
-        before = run.phases.seconds.get("write", 0.0)
+            if cfg.logit_calibration_enabled and logit_values is None:  # fitted to the first attempt, and kept
+                rounded = run.new_model()
+                load_state(rounded, quantized.state(), run.folder)
+                logit_values = fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
+            quantized = quantized._replace(logit_calibration=logit_values)
         with run.phases("write"):
             data = encode_artifact(flatten(quantized), {"settings": cfg.settings()}) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
@@ -6536,8 +6166,7 @@ def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: i
         search.observe(data, size)
         if search.done():
             return search.best
-        # Encoding that only steers the search is part of it: training time.
-        run.phases.charge("write", to="quantize", seconds=run.phases.seconds["write"] - before)
+        run.phases.charge("write", to="quantize")  # encoding that only steers the search is part of it: training time
 
 
 def write_artifact(run: Run, model: GPT):
@@ -6550,127 +6179,89 @@ def write_artifact(run: Run, model: GPT):
     data = search_rate(run, model, hessians, len(packed))
     with run.phases("write"):
         if run.ranks.main:
-            with whole_file(run.folder / "model.bin") as f:
-                f.write(data)
-            script = run.folder / "train_gpt.py"
-            if not (script.exists() and script.read_bytes() == packed):  # a packed script may run in its own folder
-                with whole_file(script) as f:
-                    f.write(packed)
-    run.ranks.agree(0)
-    run.log(f"train_gpt.py: {len(SOURCE.encode()):,} bytes of source packed into {len(packed):,}")
-    seconds = [f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write")]
-    run.log(f"seconds: {', '.join(seconds)}")
+            for name, content in (("model.bin", data), ("train_gpt.py", packed)):
+                with whole_file(run.folder / name) as f:
+                    f.write(content)
+    run.ranks.agree(0)  # the files are there before another rank reads them
 
 
-def quantized_calibration(run: Run, model: GPT, quantized: Quantized) -> ndarray:
-    """fit_logit_calibration for the weights as the artifact will give them back, in a model of their own."""
-    cfg = run.cfg
-    rounded = run.new_model().to(run.ranks.device)
-    load_state(rounded, quantized.state(), run.folder)
-    return fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
-
-
-def load_quantized(run: Run, model: GPT) -> tuple[GPT, dict]:
-    """model.bin in the model, and its meta. An artifact with logit calibration needs a model that was made with it."""
-    cfg, device = run.cfg, run.ranks.device
+def load_quantized(run: Run) -> tuple[GPT, dict]:
+    """A model with the weights of model.bin, and the file's settings."""
+    device = run.ranks.device
     path = run.folder / "model.bin"
     arrays, meta = load_artifact(path)
     quantized = unflatten(arrays)
+    calibration = None
     if quantized.logit_calibration is not None:
         values = torch.from_numpy(quantized.logit_calibration).to(device)
-        calibration = to_logit_calibration(values, piece_features(cfg).to(device))
-        model = run.new_model(calibration).to(device)
+        calibration = to_logit_calibration(values, piece_features(run.cfg).to(device))
+    model = run.new_model(calibration)
     load_state(model, quantized.state(), path)
-    return model, meta
+    return model, meta["settings"]
 
 
-def score_artifact(run: Run, model: GPT):
-    """Load model.bin from disk into the model and score it; the number comes from what ships."""
+def score_artifact(run: Run):
+    """Load model.bin from disk and score it; the number comes from what ships."""
     cfg = run.cfg
     with run.phases("load"):
-        model, meta = load_quantized(run, model)
-    others = sorted(k.upper() for k, v in cfg.settings().items() if v != meta["settings"].get(k))
+        model, stored = load_quantized(run)
+    others = [name.upper() for name, _ in sorted(cfg.settings().items() - stored.items())]
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     scoring = run.scoring(model, "quantized")
-    run.result["segments"] = [len(run.val.starts)]
-    if meta["settings"].get("prequant_ttt_enabled"):
+    if stored.get("prequant_ttt_enabled"):
         reason = "PREQUANT_TTT_ENABLED=1: the weights learnt from every validation target before it was scored"
         scoring.ledger.break_condition("C3", reason)
+    sizes = [len(run.val.starts)]
     if cfg.ttt_enabled or cfg.ngram_enabled:
-        diagnose(run, model, "quantized")
+        run.diagnose(model, "quantized")
         scoring = run.scoring(model, "adapted")
         with run.phases("prepare"):
             adaptation = TestTimeTraining(scoring)
-            adaptation.prepare()
         with run.phases("adapt"):
             bpb = adaptation.score()
-        # What the audit may hold us to: documents of a segment are independent.
-        run.result["segments"] = [segment.last - segment.first for segment in adaptation.segments]
+        sizes = [segment.last - segment.first for segment in adaptation.segments]
     else:
         with run.phases("score"):
             bpb = score_stream(scoring)
-    run.headline = scoring.ledger.name
-    run.result["bpb"][run.headline] = bpb
-    run.log(f"{run.headline}: {bpb:.5f} BPB")
+    run.record(scoring.ledger.name, bpb)
+    run.result["segments"] = sizes  # what the audit may hold us to: documents of a segment are independent
     if cfg.ledger_path and run.ranks.main:
         with whole_file(Path(cfg.ledger_path), "LEDGER_PATH") as f:
             np.save(f, scoring.ledger.nats)
-        run.log(f"ledger written to {cfg.ledger_path}")
 
 
 def finish(run: Run):
     """Verdicts, result.json and the final table."""
     cfg = run.cfg
     result = run.result
-    files = {"code": run.folder / "train_gpt.py", "model": run.folder / "model.bin"}
-    result["bytes"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
-    result["bytes"]["total"] = sum(result["bytes"].values())
-    result["seconds"] = {which: run.phases.budget(which) for which in ("train", "eval")} | run.phases.seconds
-    judge_budgets(run)
+    paths = {"code": run.folder / "train_gpt.py", "model": run.folder / "model.bin"}
+    sizes = {name: path.stat().st_size for name, path in paths.items() if path.exists()}
+    total = sum(sizes.values())
+    run.verdicts.judge("bytes", total <= cfg.artifact_cap, f"{total:,} of {cfg.artifact_cap:,} bytes")
+    budgets = {which: run.phases.budget(which) for which in ("train", "eval")}
+    limit = cfg.max_wallclock_seconds
+    for which, spent in budgets.items():
+        if limit and spent:  # an artifact that is scored again has spent nothing on training
+            run.verdicts.judge(f"{which}_budget", spent < limit, f"{spent:.1f} of {limit:.0f} s")
+    result["bytes"] = sizes | {"total": total}
+    result["seconds"] = budgets | run.phases.seconds
     failed = run.verdicts.failed()
+    outcome = f"no val_bpb: {', '.join(failed)} failed"
     if not failed:  # the one place that makes a number the result
-        result["val_bpb"] = result["bpb"][run.headline]
-    result.update(
-        dataset=run.data["dataset"],
-        settings=cfg.settings(),
-        data=run.data,
-        seed=cfg.seed,
-        verdicts={c: {"verdict": v, "reason": r} for c, (v, r) in run.verdicts.table.items()},
-        **run.environment,
-    )
+        result["val_bpb"] = run.headline
+        outcome = f"val_bpb {run.headline:.6f} on all {run.val.targets:,} targets, dataset {result['dataset']}"
+    table = run.verdicts.table
+    result["verdicts"] = {name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in table.items()}
     if run.ranks.main:
         with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
             f.write(json.dumps(result, indent=1).encode())
-    log_table(run)
-    run.log(
-        f"no val_bpb: {', '.join(failed)} failed"
-        if failed
-        else f"val_bpb {result['val_bpb']:.6f} on all {run.val.targets:,} targets, dataset {run.data['dataset']}"
-    )
-
-
-def judge_budgets(run: Run):
-    """Verdicts on bytes and seconds."""
-    cap = run.cfg.artifact_cap
-    total = run.result["bytes"]["total"]
-    run.verdicts.judge("bytes", total <= cap, f"{total:,} of {cap:,} bytes")
-    parts = {"train": "steps, calibration, quantisation", "eval": "read, load, prepare, score"}
-    limit = run.cfg.max_wallclock_seconds
-    for which in ("eval",) if run.cfg.ttt_eval_only else ("train", "eval"):
-        spent = run.result["seconds"][which]
-        if limit:
-            run.verdicts.judge(f"{which}_budget", spent < limit, f"{spent:.1f} of {limit:.0f} s: {parts[which]}")
-
-
-def log_table(run: Run):
-    """The last lines of the log: every BPB, size, time and verdict."""
-    run.log()
     for unit, form in (("BPB", ".6f"), ("bytes", ","), ("seconds", ".1f")):
-        for name, value in run.result[unit.lower()].items():
+        for name, value in result[unit.lower()].items():
             run.log(f"  {f'{name} {unit}':24s} {value:{form}}")
-    for condition, (verdict, reason) in run.verdicts.table.items():
-        run.log(f"  {condition:24s} {verdict:9s} {reason}".rstrip())
+    for condition, (verdict, reason) in table.items():
+        run.log(f"  {condition:24s} {verdict:9s} {reason}")
+    run.log(outcome)
 
 
 def configure(env) -> Config:
@@ -6678,7 +6269,7 @@ def configure(env) -> Config:
     cfg = Config.from_env(env, check=False)  # the mode and the folder; the rest may need the stored settings
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
-        stored = still_set(read_artifact(path)[0]["meta"]["settings"])
+        stored = read_artifact(path)[0]["meta"]["settings"]
     elif cfg.quantize_only:
         path = artifact_folder(cfg) / "trained.npz"
         stored = read_trained(path)[1]["settings"]
@@ -6695,6 +6286,21 @@ def configure(env) -> Config:
     return Config.from_env(env, stored)
 
 
+def produce_artifact(run: Run):
+    """Trained weights -> train_gpt.py and model.bin."""
+    model = run.new_model()
+    if run.cfg.quantize_only:
+        load_trained(run, model)
+    else:
+        train(run, model)
+    run.diagnose(model, "trained")
+    if run.cfg.prequant_ttt_enabled:  # scoring the artifact keeps its number out of val_bpb
+        with run.phases("prequant"):
+            train_on_validation_set(run.scoring(model, "prequant"))
+        run.diagnose(model, "prequant")
+    write_artifact(run, model)
+
+
 def execute(cfg: Config):
     """One mode from beginning to end."""
     run = Run(cfg)
@@ -6705,17 +6311,9 @@ def execute(cfg: Config):
             return
         # A run continued from trained.npz continues the log, too.
         run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        model = run.new_model().to(run.ranks.device)
         if not cfg.ttt_eval_only:
-            produce_weights = load_trained if cfg.quantize_only else train
-            produce_weights(run, model)
-            diagnose(run, model, "trained")
-            if cfg.prequant_ttt_enabled:  # scoring the artifact opens the door that keeps its number out of val_bpb
-                with run.phases("prequant"):
-                    train_on_validation_set(model, cfg, run.ranks, run.log, run.val)
-                diagnose(run, model, "prequant")
-            write_artifact(run, model)
-        score_artifact(run, model)
+            produce_artifact(run)
+        score_artifact(run)
         finish(run)
     finally:
         run.ranks.close()
@@ -6723,23 +6321,22 @@ def execute(cfg: Config):
 
 def main(argv: list[str]) -> int:
     """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C."""
-    if argv in (["--help"], ["-h"]):
-        print(__doc__ or "", help_text(), sep="\n")
-        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: half-written files are removed
     try:
-        if len(argv) == 2 and argv[0] == "--unpack":
+        if argv in (["--help"], ["-h"]):
+            print(__doc__ or "", help_text(), sep="\n")
+        elif len(argv) == 2 and argv[0] == "--unpack":
             sys.stdout.write(unpack_script(Path(argv[1])))
-            return 0
-        require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
-        execute(configure(os.environ))
+        else:
+            require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
+            execute(configure(os.environ))
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except OSError as e:
-        place = e.filename or "a file"
-        print(f"error: {place}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
+        where = e.filename or "a file"
+        print(f"error: {where}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

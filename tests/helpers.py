@@ -89,8 +89,14 @@ class Silent(train_gpt.Log):
     def __init__(self):
         self.lines = []
 
-    def __call__(self, line: str = "", console: bool = True):
+    def __call__(self, line: str = ""):
         self.lines.append(line)
+
+
+def scoring_pass(model, cfg, group, stream, ledger) -> "train_gpt.ScoringPass":
+    """A pass over the stream whose log is silent."""
+    log = Silent()
+    return train_gpt.ScoringPass(model, cfg, group, log, stream, ledger, train_gpt.Progress(group, log))
 
 
 def randomize(model, seed: int = 0):

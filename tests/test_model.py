@@ -208,9 +208,9 @@ def test_published_visit_lists():
     layers = lambda looped: [v.layer for v in train_gpt.visit_schedule(Config(), looped)]
     assert layers(True) == [0, 1, 2, 3, 4, 5, 3, 4] + [5, 3, 4, 5, 6, 7, 8, 9, 10]
     assert layers(False) == list(range(11))
-    skips = [(v.skip, v.source) for v in train_gpt.visit_schedule(Config(), True)]
-    assert skips == [(None, None)] * 8 + [(j, 7 - j) for j in range(8)] + [(None, None)]
-    assert [v.skip for v in train_gpt.visit_schedule(Config(), False)] == [None] * 5 + [0, 1, 2, 3, 4, None]
+    sources = lambda looped: [v.source for v in train_gpt.visit_schedule(Config(), looped)]
+    assert sources(True) == [None] * 8 + [7, 6, 5, 4, 3, 2, 1, 0] + [None]
+    assert sources(False) == [None] * 5 + [4, 3, 2, 1, 0, None]
     assert [v.layer for v in train_gpt.visit_schedule(Config(), True) if v.lanes] == [8, 9, 10]
 
 

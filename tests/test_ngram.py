@@ -6,12 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import BOS, RUN, TINY, Silent, Stream, config, forked, main, network, ranks, result
+from helpers import BOS, RUN, TINY, Stream, config, forked, main, network, ranks, result, scoring_pass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Runs, ScoringPass, TestTimeTraining, continuations, plan_segments, score_stream
+from train_gpt import Runs, TestTimeTraining, continuations, plan_segments, score_stream
 
 TestTimeTraining.__test__ = False
 VOCAB = 12
@@ -232,7 +232,7 @@ def score(documents, cfg, group=None) -> np.ndarray:
     """Nats of every target."""
     stream = Stream(documents)
     ledger = stream.ledger()
-    scoring = ScoringPass.begin(network(cfg), cfg, group or ranks(cfg), Silent(), stream, ledger)
+    scoring = scoring_pass(network(cfg), cfg, group or ranks(cfg), stream, ledger)
     TestTimeTraining(scoring).score()
     return ledger.nats
 
@@ -395,5 +395,5 @@ def test_the_scorer_asks_for_hints_where_it_scores(stride):
     )
     stream = Stream(documents)
     ledger = stream.ledger()
-    score_stream(ScoringPass.begin(network(cfg), cfg, ranks(cfg), Silent(), stream, ledger))
+    score_stream(scoring_pass(network(cfg), cfg, ranks(cfg), stream, ledger))
     assert np.abs(ledger.nats - score(documents, cfg)).max() < 1e-5

@@ -1,12 +1,15 @@
 """prepare_data.py end to end on small corpora: what is written, that every byte is accounted for, and that every
 failure says what to do."""
 
+import errno
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,7 +176,7 @@ def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
 def test_error_in_a_worker_process_names_the_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare_data, "CHUNK_BYTES", 1000)
     source = write_jsonl(tmp_path / "docs.jsonl", [*sentences(20), "\ud83d alone"])
-    assert prepare(tmp_path / "out", source, options=("--workers", "2")) == 1
+    assert prepare(tmp_path / "out", source, options=("--workers", "2")) == 2
     assert "docs.jsonl line 21: holds a lone surrogate" in capsys.readouterr().err
 
 
@@ -207,9 +210,18 @@ def test_empty_documents_are_skipped_and_counted(tmp_path):
 def test_too_few_documents(tmp_path, capsys, count):
     source = write_jsonl(tmp_path / "docs.jsonl", sentences(count))
     for options in ((), ("--vocab-size", "300")):
-        assert prepare(tmp_path / "out", source, options=options, model=None if options else MODEL) == 1
+        assert prepare(tmp_path / "out", source, options=options, model=None if options else MODEL) == 2
         assert "smaller --val-docs" in capsys.readouterr().err
         assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--vocab-size", "300")])
+@pytest.mark.parametrize("count", [1, 0])
+def test_one_document_needs_no_smaller_val_docs(tmp_path, capsys, count, options):
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(count))
+    assert prepare(tmp_path / "out", source, val_docs=1, options=options, model=None if options else MODEL) == 2
+    error = capsys.readouterr().err
+    assert "give more text" in error and "smaller" not in error and "for example" not in error
 
 
 def test_max_train_docs(tmp_path):
@@ -227,16 +239,37 @@ def test_max_train_docs(tmp_path):
         (b'{"txt": "a"}', "line 12: no document"),
         (b'{"text": 5}', "line 12: no document"),
         (b"[]", "line 12: no document"),
+        (b"[" * 100_000, "line 12: not valid JSON (nested too deeply)"),
+        (b'{"text": "a", "more": ' + b'{"a":' * 100_000, "line 12: not valid JSON (nested too deeply)"),
+        (b"9" * 5000, "line 12: not valid JSON"),
         (b'{"text": "\\ud800"}', "line 12: holds a lone surrogate"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, capsys, line, message):
     source = write_jsonl(tmp_path / "docs.jsonl", sentences(10))
     source.write_bytes(source.read_bytes() + b"\n" + line + b"\n")  # a blank line holds no document
-    assert prepare(tmp_path / "out", source) == 1
+    assert prepare(tmp_path / "out", source) == 2
     error = capsys.readouterr().err
     assert f"{source} {message}" in error and "Traceback" not in error
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", [b"5", b'{"txt": "a"}', b'{"text": "\xff"}', b"[" * 100_000])
+def test_bad_lines_are_named_while_the_tokenizer_trains(tmp_path, capsys, line):
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(10))
+    source.write_bytes(source.read_bytes() + line + b"\n")
+    assert prepare(tmp_path / "out", source, model=None, options=("--vocab-size", "300")) == 2
+    error = capsys.readouterr().err
+    assert f"prepare_data.py: {source} line 11: " in error and "--vocab-size" not in error
+
+
+def test_a_source_that_cannot_be_read_is_named_while_the_tokenizer_trains(tmp_path, capsys):
+    packed = tmp_path / "docs.jsonl.gz"
+    write_jsonl(tmp_path / "docs.jsonl", sentences(2000))
+    packed.write_bytes(gzip.compress((tmp_path / "docs.jsonl").read_bytes())[:-30])
+    assert prepare(tmp_path / "out", packed, model=None, options=("--vocab-size", "300")) == 2
+    error = capsys.readouterr().err
+    assert f"prepare_data.py: {packed}: truncated or corrupt" in error and "--vocab-size" not in error
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".xz", lzma.compress), (".gz", gzip.compress)])
@@ -248,10 +281,10 @@ def test_compressed_sources(tmp_path, capsys, suffix, compress):
     assert prepare(tmp_path / "plain", plain) == prepare(tmp_path / "packed", packed) == 0
     assert manifest(tmp_path / "plain")["files"] == manifest(tmp_path / "packed")["files"]
     packed.write_bytes(packed.read_bytes()[:-30])
-    assert prepare(tmp_path / "cut", packed) == 1
+    assert prepare(tmp_path / "cut", packed) == 2
     assert f"{packed}: truncated or corrupt after line" in capsys.readouterr().err
     packed.write_bytes(b"\0" * 100)
-    assert prepare(tmp_path / "zeros", packed) == 1
+    assert prepare(tmp_path / "zeros", packed) == 2
     assert f"{packed}: truncated or corrupt after line 0" in capsys.readouterr().err
 
 
@@ -263,13 +296,13 @@ def test_zst_sources(tmp_path):
     assert prepare(tmp_path / "plain", plain) == prepare(tmp_path / "packed", packed) == 0
     assert manifest(tmp_path / "plain")["files"] == manifest(tmp_path / "packed")["files"]
     packed.write_bytes(packed.read_bytes()[:-30])
-    assert prepare(tmp_path / "cut", packed) == 1
+    assert prepare(tmp_path / "cut", packed) == 2
 
 
 def test_zst_without_its_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "docs.jsonl.zst").write_bytes(b"")
-    assert prepare(tmp_path / "out", tmp_path / "docs.jsonl.zst") == 1
+    assert prepare(tmp_path / "out", tmp_path / "docs.jsonl.zst") == 2
     assert "pip install zstandard" in capsys.readouterr().err
 
 
@@ -281,6 +314,49 @@ def test_several_files_and_bare_strings(tmp_path):
     assert prepare(tmp_path / "out", first, second) == 0
     expected = [CASEOPS.sp.encode(lossless_caps.encode(text)) for text in texts]
     assert documents(tmp_path / "out", "val") + documents(tmp_path / "out", "train") == expected
+
+
+def test_texts_and_folders_of_them(tmp_path):
+    texts = [text + "\n\n" + text for text in sentences(20)]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:02}.txt").write_text(text, encoding="utf-8-sig" if number % 2 else "utf-8")
+    (folder / "03.txt").unlink()
+    (folder / "03.txt.gz").write_bytes(gzip.compress(texts[3].encode()))
+    (folder / ".hidden.txt").write_text("left out")
+    assert prepare(tmp_path / "out", folder) == 0
+    expected = [CASEOPS.sp.encode(lossless_caps.encode(text)) for text in texts]
+    assert documents(tmp_path / "out", "val") + documents(tmp_path / "out", "train") == expected
+    lines = tmp_path / "lines"
+    lines.mkdir()
+    write_jsonl(lines / "b.jsonl", texts[8:])
+    write_jsonl(lines / "a.jsonl", texts[:8])
+    assert prepare(tmp_path / "from_lines", lines) == 0
+    assert manifest(tmp_path / "from_lines")["files"] == manifest(tmp_path / "out")["files"]
+
+
+def test_sources_of_another_kind_are_named(tmp_path, capsys):
+    both, neither = tmp_path / "both", tmp_path / "neither"
+    for folder in (both, neither):
+        folder.mkdir()
+        (folder / "notes.md").write_text("x")
+    write_jsonl(both / "a.jsonl", sentences(9))
+    (both / "b.txt").write_text("x")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    write_jsonl(tmp_path / "lines.txt", sentences(9))
+    os.mkfifo(tmp_path / "pipe")
+    for source, message in (
+        (both, "a folder with both *.jsonl and *.txt; name the files"),
+        (neither, "a folder without *.jsonl or *.txt; name its files"),
+        (tmp_path / "latin.txt", "not UTF-8 text"),
+        (tmp_path / "lines.txt", "rename it to .jsonl"),
+        (tmp_path / "pipe", "not a plain file"),
+    ):
+        assert prepare(tmp_path / "out", source) == 2
+        assert f"prepare_data.py: {source}: " in (error := capsys.readouterr().err) and message in error
+    assert prepare(tmp_path / "out", both / "a.jsonl", model=both) == 2
+    assert f"{both}: a folder; --tokenizer takes" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- interrupted and repeated runs
@@ -307,12 +383,14 @@ def test_kill_and_rerun(tmp_path):
     ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(out.glob("fineweb_train_*.bin")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(out.glob("UNFINISHED/fineweb_train_*.bin")) and process.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()
-    for path in out.glob("fineweb_*.bin"):
+    for path in out.rglob("fineweb_*.bin"):
         assert len(prepare_data.read_shard(path))  # whole, or not there
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert prepare(tmp_path / "fresh", source, options=("--shard-tokens", "1000")) == 0
@@ -328,10 +406,10 @@ def test_finished_folder_is_verified_and_kept(tmp_path, capsys):
     assert "already finished" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
-    assert prepare(out, source, val_docs=6) == 1
+    assert prepare(out, source, val_docs=6) == 2
     assert "val_docs: 5 there, 6 now" in capsys.readouterr().err
     write_jsonl(source, sentences(20, seed=1))
-    assert prepare(out, source) == 1
+    assert prepare(out, source) == 2
     assert "other options" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert prepare(out, source, val_docs=6, options=("--overwrite",)) == 0
@@ -339,10 +417,10 @@ def test_finished_folder_is_verified_and_kept(tmp_path, capsys):
 
     shard = out / "fineweb_train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
-    assert prepare(out, source, val_docs=6) == 1
+    assert prepare(out, source, val_docs=6) == 2
     assert f"{shard}: differs" in capsys.readouterr().err
     shard.unlink()
-    assert prepare(out, source, val_docs=6) == 1
+    assert prepare(out, source, val_docs=6) == 2
     assert "missing" in capsys.readouterr().err
 
 
@@ -350,9 +428,179 @@ def test_shards_of_others_are_not_cleared(tmp_path, capsys):
     source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
     out.mkdir()
     (out / "fineweb_train_000000.bin").write_bytes(b"precious")
-    assert prepare(out, source) == 1
-    assert "--overwrite" in capsys.readouterr().err
+    assert prepare(out, source) == 2
+    assert "choose another --out" in capsys.readouterr().err
     assert (out / "fineweb_train_000000.bin").read_bytes() == b"precious"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.model",
+        "fineweb_val_bytes_000000.bin",
+        "fineweb_train_000007.bin",
+        "manifest.json",
+        "UNFINISHED",
+        "UNFINISHED/notes.txt",
+    ],
+)
+def test_what_no_run_wrote_is_never_removed(tmp_path, capsys, name, options):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text('{"mine": 1}')
+    before = snapshot(out)
+    assert prepare(out, source, options=options) == 2
+    error = capsys.readouterr().err
+    assert str(out / name) in error and "choose another --out" in error and len(error.splitlines()) == 1
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.part", "mine.part", "fineweb_notes.bin", "other.model"])
+def test_other_files_stay_beside_the_dataset(tmp_path, name):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    for options in ((), ("--overwrite",)):
+        assert prepare(out, source, options=options) == 0
+        assert (out / name).read_text() == "mine"
+    (out / name).unlink()
+    assert prepare(tmp_path / "fresh", source) == 0
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("lines", "model", "options"),
+    [
+        ("[5]\n", MODEL, ()),  # found after the first shards
+        ("", None, ("--vocab-size", "10")),  # found by the training of the tokenizer
+        ("", Path("no.model"), ()),
+    ],
+)
+def test_a_run_that_fails_leaves_the_folder_as_it_was(tmp_path, lines, model, options):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(40)), tmp_path / "new" / "out"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(source.read_text() + lines)
+    options += ("--shard-tokens", "100")
+    assert prepare(out, bad, model=model, options=options) == 2
+    assert not (tmp_path / "new").exists()
+    assert prepare(out, source) == 0
+    before = snapshot(out)
+    assert prepare(out, bad, model=model, options=(*options, "--overwrite")) == 2
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("moves", [1, 2, 4])
+def test_a_run_killed_while_its_files_move_is_taken_over(tmp_path, monkeypatch, moves):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(40)), tmp_path / "out"
+    assert prepare(out, source, options=("--shard-tokens", "100")) == 0
+    replace = os.replace
+    left = moves
+
+    def killed(old, new):
+        nonlocal left
+        if Path(new).parent == out:
+            if not left:
+                raise SystemExit
+            left -= 1
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit):
+        prepare(out, source, val_docs=7, options=("--overwrite",))
+    monkeypatch.undo()
+    assert not (out / "manifest.json").exists()
+    assert prepare(out, tmp_path / "none.jsonl") == 2  # changes nothing, and keeps the record
+    (out / "UNFINISHED" / "fineweb_val_000000.bin.part").write_bytes(b"half")
+    options = ("--shard-tokens", "10", "--max-train-docs", "1")
+    assert prepare(out, source, val_docs=3, options=options) == 0
+    assert prepare(tmp_path / "fresh", source, val_docs=3, options=options) == 0
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("name", ["../precious.bin", "/etc/passwd", "notes.txt"])
+def test_a_manifest_gives_no_leave_to_remove_other_files(tmp_path, capsys, name):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    assert prepare(out, source) == 0
+    (tmp_path / "precious.bin").write_text("precious")
+    (out / "notes.txt").write_text("precious")
+    found = manifest(out)
+    found["files"][name] = {"sha256": hashlib.sha256(b"precious").hexdigest(), "tokens": 1}
+    (out / "manifest.json").write_text(json.dumps(found))
+    assert prepare(out, source) == 2
+    assert "not a manifest of this program" in capsys.readouterr().err
+    assert prepare(out, source, options=("--overwrite",)) == 0
+    assert (tmp_path / "precious.bin").read_text() == (out / "notes.txt").read_text() == "precious"
+
+
+def test_a_manifest_nested_too_deeply_is_named(tmp_path, capsys):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("[" * 100_000)
+    assert prepare(out, source) == 2
+    assert f"{out / 'manifest.json'}: not a manifest of this program" in capsys.readouterr().err
+
+
+def script(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
+
+
+def test_ctrl_c_while_the_tokenizer_trains(tmp_path):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randrange(2, 9))) for _ in range(60_000)]
+    texts = [" ".join(rng.choices(words, k=500)) for _ in range(4000)]  # ten seconds of training
+    source, out = write_jsonl(tmp_path / "docs.jsonl", texts), tmp_path / "out"
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "--source", source, "--out", out, "--val-docs", "5"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert "training a tokenizer" in process.stderr.readline()
+    time.sleep(4)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and error.splitlines()[-1].startswith("prepare_data.py: interrupted")
+    assert time.monotonic() - sent < 3 and "Traceback" not in error and not out.exists()
+
+
+def test_an_interrupt_is_no_fault_of_the_vocabulary(tmp_path, monkeypatch):
+    def interrupted(*_):
+        yield "some text"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "tokenizer_text", interrupted)
+    args = types.SimpleNamespace(vocab_size=300, tokenizer_mb=1, caseops=True, val_docs=1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data.train_tokenizer(None, args)
+
+
+def die(*_):
+    os._exit(9)
+
+
+def test_a_tokenizer_training_that_is_killed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare_data, "send_tokenizer", die)
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(20))
+    assert prepare(tmp_path / "out", source, model=None) == 2
+    assert "run again with a smaller --tokenizer-mb" in capsys.readouterr().err
+
+
+def test_hashing_the_source_does_not_hold_up_an_error(tmp_path, monkeypatch):
+    def endless(source, path):
+        while not source.closed:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(prepare_data.Source, "sha256", endless)
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(20))
+    source.write_bytes(source.read_bytes() + b"[5]\n")
+    assert prepare(tmp_path / "out", source) == 2
+    monkeypatch.undo()
+    closed = prepare_data.Source("jsonl", (source,), closed=True)
+    assert closed.sha256(source) == hashlib.sha256().hexdigest()  # nothing was read
 
 
 def test_tokenizer_of_the_folder_itself_survives_overwrite(tmp_path):
@@ -365,10 +613,10 @@ def test_tokenizer_of_the_folder_itself_survives_overwrite(tmp_path):
 def test_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     fcntl = pytest.importorskip("fcntl")
     source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
-    out.mkdir()
-    with open(out / "UNFINISHED", "w") as held:
+    (out / "UNFINISHED").mkdir(parents=True)
+    with open(out / "UNFINISHED" / "lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert prepare(out, source) == 1
+        assert prepare(out, source) == 2
     assert "another prepare_data.py" in capsys.readouterr().err
     assert prepare(out, source) == 0
 
@@ -426,6 +674,52 @@ def test_stripped_ends(text, stripped):
         assert encoder.tokens_and_bytes(text)[1].sum() == len(text.encode()) - stripped
 
 
+def train_model(path: Path, **options) -> Path:
+    """A small CaseOps tokenizer with options that the script does not choose but takes from others."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=map(lossless_caps.encode, sentences(60)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        user_defined_symbols=list(lossless_caps.OPERATORS),
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+NORMALISERS = [
+    {"normalization_rule_name": "identity", "add_dummy_prefix": True},  # the published 10,240 pieces
+    {"normalization_rule_name": "nfkc_cf", "add_dummy_prefix": False},
+    {"normalization_rule_name": "nmt_nfkc", "add_dummy_prefix": True, "remove_extra_whitespaces": False},
+    {"normalization_rule_name": "identity", "add_dummy_prefix": False, "treat_whitespace_as_suffix": True},
+]
+
+
+@pytest.mark.parametrize("options", NORMALISERS, ids=lambda options: "-".join(map(str, options.values())))
+def test_bytes_are_exact_whatever_the_normaliser(tmp_path, options):
+    encoder = Encoder(train_model(tmp_path / "t.model", **options), True)
+    rng = random.Random(0)
+    texts = ["\u2581a", "\u2581\u2581 a", " \u2581a", "a\u2581", "\u2581", "\x8f", "\x01", "a\x01", ""]
+    texts += ["".join(rng.choices(HOSTILE, k=rng.randrange(1, 9))) for _ in range(1000)]
+    for text in texts:
+        assert encoder.tokens_and_bytes(text)[1].sum() == len(text.encode()) - encoder.ends.count(text)
+
+
+def test_space_behind_the_text_is_refused_before_the_documents(tmp_path, capsys):
+    model = train_model(tmp_path / "t.model", add_dummy_prefix=True, treat_whitespace_as_suffix=True)
+    assert prepare(tmp_path / "out", write_jsonl(tmp_path / "docs.jsonl", sentences(20)), model=model) == 2
+    assert f"{model}: adds its space behind the text" in capsys.readouterr().err
+
+
 def test_hostile_documents_end_to_end(tmp_path):
     rng = random.Random(0)
     texts = ["".join(rng.choices(HOSTILE, k=rng.randrange(1, 50))) + f" {i}" for i in range(200)]
@@ -449,7 +743,7 @@ def test_wrong_byte_count_aborts_and_names_the_document(tmp_path, capsys, monkey
 
     monkeypatch.setattr(lossless_caps, "piece_bytes", wrong)
     source = write_jsonl(tmp_path / "docs.jsonl", ["all lower case", "One capital", *sentences(10)])
-    assert prepare(tmp_path / "out", source) == 1
+    assert prepare(tmp_path / "out", source) == 2
     assert f"{source} line 2: its tokens account for 14 bytes, its text for 11" in capsys.readouterr().err
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -460,7 +754,7 @@ def test_token_of_more_than_65535_bytes(tmp_path, capsys):
         prepare(tmp_path / "train", write_jsonl(tmp_path / "t.jsonl", [*sentences(10), long])) == 0
     )  # no sidecar for training text
     source = write_jsonl(tmp_path / "v.jsonl", [long, *sentences(10)])
-    assert prepare(tmp_path / "val", source) == 1
+    assert prepare(tmp_path / "val", source) == 2
     assert f"{source} line 1: one token stands for" in capsys.readouterr().err
 
 
@@ -496,6 +790,16 @@ def test_trained_tokenizer(tmp_path):
     assert manifest(tmp_path / "one")["vocab_size"] == sp.vocab_size() <= 420
 
 
+def test_fewer_pieces_than_asked_for_are_announced(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(20))
+    assert prepare(tmp_path / "out", source, model=None, options=("--vocab-size", "5000")) == 0
+    pieces = manifest(tmp_path / "out")["vocab_size"]
+    assert f"--vocab-size 5000: the training text gives only {pieces} pieces" in (error := capsys.readouterr().err)
+    assert f"VOCAB_SIZE={pieces}" in error and "at most the first 64 MB" in error
+    assert prepare(tmp_path / "small", source, model=None, options=("--vocab-size", "300")) == 0
+    assert "gives only" not in capsys.readouterr().err
+
+
 def test_unusable_tokenizers(tmp_path, capsys):
     source = write_jsonl(tmp_path / "docs.jsonl", sentences(40))
     plain = tmp_path / "plain"
@@ -520,10 +824,10 @@ def test_unusable_tokenizers(tmp_path, capsys):
         (tmp_path / "not.model", "not a SentencePiece model"),
         (tmp_path / "none.model", "no such file"),
     ):
-        assert prepare(tmp_path / "out", source, model=model) == 1
+        assert prepare(tmp_path / "out", source, model=model) == 2
         error = capsys.readouterr().err
         assert message in error and str(model) in error
-    assert prepare(tmp_path / "out", source, model=None, options=("--vocab-size", "10")) == 1
+    assert prepare(tmp_path / "out", source, model=None, options=("--vocab-size", "10")) == 2
     assert "--vocab-size 10" in capsys.readouterr().err
 
 
@@ -559,16 +863,20 @@ def hub(tmp_path, monkeypatch):
     root = tmp_path / "hub"
     (root / "datasets").mkdir(parents=True)
     asked = []
+    whole = {}  # what is published, where the cache holds something else
 
-    def hf_hub_download(repo_id, filename, *, repo_type):
+    def hf_hub_download(repo_id, filename, *, repo_type, force_download=False):
         assert repo_type == "dataset"
         asked.append(filename)
+        if force_download and filename in whole:
+            (root / filename).unlink()  # a new file: the old one may be linked into OUT
+            (root / filename).write_bytes(whole[filename])
         if not (root / filename).exists():
             raise FileNotFoundError(f"404: {repo_id} has no {filename}")
         return str(root / filename)
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
-    return types.SimpleNamespace(root=root, asked=asked)
+    return types.SimpleNamespace(root=root, asked=asked, whole=whole)
 
 
 def publish(hub, made: Path, name: str = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved") -> Path:
@@ -626,11 +934,11 @@ def test_published_shards(tmp_path, hub, capsys):
     )
     hub.asked.clear()
     assert fetch(out, "--train-shards", "2") == 0 and not hub.asked  # finished: nothing is asked for
-    assert fetch(out, "--train-shards", "3") == 1
+    assert fetch(out, "--train-shards", "3") == 2
     assert "train_shards: 2 there, 3 now" in capsys.readouterr().err
     assert (
         prepare_data.main(["--source", "shards", "--repo", "a/b", "--variant", "sp4096", "--out", str(tmp_path / "no")])
-        == 1
+        == 2
     )
     assert "pass --variant with one of: sp8192_lossless" in capsys.readouterr().err
 
@@ -642,7 +950,7 @@ def test_published_shards_that_are_wrong(tmp_path, hub, capsys):
     val, sidecar, train = (folder / f"fineweb_{name}_000000.bin" for name in ("val", "val_bytes", "train"))
 
     def fails(message: str, repo: str = "someone/parameter-golf") -> None:
-        assert fetch(tmp_path / "out", repo=repo) == 1
+        assert fetch(tmp_path / "out", repo=repo) == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
         assert not (tmp_path / "out" / "manifest.json").exists()
@@ -672,6 +980,99 @@ def test_published_shards_that_are_wrong(tmp_path, hub, capsys):
     assert fetch(tmp_path / "out") == 0  # the same command resumes
 
 
+EXPORT = "datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved/"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        EXPORT + "fineweb_train_000000.bin",
+        EXPORT + "fineweb_val_bytes_000000.bin",
+        "datasets/manifest.json",
+        "datasets/tokenizers/t.model",
+    ],
+)
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-3], lambda data: b"<html>try later</html>"], ids=["cut", "html"]
+)
+def test_a_damaged_download_is_not_served_again(tmp_path, hub, capsys, name, damage):
+    made = tmp_path / "made"
+    assert prepare(made, write_jsonl(tmp_path / "docs.jsonl", sentences(60))) == 0
+    publish(hub, made)
+    hub.whole[name] = (hub.root / name).read_bytes()
+    (hub.root / name).write_bytes(damage(hub.whole[name]))
+    assert fetch(tmp_path / "out") == 0
+    assert f"fetching {name} again" in capsys.readouterr().err and hub.asked.count(name) == 2
+    assert contents(tmp_path / "out").keys() == contents(made).keys()
+    hub.whole[name] = damage(hub.whole[name])  # published like this
+    (hub.root / name).write_bytes(hub.whole[name])
+    assert fetch(tmp_path / "none") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"someone/parameter-golf: {name} is damaged where it is published" in error and "another --repo" in error
+    assert not (tmp_path / "none").exists()
+
+
+STATS = {"files_train": 1, "files_val": 1}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"error": "not found"},
+        {"datasets": None, "tokenizers": None},
+        {"datasets": ["a"], "tokenizers": []},
+        {"datasets": [{"name": ["a"]}], "tokenizers": []},
+        {"datasets": [{"name": EXPORT[18:-1]}], "tokenizers": []},
+        {"datasets": [{"name": EXPORT[18:-1], "stats": STATS | {"files_val": "1"}}], "tokenizers": []},
+        {"datasets": [{"name": EXPORT[18:-1], "stats": STATS | {"files_train": -1}}], "tokenizers": []},
+        {"datasets": [{"name": EXPORT[18:-1], "stats": STATS}], "tokenizers": ["t"]},
+        {"datasets": [{"name": EXPORT[18:-1], "stats": STATS}], "tokenizers": [{"name": None, "model_path": 5}]},
+    ],
+    ids=json.dumps,
+)
+def test_hub_answers_that_are_no_manifest(tmp_path, hub, capsys, answer):
+    (hub.root / "datasets" / "manifest.json").write_text(json.dumps(answer))
+    assert fetch(tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "someone/parameter-golf: " in error and ("is no manifest of exports" in error or "--variant" in error)
+    assert len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("answer", ["<html></html>", "", "[1]", "{}", '{"docs_sha256": 5}', "[" * 100_000, "\xe9"])
+def test_hub_answers_that_are_no_manifest_of_documents(tmp_path, hub, capsys, answer):
+    write_jsonl(hub.root / "datasets" / "docs_selected.jsonl", sentences(30))
+    (hub.root / "datasets" / "docs_selected.source_manifest.json").write_bytes(answer.encode("latin-1"))
+    assert prepare(tmp_path / "out", "fineweb") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "datasets/docs_selected.source_manifest.json" in error and "--repo" in error
+
+
+def test_fewer_shards_than_asked_for_are_announced(tmp_path, hub, capsys):
+    made = tmp_path / "made"
+    assert prepare(made, write_jsonl(tmp_path / "docs.jsonl", sentences(60))) == 0
+    publish(hub, made)
+    assert fetch(tmp_path / "out", "--train-shards", "9") == 0
+    assert "--train-shards 9: someone/parameter-golf has only 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_a_published_shard_without_a_token(tmp_path, hub, split):
+    made = tmp_path / "made"
+    assert prepare(made, write_jsonl(tmp_path / "docs.jsonl", sentences(60))) == 0
+    folder = publish(hub, made)
+    listed = hub.root / "datasets" / "manifest.json"
+    found = json.loads(listed.read_text())
+    found["datasets"][0]["stats"][f"files_{split}"] = 2
+    listed.write_text(json.dumps(found))
+    for name in (split, "val_bytes")[: 1 + (split == "val")]:
+        (folder / f"fineweb_{name}_000000.bin").rename(folder / f"fineweb_{name}_000001.bin")
+        empty = np.array([20240520, 1, 0] + [0] * 253, "<i4")
+        (folder / f"fineweb_{name}_000000.bin").write_bytes(empty.tobytes())
+    assert fetch(tmp_path / "out") == 0
+    assert manifest(tmp_path / "out")[split]["tokens"] == manifest(made)[split]["tokens"]
+
+
 def test_fineweb_documents(tmp_path, hub, capsys):
     source = write_jsonl(hub.root / "datasets" / "docs_selected.jsonl", sentences(30))
     sidecar = hub.root / "datasets" / "docs_selected.source_manifest.json"
@@ -680,14 +1081,14 @@ def test_fineweb_documents(tmp_path, hub, capsys):
     found = manifest(tmp_path / "out")
     assert found["source"]["repo"] == "willdepueoai/parameter-golf" and found["val"]["documents"] == 5
     sidecar.write_text(json.dumps({"docs_sha256": "0" * 64}))
-    assert prepare(tmp_path / "other", "fineweb") == 1
+    assert prepare(tmp_path / "other", "fineweb") == 2
     assert "is not the published" in capsys.readouterr().err
     assert not (tmp_path / "other" / "manifest.json").exists()
 
 
 def test_downloads_without_their_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert fetch(tmp_path / "out") == 1
+    assert fetch(tmp_path / "out") == 2
     assert "pip install huggingface_hub" in capsys.readouterr().err
 
 
@@ -701,6 +1102,8 @@ def test_command_line(tmp_path, capsys):
         (["--source", "x", "--out", "o", "--val-docs", "0"], 2, "not positive"),
         (["--source", "x", "--out", "o", "--tokenizer", "m", "--vocab-size", "9"], 2, "no meaning with --tokenizer"),
         (["--source", "shards", "--out", "o", "--no-caseops"], 2, "--no-caseops has no meaning with --source shards"),
+        (["--source", "x", "--out", "o", "--vocab-size", "65537"], 2, "--vocab-size 65537: at most 65536"),
+        (["--source", "x", "--out", "o", "--shard-tokens", str(1 << 31)], 2, "at most 2147483647"),
         (["--source", "stdlib", "--out", "o", "--repo", "a/b"], 2, "--repo has no meaning with --source stdlib"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -708,15 +1111,100 @@ def test_command_line(tmp_path, capsys):
         assert ended.value.code == code
         captured = capsys.readouterr()
         assert message in captured.out + captured.err
-    assert prepare(tmp_path / "out", tmp_path / "none.jsonl") == 1
+    assert prepare(tmp_path / "out", tmp_path / "none.jsonl") == 2
     assert "none.jsonl: no such file" in capsys.readouterr().err
 
 
 def test_unwritable_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    assert prepare(tmp_path / "file" / "out", write_jsonl(tmp_path / "docs.jsonl", sentences(20))) == 1
+    assert prepare(tmp_path / "file" / "out", write_jsonl(tmp_path / "docs.jsonl", sentences(20))) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and "file" in error[0] and os.sep in error[0]
+
+
+@pytest.mark.parametrize(("limit", "name"), [(100, "written.json"), (100_000, "tokenizer.model")])
+def test_a_full_disk_names_the_file(tmp_path, limit, name):
+    resource = pytest.importorskip("resource")
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    assert prepare(out, source) == 0
+    before = snapshot(out)
+    arguments = "--source", source, "--out", out, "--tokenizer", MODEL, "--val-docs", "3", "--workers", "1"
+
+    def cap():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = script(*arguments, "--overwrite", preexec_fn=cap)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"{out / 'UNFINISHED' / name}: File too large; free space there" in done.stderr
+    assert snapshot(out) == before
+
+
+def test_a_failed_write_or_read_names_its_file(tmp_path, capsys, monkeypatch, hub):
+    source = write_jsonl(tmp_path / "docs.jsonl", sentences(20))
+    assert prepare(tmp_path / "made", source) == 0
+    publish(hub, tmp_path / "made")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert fetch(tmp_path / "out") == 2
+    end = "UNFINISHED/tokenizer.model: No space left on device; free space there or choose another --out"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(end)
+    monkeypatch.setattr(os, "fsync", full)
+    assert prepare(tmp_path / "out", source) == 2
+    assert "out/UNFINISHED/written.json: No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare_data, "open_compressed", full)
+    assert prepare(tmp_path / "out", source) == 2
+    assert f"{source}: No space left" in capsys.readouterr().err
+
+
+def test_paths_outside_ascii_in_a_locale_without_them(tmp_path):
+    folder = tmp_path / "d\u00f6cs \u5317"
+    folder.mkdir()
+    source, out = write_jsonl(folder / "d\u00f6cs.jsonl", sentences(20)), folder / "\u00e9"
+    model = folder / "t\u00f6.model"
+    model.write_bytes(MODEL.read_bytes())
+    locale = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for workers in ("1", "2"):
+        arguments = "--source", source, "--out", out / workers, "--tokenizer", model, "--workers", workers
+        done = script(*arguments, "--val-docs", "5", env=locale)
+        assert done.returncode == 0, done.stderr
+        assert manifest(out / workers)["source"]["files"][0]["path"] == str(source)  # as in any other locale
+        assert prepare(out / workers, source, model=model) == 0  # the same dataset
+    arguments = "--source", source, "--out", out / "own", "--vocab-size", "300", "--val-docs", "5"
+    assert script(*arguments, env=locale).returncode == 0
+    for arguments in (
+        ("--source", folder / "n\u00f6.jsonl", "--out", out / "own"),
+        ("--source", source, "--out", out / "x", "--tokenizer", folder / "n\u00f6.model"),
+        ("--source", source, "--out", out / "own", "--val-docs", "4"),
+        ("--source", source, "--out", model),
+    ):
+        done = script(*arguments, env=locale)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_reader_of_the_log_that_has_gone(tmp_path):
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(20)), tmp_path / "out"
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["--source", source, "--out", out, "--tokenizer", MODEL, "--val-docs", "5", "--workers", "1"]
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
+    status = subprocess.run(command, stderr=writer, check=False, timeout=120).returncode
+    os.close(writer)
+    assert status == 0
+    assert manifest(out)["val"]["documents"] == 5
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "docs.jsonl", sentences(20))
+    (tmp_path / "t.model").write_bytes(MODEL.read_bytes())
+    assert prepare(Path("~/out"), "~/docs.jsonl", model=Path("~/t.model")) == 0
+    assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "~").exists()
 
 
 def test_shard_reader_refuses_what_it_does_not_know(tmp_path):

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import BOS, Silent, base_run, config, data, gpt, random_documents, ranks, result, scratch
+from helpers import BOS, base_run, config, data, gpt, random_documents, ranks, result, scoring_pass, scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Ledger, ScoringPass, ValidationStream, Verdicts, plan_windows, score_stream
+from train_gpt import Ledger, ValidationStream, Verdicts, plan_windows, score_stream
 
 
 class Stream:
@@ -33,7 +33,7 @@ def ledger_of(stream) -> Ledger:
 def score(model, stream, cfg, stride: int) -> tuple[float, np.ndarray]:
     ledger = ledger_of(stream)
     cfg = dataclasses.replace(cfg, eval_stride=stride)
-    bpb = score_stream(ScoringPass.begin(model, cfg, ranks(cfg), Silent(), stream, ledger))
+    bpb = score_stream(scoring_pass(model, cfg, ranks(cfg), stream, ledger))
     return bpb, ledger.nats
 
 

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from helpers import ROOT, RUN, Silent, config, data, forked, main, ranks
+from helpers import ROOT, RUN, Silent, config, data, forked, main, ranks, scoring_pass
 
 import train_gpt
 from train_gpt import Config, UserError
@@ -176,7 +176,7 @@ def tried(cfg: Config):
     train_gpt.Quantizer(model, hessians, cfg, group).quantize()
     val = train_gpt.ValidationStream(cfg)
     ledger = train_gpt.Ledger("test", val.target_bytes, train_gpt.Verdicts())
-    scoring = train_gpt.ScoringPass.begin(model, cfg, group, log, val, ledger)
+    scoring = scoring_pass(model, cfg, group, val, ledger)
     if cfg.ngram_enabled:
         train_gpt.TestTimeTraining(scoring).score()
     else:

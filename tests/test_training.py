@@ -218,7 +218,7 @@ def test_context_schedule():
 def test_ramp_after_a_change_of_context():
     s = Schedule(config(seq_change_warmup_steps=4))
     assert [s.ramp(step, 10) for step in (10, 11, 12, 13, 14, 99)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert s.ramp(0, None) == 1.0 and Schedule(config(seq_change_warmup_steps=0)).ramp(10, 10) == 1.0
+    assert s.ramp(0, -math.inf) == 1.0 and Schedule(config(seq_change_warmup_steps=0)).ramp(10, 10) == 1.0
 
 
 def test_the_run_follows_its_schedule(tmp_path, monkeypatch):

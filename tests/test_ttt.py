@@ -13,7 +13,6 @@ from helpers import (
     BOS,
     RUN,
     TINY,
-    Silent,
     Stream,
     config,
     data,
@@ -23,6 +22,7 @@ from helpers import (
     random_documents,
     ranks,
     result,
+    scoring_pass,
     scratch,
     spawn,
 )
@@ -78,7 +78,7 @@ def ttt_config(base: dict = TTT, **overrides):
 
 def passing(cfg, stream, model=None, ledger=None) -> ScoringPass:
     """A pass over the stream on one rank."""
-    return ScoringPass.begin(model or network(cfg), cfg, ranks(cfg), Silent(), stream, ledger or stream.ledger())
+    return scoring_pass(model or network(cfg), cfg, ranks(cfg), stream, ledger or stream.ledger())
 
 
 def adapt(documents, cfg, model=None) -> np.ndarray:
@@ -395,7 +395,7 @@ def adapt_on(rank: int, world: int, folder):
     cfg = ttt_config(SHARED, rank=rank, world_size=world)
     group, model, stream = train_gpt.Ranks(cfg), network(cfg), Stream(random_documents(LENGTHS))
     ledger = stream.ledger()
-    TestTimeTraining(ScoringPass.begin(model, cfg, group, Silent(), stream, ledger)).score()
+    TestTimeTraining(scoring_pass(model, cfg, group, stream, ledger)).score()
     np.savez(
         folder / f"{world}_{rank}",
         nats=ledger.nats,
@@ -748,7 +748,7 @@ def sgd_on(rank: int, world: int, folder):
     cfg = ttt_config(SGD, rank=rank, local_rank=rank, world_size=world)
     group, stream = train_gpt.Ranks(cfg), Stream(random_documents(SGD_LENGTHS))
     ledger = stream.ledger()
-    TestTimeTraining(ScoringPass.begin(network(cfg), cfg, group, Silent(), stream, ledger)).score()
+    TestTimeTraining(scoring_pass(network(cfg), cfg, group, stream, ledger)).score()
     np.save(folder / f"sgd.{rank}.npy", ledger.nats)
     group.close()
 
@@ -841,7 +841,7 @@ def leaves_after(cfg):
     stream = Stream(random_documents([40, 30]))
     batch = DocumentTTT(passing(dataclasses.replace(cfg, ttt_batch_size=2), stream, network(cfg)))
     batch.run(np.arange(2))
-    return batch.adapters.lora
+    return batch.lockstep.lora
 
 
 @pytest.mark.parametrize("kind", ADAPTER_KINDS)
@@ -906,8 +906,8 @@ def test_lockstep_covers_every_position_within_the_context(lengths, sizes, back,
         ttt_batch_size=max(rows, len(lengths)),
     )
     lengths, at = np.sort(lengths)[::-1], 0
-    for begin, end, shape in train_gpt.plan_lockstep(lengths, cfg, exact):
-        assert begin == at and end - begin == shape.count
+    for begin, shape in train_gpt.plan_lockstep(lengths, cfg, exact):
+        assert begin == at
         assert (lengths > begin).sum() <= shape.rows <= cfg.ttt_batch_size
         reach = min(begin, context - shape.count)  # what the window holds before the chunk
         run = min(reach, back)
@@ -919,7 +919,7 @@ def test_lockstep_covers_every_position_within_the_context(lengths, sizes, back,
         )
         if exact:
             assert (shape.rows, shape.back, shape.older) == ((lengths > begin).sum(), run, reach - run)
-        at = end
+        at = begin + shape.count
     assert at >= lengths[0]
 
 
@@ -934,9 +934,9 @@ def test_the_shapes_of_a_gpu_give_the_same_scores(monkeypatch, mode, phases):
     plain, lockstep, seen = adapt(documents, cfg), train_gpt.plan_lockstep, set()
 
     def rounded(lengths, cfg, exact):
-        for begin, end, shape in lockstep(lengths, cfg, False):
+        for begin, shape in lockstep(lengths, cfg, False):
             seen.add(shape)
-            yield begin, end, shape
+            yield begin, shape
 
     monkeypatch.setattr(train_gpt, "plan_lockstep", rounded)
     assert largest(plain, adapt(documents, cfg)) < 1e-5 and all(shape.rows == 8 for shape in seen)
@@ -989,7 +989,7 @@ def masked_attend(q, k, v, seq, window, backend):
 
 @pytest.mark.parametrize("mode, ngrams", (("cached", True), ("partial", False)))
 def test_replayed_graphs_give_the_same_scores(monkeypatch, mode, ngrams):
-    """Every batch through graphs that were captured on random tokens: all that a step reads lies in static memory."""
+    """Every batch through graphs that were captured on other tokens: all that a step reads lies in static memory."""
     for name, stand_in in (
         ("graph_pool_handle", lambda: None),
         ("Stream", lambda: None),
@@ -1007,7 +1007,9 @@ def test_replayed_graphs_give_the_same_scores(monkeypatch, mode, ngrams):
     scoring = passing(cfg, Stream(documents))
     adaptation = TestTimeTraining(scoring)
     adapted = adaptation.strategy.documents
-    adapted.prepare([batch for batches in adaptation.strategy.batches.values() for batch in batches])
+    tokens = adapted.lockstep.tokens.clone()
+    adapted.capture([batch for batches in adaptation.strategy.batches for batch in batches])
+    assert torch.equal(adapted.lockstep.tokens, tokens)
     lockstep = train_gpt.plan_lockstep
     monkeypatch.setattr(train_gpt, "plan_lockstep", lambda lengths, cfg, exact: lockstep(lengths, cfg, False))
     called = []
@@ -1015,10 +1017,11 @@ def test_replayed_graphs_give_the_same_scores(monkeypatch, mode, ngrams):
         GlobalSGD, "learn", lambda self, *rest, learn=GlobalSGD.learn: called.append(learn(self, *rest))
     )
     adaptation.score()
-    assert len(adapted.graphs.steps) >= 2 and len(called) == 1
+    assert len(adapted.graphs) >= 2 and len(called) == 1
     assert largest(plain, scoring.ledger.nats) < 1e-5
-    with pytest.raises(RuntimeError, match="no graph was captured"):
-        adapted.graphs.score(train_gpt.Shape(8, 0, 0, 5), adapted.score)
+    adapted.graphs = {train_gpt.Shape(8, 0, 0, 5): None}
+    with pytest.raises(KeyError):
+        adapted.run(np.arange(5))
 
 
 def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
@@ -1027,7 +1030,7 @@ def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
     cfg = ttt_config(segment_docs=4, ttt_warm_start=0.5, ttt_eval_seq_len=32, ttt_batch_size=2)
     model, stream = network(cfg), Stream(random_documents(LENGTHS))
     documents = DocumentTTT(passing(cfg, stream, model))
-    adapted = documents.adapters
+    adapted = documents.lockstep
     start = [t.clone() for t in adapted.start]
     total, weights = [torch.zeros_like(t) for t in start], 0.0
     for i in range(4):
@@ -1036,7 +1039,7 @@ def test_adapters_of_a_later_segment_begin_at_the_mean_of_earlier_ones():
         for t, p in zip(total, adapted.lora.leaves()):
             t += weight * p[:1].detach()
         weights += weight
-    adapted.next_segment(ranks(cfg))
+    documents.next_segment()
     assert weights and any(t.abs().max() > 1e-4 for t in adapted.start[len(adapted.start) // 2 :])  # B has left zero
     for t, first, mean in zip(adapted.start, start, total):
         assert largest(t, first + 0.5 * (mean / weights - first)) < 1e-6

@@ -36,7 +36,8 @@ STAGES = {
     "adapted": "model.bin, with test-time training",
 }
 TRAIN_PHASES = ("steps", "calibrate", "quantize")  # what counts against the training budget
-OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "write")  # in neither budget; every other phase is evaluation
+# In neither budget; every other phase is evaluation.
+OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "save", "write")
 ARTIFACT = ("train_gpt.py", "model.bin")
 # How much newer than its result a file may be: copying a folder gives new times, in any order. A run takes longer.
 COPY_SECONDS = 2.0

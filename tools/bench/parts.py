@@ -188,9 +188,10 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
         return run
 
     def reduce():
-        shards, _ = o.reduce_scatter()
-        clip = o.clip_factor(shards)
-        torch._foreach_mul_([p.grad for p in o.small], clip)
+        shards = [ours.arrived(*o.reduce_scatter(group)) for group in o.muon]
+        small_grads = [p.grad for p in o.small]
+        clip = o.clip_factor(shards, small_grads)
+        torch._foreach_mul_(small_grads, clip)
         return [shard * clip.to(shard.dtype) for shard in shards]
 
     shards = with_gradients(reduce)()

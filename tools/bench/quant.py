@@ -179,7 +179,9 @@ class Lab:
         ours.load_state(model, state, "memory")
         ledger = ours.Ledger("bench", self.val.target_bytes, ours.Verdicts())
         log = lambda *_, **__: None
-        return ours.score_stream(ours.ScoringPass.begin(model, self.cfg, self.ranks, log, self.val, ledger))
+        progress = ours.Progress(self.ranks, log)
+        scoring = ours.ScoringPass(model, self.cfg, self.ranks, log, self.val, ledger, progress)
+        return ours.score_stream(scoring)
 
     def fitted(self, settings: dict, target: int) -> tuple["ours.Quantized", int, float]:
         """A quantised model within 0.05 % of `target` bytes (0: as the settings say), its size, and seconds of one
@@ -262,17 +264,17 @@ def solve_times(lab: Lab):
     quantizer = ours.Quantizer(lab.model, lab.hessians, cfg, lab.ranks)
     plan = quantizer.step_sizes(0.0)
     problems = [
-        (quantizer.weights[name], lab.hessians[kind.hessian], plan[name].row, plan[name].limit, cfg.gptq_damping)
+        (quantizer.weights[name], lab.hessians[kind.hessian], plan[name], cfg.gptq_damping)
         for name, kind in ours.MATRICES.items()
     ]
     seconds = []
     for _ in range(2):  # the first loads libraries
         begun = lab.now()
-        found = [ours.gptq(w, ours.error_feedback(h, damping), *rest) for w, h, *rest, damping in problems]
+        found = [ours.gptq(w, ours.error_feedback(h, damping), steps) for w, h, steps, damping in problems]
         seconds.append(lab.now() - begun)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    on_cpu = [(w.cpu(), h.cpu(), step.cpu(), limit, damping) for w, h, step, limit, damping in problems]
+    on_cpu = [(w.cpu(), h.cpu(), steps.row.cpu(), steps.limit, damping) for w, h, steps, damping in problems]
     begun = time.perf_counter()
     plain = [
         [column_by_column(w[i], h[i], step[i], limit, damping) for i in range(len(w))]

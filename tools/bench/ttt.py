@@ -62,7 +62,6 @@ def passes(
         scoring = run.scoring(model, "ttt")._replace(cfg=cfg)
         marks = [time.perf_counter()]
         adaptation = ours.TestTimeTraining(scoring._replace(log=Silent()))
-        adaptation.prepare()
         marks.append(time.perf_counter())
         bpb = adaptation.score()
         run.ranks.synchronize()
