@@ -37,7 +37,7 @@ STAGES = {
 }
 TRAIN_PHASES = ("steps", "calibrate", "quantize")  # what counts against the training budget
 # In neither budget; every other phase is evaluation.
-OUTSIDE_PHASES = ("setup", "warmup", "diagnostic", "save", "write")
+OUTSIDE_PHASES = ("setup", "warmup", "save", "diagnostic", "write")
 ARTIFACT = ("train_gpt.py", "model.bin")
 # How much newer than its result a file may be: copying a folder gives new times, in any order. A run takes longer.
 COPY_SECONDS = 2.0
