@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT, RUN, Silent, config, main, random_documents, ranks, result
+from helpers import ROOT, RUN, config, main, random_documents, ranks, result, scoring_pass
 from test_ttt import Stream
 
 import train_gpt
@@ -68,7 +68,7 @@ def test_visits(name):
     assert [v.layer for v in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10] and [
         v.layer for v in plain
     ] == list(range(11))
-    assert [v.skip for v in looped if v.skip is not None] == list(range(8)) and cfg.enable_looping_at == 0.35
+    assert [v.source for v in looped if v.source is not None] == list(range(8))[::-1] and cfg.enable_looping_at == 0.35
     gptj = name in ("neural_score_first", "caseops_prequant")
     assert (cfg.parallel_mode, cfg.parallel_start_layer) == (("gptj", 7) if gptj else ("lanes", 8))
     assert [v.layer for v in looped if v.lanes] == ([] if gptj else [8, 9, 10])
@@ -170,7 +170,7 @@ def test_first_layers_and_the_embedding_stay_frozen():
     model.init_weights(0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     stream = Stream(random_documents([60, 40, 90]))
-    train_gpt.train_on_validation_set(model, cfg, ranks(cfg), Silent(), stream)
+    train_gpt.train_on_validation_set(scoring_pass(model, cfg, ranks(cfg), stream, stream.ledger()))
     moved = {n: (p.detach() != before[n]) for n, p in model.named_parameters()}
     assert not moved["tok_emb"].any()
     for name in ("qkv", "o", "up", "down", "q_gain", "resid_mix"):

@@ -104,7 +104,7 @@ def patched(folder: Path, lines: str):
     """Give the script of ``folder`` more lines behind its last definition, and pack it again; result.json keeps what is
     still true."""
     script = folder / "train_gpt.py"
-    head, main_block, tail = train_gpt.unpack_script(script).rpartition("if __name__ ==")
+    head, main_block, tail = train_gpt.unpack_script(script).rpartition('if __name__ == "__main__":')
     assert main_block, "the script has no main block"
     script.write_bytes(train_gpt.pack_script(f"{head}{lines.strip()}\n{main_block}{tail}"))
     edit_json(folder / "result.json", bpb=None, val_bpb=None, source_sha256=None, bytes=None, artifact_sha256=None)
