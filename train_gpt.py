@@ -6183,6 +6183,8 @@ def write_artifact(run: Run, model: GPT):
                 with whole_file(run.folder / name) as f:
                     f.write(content)
     run.ranks.agree(0)  # the files are there before another rank reads them
+    seconds = (f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write"))
+    run.log(f"seconds: {', '.join(seconds)}")
 
 
 def load_quantized(run: Run) -> tuple[GPT, dict]:
