@@ -3258,10 +3258,12 @@ class Block(NamedTuple):
 
 
 class MuonGroup:
-    """All matrices of one shape, from several parameters, in one tensor (matrices, rows, cols) cut over the ranks."""
+    """All matrices of one shape, from several parameters, in one tensor (matrices, rows, cols) cut over the ranks: each
+    rank updates its shard. In order: summed gradient, direction, the ranks' directions together, update."""
 
     def __init__(self, rows: int, cols: int, blocks: list[Block], ranks: Ranks, dtype: torch.dtype):
         """dtype: of momentum and update."""
+        self.ranks = ranks
         self.rows = rows
         self.cols = cols
         self.blocks = blocks
@@ -3280,6 +3282,33 @@ class MuonGroup:
         for (p, rows), piece in self.pieces(gradient):
             piece.copy_(p.grad[:, rows])
         return gradient
+
+    def reduce_scatter(self):
+        """This rank's shard of the summed gradient, and what to wait for before reading it."""
+        ranks = self.ranks
+        gradient = self.gradient()
+        if ranks.world == 1 or ranks.device.type == "cpu":  # gloo has no reduce_scatter
+            return ranks.all_reduce_(gradient).chunk(ranks.world)[ranks.rank], None
+        shard = torch.empty_like(self.momentum)
+        return shard, dist.reduce_scatter_tensor(shard, gradient, async_op=True)
+
+    def direction(self, grad: Tensor, momentum: float, coefficients: tuple) -> Tensor:
+        """What this rank's matrices (shard, rows, cols) move along: Nesterov momentum, rows normed (MuonEq-R),
+        orthogonalised. Overwrites grad."""
+        m = self.momentum
+        m.mul_(momentum)
+        m.add_(grad)  # m <- momentum m + g
+        u = grad.add_(m, alpha=momentum)  # g + momentum m
+        row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
+        u = u / row_norms.clamp_min(1e-7).to(u.dtype)
+        return orthogonalize(u, coefficients)
+
+    def gather(self, update: Tensor):
+        """All ranks' updates (padded, rows, cols), and what to wait for before reading them."""
+        if self.ranks.world == 1:
+            return update, None
+        everyones = update.new_empty(self.padded, self.rows, self.cols)
+        return everyones, dist.all_gather_into_tensor(everyones, update, async_op=True)
 
     def apply_(self, update: Tensor, lr: float, weight_decay: float):
         """w <- (1 - lr * weight_decay) w - lr * scale * update, with update (padded, rows, cols)."""
@@ -3344,7 +3373,7 @@ class Optimizer:
         for p in self.parameters:
             if p.grad is None:  # a rank without a micro-batch still takes part in the sums
                 p.grad = torch.zeros_like(p)
-        travelling = [self.reduce_scatter(group) for group in self.muon]
+        travelling = [group.reduce_scatter() for group in self.muon]
         small = self.ranks.all_reduce_flat([p.grad for p in self.small])
         shards = [arrived(*shard) for shard in travelling]
 
@@ -3357,8 +3386,8 @@ class Optimizer:
         travelling = []
         for group, shard in zip(self.muon, shards):
             clipped = shard * clip.to(shard.dtype)
-            update = self.direction(group, clipped, momentum)
-            travelling.append(self.gather(group, update))
+            update = group.direction(clipped, momentum, MUON_COEFFICIENTS[cfg.muon_coefficients])
+            travelling.append(group.gather(update))
         for p, grad in zip(self.small, small):
             p.grad = grad
         for group in self.adam.param_groups:
@@ -3372,15 +3401,6 @@ class Optimizer:
             p.grad = None
         if self.average:
             torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)
-
-    def reduce_scatter(self, group: MuonGroup):
-        """This rank's shard of the group's summed gradient, and what to wait for before reading it."""
-        ranks = self.ranks
-        gradient = group.gradient()
-        if ranks.world == 1 or ranks.device.type == "cpu":  # gloo has no reduce_scatter
-            return ranks.all_reduce_(gradient).chunk(ranks.world)[ranks.rank], None
-        shard = torch.empty_like(group.momentum)
-        return shard, dist.reduce_scatter_tensor(shard, gradient, async_op=True)
 
     def clip_factor(self, shards: list[Tensor], small: list[Tensor]) -> Tensor:
         """min(1, GRAD_CLIP_NORM / norm of the gradient of all parameters over all ranks), a scalar on the device.
@@ -3400,24 +3420,6 @@ class Optimizer:
         steps = cfg.muon_momentum_warmup_steps
         warm = min(step / steps, 1.0) if steps else 1.0
         return (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
-
-    def direction(self, group: MuonGroup, grad: Tensor, momentum: float) -> Tensor:
-        """What this rank's matrices (shard, rows, cols) move along: Nesterov momentum, rows normed (MuonEq-R),
-        orthogonalised. Overwrites grad."""
-        m = group.momentum
-        m.mul_(momentum)
-        m.add_(grad)  # m <- momentum m + g
-        u = grad.add_(m, alpha=momentum)  # g + momentum m
-        row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
-        u = u / row_norms.clamp_min(1e-7).to(u.dtype)
-        return orthogonalize(u, MUON_COEFFICIENTS[self.cfg.muon_coefficients])
-
-    def gather(self, group: MuonGroup, update: Tensor):
-        """All ranks' updates (padded, rows, cols), and what to wait for before reading them."""
-        if self.ranks.world == 1:
-            return update, None
-        everyones = update.new_empty(group.padded, group.rows, group.cols)
-        return everyones, dist.all_gather_into_tensor(everyones, update, async_op=True)
 
     @torch.no_grad()
     def use_average(self, steps: int):

@@ -188,7 +188,7 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
         return run
 
     def reduce():
-        shards = [ours.arrived(*o.reduce_scatter(group)) for group in o.muon]
+        shards = [ours.arrived(*group.reduce_scatter()) for group in o.muon]
         small_grads = [p.grad for p in o.small]
         clip = o.clip_factor(shards, small_grads)
         torch._foreach_mul_(small_grads, clip)
@@ -206,7 +206,7 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
             "Muon: momentum, rows, orthogonalise",
             4 * wide * muon,
             flops,
-            lambda: [o.direction(g, shard, 0.0) for g, shard in zip(o.muon, shards)],
+            lambda: [g.direction(shard, 0.0, coefficients) for g, shard in zip(o.muon, shards)],
         ),
         Part("Adam: embedding, vectors, scalars", 7 * 4 * small, 0, with_gradients(o.adam.step)),
         Part(
