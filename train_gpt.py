@@ -3106,6 +3106,21 @@ def folded_state(model: GPT) -> dict[str, Tensor]:
     return state
 
 
+def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
+    """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
+    the file they came from."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    given = {name: tuple(t.shape) for name, t in state.items()}
+    for name in wanted | given:
+        shape = given.get(name, "no")
+        require(
+            shape == wanted.get(name),
+            f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
+            "use the settings it was made with",
+        )
+    model.load_state_dict(state)
+
+
 def score_batch(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None) -> Scores:
     """Scores of every target of the batch (tokens,), and of hints (tokens,) int64."""
     hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
@@ -3250,6 +3265,29 @@ def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
     return x
 
 
+def muon_direction(m: Tensor, grad: Tensor, momentum: float, coefficients: tuple) -> Tensor:
+    """What matrices (n, rows, cols) of momentum m move along: Nesterov momentum, rows normed (MuonEq-R),
+    orthogonalised. Updates m, overwrites grad."""
+    m.mul_(momentum)
+    m.add_(grad)  # m <- momentum m + g
+    u = grad.add_(m, alpha=momentum)  # g + momentum m
+    row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
+    u = u / row_norms.clamp_min(1e-7).to(u.dtype)
+    return orthogonalize(u, coefficients)
+
+
+def clip_factor(shards: list[Tensor], small: list[Tensor], limit: float, ranks: Ranks) -> Tensor:
+    """min(1, limit / norm of the gradient of all parameters over all ranks), a scalar on the device.
+
+    shards: this rank's of Muon's gradients; small: Adam's, of which every rank already has the sum."""
+    norms = torch._foreach_norm(shards, dtype=torch.float32)  # fp32: the shards are bf16 on a GPU
+    squares = ranks.all_reduce_(torch.stack(norms).square().sum())
+    small_norms = torch._foreach_norm(small)
+    squares += torch.stack(small_norms).square().sum()
+    norm = squares.sqrt()
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
 class Block(NamedTuple):
     """Some rows of a parameter (layers, all rows, cols): one matrix in each layer."""
 
@@ -3259,7 +3297,7 @@ class Block(NamedTuple):
 
 class MuonGroup:
     """All matrices of one shape, from several parameters, in one tensor (matrices, rows, cols) cut over the ranks: each
-    rank updates its shard. In order: summed gradient, direction, the ranks' directions together, update."""
+    rank finds the direction of its shard."""
 
     def __init__(self, rows: int, cols: int, blocks: list[Block], ranks: Ranks, dtype: torch.dtype):
         """dtype: of momentum and update."""
@@ -3291,17 +3329,6 @@ class MuonGroup:
             return ranks.all_reduce_(gradient).chunk(ranks.world)[ranks.rank], None
         shard = torch.empty_like(self.momentum)
         return shard, dist.reduce_scatter_tensor(shard, gradient, async_op=True)
-
-    def direction(self, grad: Tensor, momentum: float, coefficients: tuple) -> Tensor:
-        """What this rank's matrices (shard, rows, cols) move along: Nesterov momentum, rows normed (MuonEq-R),
-        orthogonalised. Overwrites grad."""
-        m = self.momentum
-        m.mul_(momentum)
-        m.add_(grad)  # m <- momentum m + g
-        u = grad.add_(m, alpha=momentum)  # g + momentum m
-        row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
-        u = u / row_norms.clamp_min(1e-7).to(u.dtype)
-        return orthogonalize(u, coefficients)
 
     def gather(self, update: Tensor):
         """All ranks' updates (padded, rows, cols), and what to wait for before reading them."""
@@ -3378,7 +3405,7 @@ class Optimizer:
         shards = [arrived(*shard) for shard in travelling]
 
         # 2. Clip the norm of the sum, not that of each rank's part.
-        clip = self.clip_factor(shards, small)
+        clip = clip_factor(shards, small, cfg.grad_clip_norm or math.inf, self.ranks)
         torch._foreach_mul_(small, clip)
 
         # 3. Update.
@@ -3386,7 +3413,7 @@ class Optimizer:
         travelling = []
         for group, shard in zip(self.muon, shards):
             clipped = shard * clip.to(shard.dtype)
-            update = group.direction(clipped, momentum, MUON_COEFFICIENTS[cfg.muon_coefficients])
+            update = muon_direction(group.momentum, clipped, momentum, MUON_COEFFICIENTS[cfg.muon_coefficients])
             travelling.append(group.gather(update))
         for p, grad in zip(self.small, small):
             p.grad = grad
@@ -3401,18 +3428,6 @@ class Optimizer:
             p.grad = None
         if self.average:
             torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)
-
-    def clip_factor(self, shards: list[Tensor], small: list[Tensor]) -> Tensor:
-        """min(1, GRAD_CLIP_NORM / norm of the gradient of all parameters over all ranks), a scalar on the device.
-
-        shards: this rank's of Muon's gradients; small: Adam's, of which every rank already has the sum."""
-        limit = self.cfg.grad_clip_norm or math.inf
-        norms = torch._foreach_norm(shards, dtype=torch.float32)  # fp32: the shards are bf16 on a GPU
-        squares = self.ranks.all_reduce_(torch.stack(norms).square().sum())
-        small_norms = torch._foreach_norm(small)
-        squares += torch.stack(small_norms).square().sum()
-        norm = squares.sqrt()
-        return (limit / (norm + 1e-6)).clamp(max=1.0)
 
     def muon_momentum(self, step: int) -> float:
         """Muon's momentum after its linear warm-up or on the way there."""
@@ -3722,6 +3737,93 @@ COST_BITS = (PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))).astype(np.float32)
 LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
 
 
+# --- Symbols to rANS states and back ---
+
+
+def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
+    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
+    state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
+    with."""
+    states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
+    words = []
+    for start in reversed(steps):
+        state = states[: len(start)]  # a view
+        freq = start >> PROB_BITS
+        full = state >= freq << (32 - PROB_BITS)
+        words.append(state[full].astype("<u2").tobytes())
+        state[full] >>= 16
+        times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
+        rest = state - times * freq
+        state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
+    return states.astype("<u4").tobytes(), b"".join(reversed(words))
+
+
+class SymbolWriter:
+    """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
+
+    def __init__(self):
+        self.cells = []  # arrays int32 (G * rows,), one for every step
+        self.escaped = []  # bytes of raw int16
+
+    def column(self, table, floor, values):
+        """Take one step: a column of all rows of a chunk. Arrays (G, rows): the table of each symbol and the whole part
+        of its mean, int64, and its value, int32."""
+        code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
+        cell = (table * 256 + code).ravel()
+        frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
+        escaped = (frequency == 0) | (code.ravel() == ESCAPE)
+        if escaped.any():
+            cell[escaped] |= ESCAPE
+            self.escaped.append(values.ravel()[escaped].astype("<i2").tobytes())
+        self.cells.append(cell.astype(np.int32))
+
+    def best_mixture(self) -> int:
+        """The tail shape that codes every fifth column best."""
+        sample = np.concatenate(self.cells[::5])
+        return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
+
+
+def take(values, count: int):
+    """The first `count` values and the rest."""
+    if count > len(values):
+        raise ValueError("the code ends early")
+    return values[:count], values[count:]
+
+
+class SymbolReader:
+    """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
+
+    def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
+        self.states = states.copy()
+        self.words = words
+        self.escaped = escaped
+
+    def begin(self, mixture: int):
+        """Lay out the tables of a stack."""
+        frequencies = FREQUENCIES[mixture]
+        codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
+        self.codes = np.repeat(codes, frequencies)  # of every slot of every table
+        self.starts = CELL_STARTS[mixture]
+
+    def column(self, table, floor, values):
+        """As SymbolWriter.column, but fills in the values."""
+        state = self.states[: table.size]  # a view: the states advance in place
+        table = table.ravel()
+        slot = state & SLOT_MASK
+        code = self.codes.take((table << PROB_BITS) + slot)
+        start = self.starts.take((table << 8) + code)
+        before = start & SLOT_MASK
+        state[:] = (start >> PROB_BITS) * (state >> PROB_BITS) + (slot - before)  # stays below 2**32
+        low = np.flatnonzero(state < 1 << 16)
+        taken, self.words = take(self.words, len(low))
+        state[low] = state[low] << 16 | taken
+        decoded = code + (floor.ravel() - MAX_SYMBOL)
+        is_escaped = code == ESCAPE
+        if count := np.count_nonzero(is_escaped):
+            decoded[is_escaped], self.escaped = take(self.escaped, count)
+        values[:] = decoded.reshape(values.shape)
+
+
 # --- The model ---
 
 
@@ -3820,20 +3922,6 @@ class StackModel:
         low_q12 = np.rint(low_q20 * (ratio * 2.0**-8))
         return low_q12, d_q22 * 2.0**-22 * variance
 
-    def code(self, coder, pools: dict[int, ndarray]):
-        """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
-
-        pools: width n -> correlations (1, n, n) that earlier stacks have left as prior; this stack adds its own."""
-        width, members, rows = self.columns.shape
-        pool = pools.get(width, np.eye(width))
-        most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
-        size = min(FIRST_CHUNK_ROWS, most)
-        while self.seen < rows:
-            self.code_chunk(size, coder, pool)
-            size = min(2 * size, most)
-        own = correlation(self.shared_moments())
-        pools[width] = blend(pools.get(width, own), own, 0.5)
-
     def code_chunk(self, size: int, coder, pool):
         """Code the next `size` rows of every member, or what is left, then learn from them."""
         low_q12, variance = self.predictor(pool)
@@ -3873,99 +3961,26 @@ class StackModel:
             moments += x @ x.T
         self.seen += rows
 
+    def code(self, coder, pools: dict[int, ndarray]):
+        """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
+
+        pools: width n -> correlations (1, n, n) that earlier stacks have left as prior; this stack adds its own."""
+        width, members, rows = self.columns.shape
+        pool = pools.get(width, np.eye(width))
+        most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
+        size = min(FIRST_CHUNK_ROWS, most)
+        while self.seen < rows:
+            self.code_chunk(size, coder, pool)
+            size = min(2 * size, most)
+        own = correlation(self.shared_moments())
+        pools[width] = blend(pools.get(width, own), own, 0.5)
+
 
 def first_tables(log2_variance: ndarray) -> ndarray:
     """The table of a variance, in 1 / LOG2_STEPS of an octave, at a mean without fraction."""
     above = log2_variance - MIN_LOG2_VARIANCE * LOG2_STEPS
     bucket = above // (LOG2_STEPS // BUCKETS_PER_OCTAVE)
     return bucket.clip(0, VARIANCE_BUCKETS - 1) * MEAN_FRACTIONS
-
-
-# --- Symbols to rANS states and back ---
-
-
-class SymbolWriter:
-    """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
-
-    def __init__(self):
-        self.cells = []  # arrays int32 (G * rows,), one for every step
-        self.escaped = []  # bytes of raw int16
-
-    def column(self, table, floor, values):
-        """Take one step: a column of all rows of a chunk. Arrays (G, rows): the table of each symbol and the whole part
-        of its mean, int64, and its value, int32."""
-        code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
-        cell = (table * 256 + code).ravel()
-        frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
-        escaped = (frequency == 0) | (code.ravel() == ESCAPE)
-        if escaped.any():
-            cell[escaped] |= ESCAPE
-            self.escaped.append(values.ravel()[escaped].astype("<i2").tobytes())
-        self.cells.append(cell.astype(np.int32))
-
-    def best_mixture(self) -> int:
-        """The tail shape that codes every fifth column best."""
-        sample = np.concatenate(self.cells[::5])
-        return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
-
-
-def take(values, count: int):
-    """The first `count` values and the rest."""
-    if count > len(values):
-        raise ValueError("the code ends early")
-    return values[:count], values[count:]
-
-
-class SymbolReader:
-    """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
-
-    def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
-        self.states = states.copy()
-        self.words = words
-        self.escaped = escaped
-
-    def begin(self, mixture: int):
-        """Lay out the tables of a stack."""
-        frequencies = FREQUENCIES[mixture]
-        codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
-        self.codes = np.repeat(codes, frequencies)  # of every slot of every table
-        self.starts = CELL_STARTS[mixture]
-
-    def column(self, table, floor, values):
-        """As SymbolWriter.column, but fills in the values."""
-        state = self.states[: table.size]  # a view: the states advance in place
-        table = table.ravel()
-        slot = state & SLOT_MASK
-        code = self.codes.take((table << PROB_BITS) + slot)
-        start = self.starts.take((table << 8) + code)
-        before = start & SLOT_MASK
-        state[:] = (start >> PROB_BITS) * (state >> PROB_BITS) + (slot - before)  # stays below 2**32
-        low = np.flatnonzero(state < 1 << 16)
-        taken, self.words = take(self.words, len(low))
-        state[low] = state[low] << 16 | taken
-        decoded = code + (floor.ravel() - MAX_SYMBOL)
-        is_escaped = code == ESCAPE
-        if count := np.count_nonzero(is_escaped):
-            decoded[is_escaped], self.escaped = take(self.escaped, count)
-        values[:] = decoded.reshape(values.shape)
-
-
-def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
-    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
-    state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
-    with."""
-    states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
-    words = []
-    for start in reversed(steps):
-        state = states[: len(start)]  # a view
-        freq = start >> PROB_BITS
-        full = state >= freq << (32 - PROB_BITS)
-        words.append(state[full].astype("<u2").tobytes())
-        state[full] >>= 16
-        times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
-        rest = state - times * freq
-        state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
-    return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
 # --- What the encoder chooses ---
@@ -4125,91 +4140,6 @@ AWQ_GROUP = 64  # columns of that group
 LQER_GROUP = 64  # values of the int4 factor that share a scale (#1797)
 
 
-# --- What is stored of a matrix ---
-
-
-def quantize_scales(scale: ndarray) -> ndarray:
-    """Positive floats to int16 codes. Weights are quantised with dequantize_scales(codes), so rounding only moves the
-    step size by 2 %."""
-    codes = np.rint(np.log2(np.maximum(scale, 1e-30)) * ROW_STEPS)
-    return np.clip(codes, -1600, 1600).astype(np.int16)
-
-
-def dequantize_scales(codes: ndarray, per_octave: int = ROW_STEPS) -> ndarray:
-    """2**(code / per_octave), float32, equal on every machine."""
-    roots = np.array(binary_roots(per_octave), np.float64) / (1 << 60)
-    octave, step = np.divmod(codes.astype(np.int64), per_octave)
-    return np.ldexp(roots[step], octave).astype(np.float32)
-
-
-class Correction(NamedTuple):
-    """LQER: a product A B of low rank that is added to a matrix (rows, cols) to undo part of its rounding error."""
-
-    a: ndarray  # int8 -2..1 (rows, rank), one scale
-    b: ndarray  # int8 -8..7: B (rank, cols), flattened, padded with zeros, as rows of LQER_GROUP values
-    scales: ndarray  # fp16: of a, and of each row of b
-    error: float = 0.0  # Frobenius norm to be corrected; not stored, but model.bin lists the largest first
-
-    def product(self, cols: int) -> Tensor:
-        """A B (rows, cols), fp32."""
-        a, b, scales = (torch.from_numpy(part).float() for part in self[:3])
-        b = (b * scales[1:, None]).flatten()
-        b = b[: a.size(1) * cols].view(-1, cols)
-        return scales[0] * a @ b
-
-
-class QuantizedMatrix(NamedTuple):
-    """One matrix: symbol (row, column) * 2**(row code / ROW_STEPS) * 2**(column code / COLUMN_STEPS) + correction."""
-
-    symbols: ndarray  # int8 (rows, cols)
-    row_codes: ndarray  # int16 (rows,)
-    column_codes: ndarray  # int8 (cols,)
-    correction: Correction | None = None
-
-    def dequantize(self) -> Tensor:
-        """(rows, cols), fp32, equal on every machine but for the correction."""
-        row = dequantize_scales(self.row_codes)
-        column = dequantize_scales(self.column_codes, COLUMN_STEPS)
-        w = torch.from_numpy(self.symbols * row[:, None] * column)
-        return w + self.correction.product(w.size(1)) if self.correction else w
-
-
-class Quantized(NamedTuple):
-    """A model as the artifact holds it."""
-
-    matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
-    parameters: dict[str, ndarray]  # fp16; the attention gate may be in int8 rows, see `quantize_gate`
-    logit_calibration: ndarray | None = None  # fp32 (15,), see to_logit_calibration
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
-        state = {name: torch.from_numpy(array).float() for name, array in self.parameters.items()}
-        if "attn_gate.int8" in state:
-            scale = state.pop("attn_gate.scale")
-            state["attn_gate"] = state.pop("attn_gate.int8") * scale[..., None]
-        for name, layers in self.matrices.items():
-            stack = torch.stack([matrix.dequantize() for matrix in layers])
-            state[name] = stack[0] if name == "tok_emb" else stack
-        for vector, matrix in FOLDED.items():
-            state[vector] = torch.ones(state[matrix].shape[:2])
-        return state
-
-
-def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
-    """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
-    the file they came from."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    given = {name: tuple(t.shape) for name, t in state.items()}
-    for name in wanted | given:
-        shape = given.get(name, "no")
-        require(
-            shape == wanted.get(name),
-            f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
-            "use the settings it was made with",
-        )
-    model.load_state_dict(state)
-
-
 # --- Hessians: second moments of the inputs of every matrix ---
 
 
@@ -4297,7 +4227,7 @@ def error_feedback(hessian: Tensor, damping: float) -> ErrorFeedback:
     raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
 
 
-# --- Step sizes ---
+# --- GPTQ ---
 
 
 class StepSizes(NamedTuple):
@@ -4311,6 +4241,172 @@ class StepSizes(NamedTuple):
     def column_scale(self) -> Tensor:
         """(layers, cols) fp32."""
         return (self.column_codes / COLUMN_STEPS).exp2()
+
+
+class Columns(NamedTuple):
+    """Columns that are rounded one after the other, in that order."""
+
+    w: Tensor  # (n, columns, rows): a column lies in one piece
+    upper: Tensor  # (n, columns, columns), see ErrorFeedback
+    size: Tensor  # (n, columns, rows): step sizes
+    limit: Tensor  # (n, columns, 1): largest symbols
+
+
+def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
+    """Symbols and errors, fp32, both like columns.w. For every column j, and then every later column k:
+
+        symbol_j = round(w_j / size_j),  error_j = (w_j - symbol_j size_j) / U_jj,  w_k <- w_k - error_j U_jk
+
+    Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
+    them."""
+    w, upper, size, high = columns
+    w = w.clone()
+    low = -high
+    pivot = upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    symbols = torch.empty_like(w)
+    errors = torch.empty_like(w)
+    for j in range(w.size(1)):
+        one = slice(j, j + 1)
+        symbol = symbols[:, one]
+        error = errors[:, one]
+        torch.div(w[:, one], size[:, one], out=symbol)
+        symbol.round_().clamp_(low[:, one], high[:, one])
+        torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
+        error.div_(pivot[:, one])
+        later = upper[:, j, j + 1 :, None]
+        w[:, j + 1 :].addcmul_(error, later, value=-1)
+    return symbols, errors
+
+
+def replayed(function: Callable, example: NamedTuple) -> Callable:
+    """`function` of a record of tensors, as a CUDA graph for records of the shapes of `example`. A call overwrites the
+    results of the call before."""
+    inputs = example._make(t.clone() for t in example)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function(inputs)
+
+    def replay(arguments: NamedTuple):
+        torch._foreach_copy_(inputs, arguments)
+        graph.replay()
+        return results
+
+    return replay
+
+
+def gptq(w: Tensor, feedback: ErrorFeedback, steps: StepSizes, block: int = 128) -> Tensor:
+    """Round w (n, rows, cols) to multiples of its step sizes, feeding each column's error to the columns that are not
+    yet rounded (arXiv 2210.17323).
+
+    Returns symbols int8 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1. Columns go
+    in the order of `feedback`. One whose input never fires is zero."""
+    order, upper, diagonal = feedback
+    silent = (diagonal == 0)[:, :, None]
+    w = w.mT.masked_fill(silent, 0.0).take_along_dim(order[:, :, None], 1)
+    scale = steps.column_scale.gather(1, order)[:, :, None]
+    size = steps.row[:, None] * scale
+    limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
+    symbols = torch.empty_like(w, dtype=torch.int8)
+    round_block = round_columns
+    for start in range(0, w.size(1), block):
+        here = slice(start, start + block)
+        rest = slice(start + block, None)
+        columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here])
+        is_full = start + block <= w.size(1)
+        if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
+            round_block = replayed(round_columns, columns)
+        symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
+        w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
+    return symbols.take_along_dim(order.argsort(dim=1)[:, :, None], 1).mT.contiguous()
+
+
+# --- What is stored of a matrix ---
+
+
+def dequantize_scales(codes: ndarray, per_octave: int = ROW_STEPS) -> ndarray:
+    """2**(code / per_octave), float32, equal on every machine."""
+    roots = np.array(binary_roots(per_octave), np.float64) / (1 << 60)
+    octave, step = np.divmod(codes.astype(np.int64), per_octave)
+    return np.ldexp(roots[step], octave).astype(np.float32)
+
+
+def quantize_scales(scale: ndarray) -> ndarray:
+    """Positive floats to int16 codes. Weights are quantised with dequantize_scales(codes), so rounding only moves the
+    step size by 2 %."""
+    codes = np.rint(np.log2(np.maximum(scale, 1e-30)) * ROW_STEPS)
+    return np.clip(codes, -1600, 1600).astype(np.int16)
+
+
+class Correction(NamedTuple):
+    """LQER: a product A B of low rank that is added to a matrix (rows, cols) to undo part of its rounding error."""
+
+    a: ndarray  # int8 -2..1 (rows, rank), one scale
+    b: ndarray  # int8 -8..7: B (rank, cols), flattened, padded with zeros, as rows of LQER_GROUP values
+    scales: ndarray  # fp16: of a, and of each row of b
+    error: float = 0.0  # Frobenius norm to be corrected; not stored, but model.bin lists the largest first
+
+    def product(self, cols: int) -> Tensor:
+        """A B (rows, cols), fp32."""
+        a, b, scales = (torch.from_numpy(part).float() for part in self[:3])
+        b = (b * scales[1:, None]).flatten()
+        b = b[: a.size(1) * cols].view(-1, cols)
+        return scales[0] * a @ b
+
+
+class QuantizedMatrix(NamedTuple):
+    """One matrix: symbol (row, column) * 2**(row code / ROW_STEPS) * 2**(column code / COLUMN_STEPS) + correction."""
+
+    symbols: ndarray  # int8 (rows, cols)
+    row_codes: ndarray  # int16 (rows,)
+    column_codes: ndarray  # int8 (cols,)
+    correction: Correction | None = None
+
+    def dequantize(self) -> Tensor:
+        """(rows, cols), fp32, equal on every machine but for the correction."""
+        row = dequantize_scales(self.row_codes)
+        column = dequantize_scales(self.column_codes, COLUMN_STEPS)
+        w = torch.from_numpy(self.symbols * row[:, None] * column)
+        return w + self.correction.product(w.size(1)) if self.correction else w
+
+
+class Quantized(NamedTuple):
+    """A model as the artifact holds it."""
+
+    matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
+    parameters: dict[str, ndarray]  # fp16; the attention gate may be in int8 rows, see `quantize_gate`
+    logit_calibration: ndarray | None = None  # fp32 (15,), see to_logit_calibration
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
+        state = {name: torch.from_numpy(array).float() for name, array in self.parameters.items()}
+        if "attn_gate.int8" in state:
+            scale = state.pop("attn_gate.scale")
+            state["attn_gate"] = state.pop("attn_gate.int8") * scale[..., None]
+        for name, layers in self.matrices.items():
+            stack = torch.stack([matrix.dequantize() for matrix in layers])
+            state[name] = stack[0] if name == "tok_emb" else stack
+        for vector, matrix in FOLDED.items():
+            state[vector] = torch.ones(state[matrix].shape[:2])
+        return state
+
+
+def quantize_stack(
+    w: Tensor, feedback: ErrorFeedback, steps: StepSizes, owner: int, ranks: Ranks
+) -> list[QuantizedMatrix]:
+    """Matrices w (layers, rows, cols) of one kind, solved by one rank for all: the symbols do not depend on the number
+    of ranks."""
+    row_codes = quantize_scales(steps.row.cpu().numpy())
+    if ranks.rank == owner:
+        row = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
+        symbols = gptq(w, feedback, steps._replace(row=row))
+    else:
+        symbols = torch.empty_like(w, dtype=torch.int8)
+    symbols = ranks.broadcast_(symbols, owner).cpu().numpy()
+    column_codes = steps.column_codes.to(torch.int8).cpu().numpy()
+    return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
+
+
+# --- Step sizes ---
 
 
 def clip_step_sizes(weights: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, StepSizes]:
@@ -4418,86 +4514,6 @@ def level_for(curves: Iterable[RateCurve], budget: float) -> float:
     return high
 
 
-# --- GPTQ ---
-
-
-class Columns(NamedTuple):
-    """Columns that are rounded one after the other, in that order."""
-
-    w: Tensor  # (n, columns, rows): a column lies in one piece
-    upper: Tensor  # (n, columns, columns), see ErrorFeedback
-    size: Tensor  # (n, columns, rows): step sizes
-    limit: Tensor  # (n, columns, 1): largest symbols
-
-
-def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
-    """Symbols and errors, fp32, both like columns.w. For every column j, and then every later column k:
-
-        symbol_j = round(w_j / size_j),  error_j = (w_j - symbol_j size_j) / U_jj,  w_k <- w_k - error_j U_jk
-
-    Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
-    them."""
-    w, upper, size, high = columns
-    w = w.clone()
-    low = -high
-    pivot = upper.diagonal(dim1=1, dim2=2)[:, :, None]
-    symbols = torch.empty_like(w)
-    errors = torch.empty_like(w)
-    for j in range(w.size(1)):
-        one = slice(j, j + 1)
-        symbol = symbols[:, one]
-        error = errors[:, one]
-        torch.div(w[:, one], size[:, one], out=symbol)
-        symbol.round_().clamp_(low[:, one], high[:, one])
-        torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
-        error.div_(pivot[:, one])
-        later = upper[:, j, j + 1 :, None]
-        w[:, j + 1 :].addcmul_(error, later, value=-1)
-    return symbols, errors
-
-
-def replayed(function: Callable, example: NamedTuple) -> Callable:
-    """`function` of a record of tensors, as a CUDA graph for records of the shapes of `example`. A call overwrites the
-    results of the call before."""
-    inputs = example._make(t.clone() for t in example)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function(inputs)
-
-    def replay(arguments: NamedTuple):
-        torch._foreach_copy_(inputs, arguments)
-        graph.replay()
-        return results
-
-    return replay
-
-
-def gptq(w: Tensor, feedback: ErrorFeedback, steps: StepSizes, block: int = 128) -> Tensor:
-    """Round w (n, rows, cols) to multiples of its step sizes, feeding each column's error to the columns that are not
-    yet rounded (arXiv 2210.17323).
-
-    Returns symbols int8 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1. Columns go
-    in the order of `feedback`. One whose input never fires is zero."""
-    order, upper, diagonal = feedback
-    silent = (diagonal == 0)[:, :, None]
-    w = w.mT.masked_fill(silent, 0.0).take_along_dim(order[:, :, None], 1)
-    scale = steps.column_scale.gather(1, order)[:, :, None]
-    size = steps.row[:, None] * scale
-    limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
-    symbols = torch.empty_like(w, dtype=torch.int8)
-    round_block = round_columns
-    for start in range(0, w.size(1), block):
-        here = slice(start, start + block)
-        rest = slice(start + block, None)
-        columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here])
-        is_full = start + block <= w.size(1)
-        if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
-            round_block = replayed(round_columns, columns)
-        symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
-        w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
-    return symbols.take_along_dim(order.argsort(dim=1)[:, :, None], 1).mT.contiguous()
-
-
 # --- LQER ---
 
 
@@ -4542,6 +4558,13 @@ def add_corrections(matrices: dict[str, list[QuantizedMatrix]], weights: dict[st
         layers[layer] = layers[layer]._replace(correction=lqer(errors[name, layer], cfg))
 
 
+def quantize_gate(gate: Tensor) -> dict[str, ndarray]:
+    """gate (layers, heads, channels) as int8, and the fp16 scale (layers, heads) of each row."""
+    scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
+    symbols = round_to_int8(gate, scale[..., None], -MAX_SYMBOL, MAX_SYMBOL)
+    return {"attn_gate.int8": symbols, "attn_gate.scale": scale.cpu().numpy()}
+
+
 # --- All of it ---
 
 
@@ -4574,22 +4597,13 @@ class Quantizer:
                 mean_square = feedback.diagonal / (1 if name == "tok_emb" else visits[:, None])
                 self.saliency[name] = mean_square.sqrt() * w.abs().mean(1)
 
-    def step_sizes(self, saved: float) -> dict[str, StepSizes]:
-        """Step sizes that save `saved` bits a weight, against ARTIFACT_CAP (RATE_DISTORTION) or the published rule."""
-        if not self.cfg.rate_distortion:
-            steps = clip_step_sizes(self.weights, self.cfg, saved)
-            refine_salient_columns(steps, self.saliency, self.cfg)
-            return steps
-        weights = sum(w.numel() for w in self.weights.values())
-        level = level_for(self.curves.values(), 8 * self.cfg.artifact_cap - saved * weights)
-        return {name: curve.step_sizes_at(level) for name, curve in self.curves.items()}
-
     def quantize(self, saved: float = 0.0) -> Quantized:
         """Matrices by GPTQ with these step sizes, corrected by LQER where set; the gate in int8 rows where set; the
         rest in fp16."""
         matrices = {}
         for i, (name, steps) in enumerate(self.step_sizes(saved).items()):
-            matrices[name] = self.quantize_stack(name, steps, owner=i % self.ranks.world)
+            owner = i % self.ranks.world
+            matrices[name] = quantize_stack(self.weights[name], self.feedback[name], steps, owner, self.ranks)
         if self.cfg.lqer_enabled:
             add_corrections(matrices, self.weights, self.cfg)
         parameters = {}
@@ -4600,26 +4614,15 @@ class Quantizer:
                 parameters[name] = value.half().cpu().numpy()
         return Quantized(matrices, parameters)
 
-    def quantize_stack(self, name: str, steps: StepSizes, owner: int) -> list[QuantizedMatrix]:
-        """The matrices of one kind, by layer, solved by one rank for all: the symbols do not depend on the number of
-        ranks."""
-        w = self.weights[name]
-        row_codes = quantize_scales(steps.row.cpu().numpy())
-        if self.ranks.rank == owner:
-            row = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
-            symbols = gptq(w, self.feedback[name], steps._replace(row=row))
-        else:
-            symbols = torch.empty_like(w, dtype=torch.int8)
-        symbols = self.ranks.broadcast_(symbols, owner).cpu().numpy()
-        column_codes = steps.column_codes.to(torch.int8).cpu().numpy()
-        return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
-
-
-def quantize_gate(gate: Tensor) -> dict[str, ndarray]:
-    """gate (layers, heads, channels) as int8, and the fp16 scale (layers, heads) of each row."""
-    scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
-    symbols = round_to_int8(gate, scale[..., None], -MAX_SYMBOL, MAX_SYMBOL)
-    return {"attn_gate.int8": symbols, "attn_gate.scale": scale.cpu().numpy()}
+    def step_sizes(self, saved: float) -> dict[str, StepSizes]:
+        """Step sizes that save `saved` bits a weight, against ARTIFACT_CAP (RATE_DISTORTION) or the published rule."""
+        if not self.cfg.rate_distortion:
+            steps = clip_step_sizes(self.weights, self.cfg, saved)
+            refine_salient_columns(steps, self.saliency, self.cfg)
+            return steps
+        weights = sum(w.numel() for w in self.weights.values())
+        level = level_for(self.curves.values(), 8 * self.cfg.artifact_cap - saved * weights)
+        return {name: curve.step_sizes_at(level) for name, curve in self.curves.items()}
 
 
 # --- Logit calibration (#1924): logits <- scale * softcap(z) + features . biases, fitted to the quantised model ---
@@ -6146,10 +6149,12 @@ class RateSearch:
         )
 
 
-def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> bytes:
-    """Quantise and encode until RateSearch is content; the bytes of model.bin on rank 0."""
+def search_rate(run: Run, model: GPT, code_bytes: int) -> bytes:
+    """Calibrate, then quantise and encode until RateSearch is content; the bytes of model.bin on rank 0."""
     cfg = run.cfg
     search = RateSearch(cfg, code_bytes, parameter_count(model))
+    with run.phases("calibrate"):
+        hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
     with run.phases("quantize"):
         quantizer = Quantizer(model, hessians, cfg, run.ranks)
     logit_values = None
@@ -6174,11 +6179,8 @@ def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: i
 def write_artifact(run: Run, model: GPT):
     """Calibrate, quantise, and write model.bin and the packed train_gpt.py. Step sizes widen until the two fit under
     the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains."""
-    cfg = run.cfg
     packed = pack_script(SOURCE)
-    with run.phases("calibrate"):
-        hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
-    data = search_rate(run, model, hessians, len(packed))
+    data = search_rate(run, model, len(packed))
     with run.phases("write"):
         if run.ranks.main:
             for name, content in (("model.bin", data), ("train_gpt.py", packed)):
