@@ -124,7 +124,8 @@ def plot_loss(runs: list[Run], narrow: bool = False) -> bytes | None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(axis="y")
     how = "points: as logged" + (f"; line: mean of {window} in a row" if window > 1 else ", joined")
-    axes[1].legend(fontsize=8, title=how, title_fontsize=8, loc="lower left", alignment="left")
+    box = {"frameon": True, "facecolor": "white", "edgecolor": "white", "framealpha": 1}  # no event shines through
+    axes[1].legend(fontsize=8, title=how, title_fontsize=8, loc="upper right", alignment="left", **box)
     return as_png(figure)
 
 
