@@ -68,6 +68,9 @@ RENAMED = {
     "STRIDE": "EVAL_STRIDE",
     "TTT_CHUNK_SIZE": "TTT_CHUNKS",
     "USE_SMEARGATE": "SMEAR_GATE_ENABLED",
+    "SLIDING_EVAL_STRIDE": "EVAL_STRIDE",
+    "SMEAR": "SMEAR_GATE_ENABLED",
+    "WARMDOWN_FRACTION": "WARMDOWN_FRAC",
 }
 
 # Test-time training by SGD on the base weights (#549): one name of ours each, and the method.
@@ -85,13 +88,21 @@ SWITCHES = {
     "PARALLEL_RESIDUAL": ("PARALLEL_START_LAYER", "0"),
     "PHASED_TTT_ENABLED": ("PHASED_TTT_NUM_PHASES", "0"),
     "SLIDING_WINDOW_ENABLED": ("EVAL_STRIDE", "0"),
+    "EMA": ("EMA_DECAY", "0"),
+    "SLIDING_EVAL": ("EVAL_STRIDE", "0"),
 }
 
 # Settings of ours that act only beside others, as they did in the scripts that these names are from.
-NEEDS = dict.fromkeys(
-    ("ATTN_CLIP_SIGMAS", "AWQ_LITE_ENABLED", "EMBED_CLIP_SIGMAS", "MATRIX_BITS", "MLP_CLIP_SIGMAS"),
-    {"RATE_DISTORTION": "0"},
-)
+NEEDS = {
+    **dict.fromkeys(
+        ("ATTN_CLIP_SIGMAS", "AWQ_LITE_ENABLED", "EMBED_CLIP_SIGMAS", "MATRIX_BITS", "MLP_CLIP_SIGMAS"),
+        {"RATE_DISTORTION": "0"},
+    ),
+    "ATTN_OUT_GATE_ENABLED": {"SPARSE_ATTN_GATE_ENABLED": "0"},  # heads have one gate
+}
+
+# What nearly all published scripts have by default and this one has not: the heads of their networks.
+THEIR_HEADS = {"NUM_HEADS": "8", "NUM_KV_HEADS": "4", "ROPE_DIMS": "16", "ATTN_WINDOW": "0"}
 
 # Has no effect here because ...
 IDLE = {
@@ -122,6 +133,10 @@ IDLE = {
     "VAL_BATCH_SIZE": "batches change no score; VAL_BATCH_TOKENS bounds their memory",
     "VAL_LOSS_EVERY": "training does not read validation data; tools/watch.py draws the training loss",
     "ZSTD_LEVEL": "model.bin has an entropy coder of its own",
+    "CHURN_LOG_EVERY": "no weight here flips its sign by being rounded in training",
+    "COMPILE_MODE": "nothing goes through torch.compile",
+    "SLIDING_BATCH_SIZE": "batches change no score; VAL_BATCH_TOKENS bounds their memory",
+    "YARN_MAX_LEN": "it belongs to YaRN; RoPE is plain here",
 }
 
 # Values that are built in here; any other is not supported.
@@ -143,6 +158,14 @@ BUILT_IN = {
     "TTT_OPTIMIZER": ("adam", "adapters learn by Adam"),
     "USE_GPTQ": ("1", "matrices are always rounded by GPTQ"),
     "VAL_DOC_FRACTION": ("1", "every document is scored: a part of the set gives no val_bpb"),
+    "ATTN_PROJ_TYPE": ("standard", "projections are full matrices"),
+    "ATTN_VARIANT": ("standard", "attention has one form"),
+    "BLOCK_TYPE": ("standard", "blocks have one form"),
+    "LOGIT_HEAD_TYPE": ("standard", "the head is a matrix product"),
+    "MATRIX_OPTIMIZER": ("muon", "Muon trains the matrices"),
+    "ROPE_TYPE": ("rope", "RoPE is plain"),
+    "SOFTCAP_TYPE": ("tanh", "the softcap is a tanh"),
+    "VAL_MAX_TOKENS": ("0", "every document is scored"),
 }
 
 # What this script does not have: the variable that switches it on, what it is, and the variables that tune it.
@@ -208,6 +231,20 @@ ABSENT = {
     "VALUE_RESIDUAL": ("residuals of values", ""),
     "VE_ENABLED": ("value embeddings", "VE_DIM VE_LAYERS"),
     "WD_TAPER_FINAL_MULT": ("a taper of the weight decay", "WD_TAPER_START_FRAC"),
+    "BATCH_TOKENS_START": ("batches that grow", "BATCH_SCHEDULE_FRACTION"),
+    "BIGRAM_HASH": ("hashed bigram embeddings", ""),
+    "CORR_WEIGHT_LR": ("correction weights", ""),
+    "DIFF_ATTN": ("differential attention", ""),
+    "EVAL_DEPTH_RECURRENCE": ("another depth in scoring; NUM_LOOPS holds for training and scoring", ""),
+    "FP_STORAGE": ("this storage; MATRIX_BITS and EMBED_BITS say how many", ""),
+    "MLP_GROUPS": ("grouped MLPs", ""),
+    "MTP_HEADS": ("heads that predict several tokens", ""),
+    "REFINER": ("a refiner behind the trunk", "REFINER_KERNEL"),
+    "SEQ_LEN_START": ("this schedule; TRAIN_SEQ_SCHEDULE has one", "SEQ_SCHEDULE_FRACTION"),
+    "TEMP_SCALING": ("a temperature; LOGIT_CALIBRATION_ENABLED fits a scale and biases", ""),
+    "TRAINING_DEPTH_RECURRENCE": ("this recurrence; NUM_LOOPS repeats layers", ""),
+    "TVERSKY_NUM_FEATURES": ("Tversky projections", "TVERSKY_FEATURE_POOLS TVERSKY_MEMBERSHIP"),
+    "UNTIE_AT_FRACTION": ("a head that parts from the embedding", ""),
 }
 KNOBS = {knob: switch for switch, (_, knobs) in ABSENT.items() for knob in knobs.split()}
 OFF = ("", "0", "none", "false")  # values that mean "off"; of two switches other ones
@@ -225,6 +262,9 @@ UNCOUNTED = {
     "MATRIX_LR_EARLY": "one MATRIX_LR trains all layers",
     "MATRIX_LR_LATE": "one MATRIX_LR trains all layers",
     "RECUR_WARMUP_STEPS": "loops switch on at once, at ENABLE_LOOPING_AT",
+    "ADAM_LR": "Adam has a rate for each kind: SCALAR_LR and TIED_EMBED_LR",
+    "BITNET_GROUP_SIZE": "weights are no ternary ones: GPTQ rounds them after training",
+    "EMA_START_FRACTION": "the average of EMA_DECAY is debiased and runs from the first step",
 }
 
 # Variables that other programs read.
@@ -258,6 +298,12 @@ def share_of_steps(target: str) -> Rule:
     return rule
 
 
+def activation(value: str, given: dict[str, str]) -> Fate:
+    if value == "relu2":
+        return becomes("a squared ReLU has no slope below zero", LEAKY_RELU_SQ_SLOPE=0)
+    return unsupported("the MLP has a squared leaky ReLU: LEAKY_RELU_SQ_SLOPE")
+
+
 def clip_of_matrices(value: str, given: dict[str, str]) -> Fate:
     own = [name for name in ("MLP_CLIP_SIGMAS", "ATTN_CLIP_SIGMAS") if name not in given]
     return becomes(**dict.fromkeys(own, value)) if own else no_effect("the command has a clip for each kind of matrix")
@@ -282,7 +328,8 @@ def data_folder(value: str, given: dict[str, str]) -> Fate:
 
 def embedding_width(value: str, given: dict[str, str]) -> Fate:
     reason = "the embedding is as wide as the model"
-    return no_effect(reason) if value == given.get("MODEL_DIM", str(Config().model_dim)) else unsupported(reason)
+    as_wide = value in ("0", given.get("MODEL_DIM", str(Config().model_dim)))
+    return no_effect(reason) if as_wide else unsupported(reason)
 
 
 def folder_of_files(value: str, given: dict[str, str]) -> Fate:
@@ -384,6 +431,8 @@ COMPUTED: dict[str, Rule] = {
     "WARMDOWN_ITERS": share_of_steps("WARMDOWN_FRAC"),
     "WEIGHT_DECAY": lambda value, given: becomes("its Muon had 0.04", EMBED_WD=value, ADAM_WD=value),
     "XSA_LAST_N": xsa_layers,
+    "ACTIVATION": activation,
+    "EMBED_DIM": embedding_width,
 }
 
 
@@ -419,7 +468,7 @@ def tuned(name: str, value: str, given: dict[str, str]) -> Fate:
         return no_effect("it is off, and not here")
     if name != switch and given.get(switch, "1").strip().lower() in OFF:
         return no_effect(f"{switch}={given[switch]} switches it off")
-    return unsupported(f"this script has not: {what}")
+    return unsupported(what)
 
 
 def by_sgd(name: str, value: str, given: dict[str, str]) -> Fate:
@@ -515,7 +564,7 @@ def migrate(given: dict[str, str]) -> Migration:
         source |= dict.fromkeys(found.settings, name)
         fates[name] = found
     for name, needs in NEEDS.items():
-        if name in settings:
+        if settings.get(name, "0") not in OFF:
             settings = needs | settings
     known = {name: value for name, value in settings.items() if name in FIELDS and "$" not in value}
     return Migration({name: fates[name] for name in given}, settings, refused(known) if len(known) > 1 else "")
@@ -539,15 +588,18 @@ class Command(NamedTuple):
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
 BEFORE = {"do", "then", "else", "export", "declare", "typeset", "env", "nohup", "time", "exec", "sudo", "command"}
 LAUNCHERS = re.compile(r"(.*/)?(torchrun|python[\d.]*|accelerate|uv|srun|mpirun)")
+QUIET_WORDS = {"done", "fi", "set", "wait", "}"}  # of the shell: nothing is lost with them
 COMMENT = re.compile(r"""('[^']*'|"[^"]*")|(?:^|(?<=\s))#.*""")  # or a quoted text, which stays
 VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 
 
 def simple_commands(text: str) -> list[list[str]]:
     """The words of each simple command; redirections and what a pipe leads to are left out."""
+    text = text.replace("\u00a0", " ")  # pages have blanks that do not break
     text = re.sub(r"\\[ \t]*\r?\n", " ", text)
     commands = []
     for line in text.splitlines():
+        line = re.sub(r"=(<[^<>\s]+>)", r"='\1'", line)  # SEED=<seed> is a gap to fill, no redirection
         line = COMMENT.sub(r"\1", re.sub(r"^\s*\$ ", "", line))
         if line.strip().startswith("```"):
             continue
@@ -581,41 +633,57 @@ def filled_in(value: str, known: dict[str, str]) -> str:
     return VARIABLE.sub(text_of, value)
 
 
+def script_in(words: list[str]) -> int | None:
+    """The place of the script that a command trains with: torchrun's, or python's where its name says so."""
+    if not words or not LAUNCHERS.fullmatch(words[0]):
+        return None
+    scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+    if not scripts or "torchrun" not in " ".join(words) and "train" not in Path(words[scripts[0]]).name:
+        return None
+    return scripts[0]
+
+
+def loop_of(words: list[str], known: dict[str, str]) -> str | None:
+    """A note on a `for` loop, whose variable gets its first value; None where there is none."""
+    if words[0] != "for" or len(words) < 4 or words[2] != "in":
+        return None
+    values = [filled_in(value, known) for value in words[3:]]
+    known[words[1]] = values[0]
+    return f"a loop over {words[1]}: {' '.join(values)}; its first value is here (sweep.py --seeds has all)"
+
+
 def read_command(text: str) -> Command:
-    """The settings and the launcher of the first run in a text: a command, an .env, a script."""
+    """The settings and the launcher of the first training run in a text: a command, an .env, a script. What is set for
+    another command, such as one that fetches the data, is that one's own."""
     known: dict[str, str] = {}  # every variable that was set, shell variables too
     given: dict[str, str] = {}
     launcher: list[str] = []
     notes: list[str] = []
     for words in simple_commands(text):
-        if words[0] == "for" and "in" in words[:3] and len(words) > 3:
-            values = [filled_in(value, known) for value in words[3:]]
-            known[words[1]] = values[0]
-            notes.append(
-                f"a loop over {words[1]}: {' '.join(values)}; its first value is here (sweep.py --seeds has all)"
-            )
+        if note := loop_of(words, known):
+            notes.append(note)
             continue
-        while words and (words[0] in BEFORE or (words[0].startswith("-") and not launcher)):
+        while words and (words[0] in BEFORE or words[0].startswith("-")):
             words = words[1:]
-        if launcher and any(LAUNCHERS.fullmatch(word) for word in words):
-            notes.append("a second run in the text is left out: give one at a time")
-            break
+        own = {}
         while words and (match := ASSIGNMENT.fullmatch(words[0])):
-            name, value = match[1], filled_in(match[2], known)
-            known[name] = value
-            if name.isupper():
-                given[name] = value
+            own[match[1]] = filled_in(match[2], known | own)
             words = words[1:]
         words = [word for word in words if word not in known]  # `export SEED` alone
-        if words and LAUNCHERS.fullmatch(words[0]) and any(word.endswith(".py") for word in words):
-            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-            launcher = [filled_in(word, known) for word in words[:script]] + ["train_gpt.py"]
-            if words[script + 1 :]:
-                notes.append(
-                    f"arguments not supported: {' '.join(words[script + 1 :])}; settings come from the environment"
-                )
-        elif words and words[0] not in ("done", "fi", "set", "wait", "}"):
+        script = script_in(words)
+        if launcher and script is not None:
+            notes.append("a second run in the text is left out: give one at a time")
+            break
+        if words and script is None and words[0] not in QUIET_WORDS:
             notes.append(f"left out: {' '.join(words)[:80]}")
+        if words and script is None:
+            continue
+        known |= own
+        given |= {name: value for name, value in own.items() if name.isupper()}
+        if script is not None:
+            launcher = [filled_in(word, known) for word in words[:script]] + ["train_gpt.py"]
+            if rest := " ".join(words[script + 1 :]):
+                notes.append(f"arguments not supported: {rest}; settings come from the environment")
     if not given and not launcher:
         raise MigrateError("no NAME=value and no run command found; paste a command, or give the file that holds it")
     return Command(given, launcher or ["python3", "train_gpt.py"], notes)
@@ -670,10 +738,15 @@ def report(command: Command, migration: Migration, width: int) -> str:
         if not any(name in found.settings for found in migration.fates.values())
     ]
     if added:
-        lines.append(f"added: {' '.join(added)}, without which settings above would do nothing")
+        lines.append(f"added: {' '.join(added)}, which settings above need")
     lines += [
         "What is not named takes the default of this script (python3 train_gpt.py --help); recipes/ has published",
-        "systems whole. The command:",
+        "systems whole.",
+    ]
+    if heads := [f"{name}={value}" for name, value in THEIR_HEADS.items() if name not in migration.settings]:
+        lines.append(f"Most published scripts have by default: {' '.join(heads)}. Add it for their network.")
+    lines += [
+        "The command:",
         "",
         as_command(migration.settings, command.launcher),
     ]
