@@ -491,8 +491,8 @@ class Config:
         "number of this process's GPU on its node")
     world_size: int = setting(1,
         "processes of the run", "(0, inf)")
-    rendezvous_seconds: float = setting(120.0,
-        "how long a process waits at the start for the others", "(0, 1e6]")
+    rendezvous_seconds: int = setting(120,
+        "seconds that a process waits at the start for the others", "(0, 1e6]")
     # fmt: on
 
     @classmethod
@@ -517,7 +517,7 @@ class Config:
             wrong += cfg.out_of_range()
             if not wrong:
                 cfg.validate()
-        require(not wrong, " | ".join(sorted(wrong)))
+        require(not wrong, f"{' | '.join(sorted(wrong))} (--help lists all settings)")
         return cfg
 
     def validate(self):
@@ -632,7 +632,7 @@ def wrong_names(env, fields, warn: bool) -> list[str]:
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
         question = f"; did you mean {nearest[0]}?" if nearest else ""
         if ours:
-            wrong.append(f"{name} is not a setting{question} (--help lists them all)")
+            wrong.append(f"{name} is not a setting{question}")
         elif warn and nearest and nearest[0] not in LAUNCHED & env.keys():
             print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
     return wrong
@@ -641,7 +641,7 @@ def wrong_names(env, fields, warn: bool) -> list[str]:
 def parse_setting(name: str, text: str, kind: type):
     """Text of an environment variable -> bool, int, float or str; in a path, ~ becomes the home."""
     clean = text == text.strip() and not re.search(r"[\x00-\x1f\x7f]", text)
-    require(clean, f"{name}={text!r}: white space around it, or a line end (\\r: a file from Windows); remove it")
+    require(clean, f"{name}={text!r} has white space or a line end (Windows: \\r) around it; remove that")
     require(text or kind is str, f"{name} is empty; unset it or give it a value")
     if kind is bool:
         word = text.lower()
@@ -757,11 +757,13 @@ class Ranks:
 def meet(cfg: Config) -> dist.Store:
     """What MASTER_ADDR and MASTER_PORT lead to, once all processes of the run are there; says what it waits for."""
     limit = cfg.rendezvous_seconds
+    where = f"rank {cfg.rank} of WORLD_SIZE={cfg.world_size}"
     met = Future()
 
     def arrive():
         try:
-            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit)))
+            # Beyond the limit, torch would print its stack.
+            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit + 60)))
             store.set(f"rank {cfg.rank}", "here")
             store.wait([f"rank {rank}" for rank in range(cfg.world_size)])
             store.set_timeout(dist.default_pg_timeout)
@@ -770,13 +772,14 @@ def meet(cfg: Config) -> dist.Store:
             met.set_exception(e)
 
     threading.Thread(target=arrive, daemon=True).start()  # torch waits where no signal would interrupt it
-    where = f"rank {cfg.rank} of WORLD_SIZE={cfg.world_size}"
-    failed = f"{where}: not all came within RENDEZVOUS_SECONDS={limit:g}; start every RANK with the same MASTER_ADDR"
-    with explained(f"{failed} and MASTER_PORT ({{}})", RuntimeError, ValueError):
-        for waited in itertools.count(5, 5):
-            with contextlib.suppress(TimeoutError):
-                return met.result(timeout=5)
-            print(f"{where} waits for the others: {waited} s, {limit:g} s at most", file=sys.stderr, flush=True)
+    remedy = "start every RANK, with the same MASTER_ADDR and MASTER_PORT"
+    for waited in range(0, limit, 5):
+        if waited:
+            print(f"{where} has waited {waited} of {limit} s for the others", file=sys.stderr, flush=True)
+        with contextlib.suppress(TimeoutError):
+            with explained(f"{where} cannot meet the others ({{}}); {remedy}", RuntimeError, ValueError):
+                return met.result(timeout=min(5, limit - waited))
+    raise UserError(f"{where}: not all came within RENDEZVOUS_SECONDS={limit}; {remedy}")
 
 
 def say(text: str, end: str = "\n"):
@@ -6210,6 +6213,8 @@ def preflight(run: Run):
             try_path(Path(cfg.ledger_path), "LEDGER_PATH")
         if not cfg.ttt_eval_only:  # scoring leaves the folder's script alone: it may be the one that runs
             check_folder(run)
+    if cfg.logit_calibration_enabled:
+        piece_features(cfg)  # reads the tokenizer
     if not (cfg.ttt_eval_only or cfg.quantize_only):
         tokens = TrainStream(cfg).tokens
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
