@@ -344,7 +344,9 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     process = get_context("fork").Process(target=claim_until_killed, args=(tmp_path,))
     process.start()
     lock = tmp_path / "run.lock"
-    while not (lock.exists() and lock.read_text()):
+    for _ in range(3000):
+        if lock.exists() and lock.read_text():
+            break
         time.sleep(0.01)
     refusal(main(CHECK, tmp_path), f"process {process.pid}")
     process.kill()
@@ -416,6 +418,17 @@ def test_a_reader_that_leaves_early(argv, tmp_path):
         argv = ["--unpack", str(base_run() / "train_gpt.py")]
     with replaced_environ(environment(CHECK, tmp_path)), closed_console():
         assert train_gpt.main(argv) == 0
+
+
+@pytest.mark.parametrize("words", (["shape.py", "train_gpt.py"], ["report.py", "--help"]), ids=str)
+def test_a_tool_s_table_whose_reader_leaves_early(words):
+    """As `cat` and `ls` end: by SIGPIPE, without a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
+    done = subprocess.run(command, env=clean_environ({}), stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 def test_the_log_s_file_is_whole_without_a_console(tmp_path):
