@@ -6511,24 +6511,20 @@ def execute(cfg: Config):
         try:
             run.prepare()
             preflight(run)
-            if not cfg.check_only:
-                produce_and_score(run)
+            if cfg.check_only:
+                return
+            # A run continued from trained.npz continues the log, too.
+            name = "eval.log" if cfg.ttt_eval_only else "train.log"
+            run.log.open(run.folder / name, "a" if cfg.quantize_only else "w")
+            if not cfg.ttt_eval_only:
+                produce_artifact(run)
+            score_artifact(run)
+            finish(run)
         except Interrupted as e:
             e.line = run.interrupted()
             raise
         finally:
             run.ranks.close()
-
-
-def produce_and_score(run: Run):
-    """What follows the checks."""
-    evaluating = run.cfg.ttt_eval_only
-    # A run continued from trained.npz continues the log, too.
-    run.log.open(run.folder / ("eval.log" if evaluating else "train.log"), "a" if run.cfg.quantize_only else "w")
-    if not evaluating:
-        produce_artifact(run)
-    score_artifact(run)
-    finish(run)
 
 
 def main(argv: list[str]) -> int:
