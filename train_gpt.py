@@ -56,6 +56,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -71,23 +72,45 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from numpy import ndarray
-from torch import Tensor, nn
+
+def on_signals(handler):
+    """Call handler(number, frame) on Ctrl-C and SIGTERM; a job that ignores Ctrl-C, as one started with & does, goes
+    on ignoring it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def leave(number: int, frame):
+    """End at once: until there is a run, there is nothing to undo."""
+    os.write(2, b"interrupted while starting\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    on_signals(leave)  # before the imports: they take seconds, and an exception inside them is pages long
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from numpy import ndarray
+    from torch import Tensor, nn
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: no Python package {missing.name}; pip install -r requirements.txt") from None
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # captured once: editing the file during a run changes nothing
 PACKED = "PACKED_PATH" in globals()  # set by the packed script's first lines; see BOOTSTRAP
@@ -110,7 +133,14 @@ def explained(message: str, *errors: type[Exception]):
     try:
         yield
     except errors as e:
-        raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
+        reason = getattr(e, "strerror", None) or str(e)
+        raise UserError(message.replace("{}", reason.partition("\n")[0])) from None
+
+
+def installed(package: str):
+    """Import a package that only some runs need."""
+    with explained(f"no Python package {package} ({{}}); pip install {package}", ImportError):
+        return importlib.import_module(package)
 
 
 def sha256(data) -> str:
@@ -125,7 +155,7 @@ ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 # Fields of Config that do not decide the result: paths, modes, ranks.
 NOT_SETTINGS = frozenset(
     "data_path tokenizer_path artifact_dir ledger_path ttt_eval_only quantize_only check_only device attention "
-    "fa3_library rank local_rank world_size train_log_every".split()
+    "fa3_library rank local_rank world_size rendezvous_seconds train_log_every".split()
 )
 
 # Settings of earlier scripts and the value that is now fixed. An artifact that holds one of them with this value loads.
@@ -148,6 +178,8 @@ RETIRED = {
     "ttt_grad_steps": 1,
     "xsa_last_n": 11,
 }
+
+PATHS = ("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "fa3_library")  # settings in which ~ is the home
 
 # The groups of --help: first setting -> heading.
 GROUPS = {
@@ -459,32 +491,54 @@ class Config:
         "number of this process's GPU on its node")
     world_size: int = setting(1,
         "processes of the run", "(0, inf)")
+    rendezvous_seconds: int = setting(120,
+        "seconds that a process waits at the start for the others", "(0, 1e6]")
     # fmt: on
 
     @classmethod
     def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
         """Each setting from the mapping `env`, else from `stored` (an artifact's settings), else its default.
 
-        Raises UserError for an unknown name or unreadable text and, with `check`, for values out of range or in
-        conflict."""
+        Raises one UserError for all unknown names and unreadable texts and, with `check`, for all values out of range,
+        else for those in conflict. A run that continues from a file is checked once its settings are `stored`."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        check_names(env, fields)
-        given = {f.name: parse_setting(name, env[name], type(f.default)) for name, f in fields.items() if name in env}
-        cfg = cls(**{**(stored or {}), **given})
-        if check:
-            cfg.validate()
+        wrong = wrong_names(env, fields, warn=stored is None)
+        values = dict(stored or {})
+        for name in fields.keys() & env.keys():
+            try:
+                values[name.lower()] = parse_setting(name, env[name], type(fields[name].default))
+            except UserError as e:
+                wrong.append(str(e))
+        cfg = cls(**values)
+        if check and (stored or not (cfg.ttt_eval_only or cfg.quantize_only)):
+            unset = ", ".join(sorted(LAUNCHED - env.keys()))
+            if unset and cfg.world_size > 1:
+                wrong.append(f"WORLD_SIZE={cfg.world_size} without {unset}: start with torchrun, or set them, too")
+            wrong += cfg.out_of_range()
+            if not wrong:
+                cfg.validate()
+        require(not wrong, f"{' | '.join(sorted(wrong))} (--help lists all settings)")
         return cfg
 
     def validate(self):
         """Refuse settings that could not work, before anything is read or trained."""
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            within = f.metadata["within"]
-            require(lies_within(value, within), f"{f.name.upper()}={value} is not in {within}")
-        for rule, holds in self.rules().items():
-            name, duty = rule.split(maxsplit=1)
-            require(holds, f"{name}={getattr(self, name.lower())} {duty}")
+        wrong = self.out_of_range() or self.conflicts()
+        require(not wrong, " | ".join(wrong))
         context_schedule(self)  # raises where TRAIN_SEQ_SCHEDULE is malformed
+
+    def out_of_range(self) -> list[str]:
+        """What is wrong with values by themselves."""
+        limits = {f.name: f.metadata["within"] for f in dataclasses.fields(self)}
+        return [
+            f"{name.upper()}={getattr(self, name)} is not in {within}"
+            for name, within in limits.items()
+            if not lies_within(getattr(self, name), within)
+        ]
+
+    def conflicts(self) -> list[str]:
+        """What is wrong between values."""
+        broken = (rule.split(maxsplit=1) for rule, holds in self.rules().items() if not holds)
+        return [f"{name}={getattr(self, name.lower())} {duty}" for name, duty in broken]
 
     def rules(self) -> dict:
         """Conditions across settings: a message that begins with the setting to blame -> whether it holds."""
@@ -505,7 +559,8 @@ class Config:
             "ATTN_OUT_GATE_ENABLED needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate": not two_gates,
             "MLP_MULT gives an MLP of fewer than 8 units": int(self.mlp_mult * self.model_dim) >= 8,
             "ATTN_FULL_LAYERS must be layers like 2,5,10": re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers),
-            "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS": not limit or self.gptq_reserve_seconds < limit,
+            f"GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS={limit:g}, since steps get the rest; "
+            f"set it lower, too, as to {limit / 8:g}": not limit or self.gptq_reserve_seconds < limit,
             "ARTIFACT_MARGIN must be below ARTIFACT_CAP": self.artifact_margin < self.artifact_cap,
             "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
             "VAL_BATCH_TOKENS must be at least EVAL_SEQ_LEN": self.val_batch_tokens >= self.eval_seq_len,
@@ -513,6 +568,10 @@ class Config:
             "TTT_MASK may name no_qv, q, k, v, o, mlp and head": masked <= kinds,
             "TTT_MASK leaves no adapter to learn; set TTT_ENABLED=0": masked != kinds,
             "NGRAM_MIN_ORDER must be at most NGRAM_ORDER": self.ngram_min_order <= self.ngram_order,
+            "DATA_PATH must name a folder": self.data_path,
+            "LEDGER_PATH must end in .npy": not self.ledger_path or self.ledger_path.endswith(".npy"),
+            f"RANK must be below WORLD_SIZE={self.world_size}": self.rank < self.world_size,
+            f"LOCAL_RANK must be below WORLD_SIZE={self.world_size}": self.local_rank < self.world_size,
         }
 
     @property
@@ -535,6 +594,7 @@ SHARED_WORDS = set(
     "SCALAR SEED SEGMENT SEQ SKIP TOKENIZER VOCAB WARMUP WORLD".split()
 )
 FIRST_WORDS = {f.name.upper().split("_")[0] for f in dataclasses.fields(Config)}
+LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # launchers set names like these beside them, as GLOBAL_RANK
 OUR_PREFIXES = tuple(f"{word}_" for word in FIRST_WORDS - SHARED_WORDS)
 
 
@@ -548,29 +608,50 @@ def still_set(stored: dict) -> dict:
     return remaining
 
 
-def check_names(env, fields):
-    """Refuse a name that begins like a setting and is none; warn of a near miss without one of our prefixes."""
+def letters(name: str) -> list[str]:
+    """Those of a name, in alphabetical order."""
+    return sorted(name.replace("_", ""))
+
+
+def wrong_names(env, fields, warn: bool) -> list[str]:
+    """What is wrong with the names of the environment: those that begin like a setting, or have the letters of one, and
+    are none. With `warn`, other near misses are printed."""
+    wrong = []
     for name in sorted(set(env) - set(fields)):
         fixed = RETIRED.get(name.lower())
         if fixed is not None:
-            same = parse_setting(name, env[name], type(fixed)) == fixed
-            require(same, f"{name} is no longer a setting: its value is always {fixed}")
+            same = False
+            with contextlib.suppress(UserError):
+                same = parse_setting(name, env[name], type(fixed)) == fixed
+            if not same:
+                wrong.append(f"{name} is no longer a setting: its value is always {fixed}")
             continue
-        ours = name.startswith(OUR_PREFIXES)
+        # MODLE_DIM, NUMLAYERS; short names may have a setting's letters by chance
+        misspelt = len(name) > 6 and letters(name) in map(letters, fields)
+        ours = misspelt or name.startswith(OUR_PREFIXES)
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
         question = f"; did you mean {nearest[0]}?" if nearest else ""
-        require(not ours, f"{name} is not a setting{question} (--help lists them all)")
-        if nearest and nearest[0] not in env:
+        if ours:
+            wrong.append(f"{name} is not a setting{question}")
+        elif warn and nearest and nearest[0] not in LAUNCHED & env.keys():
             print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
+    return wrong
 
 
 def parse_setting(name: str, text: str, kind: type):
-    """Text of an environment variable -> bool, int, float or str."""
+    """Text of an environment variable -> bool, int, float or str; in a path, ~ becomes the home."""
+    clean = text == text.strip() and not re.search(r"[\x00-\x1f\x7f]", text)
+    require(clean, f"{name}={text!r} has white space or a line end (Windows: \\r) around it; remove that")
+    require(text or kind is str, f"{name} is empty; unset it or give it a value")
     if kind is bool:
-        word = text.strip().lower()
+        word = text.lower()
         yes = word in ("1", "true", "yes")
-        require(yes or word in ("0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
+        require(yes or word in ("0", "false", "no"), f"{name}={text!r} is not 0 or 1")
         return yes
+    if name.lower() in PATHS:
+        path = os.path.expanduser(text)
+        require(not path.startswith("~"), f"{name}={text}: no such home; write the path out, or ./~")
+        return path
     with explained(f"{name}={text!r} is not of type {kind.__name__}", ValueError):
         return kind(text)
 
@@ -628,6 +709,8 @@ class Ranks:
         if cfg.device == "cuda":
             require(gpu, "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
         if self.cuda:
+            here = torch.cuda.device_count()
+            require(cfg.local_rank < here, f"LOCAL_RANK={cfg.local_rank}: {here} GPU(s) here; start as many processes")
             self.device = torch.device("cuda", cfg.local_rank)
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -635,7 +718,8 @@ class Ranks:
             # gloo's threads would outlive close() and abort some exits.
             importlib.import_module("torch.distributed.nn.functional")
             # Tensors on the CPU travel over gloo, so sharing the clock does not wait for the GPU's queue.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+            dist.init_process_group(backend, store=meet(cfg), rank=self.rank, world_size=self.world)
 
     def all_reduce_(self, t: Tensor) -> Tensor:
         """`t` becomes its sum over the ranks."""
@@ -670,6 +754,43 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def meet(cfg: Config) -> dist.Store:
+    """What MASTER_ADDR and MASTER_PORT lead to, once all processes of the run are there; says what it waits for."""
+    limit = cfg.rendezvous_seconds
+    where = f"rank {cfg.rank} of WORLD_SIZE={cfg.world_size}"
+    met = Future()
+
+    def arrive():
+        try:
+            # Beyond the limit, torch would print its stack.
+            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit + 60)))
+            store.set(f"rank {cfg.rank}", "here")
+            store.wait([f"rank {rank}" for rank in range(cfg.world_size)])
+            store.set_timeout(dist.default_pg_timeout)
+            met.set_result(store)
+        except Exception as e:
+            met.set_exception(e)
+
+    threading.Thread(target=arrive, daemon=True).start()  # torch waits where no signal would interrupt it
+    remedy = "start every RANK, with the same MASTER_ADDR and MASTER_PORT"
+    for waited in range(0, limit, 5):
+        if waited:
+            print(f"{where} has waited {waited} of {limit} s for the others", file=sys.stderr, flush=True)
+        with contextlib.suppress(TimeoutError):
+            with explained(f"{where} cannot meet the others ({{}}); {remedy}", RuntimeError, ValueError):
+                return met.result(timeout=min(5, limit - waited))
+    raise UserError(f"{where}: not all came within RENDEZVOUS_SECONDS={limit}; {remedy}")
+
+
+def say(text: str, end: str = "\n"):
+    """Print to the console while there is one: a reader like `head` may leave before the end."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+
+
 class Log:
     """Lines to the console and, once `open` has been called, to a file; from rank 0 only.
 
@@ -683,16 +804,16 @@ class Log:
         """Only now is an earlier log replaced: a run that fails its checks leaves it alone."""
         if self.main:
             early = self.file.getvalue()
-            self.file = open(path, mode, encoding="utf-8")
+            self.file = open(path, mode, encoding="utf-8", errors="backslashreplace")
             self.file.write(early)
 
     def __call__(self, line: str, console: bool = True):
         if self.main:
-            line = line.replace(str(Path.home()) + os.sep, "~/")  # logs are published: no private paths
+            line = line.replace(os.path.expanduser("~") + os.sep, "~/")  # logs are published: no private paths
             self.file.write(line + "\n")
             self.file.flush()
             if console:
-                print(line, flush=True)
+                say(line)
 
 
 class Clock:
@@ -765,11 +886,13 @@ class Phases:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
+        self.latest = "setup"  # the phase that began last
         self.seconds = collections.defaultdict(float)  # phase -> wall seconds so far
 
     @contextlib.contextmanager
     def __call__(self, name: str):
         """Time the block as part of phase `name`."""
+        self.latest = name
         start = time.perf_counter()
         yield
         self.ranks.synchronize()  # what the block launched belongs to it
@@ -819,6 +942,59 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)  # after the rename there is none
+
+
+def try_path(path: Path, setting: str):
+    """Raise UserError unless `path` can be written; what stands there is left as it is."""
+    require(not path.is_dir(), f"{setting}={path}: a folder; name a file")
+    trial = path.with_name(f"{path.name}.trial{os.getpid()}")
+    with whole_file(trial, setting):
+        pass
+    trial.unlink()
+
+
+def open_lock(path: Path) -> TextIO:
+    """`path`, open and locked for this process; UserError while another has it. The operating system ends the lock with
+    its process, so what a killed run leaves is taken over."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            busy = f"ARTIFACT_DIR={path.parent}: {owner} is writing there; wait for it, or name another folder"
+            raise UserError(busy) from None
+        except OSError:  # a file system without locks
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(path, file.fileno()):
+                break  # else its owner has just removed it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def claimed(folder: Path):
+    """Make the artifact's folder and keep other runs out of it. A block that fails leaves no empty folder of ours."""
+    where = f"ARTIFACT_DIR={folder}"
+    require(folder.is_dir() or not folder.exists(), f"{where}: a file, not a folder; name another, or move that away")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / "run.lock"
+    with explained(f"{where}: cannot be written ({{}}); name another folder", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open_lock(path)
+    try:
+        yield
+        made.clear()
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+        with contextlib.suppress(OSError):  # a folder that holds something stays
+            for path in made:
+                path.rmdir()
 
 
 # ======== Data: shards, packed training batches, the validation stream ================================================
@@ -1085,8 +1261,7 @@ def tokenizer_path(cfg: Config) -> Path:
 
 def open_tokenizer(cfg: Config):
     """The SentencePieceProcessor at `tokenizer_path`; UserError if it cannot be the one of shards without a sidecar."""
-    import sentencepiece
-
+    sentencepiece = installed("sentencepiece")
     path = tokenizer_path(cfg)
     with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one", RuntimeError, OSError):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -1148,7 +1323,7 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
     Checked are counts, vocabulary and BOS; validation files and tokenizer by hash, training shards by their length."""
     damaged = f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again"
     with explained(damaged, ValueError, KeyError, TypeError):
-        promised = json.loads(manifest.read_text())
+        promised = json.loads(manifest.read_text(encoding="utf-8"))
         theirs = {f"val_{key}": promised["val"][key] for key in ("tokens", "documents", "bytes")}
         theirs |= {key: promised[key] for key in ("vocab_size", "bos_id")}
         for key, value in theirs.items():
@@ -2543,7 +2718,11 @@ ATTENTION_MODULES = {  # that of fa3 registers torch.ops.flash_attn_3
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
     """The first backend that loads and agrees with the reference on this device."""
+    missing = cfg.fa3_library and not Path(cfg.fa3_library).is_file()
+    require(not missing, f"FA3_LIBRARY={cfg.fa3_library}: no such file")
     if device.type == "cpu":
+        needs_gpu = cfg.attention not in ("auto", "reference")
+        require(not needs_gpu, f"ATTENTION={cfg.attention} needs a GPU, and this run is on the CPU; unset it or DEVICE")
         return "reference"
     reasons = []
     for name in BACKENDS if cfg.attention == "auto" else [cfg.attention]:
@@ -4656,8 +4835,7 @@ def piece_categories(piece: str) -> tuple[bool, ...]:
 def piece_features(cfg: Config) -> Tensor:
     """piece_categories of the whole vocabulary, (V, LOGIT_CATEGORIES), 0 or 1, fp32, on the CPU. Reads the
     tokenizer."""
-    import sentencepiece
-
+    sentencepiece = installed("sentencepiece")
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path(cfg)))
     features = torch.zeros(cfg.vocab_size, LOGIT_CATEGORIES)
     for i in range(min(cfg.vocab_size, len(pieces))):
@@ -5940,11 +6118,8 @@ class Run:
         self.result = {"bpb": {}}  # what result.json will hold
 
     def prepare(self):
-        """Make the folder, read and check the validation data, choose the attention backend, and log what is used."""
+        """Read and check the validation data, choose the attention backend, and log what is used."""
         cfg = self.cfg
-        if self.ranks.main:
-            with explained(f"ARTIFACT_DIR={self.folder}: cannot be made ({{}}); name another folder", OSError):
-                self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         with self.phases("read"):
@@ -5999,6 +6174,14 @@ class Run:
         dtype = torch.bfloat16 if self.ranks.cuda else torch.float32
         return GPT(self.cfg, self.attention_backend, dtype, logit_calibration).to(self.ranks.device)
 
+    def interrupted(self) -> str:
+        """Log where the run is and how it can go on; returns what the console should say, which is rank 0's to say."""
+        saved = self.cfg.quantize_only or "save" in self.phases.seconds
+        remedy = "; `QUANTIZE_ONLY=1` goes on from trained.npz" if saved and not self.cfg.ttt_eval_only else ""
+        line = f"interrupted in {self.phases.latest}{remedy}"
+        self.log(line, console=False)
+        return line if self.ranks.main else ""
+
     def record(self, name: str, bpb: float):
         """Keep and log the BPB of pass `name`."""
         self.result["bpb"][name] = bpb
@@ -6030,10 +6213,11 @@ def preflight(run: Run):
     if run.ranks.main:
         try_codec(run)
         if cfg.ledger_path:
-            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH"):
-                pass
+            try_path(Path(cfg.ledger_path), "LEDGER_PATH")
         if not cfg.ttt_eval_only:  # scoring leaves the folder's script alone: it may be the one that runs
             check_folder(run)
+    if cfg.logit_calibration_enabled:
+        piece_features(cfg)  # reads the tokenizer
     if not (cfg.ttt_eval_only or cfg.quantize_only):
         tokens = TrainStream(cfg).tokens
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
@@ -6046,9 +6230,11 @@ def try_codec(run: Run):
     """Write and read a small artifact in the run's folder."""
     symbols = np.random.default_rng(0).integers(-9, 10, (64, 64), dtype=np.int8)
     path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
-    save_artifact(path, {"q.0.symbols": symbols}, {})
-    arrays, _ = load_artifact(path)
-    path.unlink()
+    try:
+        save_artifact(path, {"q.0.symbols": symbols}, {})
+        arrays, _ = load_artifact(path)
+    finally:
+        path.unlink(missing_ok=True)
     if not np.array_equal(arrays["q.0.symbols"], symbols):
         raise RuntimeError("the artifact codec does not reproduce its input")
 
@@ -6272,7 +6458,7 @@ def finish(run: Run):
 
 def configure(env) -> Config:
     """Settings from the environment. Where a run continues from a file, the file's settings are the defaults."""
-    cfg = Config.from_env(env, check=False)  # the mode and the folder; the rest may need the stored settings
+    cfg = Config.from_env(env)
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
         stored = read_artifact(path)[0]["meta"]["settings"]
@@ -6280,7 +6466,7 @@ def configure(env) -> Config:
         path = artifact_folder(cfg) / "trained.npz"
         stored = read_trained(path)[1]["settings"]
     else:
-        return Config.from_env(env)
+        return cfg
     # A retired setting with the value that is fixed now is as good as absent; with another value the script differs.
     stored = still_set(stored)
     others = ", ".join(sorted(set(stored) ^ set(cfg.settings())))
@@ -6307,32 +6493,49 @@ def produce_artifact(run: Run):
     write_artifact(run, model)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, by number, raised where the run is, so that half-written files are removed."""
+
+    line = "interrupted while starting"
+
+
+def interrupt(number: int, frame):
+    """Raise Interrupted once: launchers send more signals meanwhile."""
+    on_signals(signal.SIG_IGN)
+    raise Interrupted(number)
+
+
 def execute(cfg: Config):
     """One mode from beginning to end."""
-    run = Run(cfg)
-    try:
-        run.prepare()
-        preflight(run)
-        if cfg.check_only:
-            return
-        # A run continued from trained.npz continues the log, too.
-        run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        if not cfg.ttt_eval_only:
-            produce_artifact(run)
-        score_artifact(run)
-        finish(run)
-    finally:
-        run.ranks.close()
+    on_signals(interrupt)
+    with claimed(artifact_folder(cfg)) if cfg.rank == 0 else contextlib.nullcontext():
+        run = Run(cfg)
+        try:
+            run.prepare()
+            preflight(run)
+            if cfg.check_only:
+                return
+            # A run continued from trained.npz continues the log, too.
+            name = "eval.log" if cfg.ttt_eval_only else "train.log"
+            run.log.open(run.folder / name, "a" if cfg.quantize_only else "w")
+            if not cfg.ttt_eval_only:
+                produce_artifact(run)
+            score_artifact(run)
+            finish(run)
+        except Interrupted as e:
+            e.line = run.interrupted()
+            raise
+        finally:
+            run.ranks.close()
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: half-written files are removed
+    """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
         if argv in (["--help"], ["-h"]):
-            print(__doc__ or "", help_text(), sep="\n")
+            say(f"{__doc__ or ''}\n{help_text()}")
         elif len(argv) == 2 and argv[0] == "--unpack":
-            sys.stdout.write(unpack_script(Path(argv[1])))
+            say(unpack_script(Path(argv[1])), end="")
         else:
             require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
             execute(configure(os.environ))
@@ -6344,8 +6547,9 @@ def main(argv: list[str]) -> int:
         where = e.filename or "a file"
         print(f"error: {where}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except Interrupted as e:
+        print(e.line, end="\n" * bool(e.line), file=sys.stderr)
+        return 128 + e.args[0]
 
 
 if __name__ == "__main__":

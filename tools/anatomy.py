@@ -7,6 +7,7 @@ python tools/anatomy.py runs/42/ledger.npy --data data/caseops
 import argparse
 import json
 import math
+import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -121,4 +122,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader like `head` may leave before the end
     sys.exit(main())

@@ -19,6 +19,7 @@ that reads its target, so it fails C1 as well).
 import argparse
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -168,4 +169,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader like `head` may leave before the end
     sys.exit(main())

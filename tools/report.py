@@ -27,6 +27,7 @@ import html
 import json
 import math
 import re
+import signal
 import statistics
 import sys
 from collections.abc import Iterable
@@ -465,4 +466,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader like `head` may leave before the end
     sys.exit(main())

@@ -782,7 +782,7 @@ PAPER_FIXTURES = [
         "a variable that is no setting is accepted",
         "settings",
         PAPERS,
-        "def check_names(env, fields):\n    pass\ndef main(argv):\n    return 0",
+        "def wrong_names(env, fields, warn):\n    return []\ndef main(argv):\n    return 0",
         verdict="DISPUTED",
     ),
     Fixture("B74", "a placeholder stands for the number", "evidence", PAPERS, claims(val_bpb="TBD")),
