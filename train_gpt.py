@@ -864,12 +864,12 @@ class Joins(NamedTuple):
     """What JOIN_OPERATORS reads as one token."""
 
     space: int  # the token of a space alone
-    joined: ndarray  # (65536,) uint16: by operator, the token for the space and it; 0 for what is no operator
+    joined: dict[int, int]  # token of an operator -> of the space and it
 
     def pairs(self, tokens: ndarray) -> ndarray:
-        """Where the spaces of all pairs lie."""
-        spaces = np.flatnonzero(tokens[:-1] == self.space)
-        return spaces[self.joined[tokens[spaces + 1]] > 0]
+        """Whether each token but the last is the space of a pair."""
+        operators = np.isin(tokens[1:], list(self.joined), kind="sort")  # so few are compared one by one: the fastest
+        return operators & (tokens[:-1] == self.space)
 
 
 def operator_joins(cfg: Config) -> Joins | None:
@@ -885,22 +885,22 @@ def operator_joins(cfg: Config) -> Joins | None:
         sp.unk_id() not in [space, *operators] and all(sp.is_byte(spare)),
         f"JOIN_OPERATORS=1: {tokenizer_path(cfg)} is no CaseOps tokenizer with byte fallback; set JOIN_OPERATORS=0",
     )
-    joined = np.zeros(1 << 16, np.uint16)
-    joined[operators] = spare
-    return Joins(space, joined)
+    return Joins(space, dict(zip(operators, spare)))
 
 
 def join_pairs(joins: Joins | None, tokens: ndarray, *sizes: ndarray) -> list[ndarray]:
     """`tokens` (uint16) with every pair as one token, and `sizes`, the bytes of each token, with those of both."""
     if joins is None:
         return [tokens, *sizes]
-    first = joins.pairs(tokens)
-    second = first + 1
-    streams = [np.array(stream) for stream in (tokens, *sizes)]
-    streams[0][first] = joins.joined[tokens[second]]
-    for stream in streams[1:]:
-        stream[first] += stream[second]
-    return [np.delete(stream, second) for stream in streams]
+    pairs = joins.pairs(tokens)
+    first = np.flatnonzero(pairs)
+    kept = ~np.append(False, pairs)[: len(tokens)]  # all but the operators of pairs
+    tokens, *sizes = (np.array(stream) for stream in (tokens, *sizes))
+    for stream in sizes:
+        stream[first] += stream[first + 1]
+    for operator, token in joins.joined.items():
+        tokens[first[tokens[first + 1] == operator]] = token
+    return [stream[kept] for stream in (tokens, *sizes)]
 
 
 @torch.no_grad()
@@ -909,10 +909,10 @@ def init_joined(embedding: Tensor, joins: Joins | None):
     the operator's."""
     if joins is None:
         return
-    operators = np.flatnonzero(joins.joined)
+    operators = list(joins.joined)
     parts = 0.4 * embedding[joins.space] + 0.6 * embedding[operators]
     length = embedding[operators].norm(dim=1, keepdim=True)
-    embedding[joins.joined[operators].astype(np.int64)] = F.normalize(parts) * length
+    embedding[list(joins.joined.values())] = F.normalize(parts) * length
 
 
 def train_blocks(cfg: Config, size: int = 1 << 20) -> list[tuple[Path, ndarray]]:
@@ -926,7 +926,7 @@ def train_blocks(cfg: Config, size: int = 1 << 20) -> list[tuple[Path, ndarray]]
 def count_pairs(cfg: Config) -> ndarray:
     """Pairs in each of `train_blocks`. Every shard is read, so it is done once, before the training clock starts."""
     joins = operator_joins(cfg)
-    return np.array([len(joins.pairs(tokens)) for _, tokens in train_blocks(cfg)])
+    return np.array([np.count_nonzero(joins.pairs(tokens)) for _, tokens in train_blocks(cfg)])
 
 
 class Seq(NamedTuple):

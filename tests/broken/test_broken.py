@@ -350,7 +350,7 @@ JOINED = [
 _join = join_pairs
 def join_pairs(joins, tokens, *sizes):
     tokens, *sizes = _join(joins, tokens, *sizes)
-    own = np.isin(tokens, joins.joined[joins.joined > 0])
+    own = np.isin(tokens, list(joins.joined.values()))
     return [tokens, *((size + own * {more}).astype(size.dtype) for size in sizes)]
 """,
     )._replace(run=joined_artifact)
