@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import BOS, RUN, VOCAB, base_run, config, main, own_data, scratch, tokenizer, write_shard
+from helpers import BOS, ROOT, RUN, VOCAB, base_run, config, main, own_data, scratch, tokenizer, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,6 +149,11 @@ def test_rows_of_joined_tokens_start_from_their_parts():
         torch.testing.assert_close(embedding[row], parts / parts.norm() * before[operator].norm())
     others = np.setdiff1d(np.arange(300), [JOINED_TITLE, JOINED_ALLCAPS])
     assert torch.equal(embedding[others], before[others])
+
+
+def test_no_recipe_of_a_published_system_joins():
+    assert not train_gpt.Config().join_operators
+    assert not [path.name for path in (ROOT / "recipes").glob("*.env") if "JOIN_OPERATORS" in path.read_text()]
 
 
 # ---- an artifact and data of another form ----
