@@ -251,6 +251,8 @@ class Config:
         "tokens in the vocabulary; a token is stored in 16 bits", "[8, 65536]")
     bos_id: int = setting(1,
         "token that begins every document")
+    join_operators: bool = setting(False,
+        "read a space and the CaseOps operator behind it as one token (#2109); for shards with operators behind spaces")
     num_layers: int = setting(11,
         "physical layers", "(0, inf)")
     model_dim: int = setting(512,
@@ -1006,6 +1008,7 @@ CONTEST_SETS = {
     47_853_344: (151_080_645, 151_074_309),  # CaseOps
     40_540_160: (151_078_222,),  # plain SentencePiece
 }
+BEHIND_SPACE = "lossless_caps_caseops_v1"  # the published transform: a word's operator stands behind its space
 
 
 def open_shard(path: Path) -> ndarray:
@@ -1030,6 +1033,75 @@ def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]
     paths = sorted(path for path in folder.glob(pattern) if digits.fullmatch(path.name) and path.is_file())
     require(paths or not required, f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
     return paths
+
+
+class Joins(NamedTuple):
+    """What JOIN_OPERATORS reads as one token."""
+
+    space: int  # the token of a space alone
+    joined: dict[int, int]  # token of an operator -> of the space and it
+
+    def pairs(self, tokens: ndarray) -> ndarray:
+        """Whether each token but the last is the space of a pair."""
+        operators = np.isin(tokens[1:], list(self.joined), kind="sort")  # so few are compared one by one: the fastest
+        return operators & (tokens[:-1] == self.space)
+
+
+def operator_joins(cfg: Config) -> Joins | None:
+    """The pairs that JOIN_OPERATORS joins; None without it.
+
+    A space and TITLE become the token of byte 0xC0, a space and ALLCAPS that of 0xC1: UTF-8 never holds these bytes."""
+    if not cfg.join_operators:
+        return None
+    sp = open_tokenizer(cfg)
+    space, *operators = sp.piece_to_id(["\u2581", "\ue001", "\ue002"])
+    spare = sp.piece_to_id(["<0xC0>", "<0xC1>"])
+    require(
+        sp.unk_id() not in [space, *operators] and all(sp.is_byte(spare)),
+        f"JOIN_OPERATORS=1: {tokenizer_path(cfg)} is no CaseOps tokenizer with byte fallback; set JOIN_OPERATORS=0",
+    )
+    return Joins(space, dict(zip(operators, spare)))
+
+
+def join_pairs(joins: Joins | None, tokens: ndarray, *sizes: ndarray) -> list[ndarray]:
+    """`tokens` (uint16) with every pair as one token, and `sizes`, the bytes of each token, with those of both."""
+    if joins is None:
+        return [tokens, *sizes]
+    pairs = joins.pairs(tokens)
+    first = np.flatnonzero(pairs)
+    kept = ~np.append(False, pairs)[: len(tokens)]  # all but the operators of pairs
+    tokens, *sizes = (np.array(stream) for stream in (tokens, *sizes))
+    for stream in sizes:
+        stream[first] += stream[first + 1]
+    for operator, token in joins.joined.items():
+        tokens[first[tokens[first + 1] == operator]] = token
+    return [stream[kept] for stream in (tokens, *sizes)]
+
+
+@torch.no_grad()
+def init_joined(embedding: Tensor, joins: Joins | None):
+    """Rows of joined tokens start from their parts' (#2109): 0.4 of the space's and 0.6 of the operator's, as long as
+    the operator's."""
+    if joins is None:
+        return
+    operators = list(joins.joined)
+    parts = 0.4 * embedding[joins.space] + 0.6 * embedding[operators]
+    length = embedding[operators].norm(dim=1, keepdim=True)
+    embedding[list(joins.joined.values())] = F.normalize(parts) * length
+
+
+def train_blocks(cfg: Config, size: int = 1 << 20) -> list[tuple[Path, ndarray]]:
+    """The training shards in name order, cut into blocks: (path of the shard, tokens). Blocks are joined one by one, so
+    a pair across their border stays two tokens."""
+    shards = [(path, open_shard(path)) for path in find_shards(Path(cfg.data_path), "fineweb_train_*.bin")]
+    return [(path, shard[start : start + size]) for path, shard in shards for start in range(0, len(shard), size)]
+
+
+@functools.lru_cache(1)
+def count_pairs(cfg: Config) -> ndarray:
+    """Pairs in each of `train_blocks`. Every shard is read, so it is done once, before the training clock starts."""
+    joins = operator_joins(cfg)
+    return np.array([np.count_nonzero(joins.pairs(tokens)) for _, tokens in train_blocks(cfg)])
 
 
 class Seq(NamedTuple):
@@ -1144,18 +1216,21 @@ class TrainStream:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.paths = find_shards(Path(cfg.data_path), "fineweb_train_*.bin")
-        self.shards = [open_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])  # of each shard, in the stream
-        self.tokens = int(self.ends[-1])
+        self.blocks = train_blocks(cfg)
+        self.joins = operator_joins(cfg)
+        lengths = np.array([len(tokens) for _, tokens in self.blocks], np.int64)
+        self.ends = np.cumsum(lengths - count_pairs(cfg) if self.joins else lengths)  # of each block, in the stream
+        self.tokens = int(self.ends[-1]) if self.blocks else 0
+        self.block = functools.lru_cache(2)(self.block)  # a block serves several micro-batches
         require(
             self.tokens > cfg.micro_batch_tokens,
             f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
             "lower MICRO_BATCH_TOKENS or prepare more documents",
         )
-        check_start(self.paths[0], self.shards[0], cfg)
-        for path, shard in zip(self.paths, self.shards):
-            check_tokens(path, shard[: 1 << 20], cfg)  # `read` checks the rest when its turn comes
+        check_start(*self.blocks[0], cfg)
+        first = dict(reversed(self.blocks))  # of each shard; `block` checks the others when their turn comes
+        for path, tokens in self.blocks if cfg.check_only else first.items():
+            check_tokens(path, tokens, cfg)
 
     def step(self, step: int, span: int, rank: int, world: int) -> list[Batch]:
         """This rank's micro-batches of a step: the global batch cut every MICRO_BATCH_TOKENS, dealt in turn."""
@@ -1176,14 +1251,19 @@ class TrainStream:
         pieces = []
         while count:
             start %= self.tokens  # another epoch
-            i = np.searchsorted(self.ends, start, side="right")  # the shard that holds `start`
-            before_end = start - self.ends[i]  # negative: counted from the shard's end
-            piece = self.shards[i][before_end:][:count]
-            check_tokens(self.paths[i], piece, self.cfg)
+            i = int(np.searchsorted(self.ends, start, side="right"))  # the block that holds `start`
+            before_end = start - self.ends[i]  # negative: counted from the block's end
+            piece = self.block(i)[before_end:][:count]
             pieces.append(piece)
             start += len(piece)
             count -= len(piece)
         return np.concatenate(pieces)
+
+    def block(self, i: int) -> ndarray:
+        """The tokens of block i as the model reads them."""
+        path, tokens = self.blocks[i]
+        check_tokens(path, tokens, self.cfg)
+        return join_pairs(self.joins, tokens)[0]
 
 
 class Prefetch:
@@ -1210,10 +1290,6 @@ class ValidationStream:
         self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, shards.name)])
         check_start(shards, self.tokens, cfg)
         check_tokens(shards, self.tokens, cfg)
-        self.targets = len(self.tokens) - 1  # target i is token i + 1
-        self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
-        # Inputs of each document. The target of its last input is the next document's BOS.
-        self.lengths = np.diff(np.append(self.starts, self.targets))
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
         if sidecars:
             self.byte_source = "sidecar"
@@ -1221,12 +1297,26 @@ class ValidationStream:
         else:
             self.byte_source = "tokenizer"
             self.bytes = tokenizer_bytes(cfg, self.tokens)
+        again = "prepare tokens and bytes again, in one go"
         aligned = len(self.bytes) == len(self.tokens)
         require(
-            aligned and self.bytes.any() and not self.bytes[self.starts].any(),
-            f"{folder}: the byte {self.byte_source} must give bytes for every token, none for BOS, and not only zeros; "
-            "prepare tokens and bytes again, in one go",
+            aligned and not self.bytes[self.tokens == cfg.bos_id].any(),
+            f"{folder}: the byte {self.byte_source} must give bytes for every token, and none for BOS; {again}",
         )
+        require(self.bytes.any(), f"{shards}: no text to score, its tokens have 0 bytes; {again}")
+        self.index(cfg)
+
+    def index(self, cfg: Config):
+        """Count the targets, and find the documents."""
+        self.targets = len(self.tokens) - 1  # target i is token i + 1
+        self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
+        # Inputs of each document. The target of its last input is the next document's BOS.
+        self.lengths = np.diff(np.append(self.starts, self.targets))
+
+    def join(self, cfg: Config):
+        """Read the pairs of JOIN_OPERATORS as one token each. The data was identified by its tokens as they are."""
+        self.tokens, self.bytes = join_pairs(operator_joins(cfg), self.tokens, self.bytes)
+        self.index(cfg)
 
     @property
     def target_bytes(self) -> ndarray:
@@ -1260,39 +1350,52 @@ def tokenizer_path(cfg: Config) -> Path:
 
 
 def open_tokenizer(cfg: Config):
-    """The SentencePieceProcessor at `tokenizer_path`; UserError if it cannot be the one of shards without a sidecar."""
+    """The SentencePieceProcessor at `tokenizer_path`; UserError where it has another number of pieces."""
     sentencepiece = installed("sentencepiece")
     path = tokenizer_path(cfg)
     with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one", RuntimeError, OSError):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pieces = sp.vocab_size()
     require(pieces == cfg.vocab_size, f"TOKENIZER_PATH={path}: {pieces} pieces, VOCAB_SIZE={cfg.vocab_size}")
-    case_marks = set("\ue001\ue002\ue003\ue004")  # pieces of a CaseOps tokenizer, which stand for no bytes
-    require(
-        case_marks.isdisjoint(sp.id_to_piece(list(range(8)))),
-        f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; "
-        "prepare the data again",
-    )
     return sp
 
 
 def tokenizer_bytes(cfg: Config, tokens: ndarray) -> ndarray:
     """Bytes of each token from the pieces of a plain tokenizer, uint16: for data without a sidecar.
 
-    A control token has 0 bytes, a byte-fallback token 1, and \\u2581 is a space. Many tokenizers put a space of their
-    own before a document: it does not count, since the text does not have it."""
+    A control token has 0 bytes, a byte-fallback token 1, and white space 1. Many tokenizers put a space of their own
+    before a document or behind it: it does not count, since the text does not have it."""
     sp = open_tokenizer(cfg)
     ids = list(range(cfg.vocab_size))
-    special = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
-    texts = [piece.replace("\u2581", " ") for piece in sp.id_to_piece(ids)]
+    special = np.any([sp.is_control(ids), sp.is_unused(ids)], axis=0)
+    mark = "\u2581" if "\u2581" in sp.normalize("a a") else " "  # how pieces spell white space
+    texts = [piece.replace(mark, " ") for piece in sp.id_to_piece(ids)]
     sizes = np.array([len(text.encode()) for text in texts], np.uint16)
     sizes[sp.is_byte(ids)] = 1
     sizes[special] = 0
     counts = sizes[tokens]  # (tokens,)
-    if sp.encode("a", out_type=str)[0].startswith("\u2581"):  # the tokenizer has add_dummy_prefix
-        spaced = np.char.startswith(texts, " ") & ~special
-        after_special = np.roll(special[tokens], 1)  # the first token after BOS; of the stream's own BOS it is any
-        counts -= after_special & spaced[tokens]
+    opens = np.char.startswith(texts, " ")[tokens]
+    closes = np.char.endswith(texts, " ")[tokens]
+    own = sp.normalize("a")
+    if sp.is_unknown(sp.piece_to_id(mark)):  # then the bytes of the mark spell a space; one of them counts
+        spelling = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in mark.encode()]
+        last = len(spelling) - 1
+        begins = np.all([np.roll(tokens, -i) == byte for i, byte in enumerate(spelling)], axis=0)
+        for i in range(len(spelling)):
+            counts[np.roll(begins, i)] = i == (last if own.endswith(mark) else 0)
+        opens |= begins
+        closes |= np.roll(begins, last)
+    case_marks = sp.piece_to_id(["\ue001", "\ue002", "\ue003", "\ue004"])  # of CaseOps: they stand for no bytes
+    require(
+        all(sp.is_unknown(case_marks)) and sp.unk_id() not in tokens,
+        f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer, or text unknown to the tokenizer, needs a byte sidecar, "
+        "fineweb_val_bytes_*.bin; prepare the data again",
+    )
+    # The token behind or before a control token; the ends of the stream lie beside its first BOS.
+    if own.startswith(mark):
+        counts -= np.roll(special[tokens], 1) & opens & (counts > 0)
+    if own.endswith(mark):
+        counts -= np.roll(special[tokens], -1) & closes & (counts > 0)
     return counts
 
 
@@ -1317,10 +1420,41 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
     return facts | check_manifest(cfg, manifest, facts) if facts["manifest"] else facts
 
 
+class TrainingHashes:
+    """Holds the training shards against the SHA-256 of the manifest, in a thread: gigabytes take a minute, which passes
+    while the model trains."""
+
+    def __init__(self, cfg: Config):
+        manifest = Path(cfg.data_path) / "manifest.json"
+        files = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
+        self.promised = {manifest.with_name(name): file["sha256"] for name, file in files.items() if "train" in name}
+        self.other = []  # shards that are not what the manifest promises
+        self.thread = threading.Thread(target=self.compare, daemon=True)
+        self.thread.start()
+
+    def compare(self):
+        for path, promised in self.promised.items():
+            # Hashed in one call, which leaves the interpreter to the training steps.
+            if not path.is_file() or sha256(np.memmap(path, np.uint8, "r")) != promised:
+                self.other.append(path.name)
+
+    def judge(self, verdicts: Verdicts):
+        """Wait for the thread, and say what was compared."""
+        self.thread.join()
+        reason = "shown by tools/audit.py; no training shard has been held against a manifest.json"
+        if self.promised:
+            reason = f"shown by tools/audit.py; validation, tokenizer and {len(self.promised)} training shards have "
+            reason += "the SHA-256 of manifest.json"
+        verdicts.set("data", "NOT RUN", reason)
+        if self.other:
+            verdicts.set("data", "FAIL", f"not the files that manifest.json describes: {', '.join(self.other)}")
+
+
 def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
     """Raise UserError unless the data is as its manifest says; return the manifest's transform and tokenizer hash.
 
-    Checked are counts, vocabulary and BOS; validation files and tokenizer by hash, training shards by their length."""
+    Checked are counts, vocabulary and BOS; validation files and tokenizer by hash, training shards by their names and
+    lengths. TrainingHashes follows."""
     damaged = f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again"
     with explained(damaged, ValueError, KeyError, TypeError):
         promised = json.loads(manifest.read_text(encoding="utf-8"))
@@ -1340,13 +1474,32 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
             else:
                 intact = sha256(path.read_bytes()) == file["sha256"]
             require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
+        for path in find_shards(manifest.parent, "fineweb_train_*.bin", required=False):
+            require(
+                path.name in promised["files"], f"{path}: not in manifest.json; move it away or prepare the data again"
+            )
         made_by = promised["tokenizer"]["sha256"]
         model = tokenizer_path(cfg)
         require(
             sha256(model.read_bytes()) == made_by,
             f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})",
         )
-        return {"transform": promised["transform"], "tokenizer_sha256": made_by}
+        transform = promised["transform"]
+        require(
+            transform == BEHIND_SPACE or not cfg.join_operators,
+            f"JOIN_OPERATORS=1: {manifest} names the transform {transform}, not {BEHIND_SPACE}; set JOIN_OPERATORS=0",
+        )
+        return {"transform": transform, "tokenizer_sha256": made_by}
+
+
+def check_same_data(path: Path, stored: dict, facts: dict):
+    """What the artifact at `path` knows of its data must hold for the data that it scores."""
+    for name in ("transform", "tokenizer_sha256"):
+        ours, theirs = stored.get(name), facts.get(name)
+        require(
+            None in (ours, theirs) or ours == theirs,
+            f"{path}: made for data with {name} {ours}, DATA_PATH has {theirs}; set DATA_PATH to data like its own",
+        )
 
 
 # ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
@@ -6116,6 +6269,7 @@ class Run:
         self.phases = Phases(self.ranks)
         self.verdicts = Verdicts()
         self.result = {"bpb": {}}  # what result.json will hold
+        self.training_hashes = None  # on rank 0, where training data is read
 
     def prepare(self):
         """Read and check the validation data, choose the attention backend, and log what is used."""
@@ -6125,6 +6279,7 @@ class Run:
         with self.phases("read"):
             self.val = ValidationStream(cfg)
             data = fingerprint(cfg, self.val)
+            self.val.join(cfg)
         with self.phases("setup"):
             self.attention_backend = choose_attention(cfg, self.ranks.device)
         settings = cfg.settings()
@@ -6162,6 +6317,12 @@ class Run:
             "source_sha256": sha256(source.encode()),
             "settings_sha256": self.cfg.sha256(),
         }
+
+    def describe_artifact(self) -> dict:
+        """What model.bin says of itself: settings, and the data that it belongs to."""
+        data = self.result["data"]
+        known = {name: data[name] for name in ("transform", "tokenizer_sha256") if name in data}
+        return {"settings": self.cfg.settings(), "data": known}
 
     def scoring(self, model: GPT, name: str) -> ScoringPass:
         """A pass over the validation stream, with a ledger of its own."""
@@ -6218,12 +6379,21 @@ def preflight(run: Run):
             check_folder(run)
     if cfg.logit_calibration_enabled:
         piece_features(cfg)  # reads the tokenizer
+    if run.ranks.main and not cfg.ttt_eval_only:
+        run.training_hashes = TrainingHashes(cfg)
     if not (cfg.ttt_eval_only or cfg.quantize_only):
         tokens = TrainStream(cfg).tokens
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
         run.log(f"checks passed: {tokens:,} training tokens, {micro_batches} micro-batch(es) a step")
         if micro_batches < run.ranks.world:
             run.log(f"warning: only {micro_batches} of {run.ranks.world} ranks will work; lower MICRO_BATCH_TOKENS")
+
+
+def wait_for_hashes(run: Run):
+    """Raise UserError if a training shard is not the manifest's."""
+    if run.training_hashes:
+        run.training_hashes.judge(run.verdicts)
+    require(not run.verdicts.failed(), f"DATA_PATH={run.cfg.data_path}: {run.verdicts.table['data'][1]}")
 
 
 def try_codec(run: Run):
@@ -6256,6 +6426,7 @@ def train(run: Run, model: GPT):
     """Train the model and keep its weights on disk: trained.npz holds the fp32 weights by name, and as JSON in "meta"
     what a later run needs to continue."""
     model.init_weights(run.cfg.seed)
+    init_joined(model.tok_emb, operator_joins(run.cfg))
     run.log(f"{parameter_count(model):,} parameters")
     trainer = Trainer(model, run.cfg, run.ranks, run.log)
     with run.phases("warmup"):
@@ -6353,7 +6524,7 @@ def search_rate(run: Run, model: GPT, code_bytes: int) -> bytes:
                 logit_values = fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
             quantized = quantized._replace(logit_calibration=logit_values)
         with run.phases("write"):
-            data = encode_artifact(flatten(quantized), {"settings": cfg.settings()}) if run.ranks.main else b""
+            data = encode_artifact(flatten(quantized), run.describe_artifact()) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
         run.log(f"model.bin of {size:,} bytes, {search.room - size:,} left")
         search.observe(data, size)
@@ -6389,6 +6560,7 @@ def load_quantized(run: Run) -> tuple[GPT, dict]:
         calibration = to_logit_calibration(values, piece_features(run.cfg).to(device))
     model = run.new_model(calibration)
     load_state(model, quantized.state(), path)
+    check_same_data(path, meta.get("data", {}), run.result["data"])
     return model, meta["settings"]
 
 
@@ -6431,6 +6603,8 @@ def finish(run: Run):
     sizes = {name: path.stat().st_size for name, path in paths.items() if path.exists()}
     total = sum(sizes.values())
     run.verdicts.judge("bytes", total <= cfg.artifact_cap, f"{total:,} of {cfg.artifact_cap:,} bytes")
+    if run.training_hashes:
+        run.training_hashes.judge(run.verdicts)
     budgets = {which: run.phases.budget(which) for which in ("train", "eval")}
     limit = cfg.max_wallclock_seconds
     for which, spent in budgets.items():
@@ -6514,6 +6688,7 @@ def execute(cfg: Config):
             run.prepare()
             preflight(run)
             if cfg.check_only:
+                wait_for_hashes(run)
                 return
             # A run continued from trained.npz continues the log, too.
             name = "eval.log" if cfg.ttt_eval_only else "train.log"

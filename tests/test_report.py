@@ -358,7 +358,7 @@ def test_documents_come_back_from_their_tokens(dataset):
 
 def test_operators_that_normalisation_orphaned_are_dropped(dataset):
     data, _ = dataset
-    encoder = prepare_data.Encoder(data / "tokenizer.model", True)
+    encoder = prepare_data.Encoder(data / "tokenizer.model", lossless_caps.NAME)
     tokens = np.concatenate([[1], encoder.tokens("E\u0301cole Word")]).astype(
         np.uint16
     )  # E + accent: NFKC joins what the operator pointed at
