@@ -57,6 +57,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import glob
 import hashlib
 import importlib
 import io
@@ -89,8 +90,9 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor, nn
 
-SOURCE = Path(__file__).read_text(encoding="utf-8")  # captured once: editing the file during a run changes nothing
-PACKED = "PACKED_PATH" in globals()  # set by the packed script's first lines; see BOOTSTRAP
+PACKED = "PACKED_PATH" in globals()  # set by the packed script's first lines, as PACKED_SOURCE is; see BOOTSTRAP
+# Captured once: editing the file during a run changes nothing.
+SOURCE = globals()["PACKED_SOURCE"] if PACKED else Path(__file__).read_text(encoding="utf-8")
 RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()
 
 
@@ -116,6 +118,28 @@ def explained(message: str, *errors: type[Exception]):
 def sha256(data) -> str:
     """Hexadecimal digest of bytes or of a contiguous array."""
     return hashlib.sha256(data).hexdigest()
+
+
+def inflate(decompressor, packed: bytes, most: int) -> bytes:
+    """What a zlib or LZMA stream holds. ValueError where that is over `most` bytes, since a stranger's kilobytes can
+    become gigabytes, or where the stream is cut short."""
+    data = decompressor.decompress(packed, most + 1)
+    if len(data) > most or not decompressor.eof:
+        raise ValueError(f"a compressed part is cut short, or over {most:,} bytes unpacked")
+    return data
+
+
+def json_object(text: bytes | str) -> dict:
+    """The object that JSON text holds; ValueError where it holds something else, or NaN and infinities, which are no
+    JSON."""
+
+    def refuse(name: str):
+        raise ValueError(f"{name} in JSON")
+
+    value = json.loads(text, parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
 
 
 # ======== Hyperparameters =============================================================================================
@@ -821,6 +845,26 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
             part.unlink(missing_ok=True)  # after the rename there is none
 
 
+def clear_parts(path: Path):
+    """Remove what `whole_file` left of `path` in processes that were killed; a run calls this before it writes."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.part*"):
+        pid = part.name.rpartition(".part")[2]
+        if re.fullmatch(r"\d{1,9}", pid) and (int(pid) == os.getpid() or not is_alive(int(pid))):
+            with contextlib.suppress(OSError):  # where nothing can be removed, the run says so when it writes
+                part.unlink()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this machine runs a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
 # ======== Data: shards, packed training batches, the validation stream ================================================
 
 SHARD_MAGIC = 20240520
@@ -1127,6 +1171,7 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
     # The contest's validation set has the first 50,000 documents of FineWeb.
     contest = size in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
     manifest = Path(cfg.data_path) / "manifest.json"
+    model = Path(cfg.tokenizer_path or manifest.with_name("tokenizer.model"))
     facts = {
         "val_tokens": len(val.tokens),
         "val_targets": val.targets,
@@ -1136,19 +1181,21 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
         "vocab_size": cfg.vocab_size,
         "bos_id": cfg.bos_id,
         "val_sha256": sha256(np.ascontiguousarray(val.tokens)),  # however the tokens are cut into shards
+        "tokenizer_sha256": sha256(model.read_bytes()) if model.is_file() else None,
         "dataset": "contest" if contest else "other",
-        "manifest": manifest.is_file(),
+        "manifest": os.path.lexists(manifest),
     }
     return facts | check_manifest(cfg, manifest, facts) if facts["manifest"] else facts
 
 
 def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
-    """Raise UserError unless the data is as its manifest says; return the manifest's transform and tokenizer hash.
+    """Raise UserError unless the data is as its manifest says; return the manifest's transform.
 
     Checked are counts, vocabulary and BOS; validation files and tokenizer by hash, training shards by their length."""
     damaged = f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again"
-    with explained(damaged, ValueError, KeyError, TypeError):
-        promised = json.loads(manifest.read_text())
+    require(manifest.is_file(), damaged)  # a folder, or a link to nothing
+    with explained(damaged, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        promised = json_object(manifest.read_bytes())
         theirs = {f"val_{key}": promised["val"][key] for key in ("tokens", "documents", "bytes")}
         theirs |= {key: promised[key] for key in ("vocab_size", "bos_id")}
         for key, value in theirs.items():
@@ -1159,6 +1206,8 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
             )
         for name, file in promised["files"].items():
             path = manifest.parent / name
+            plain = path.name == name and name.isprintable()  # no way to a file outside the folder
+            require(plain, f"{manifest}: names {name!r}, which is no file of its folder; prepare the data again")
             require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
             if "train" in name:  # hashing gigabytes would take minutes
                 intact = len(open_shard(path)) == file["tokens"]
@@ -1166,12 +1215,11 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
                 intact = sha256(path.read_bytes()) == file["sha256"]
             require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
         made_by = promised["tokenizer"]["sha256"]
-        model = tokenizer_path(cfg)
         require(
-            sha256(model.read_bytes()) == made_by,
-            f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})",
+            facts["tokenizer_sha256"] == made_by,
+            f"TOKENIZER_PATH={tokenizer_path(cfg)}: not the tokenizer that made these shards ({manifest})",
         )
-        return {"transform": promised["transform"], "tokenizer_sha256": made_by}
+        return {"transform": promised["transform"]}
 
 
 # ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
@@ -3625,7 +3673,9 @@ CORRELATION_COST = 0.002  # nats per symbol that a predictor must gain, for its 
 MAX_SCALED_VARIANCE = 2.0**12
 MAX_MEAN_Q8 = 2.0**15
 MAX_INNOVATION_Q8 = 2.0**17
+MAX_WIDTH = 4096
 MIN_D_Q22 = 2.0**15  # half of 1/64: rounding may take d below it
+MOST_SIDE = 1 << 22  # bytes of a header's JSON
 
 
 class CorrelationPrior(NamedTuple):
@@ -4064,22 +4114,29 @@ def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int
     return sizes + side + raw + states + words, ridden
 
 
-def decode_stacks(code: bytes) -> tuple[list[ndarray], bytes]:
-    """Inverse of encode_stacks: int32 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
+def decode_stacks(code: bytes, most: int = 1 << 27) -> tuple[list[ndarray], bytes]:
+    """Inverse of encode_stacks: int32 stacks, and the rider padded with zeros. ValueError for a cut or altered code,
+    and before anything of more than `most` values is made."""
     parts = io.BytesIO(code)
     side, raw, count, words = struct.unpack("<4I", parts.read(16))
     length = 16 + side + raw + 4 * count + 2 * words
     if len(code) != length:
         raise ValueError(f"{len(code)} bytes of code, {length} by their header")
-    headers = json.loads(zlib.decompress(parts.read(side)))
-    escaped = np.frombuffer(zlib.decompress(parts.read(raw)), "<i2")
+    headers = json.loads(inflate(zlib.decompressobj(), parts.read(side), MOST_SIDE))
+    escaped = np.frombuffer(inflate(zlib.decompressobj(), parts.read(raw), 2 * most), "<i2")
     states = np.frombuffer(parts.read(4 * count), "<u4")
     reader = SymbolReader(states, np.frombuffer(parts.read(), "<u2"), escaped)
     stacks = []
     pools = {}
+    left = most
     for entry in headers:
         header = StackHeader(**entry)
         members, rows, width = header.shape
+        left -= members * (rows + len(header.copies[0])) * width
+        moments = 4 * members * width * width  # float64, and copied a few times
+        sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
+        if not sound or left < 0 or moments > most:
+            raise ValueError(f"a stack of shape {header.shape} is too large")
         columns = np.empty((width, members, rows), np.int32)
         reader.begin(header.mixture)
         StackModel(columns, header).code(reader, pools)
@@ -4184,7 +4241,8 @@ class Quantized(NamedTuple):
         state = {name: torch.from_numpy(array).float() for name, array in self.parameters.items()}
         if "attn_gate.int8" in state:
             scale = state.pop("attn_gate.scale")
-            state["attn_gate"] = state.pop("attn_gate.int8") * scale[..., None]
+            gate = state.pop("attn_gate.int8")
+            state["attn_gate"] = gate * scale[..., None].expand_as(gate)
         for name, layers in self.matrices.items():
             stack = torch.stack([matrix.dequantize() for matrix in layers])
             state[name] = stack[0] if name == "tok_emb" else stack
@@ -4205,6 +4263,7 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
             f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
             "use the settings it was made with",
         )
+        require(state[name].isfinite().all(), f"{origin}: {name} holds a value that is not finite; write it anew")
     model.load_state_dict(state)
 
 
@@ -4730,7 +4789,7 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
 
 
 def unflatten(arrays: dict[str, ndarray]) -> Quantized:
-    """Inverse of flatten."""
+    """Inverse of flatten. ValueError or KeyError where a matrix lacks a part, or has one of another size."""
     layers = {}  # "qkv.3" -> {"symbols": ..., "step": ...}
     parameters = {}
     for full_name, array in arrays.items():
@@ -4741,8 +4800,17 @@ def unflatten(arrays: dict[str, ndarray]) -> Quantized:
             parameters[full_name] = array
     matrices = {}
     for name, parts in layers.items():
-        correction = Correction(*[parts[part] for part in LQER_PARTS]) if "lqer_a" in parts else None
-        parts.setdefault("column", np.zeros(parts["symbols"].shape[1], np.int8))
+        rows, cols = parts["symbols"].shape
+        parts.setdefault("column", np.zeros(cols, np.int8))
+        sizes = {"symbols": (rows, cols), "step": (rows,), "column": (cols,)}
+        correction = None
+        if "lqer_a" in parts:
+            correction = Correction(*[parts[part] for part in LQER_PARTS])
+            rank = correction.a.shape[1]
+            groups = -(-rank * cols // LQER_GROUP)
+            sizes |= {"lqer_a": (rows, rank), "lqer_b": (groups, LQER_GROUP), "lqer_scales": (1 + groups,)}
+        if {part: array.shape for part, array in parts.items()} != sizes:  # numpy would broadcast some others
+            raise ValueError(f"the parts of {name} do not fit together")
         matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)
         matrices.setdefault(name.split(".")[0], []).append(matrix)
     return Quantized(matrices, parameters, parameters.pop("logit_calibration", None))
@@ -4758,6 +4826,7 @@ VERSION = 1
 FIXED = struct.Struct("<8sIQII")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 LEAST_CODED = 64  # values of an array that are worth the entropy coder's header
+UNDECODABLE = "{}: cannot be decoded ({{}}); write it anew"
 
 
 def as_matrix(a: ndarray) -> ndarray:
@@ -4817,19 +4886,23 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     return data + struct.pack("<I", zlib.crc32(data))
 
 
-def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict):
+def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict, setting: str = "ARTIFACT_DIR"):
     """Write encode_artifact's bytes whole, by rename."""
-    with whole_file(path) as f:
+    with whole_file(path, setting) as f:
         f.write(encode_artifact(tensors, meta))
 
 
-def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
-    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or
-    of another kind raises UserError."""
-    with explained(
-        f"{path}: cannot be read ({{}}); train first, or set ARTIFACT_DIR to the folder that holds it", OSError
+def read_artifact(path: Path, cap: int = Config().artifact_cap) -> tuple[dict, bytes, bytes]:
+    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered,
+    of another kind, or above `cap` bytes raises UserError."""
+    with (
+        explained(
+            f"{path}: cannot be read ({{}}); train first, or set ARTIFACT_DIR to the folder that holds it", OSError
+        ),
+        open(path, "rb") as f,
     ):
-        data = path.read_bytes()
+        data = f.read(min(os.fstat(f.fileno()).st_size, cap + 1))
+    require(len(data) <= cap, f"{path}: over {cap:,} bytes; set ARTIFACT_CAP where you trust it with more")
     magic, version, length, header_size, code_size = FIXED.unpack_from(data.ljust(FIXED.size, b"\0"))
     require(
         magic == MAGIC,
@@ -4850,21 +4923,42 @@ def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
         f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it",
     )
     parts = io.BytesIO(data[FIXED.size : -4])
-    header = json.loads(zlib.decompress(parts.read(header_size)))
+    with explained(UNDECODABLE.format(path), Exception):
+        header = json_object(inflate(zlib.decompressobj(), parts.read(header_size), MOST_SIDE))
+        check_arrays(header, most_values(cap))
     return header, parts.read(code_size), parts.read()
 
 
-def load_artifact(path: Path) -> tuple[dict[str, ndarray], dict]:
+def most_values(cap: int) -> int:
+    """Values that a model below `cap` bytes may hold: one for each bit. A code of nothing but zeros could hold more
+    than any memory."""
+    return 8 * max(cap, Config().artifact_cap)
+
+
+def check_arrays(header: dict, most: int):
+    """Raise an exception unless a header describes arrays of numbers with distinct names and at most `most` values."""
+    arrays = [(name, dtype, shape) for dtype, shape, names, _ in header["coded"] for name in names]
+    arrays += [(name, dtype, shape) for dtype, members in header["plain"] for name, shape in members]
+    for name, dtype, shape in arrays:
+        if not re.fullmatch("[<|][iuf][1248]", dtype) or min(shape, default=0) < 0:
+            raise ValueError(f"{name!r} is of type {dtype!r} and shape {shape}")
+    if len({name for name, _, _ in arrays}) < len(arrays):
+        raise ValueError("two arrays of one name")
+    if sum(math.prod(shape) for _, _, shape in arrays) > most:
+        raise ValueError(f"its arrays have over {most:,} values")
+
+
+def load_artifact(path: Path, cap: int = Config().artifact_cap) -> tuple[dict[str, ndarray], dict]:
     """Inverse of encode_artifact: arrays and meta."""
-    header, code, rest = read_artifact(path)
+    header, code, rest = read_artifact(path, cap)
     # The checksum holds, so an error is of a file that was made wrongly.
-    with explained(f"{path}: cannot be decoded ({{}}); write it anew", Exception):
-        return unpack_tensors(header, code, rest), header["meta"]
+    with explained(UNDECODABLE.format(path), Exception), np.errstate(over="raise", divide="raise", invalid="raise"):
+        return unpack_tensors(header, code, rest, most_values(cap)), header["meta"]
 
 
-def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, ndarray]:
-    """The arrays that a model file's header describes."""
-    stacks, rider = decode_stacks(code)
+def unpack_tensors(header: dict, code: bytes, rest: bytes, most: int) -> dict[str, ndarray]:
+    """The arrays that a model file's header describes; see decode_stacks for `most`."""
+    stacks, rider = decode_stacks(code, most)
     tensors = {}
     for (dtype, shape, names, centres), stack in zip(header["coded"], stacks, strict=True):
         for name, q, centre in zip(names, stack, centres, strict=True):
@@ -4872,7 +4966,7 @@ def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, ndarray]
             values = values.astype(np.int64) + centre
             tensors[name] = values.astype(dtype).reshape(shape)
     raw = rider[: header["ridden"]] + rest
-    raw = lzma.decompress(raw, lzma.FORMAT_RAW, filters=LZMA)
+    raw = inflate(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA), raw, 8 * most)
     for dtype, members in header["plain"]:
         sizes = [math.prod(shape) for _, shape in members]
         values = from_planes(raw, dtype, sum(sizes))
@@ -5836,20 +5930,19 @@ def train_on_validation_set(scoring: ScoringPass):
 
 # ======== Packer ======================================================================================================
 
-# A packed script decompresses its source into a temporary file, once, and runs that: Triton reads the source of kernels
-# from the file that holds them.
+# A packed script decompresses its source into memory and runs that. No file holds it, so none can be read, replaced or
+# left behind by others: Triton and tracebacks find the lines of kernels in the cache that `inspect` reads.
 BOOTSTRAP = """# coding: latin-1
 # Packed train_gpt.py. Its source: python3 train_gpt.py --unpack FILE, or the lzma stream in the string below.
-import hashlib,lzma,os,tempfile
+import io,linecache,lzma,sys
 PACKED_PATH=__file__
-s=lzma.decompress("%s".encode("latin-1"))
-__file__=os.path.join(tempfile.gettempdir(),"train_gpt_"+str(os.getuid())+"_"+hashlib.sha256(s).hexdigest()[:24]+".py")
-if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
- t=__file__+str(os.getpid())
- with open(t,"wb")as f:f.write(s)
- os.replace(t,__file__)
-exec(compile(s,__file__,"exec"))
+try:PACKED_SOURCE=lzma.decompress("%s".encode("latin-1")).decode()
+except(ValueError,lzma.LZMAError)as e:sys.exit("error: "+PACKED_PATH+": damaged ("+str(e)+"); copy it again")
+__file__+=" (unpacked)"
+linecache.cache[__file__]=len(PACKED_SOURCE),None,io.StringIO(PACKED_SOURCE).readlines(),__file__
+exec(compile(PACKED_SOURCE,__file__,"exec"))
 """
+MOST_SOURCE = 1 << 25  # bytes that --unpack prints
 ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'})
 
 
@@ -5916,7 +6009,8 @@ def unpack_script(path: Path) -> str:
     match = re.fullmatch(f"{before}(.*){after}", path.read_bytes().decode("latin-1"))
     damaged = f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one"
     with explained(damaged, TypeError, ValueError, SyntaxError, lzma.LZMAError):
-        return lzma.decompress(ast.literal_eval(f'"{match[1]}"').encode("latin-1")).decode()
+        packed = ast.literal_eval(f'"{match[1]}"').encode("latin-1")
+        return inflate(lzma.LZMADecompressor(memlimit=1 << 28), packed, MOST_SOURCE).decode()
 
 
 # ======== Main ========================================================================================================
@@ -5933,6 +6027,10 @@ class Run:
         self.phases = Phases(self.ranks)
         self.verdicts = Verdicts()
         self.result = {"bpb": {}}  # what result.json will hold
+        # Where the log and the result go: an artifact can be scored in a folder that can only be read.
+        read_only = cfg.ttt_eval_only and self.folder.is_dir() and not os.access(self.folder, os.W_OK)
+        self.output = Path.cwd() if read_only else self.folder
+        self.place = "the working directory" if read_only else "ARTIFACT_DIR"  # what moves the output elsewhere
 
     def prepare(self):
         """Make the folder, read and check the validation data, choose the attention backend, and log what is used."""
@@ -5958,6 +6056,8 @@ class Run:
         self.log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
         self.log(f"all settings: {json.dumps(settings)}", console=False)
         self.log("data: " + ", ".join(f"{name} {value}" for name, value in data.items()))
+        if self.output != self.folder:
+            self.log(f"{self.folder} can only be read; eval.log and eval_result.json go to {self.output}")
         if not data["manifest"]:
             self.log("data: no manifest.json, so documents and hashes are unchecked")
 
@@ -5982,6 +6082,10 @@ class Run:
             "source_sha256": sha256(source.encode()),
             "settings_sha256": self.cfg.sha256(),
         }
+
+    def origin(self) -> dict:
+        """What weights must know of the run that made them."""
+        return {"settings": self.cfg.settings(), "tokenizer_sha256": self.result["data"]["tokenizer_sha256"]}
 
     def scoring(self, model: GPT, name: str) -> ScoringPass:
         """A pass over the validation stream, with a ledger of its own."""
@@ -6019,12 +6123,19 @@ def parameter_count(model: GPT) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+# Every file of a run; what was half written by a run that was killed goes when the next one starts.
+WRITTEN = ("trained.npz", "model.bin", "train_gpt.py", "result.json", "eval_result.json", "preflight")
+
+
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
     cfg = run.cfg
     if run.ranks.main:
+        for name in WRITTEN:
+            clear_parts(run.output / name)
         try_codec(run)
         if cfg.ledger_path:
+            clear_parts(Path(cfg.ledger_path))
             with whole_file(Path(cfg.ledger_path), "LEDGER_PATH"):
                 pass
         if not cfg.ttt_eval_only:  # scoring leaves the folder's script alone: it may be the one that runs
@@ -6040,8 +6151,8 @@ def preflight(run: Run):
 def try_codec(run: Run):
     """Write and read a small artifact in the run's folder."""
     symbols = np.random.default_rng(0).integers(-9, 10, (64, 64), dtype=np.int8)
-    path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
-    save_artifact(path, {"q.0.symbols": symbols}, {})
+    path = run.output / f"preflight.part{os.getpid()}"  # a name of this process: another may run in the folder
+    save_artifact(path, {"q.0.symbols": symbols}, {}, run.place)
     arrays, _ = load_artifact(path)
     path.unlink()
     if not np.array_equal(arrays["q.0.symbols"], symbols):
@@ -6076,7 +6187,7 @@ def train(run: Run, model: GPT):
     with run.phases("save"):
         if run.ranks.main:
             seconds = {"steps": run.phases.seconds["steps"]}
-            meta = {"settings": run.cfg.settings(), "training": training, "seconds": seconds}
+            meta = run.origin() | {"training": training, "seconds": seconds}
             arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
             with whole_file(run.folder / "trained.npz") as f:
                 np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
@@ -6085,18 +6196,38 @@ def train(run: Run, model: GPT):
 def read_trained(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
     damaged = f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it"
-    with explained(damaged, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    with explained(damaged, Exception):  # zipfile and numpy know many
+        with zipfile.ZipFile(path) as z:
+            if sum(member.file_size for member in z.infolist()) > path.stat().st_size:
+                raise ValueError("compressed")  # kilobytes can become gigabytes, and np.savez never does it
         arrays = dict(np.load(path))
-        return arrays, json.loads(str(arrays.pop("meta")))
+        meta = json_object(str(arrays.pop("meta")))
+        if any(a.dtype != np.float32 for a in arrays.values()):
+            raise ValueError("weights other than float32")
+        return arrays, meta
 
 
 def load_trained(run: Run, model: GPT):
     """Put the weights of trained.npz into the model, and its counts and times into the result."""
     path = run.folder / "trained.npz"
     arrays, meta = read_trained(path)
+    same_tokenizer(run, path, meta)
     load_state(model, {name: torch.from_numpy(array) for name, array in arrays.items()}, path)
-    run.result["training"] = meta["training"]
-    run.phases.seconds.update(meta["seconds"])
+    with explained(f"{path}: lacks counts or times of its training; train again", KeyError, TypeError, ValueError):
+        run.result["training"] = dict(meta["training"])
+        run.phases.seconds["steps"] = float(meta["seconds"]["steps"])
+
+
+def same_tokenizer(run: Run, path: Path, meta: dict) -> bool:
+    """Whether weights and shards are known to be of one tokenizer; UserError where they are of two."""
+    theirs = meta.get("tokenizer_sha256")
+    ours = run.result["data"]["tokenizer_sha256"]
+    require(
+        theirs == ours or None in (theirs, ours),
+        f"{path}: made with the tokenizer of SHA-256 {theirs!s:.12}, DATA_PATH is of {ours!s:.12}; set DATA_PATH and "
+        "TOKENIZER_PATH to what it was made with",
+    )
+    return theirs is not None and theirs == ours
 
 
 class RateSearch:
@@ -6160,7 +6291,7 @@ def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: i
                 logit_values = fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
             quantized = quantized._replace(logit_calibration=logit_values)
         with run.phases("write"):
-            data = encode_artifact(flatten(quantized), {"settings": cfg.settings()}) if run.ranks.main else b""
+            data = encode_artifact(flatten(quantized), run.origin()) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
         run.log(f"model.bin of {size:,} bytes, {search.room - size:,} left")
         search.observe(data, size)
@@ -6177,37 +6308,65 @@ def write_artifact(run: Run, model: GPT):
     with run.phases("calibrate"):
         hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
     data = search_rate(run, model, hessians, len(packed))
+    contents = {"model.bin": data, "train_gpt.py": packed}
     with run.phases("write"):
         if run.ranks.main:
-            for name, content in (("model.bin", data), ("train_gpt.py", packed)):
+            for name, content in contents.items():
                 with whole_file(run.folder / name) as f:
                     f.write(content)
+            run.result["artifact_sha256"] = {name: sha256(content) for name, content in contents.items()}
+            (run.folder / "eval_result.json").unlink(missing_ok=True)  # of the artifact before
     run.ranks.agree(0)  # the files are there before another rank reads them
     seconds = (f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write"))
     run.log(f"seconds: {', '.join(seconds)}")
 
 
+def check_hashes(run: Run):
+    """What is scored is what this run wrote, the same on every rank; result.json names it by its SHA-256."""
+    paths = [run.folder / name for name in ("train_gpt.py", "model.bin")]
+    found = {path.name: sha256(path.read_bytes()) for path in paths if path.is_file()}
+    start = int(found["model.bin"][:12], 16)
+    require(
+        found == run.result.setdefault("artifact_sha256", found) and start == run.ranks.agree(start),
+        f"{run.folder}: another run has written to it meanwhile; give each an ARTIFACT_DIR of its own and run again",
+    )
+
+
 def load_quantized(run: Run) -> tuple[GPT, dict]:
-    """A model with the weights of model.bin, and the file's settings."""
+    """A model with the weights of model.bin, and what the file says of its origin."""
     device = run.ranks.device
     path = run.folder / "model.bin"
-    arrays, meta = load_artifact(path)
-    quantized = unflatten(arrays)
+    arrays, meta = load_artifact(path, run.cfg.artifact_cap)
+    check_hashes(run)
+    with torch.device("meta"):  # of no memory: the settings may ask for any
+        wanted = parameter_count(GPT(run.cfg, run.attention_backend, torch.float32))
+    held = sum(a.size for a in arrays.values())
+    require(wanted <= held, f"{path}: holds {held:,} values, its settings ask for {wanted:,}; write it anew")
+    with explained(UNDECODABLE.format(path), Exception), np.errstate(over="raise", invalid="raise"):
+        quantized = unflatten(arrays)
+        state = quantized.state()
+        if flatten(quantized).keys() != arrays.keys():
+            raise ValueError("names of no array of a model")
     calibration = None
     if quantized.logit_calibration is not None:
         values = torch.from_numpy(quantized.logit_calibration).to(device)
+        sound = values.shape == (1 + LOGIT_CATEGORIES,) and values.isfinite().all()
+        require(sound, f"{path}: its logit calibration is not {1 + LOGIT_CATEGORIES} finite numbers; write it anew")
         calibration = to_logit_calibration(values, piece_features(run.cfg).to(device))
     model = run.new_model(calibration)
-    load_state(model, quantized.state(), path)
-    return model, meta["settings"]
+    load_state(model, state, path)
+    return model, meta
 
 
 def score_artifact(run: Run):
     """Load model.bin from disk and score it; the number comes from what ships."""
     cfg = run.cfg
     with run.phases("load"):
-        model, stored = load_quantized(run)
+        model, meta = load_quantized(run)
+    stored = meta["settings"]
     others = [name.upper() for name, _ in sorted(cfg.settings().items() - stored.items())]
+    if not same_tokenizer(run, run.folder / "model.bin", meta) and cfg.ttt_eval_only:
+        others.append("TOKENIZER_PATH (unknown)")
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     scoring = run.scoring(model, "quantized")
@@ -6256,7 +6415,8 @@ def finish(run: Run):
     table = run.verdicts.table
     result["verdicts"] = {name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in table.items()}
     if run.ranks.main:
-        with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
+        name = "eval_result.json" if cfg.ttt_eval_only else "result.json"
+        with whole_file(run.output / name, run.place) as f:
             f.write(json.dumps(result, indent=1).encode())
     for unit, form in (("BPB", ".6f"), ("bytes", ","), ("seconds", ".1f")):
         for name, value in result[unit.lower()].items():
@@ -6271,20 +6431,27 @@ def configure(env) -> Config:
     cfg = Config.from_env(env, check=False)  # the mode and the folder; the rest may need the stored settings
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
-        stored = read_artifact(path)[0]["meta"]["settings"]
+        meta = read_artifact(path, cfg.artifact_cap)[0].get("meta")
     elif cfg.quantize_only:
         path = artifact_folder(cfg) / "trained.npz"
-        stored = read_trained(path)[1]["settings"]
+        meta = read_trained(path)[1]
     else:
         return Config.from_env(env)
-    # A retired setting with the value that is fixed now is as good as absent; with another value the script differs.
-    stored = still_set(stored)
-    others = ", ".join(sorted(set(stored) ^ set(cfg.settings())))
+    with explained(f"{path}: holds no settings; use one that this script wrote", KeyError, TypeError, AttributeError):
+        # A retired setting with the value that is fixed now is as good as absent; with another the script differs.
+        stored = still_set(meta["settings"])
+    usual = Config().settings()
+    others = ", ".join(sorted(set(stored) ^ set(usual)))
     require(
         not others,
         f"{path}: written by a script with other settings than this one's ({others}); "
         "use the train_gpt.py that was packed with it",
     )
+    for name, value in usual.items():
+        odd = type(stored[name]) is not type(value)
+        require(not odd, f"{path}: holds {name.upper()}={stored[name]!r:.40}, no {type(value).__name__}; write it anew")
+    if cfg.ttt_eval_only:  # a file does not decide how large it may be
+        stored["artifact_cap"] = min(stored["artifact_cap"], cfg.artifact_cap)
     return Config.from_env(env, stored)
 
 
@@ -6312,7 +6479,7 @@ def execute(cfg: Config):
         if cfg.check_only:
             return
         # A run continued from trained.npz continues the log, too.
-        run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
+        run.log.open(run.output / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
         if not cfg.ttt_eval_only:
             produce_artifact(run)
         score_artifact(run)
