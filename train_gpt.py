@@ -99,6 +99,10 @@ RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()
 class UserError(Exception):
     """Bad input: printed as one line that names the file or setting and the remedy; the process exits with status 2."""
 
+    def __init__(self, message: str):
+        """What a stranger's file puts into the message can neither begin a line nor steer a terminal."""
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 def require(holds, message: str):
     """Raise UserError unless `holds`."""
@@ -244,15 +248,15 @@ class Config:
     bos_id: int = setting(1,
         "token that begins every document")
     num_layers: int = setting(11,
-        "physical layers", "(0, inf)")
+        "physical layers", "(0, 1000]")
     model_dim: int = setting(512,
-        "width of the residual stream", "(0, inf)")
+        "width of the residual stream", "(0, 4096]")
     num_heads: int = setting(4,
         "query heads of a layer", "(0, inf)")
     num_kv_heads: int = setting(2,
         "key and value heads of a layer", "(0, inf)")
     mlp_mult: float = setting(4.0,
-        "hidden width of the MLP over MODEL_DIM")
+        "hidden width of the MLP over MODEL_DIM", "[0, 64]")
     leaky_relu_sq_slope: float = setting(0.5,
         "negative slope of the MLP's squared leaky ReLU")
     tied_embed_init_std: float = setting(0.005,
@@ -270,7 +274,7 @@ class Config:
     attn_full_layers: str = setting("2,5,10",
         "layers whose attention reaches back over the attention span; numbers beyond NUM_LAYERS mean nothing")
     qk_gain_init: float = setting(5.0,
-        "initial gain of each normalised query head")
+        "initial gain of each normalised query head", "[0, 1e6]")
     smear_gate_enabled: bool = setting(True,
         "add a gated copy of the previous token's embedding")
     sparse_attn_gate_enabled: bool = setting(True,
@@ -280,7 +284,7 @@ class Config:
     attn_out_gate_enabled: bool = setting(False,
         "gate each head's output by twice a sigmoid of the leading channels, one at the start (#1667)")
     num_loops: int = setting(2,
-        "extra passes over the looped layers")
+        "extra passes over the looped layers", "[0, 100]")
     loop_start: int = setting(3,
         "first looped layer")
     loop_end: int = setting(5,
@@ -357,7 +361,7 @@ class Config:
     prequant_ttt_enabled: bool = setting(False,
         "before quantisation AdamW on the validation set (#1735), in steps of GLOBAL_TTT_CHUNK_TOKENS; no val_bpb")
     prequant_ttt_epochs: int = setting(21,
-        "passes of PREQUANT_TTT_ENABLED over the validation set")
+        "passes of PREQUANT_TTT_ENABLED over the validation set", "[0, 1000]")
     prequant_ttt_lr: float = setting(5e-4,
         "learning rate of the first PREQUANT_TTT pass; a cosine leads to a tenth of it in the last")
     prequant_ttt_freeze_blocks: int = setting(2,
@@ -411,7 +415,7 @@ class Config:
     eval_stride: int = setting(0,
         "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
     val_batch_tokens: int = setting(131072,
-        "tokens of one scoring forward on one rank")
+        "tokens of one scoring forward on one rank", "[0, 1e7]")
 
     # Test-time training
     ttt_enabled: bool = setting(True,
@@ -423,18 +427,18 @@ class Config:
         "most documents of a segment; state crosses documents only between segments, "
         "and a segment waits for its longest document", "(0, inf)")
     ttt_batch_size: int = setting(64,
-        "documents adapted together, of similar length; no score depends on it", "(0, inf)")
+        "documents adapted together, of similar length; no score depends on it", "(0, 65536]")
     ttt_chunks: str = setting("8,8,16,32",
         "sizes of the chunks from a document's start; the last repeats")
     ttt_eval_seq_len: int = setting(3072,
-        "longest context of a target scored with test-time training", "(0, inf)")
+        "longest context of a target scored with test-time training", "(0, 1e6]")
     ttt_backprop_tokens: int = setting(64,
         "tokens before a chunk that run again with it, so that gradients reach back; "
         "TTT_EVAL_SEQ_LEN: the exact recompute of #1855")
     ttt_mask: str = setting("",
         "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
     ttt_lora_rank: int = setting(32,
-        "rank of the adapters", "(0, inf)")
+        "rank of the adapters", "(0, 4096]")
     ttt_lora_alpha: float = setting(144.0,
         "factor of the adapters' product, over TTT_LORA_RANK")
     ttt_lora_lr: float = setting(1e-4,
@@ -448,15 +452,16 @@ class Config:
     ttt_warm_start: float = setting(1.0,
         "share by which the adapters' start moves, after a segment, to the mean of its documents' adapters; 0: never")
     phased_ttt_num_phases: int = setting(8,
-        "times the base weights learn from the scored documents of the prefix; 0: never")
+        "times the base weights learn from the scored documents of the prefix; 0: never", "[0, 1000]")
     phased_ttt_prefix_docs: int = setting(2500,
         "first documents of the stream, the prefix from which the base weights learn")
     global_ttt_lr: float = setting(0.05,
-        "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
+        "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)",
+        "[0, 1e6]")
     global_ttt_momentum: float = setting(0.9,
         "momentum of the base weights' SGD; it begins at zero in each phase", "[0, 1)")
     global_ttt_epochs: int = setting(1,
-        "passes of the base weights' SGD over the prefix in each phase (TTT_METHOD=sgd: over each chunk)")
+        "passes of the base weights' SGD over the prefix in each phase (TTT_METHOD=sgd: over each chunk)", "[0, 1000]")
     global_ttt_chunk_tokens: int = setting(32768,
         "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", "(0, inf)")
     global_ttt_grad_clip: float = setting(1.0,
@@ -5934,11 +5939,12 @@ def train_on_validation_set(scoring: ScoringPass):
 # left behind by others: Triton and tracebacks find the lines of kernels in the cache that `inspect` reads.
 BOOTSTRAP = """# coding: latin-1
 # Packed train_gpt.py. Its source: python3 train_gpt.py --unpack FILE, or the lzma stream in the string below.
-import io,linecache,lzma,sys
+import io,linecache,lzma,sys,traceback
 PACKED_PATH=__file__
 try:PACKED_SOURCE=lzma.decompress("%s".encode("latin-1")).decode()
 except(ValueError,lzma.LZMAError)as e:sys.exit("error: "+PACKED_PATH+": damaged ("+str(e)+"); copy it again")
 __file__+=" (unpacked)"
+sys.excepthook=traceback.print_exception
 linecache.cache[__file__]=len(PACKED_SOURCE),None,io.StringIO(PACKED_SOURCE).readlines(),__file__
 exec(compile(PACKED_SOURCE,__file__,"exec"))
 """
@@ -6437,14 +6443,14 @@ def configure(env) -> Config:
         meta = read_trained(path)[1]
     else:
         return Config.from_env(env)
-    with explained(f"{path}: holds no settings; use one that this script wrote", KeyError, TypeError, AttributeError):
+    with explained(f"{path}: holds no settings; use one that this script wrote", Exception):
         # A retired setting with the value that is fixed now is as good as absent; with another the script differs.
         stored = still_set(meta["settings"])
     usual = Config().settings()
     others = ", ".join(sorted(set(stored) ^ set(usual)))
     require(
         not others,
-        f"{path}: written by a script with other settings than this one's ({others}); "
+        f"{path}: written by a script with other settings than this one's ({others:.400}); "
         "use the train_gpt.py that was packed with it",
     )
     for name, value in usual.items():
@@ -6506,6 +6512,9 @@ def main(argv: list[str]) -> int:
     except OSError as e:
         where = e.filename or "a file"
         print(f"error: {where}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
