@@ -69,13 +69,17 @@ class Parts:
         return out + struct.pack("<I", zlib.crc32(out))
 
 
-def load(folder: Path):
-    """As TTT_EVAL_ONLY=1 does it, up to the model on the device."""
-    run = train_gpt.Run(train_gpt.configure(environment({"ttt_eval_only": True}, folder)))
+def prepared_run(settings: dict, folder: Path) -> train_gpt.Run:
+    """A run as it is once its data is read."""
+    run = train_gpt.Run(train_gpt.configure(environment(settings, folder)))
     run.attention_backend = "reference"
     run.result["data"] = {"tokenizer_sha256": TOKENIZER}
-    model, _ = train_gpt.load_quantized(run)
-    return model
+    return run
+
+
+def load(folder: Path):
+    """As TTT_EVAL_ONLY=1 does it, up to the model on the device."""
+    return train_gpt.load_quantized(prepared_run({"ttt_eval_only": True}, folder))[0]
 
 
 def refused(folder: Path, content: bytes) -> str:
@@ -332,19 +336,37 @@ def test_a_file_does_not_say_how_large_it_may_be(tmp_path):
 # ---- trained.npz ----
 
 
-def npz(folder: Path, meta: object = None, pack=np.savez, **changes) -> Path:
-    """The run's trained.npz with some arrays replaced, None removes one, and other text in "meta"."""
-    with np.load(base_run() / "trained.npz") as found:
-        arrays = {**found, **changes}
+@functools.cache
+def weights() -> dict:
+    """What a trained.npz holds, of random weights."""
+    cfg = train_gpt.Config.from_env(environment(RUN))
+    arrays = {name: p.detach().numpy() for name, p in gpt(cfg).named_parameters()}
+    meta = {
+        "settings": cfg.settings(),
+        "tokenizer_sha256": TOKENIZER,
+        "training": {"steps": 1},
+        "seconds": {"steps": 1},
+    }
+    return arrays | {"meta": np.array(json.dumps(meta))}
+
+
+def npz(folder: Path, meta: object = None, pack=np.savez, **changes):
+    """A trained.npz with some arrays replaced, None removes one, and other text in "meta"."""
+    arrays = weights() | changes
     if meta is not None:
         arrays["meta"] = np.array(meta)
     pack(folder / "trained.npz", **{name: a for name, a in arrays.items() if a is not None})
-    return folder / "trained.npz"
 
 
 def meta_of(**changes) -> str:
-    with np.load(base_run() / "trained.npz") as found:
-        return json.dumps({**json.loads(str(found["meta"])), **changes})
+    return json.dumps({**json.loads(str(weights()["meta"])), **changes})
+
+
+def load_weights(folder: Path):
+    """As QUANTIZE_ONLY=1 does it."""
+    run = prepared_run({**RUN, "quantize_only": True}, folder)
+    train_gpt.load_trained(run, run.new_model())
+    return run
 
 
 WEIGHTS = {
@@ -372,12 +394,16 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_trained_weights_that_cannot_be_used(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt, "write_artifact", lambda *_: pytest.fail("went on"))
-    monkeypatch.setattr(train_gpt.Run, "diagnose", lambda *_: pytest.fail("scored"))
+def test_trained_weights_that_cannot_be_used(name, tmp_path):
     WEIGHTS[name](tmp_path)
-    outcome = main({**RUN, "quantize_only": True}, tmp_path)
-    assert outcome.code == 2 and outcome.err.count("\n") == 1 and "trained.npz" in outcome.err, outcome.err
+    with pytest.raises(UserError) as error:
+        load_weights(tmp_path)
+    assert "trained.npz" in str(error.value) and str(error.value).isprintable()
+
+
+def test_trained_weights_come_back(tmp_path):
+    npz(tmp_path)
+    assert load_weights(tmp_path).phases.seconds["steps"] == 1
 
 
 # ---- files of a run ----
