@@ -58,6 +58,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib
 import io
@@ -112,13 +113,18 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: no Python package {missing.name}; pip install -r requirements.txt") from None
 
-SOURCE = Path(__file__).read_text(encoding="utf-8")  # captured once: editing the file during a run changes nothing
-PACKED = "PACKED_PATH" in globals()  # set by the packed script's first lines; see BOOTSTRAP
+PACKED = "PACKED_PATH" in globals()  # set by the packed script's first lines, as PACKED_SOURCE is; see BOOTSTRAP
+# Captured once: editing the file during a run changes nothing.
+SOURCE = globals()["PACKED_SOURCE"] if PACKED else Path(__file__).read_text(encoding="utf-8")
 RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()
 
 
 class UserError(Exception):
     """Bad input: printed as one line that names the file or setting and the remedy; the process exits with status 2."""
+
+    def __init__(self, message: str):
+        """What a stranger's file puts into the message can neither begin a line nor steer a terminal."""
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def require(holds, message: str):
@@ -146,6 +152,28 @@ def installed(package: str):
 def sha256(data) -> str:
     """Hexadecimal digest of bytes or of a contiguous array."""
     return hashlib.sha256(data).hexdigest()
+
+
+def inflate(decompressor, packed: bytes, most: int) -> bytes:
+    """What a zlib or LZMA stream holds. ValueError where that is over `most` bytes, since a stranger's kilobytes can
+    become gigabytes, or where the stream is cut short."""
+    data = decompressor.decompress(packed, most + 1)
+    if len(data) > most or not decompressor.eof:
+        raise ValueError(f"a compressed part is cut short, or over {most:,} bytes unpacked")
+    return data
+
+
+def json_object(text: bytes | str) -> dict:
+    """The object that JSON text holds; ValueError where it holds something else, or NaN and infinities, which are no
+    JSON."""
+
+    def refuse(name: str):
+        raise ValueError(f"{name} in JSON")
+
+    value = json.loads(text, parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
 
 
 # ======== Hyperparameters =============================================================================================
@@ -254,15 +282,15 @@ class Config:
     join_operators: bool = setting(False,
         "read a space and the CaseOps operator behind it as one token (#2109); for shards with operators behind spaces")
     num_layers: int = setting(11,
-        "physical layers", "(0, inf)")
+        "physical layers", "(0, 1000]")
     model_dim: int = setting(512,
-        "width of the residual stream", "(0, inf)")
+        "width of the residual stream", "(0, 4096]")
     num_heads: int = setting(4,
         "query heads of a layer", "(0, inf)")
     num_kv_heads: int = setting(2,
         "key and value heads of a layer", "(0, inf)")
     mlp_mult: float = setting(4.0,
-        "hidden width of the MLP over MODEL_DIM")
+        "hidden width of the MLP over MODEL_DIM", "[0, 64]")
     leaky_relu_sq_slope: float = setting(0.5,
         "negative slope of the MLP's squared leaky ReLU")
     tied_embed_init_std: float = setting(0.005,
@@ -280,7 +308,7 @@ class Config:
     attn_full_layers: str = setting("2,5,10",
         "layers whose attention reaches back over the attention span; numbers beyond NUM_LAYERS mean nothing")
     qk_gain_init: float = setting(5.0,
-        "initial gain of each normalised query head")
+        "initial gain of each normalised query head", "[0, 1e6]")
     smear_gate_enabled: bool = setting(True,
         "add a gated copy of the previous token's embedding")
     sparse_attn_gate_enabled: bool = setting(True,
@@ -290,7 +318,7 @@ class Config:
     attn_out_gate_enabled: bool = setting(False,
         "gate each head's output by twice a sigmoid of the leading channels, one at the start (#1667)")
     num_loops: int = setting(2,
-        "extra passes over the looped layers")
+        "extra passes over the looped layers", "[0, 100]")
     loop_start: int = setting(3,
         "first looped layer")
     loop_end: int = setting(5,
@@ -367,7 +395,7 @@ class Config:
     prequant_ttt_enabled: bool = setting(False,
         "before quantisation AdamW on the validation set (#1735), in steps of GLOBAL_TTT_CHUNK_TOKENS; no val_bpb")
     prequant_ttt_epochs: int = setting(21,
-        "passes of PREQUANT_TTT_ENABLED over the validation set")
+        "passes of PREQUANT_TTT_ENABLED over the validation set", "[0, 1000]")
     prequant_ttt_lr: float = setting(5e-4,
         "learning rate of the first PREQUANT_TTT pass; a cosine leads to a tenth of it in the last")
     prequant_ttt_freeze_blocks: int = setting(2,
@@ -421,7 +449,7 @@ class Config:
     eval_stride: int = setting(0,
         "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
     val_batch_tokens: int = setting(131072,
-        "tokens of one scoring forward on one rank")
+        "tokens of one scoring forward on one rank", "[0, 1e7]")
 
     # Test-time training
     ttt_enabled: bool = setting(True,
@@ -433,18 +461,18 @@ class Config:
         "most documents of a segment; state crosses documents only between segments, "
         "and a segment waits for its longest document", "(0, inf)")
     ttt_batch_size: int = setting(64,
-        "documents adapted together, of similar length; no score depends on it", "(0, inf)")
+        "documents adapted together, of similar length; no score depends on it", "(0, 65536]")
     ttt_chunks: str = setting("8,8,16,32",
         "sizes of the chunks from a document's start; the last repeats")
     ttt_eval_seq_len: int = setting(3072,
-        "longest context of a target scored with test-time training", "(0, inf)")
+        "longest context of a target scored with test-time training", "(0, 1e6]")
     ttt_backprop_tokens: int = setting(64,
         "tokens before a chunk that run again with it, so that gradients reach back; "
         "TTT_EVAL_SEQ_LEN: the exact recompute of #1855")
     ttt_mask: str = setting("",
         "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
     ttt_lora_rank: int = setting(32,
-        "rank of the adapters", "(0, inf)")
+        "rank of the adapters", "(0, 4096]")
     ttt_lora_alpha: float = setting(144.0,
         "factor of the adapters' product, over TTT_LORA_RANK")
     ttt_lora_lr: float = setting(1e-4,
@@ -458,15 +486,16 @@ class Config:
     ttt_warm_start: float = setting(1.0,
         "share by which the adapters' start moves, after a segment, to the mean of its documents' adapters; 0: never")
     phased_ttt_num_phases: int = setting(8,
-        "times the base weights learn from the scored documents of the prefix; 0: never")
+        "times the base weights learn from the scored documents of the prefix; 0: never", "[0, 1000]")
     phased_ttt_prefix_docs: int = setting(2500,
         "first documents of the stream, the prefix from which the base weights learn")
     global_ttt_lr: float = setting(0.05,
-        "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
+        "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)",
+        "[0, 1e6]")
     global_ttt_momentum: float = setting(0.9,
         "momentum of the base weights' SGD; it begins at zero in each phase", "[0, 1)")
     global_ttt_epochs: int = setting(1,
-        "passes of the base weights' SGD over the prefix in each phase (TTT_METHOD=sgd: over each chunk)")
+        "passes of the base weights' SGD over the prefix in each phase (TTT_METHOD=sgd: over each chunk)", "[0, 1000]")
     global_ttt_chunk_tokens: int = setting(32768,
         "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", "(0, inf)")
     global_ttt_grad_clip: float = setting(1.0,
@@ -999,6 +1028,26 @@ def claimed(folder: Path):
                 path.rmdir()
 
 
+def clear_parts(path: Path):
+    """Remove what `whole_file` left of `path` in processes that were killed; a run calls this before it writes."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.part*"):
+        pid = part.name.rpartition(".part")[2]
+        if re.fullmatch(r"\d{1,9}", pid) and (int(pid) == os.getpid() or not is_alive(int(pid))):
+            with contextlib.suppress(OSError):  # where nothing can be removed, the run says so when it writes
+                part.unlink()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this machine runs a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
 # ======== Data: shards, packed training batches, the validation stream ================================================
 
 SHARD_MAGIC = 20240520
@@ -1405,6 +1454,7 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
     # The contest's validation set has the first 50,000 documents of FineWeb.
     contest = size in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
     manifest = Path(cfg.data_path) / "manifest.json"
+    model = Path(cfg.tokenizer_path or manifest.with_name("tokenizer.model"))
     facts = {
         "val_tokens": len(val.tokens),
         "val_targets": val.targets,
@@ -1414,8 +1464,9 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
         "vocab_size": cfg.vocab_size,
         "bos_id": cfg.bos_id,
         "val_sha256": sha256(np.ascontiguousarray(val.tokens)),  # however the tokens are cut into shards
+        "tokenizer_sha256": sha256(model.read_bytes()) if model.is_file() else None,
         "dataset": "contest" if contest else "other",
-        "manifest": manifest.is_file(),
+        "manifest": os.path.lexists(manifest),
     }
     return facts | check_manifest(cfg, manifest, facts) if facts["manifest"] else facts
 
@@ -1451,13 +1502,14 @@ class TrainingHashes:
 
 
 def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
-    """Raise UserError unless the data is as its manifest says; return the manifest's transform and tokenizer hash.
+    """Raise UserError unless the data is as its manifest says; return the manifest's transform.
 
     Checked are counts, vocabulary and BOS; validation files and tokenizer by hash, training shards by their names and
     lengths. TrainingHashes follows."""
     damaged = f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again"
-    with explained(damaged, ValueError, KeyError, TypeError):
-        promised = json.loads(manifest.read_text(encoding="utf-8"))
+    require(manifest.is_file(), damaged)  # a folder, or a link to nothing
+    with explained(damaged, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        promised = json_object(manifest.read_bytes())
         theirs = {f"val_{key}": promised["val"][key] for key in ("tokens", "documents", "bytes")}
         theirs |= {key: promised[key] for key in ("vocab_size", "bos_id")}
         for key, value in theirs.items():
@@ -1468,6 +1520,8 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
             )
         for name, file in promised["files"].items():
             path = manifest.parent / name
+            plain = path.name == name and name.isprintable()  # no way to a file outside the folder
+            require(plain, f"{manifest}: names {name!r}, which is no file of its folder; prepare the data again")
             require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
             if "train" in name:  # hashing gigabytes would take minutes
                 intact = len(open_shard(path)) == file["tokens"]
@@ -1479,27 +1533,16 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
                 path.name in promised["files"], f"{path}: not in manifest.json; move it away or prepare the data again"
             )
         made_by = promised["tokenizer"]["sha256"]
-        model = tokenizer_path(cfg)
         require(
-            sha256(model.read_bytes()) == made_by,
-            f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})",
+            facts["tokenizer_sha256"] == made_by,
+            f"TOKENIZER_PATH={tokenizer_path(cfg)}: not the tokenizer that made these shards ({manifest})",
         )
         transform = promised["transform"]
         require(
             transform == BEHIND_SPACE or not cfg.join_operators,
             f"JOIN_OPERATORS=1: {manifest} names the transform {transform}, not {BEHIND_SPACE}; set JOIN_OPERATORS=0",
         )
-        return {"transform": transform, "tokenizer_sha256": made_by}
-
-
-def check_same_data(path: Path, stored: dict, facts: dict):
-    """What the artifact at `path` knows of its data must hold for the data that it scores."""
-    for name in ("transform", "tokenizer_sha256"):
-        ours, theirs = stored.get(name), facts.get(name)
-        require(
-            None in (ours, theirs) or ours == theirs,
-            f"{path}: made for data with {name} {ours}, DATA_PATH has {theirs}; set DATA_PATH to data like its own",
-        )
+        return {"transform": transform}
 
 
 # ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
@@ -3450,6 +3493,7 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
             f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
             "use the settings it was made with",
         )
+        require(state[name].isfinite().all(), f"{origin}: {name} holds a value that is not finite; write it anew")
     model.load_state_dict(state)
 
 
@@ -3974,7 +4018,9 @@ CORRELATION_COST = 0.002  # nats per symbol that a predictor must gain, for its 
 MAX_SCALED_VARIANCE = 2.0**12
 MAX_MEAN_Q8 = 2.0**15
 MAX_INNOVATION_Q8 = 2.0**17
+MAX_WIDTH = 4096
 MIN_D_Q22 = 2.0**15  # half of 1/64: rounding may take d below it
+MOST_SIDE = 1 << 22  # bytes of a header's JSON
 
 
 class CorrelationPrior(NamedTuple):
@@ -4413,22 +4459,29 @@ def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int
     return sizes + side + raw + states + words, ridden
 
 
-def decode_stacks(code: bytes) -> tuple[list[ndarray], bytes]:
-    """Inverse of encode_stacks: int32 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
+def decode_stacks(code: bytes, most: int = 1 << 27) -> tuple[list[ndarray], bytes]:
+    """Inverse of encode_stacks: int32 stacks, and the rider padded with zeros. ValueError for a cut or altered code,
+    and before anything of more than `most` values is made."""
     parts = io.BytesIO(code)
     side, raw, count, words = struct.unpack("<4I", parts.read(16))
     length = 16 + side + raw + 4 * count + 2 * words
     if len(code) != length:
         raise ValueError(f"{len(code)} bytes of code, {length} by their header")
-    headers = json.loads(zlib.decompress(parts.read(side)))
-    escaped = np.frombuffer(zlib.decompress(parts.read(raw)), "<i2")
+    headers = json.loads(inflate(zlib.decompressobj(), parts.read(side), MOST_SIDE))
+    escaped = np.frombuffer(inflate(zlib.decompressobj(), parts.read(raw), 2 * most), "<i2")
     states = np.frombuffer(parts.read(4 * count), "<u4")
     reader = SymbolReader(states, np.frombuffer(parts.read(), "<u2"), escaped)
     stacks = []
     pools = {}
+    left = most
     for entry in headers:
         header = StackHeader(**entry)
         members, rows, width = header.shape
+        left -= members * (rows + len(header.copies[0])) * width
+        moments = 4 * members * width * width  # float64, and copied a few times
+        sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
+        if not sound or left < 0 or moments > most:
+            raise ValueError(f"a stack of shape {header.shape} is too large")
         columns = np.empty((width, members, rows), np.int32)
         reader.begin(header.mixture)
         StackModel(columns, header).code(reader, pools)
@@ -4713,7 +4766,8 @@ class Quantized(NamedTuple):
         state = {name: torch.from_numpy(array).float() for name, array in self.parameters.items()}
         if "attn_gate.int8" in state:
             scale = state.pop("attn_gate.scale")
-            state["attn_gate"] = state.pop("attn_gate.int8") * scale[..., None]
+            gate = state.pop("attn_gate.int8")
+            state["attn_gate"] = gate * scale[..., None].expand_as(gate)
         for name, layers in self.matrices.items():
             stack = torch.stack([matrix.dequantize() for matrix in layers])
             state[name] = stack[0] if name == "tok_emb" else stack
@@ -5066,7 +5120,7 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
 
 
 def unflatten(arrays: dict[str, ndarray]) -> Quantized:
-    """Inverse of flatten."""
+    """Inverse of flatten. ValueError or KeyError where a matrix lacks a part, or has one of another size."""
     layers = {}  # "qkv.3" -> {"symbols": ..., "step": ...}
     parameters = {}
     for full_name, array in arrays.items():
@@ -5077,8 +5131,17 @@ def unflatten(arrays: dict[str, ndarray]) -> Quantized:
             parameters[full_name] = array
     matrices = {}
     for name, parts in layers.items():
-        correction = Correction(*[parts[part] for part in LQER_PARTS]) if "lqer_a" in parts else None
-        parts.setdefault("column", np.zeros(parts["symbols"].shape[1], np.int8))
+        rows, cols = parts["symbols"].shape
+        parts.setdefault("column", np.zeros(cols, np.int8))
+        sizes = {"symbols": (rows, cols), "step": (rows,), "column": (cols,)}
+        correction = None
+        if "lqer_a" in parts:
+            correction = Correction(*[parts[part] for part in LQER_PARTS])
+            rank = correction.a.shape[1]
+            groups = -(-rank * cols // LQER_GROUP)
+            sizes |= {"lqer_a": (rows, rank), "lqer_b": (groups, LQER_GROUP), "lqer_scales": (1 + groups,)}
+        if {part: array.shape for part, array in parts.items()} != sizes:  # numpy would broadcast some others
+            raise ValueError(f"the parts of {name} do not fit together")
         matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)
         matrices.setdefault(name.split(".")[0], []).append(matrix)
     return Quantized(matrices, parameters, parameters.pop("logit_calibration", None))
@@ -5094,6 +5157,7 @@ VERSION = 1
 FIXED = struct.Struct("<8sIQII")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 LEAST_CODED = 64  # values of an array that are worth the entropy coder's header
+UNDECODABLE = "{}: cannot be decoded ({{}}); write it anew"
 
 
 def as_matrix(a: ndarray) -> ndarray:
@@ -5153,19 +5217,44 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     return data + struct.pack("<I", zlib.crc32(data))
 
 
-def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict):
+def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict, setting: str = "ARTIFACT_DIR"):
     """Write encode_artifact's bytes whole, by rename."""
-    with whole_file(path) as f:
+    with whole_file(path, setting) as f:
         f.write(encode_artifact(tensors, meta))
 
 
-def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
-    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or
-    of another kind raises UserError."""
-    with explained(
-        f"{path}: cannot be read ({{}}); train first, or set ARTIFACT_DIR to the folder that holds it", OSError
+def unpack_tensors(header: dict, code: bytes, rest: bytes, most: int) -> dict[str, ndarray]:
+    """The arrays that a model file's header describes; see decode_stacks for `most`."""
+    stacks, rider = decode_stacks(code, most)
+    tensors = {}
+    for (dtype, shape, names, centres), stack in zip(header["coded"], stacks, strict=True):
+        for name, q, centre in zip(names, stack, centres, strict=True):
+            values = q.ravel()[: math.prod(shape)]
+            values = values.astype(np.int64) + centre
+            tensors[name] = values.astype(dtype).reshape(shape)
+    raw = rider[: header["ridden"]] + rest
+    raw = inflate(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA), raw, 8 * most)
+    for dtype, members in header["plain"]:
+        sizes = [math.prod(shape) for _, shape in members]
+        values = from_planes(raw, dtype, sum(sizes))
+        raw = raw[values.nbytes :]
+        pieces = np.split(values, np.cumsum(sizes)[:-1])  # one for each member
+        for (name, shape), a in zip(members, pieces):
+            tensors[name] = a.reshape(shape)
+    return tensors
+
+
+def read_artifact(path: Path, cap: int = Config().artifact_cap) -> tuple[dict, bytes, bytes]:
+    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered,
+    of another kind, or above `cap` bytes raises UserError."""
+    with (
+        explained(
+            f"{path}: cannot be read ({{}}); train first, or set ARTIFACT_DIR to the folder that holds it", OSError
+        ),
+        open(path, "rb") as f,
     ):
-        data = path.read_bytes()
+        data = f.read(min(os.fstat(f.fileno()).st_size, cap + 1))
+    require(len(data) <= cap, f"{path}: over {cap:,} bytes; set ARTIFACT_CAP where you trust it with more")
     magic, version, length, header_size, code_size = FIXED.unpack_from(data.ljust(FIXED.size, b"\0"))
     require(
         magic == MAGIC,
@@ -5186,37 +5275,37 @@ def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
         f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it",
     )
     parts = io.BytesIO(data[FIXED.size : -4])
-    header = json.loads(zlib.decompress(parts.read(header_size)))
+    with explained(UNDECODABLE.format(path), Exception):
+        header = json_object(inflate(zlib.decompressobj(), parts.read(header_size), MOST_SIDE))
+        check_arrays(header, most_values(cap))
     return header, parts.read(code_size), parts.read()
 
 
-def load_artifact(path: Path) -> tuple[dict[str, ndarray], dict]:
+def most_values(cap: int) -> int:
+    """Values that a model below `cap` bytes may hold: one for each bit. A code of nothing but zeros could hold more
+    than any memory."""
+    return 8 * max(cap, Config().artifact_cap)
+
+
+def check_arrays(header: dict, most: int):
+    """Raise an exception unless a header describes arrays of numbers with distinct names and at most `most` values."""
+    arrays = [(name, dtype, shape) for dtype, shape, names, _ in header["coded"] for name in names]
+    arrays += [(name, dtype, shape) for dtype, members in header["plain"] for name, shape in members]
+    for name, dtype, shape in arrays:
+        if not re.fullmatch("[<|][iuf][1248]", dtype) or min(shape, default=0) < 0:
+            raise ValueError(f"{name!r} is of type {dtype!r} and shape {shape}")
+    if len({name for name, _, _ in arrays}) < len(arrays):
+        raise ValueError("two arrays of one name")
+    if sum(math.prod(shape) for _, _, shape in arrays) > most:
+        raise ValueError(f"its arrays have over {most:,} values")
+
+
+def load_artifact(path: Path, cap: int = Config().artifact_cap) -> tuple[dict[str, ndarray], dict]:
     """Inverse of encode_artifact: arrays and meta."""
-    header, code, rest = read_artifact(path)
+    header, code, rest = read_artifact(path, cap)
     # The checksum holds, so an error is of a file that was made wrongly.
-    with explained(f"{path}: cannot be decoded ({{}}); write it anew", Exception):
-        return unpack_tensors(header, code, rest), header["meta"]
-
-
-def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, ndarray]:
-    """The arrays that a model file's header describes."""
-    stacks, rider = decode_stacks(code)
-    tensors = {}
-    for (dtype, shape, names, centres), stack in zip(header["coded"], stacks, strict=True):
-        for name, q, centre in zip(names, stack, centres, strict=True):
-            values = q.ravel()[: math.prod(shape)]
-            values = values.astype(np.int64) + centre
-            tensors[name] = values.astype(dtype).reshape(shape)
-    raw = rider[: header["ridden"]] + rest
-    raw = lzma.decompress(raw, lzma.FORMAT_RAW, filters=LZMA)
-    for dtype, members in header["plain"]:
-        sizes = [math.prod(shape) for _, shape in members]
-        values = from_planes(raw, dtype, sum(sizes))
-        raw = raw[values.nbytes :]
-        pieces = np.split(values, np.cumsum(sizes)[:-1])  # one for each member
-        for (name, shape), a in zip(members, pieces):
-            tensors[name] = a.reshape(shape)
-    return tensors
+    with explained(UNDECODABLE.format(path), Exception), np.errstate(over="raise", divide="raise", invalid="raise"):
+        return unpack_tensors(header, code, rest, most_values(cap)), header["meta"]
 
 
 # ======== N-gram: exact causal token statistics, and the tilt that they give the scored probabilities =================
@@ -6172,20 +6261,20 @@ def train_on_validation_set(scoring: ScoringPass):
 
 # ======== Packer ======================================================================================================
 
-# A packed script decompresses its source into a temporary file, once, and runs that: Triton reads the source of kernels
-# from the file that holds them.
+# A packed script decompresses its source into memory and runs that. No file holds it, so none can be read, replaced or
+# left behind by others: Triton and tracebacks find the lines of kernels in the cache that `inspect` reads.
 BOOTSTRAP = """# coding: latin-1
 # Packed train_gpt.py. Its source: python3 train_gpt.py --unpack FILE, or the lzma stream in the string below.
-import hashlib,lzma,os,tempfile
+import io,linecache,lzma,sys,traceback
 PACKED_PATH=__file__
-s=lzma.decompress("%s".encode("latin-1"))
-__file__=os.path.join(tempfile.gettempdir(),"train_gpt_"+str(os.getuid())+"_"+hashlib.sha256(s).hexdigest()[:24]+".py")
-if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
- t=__file__+str(os.getpid())
- with open(t,"wb")as f:f.write(s)
- os.replace(t,__file__)
-exec(compile(s,__file__,"exec"))
+try:PACKED_SOURCE=lzma.decompress("%s".encode("latin-1")).decode()
+except(ValueError,lzma.LZMAError)as e:sys.exit("error: "+PACKED_PATH+": damaged ("+str(e)+"); copy it again")
+__file__+=" (unpacked)"
+sys.excepthook=traceback.print_exception
+linecache.cache[__file__]=len(PACKED_SOURCE),None,io.StringIO(PACKED_SOURCE).readlines(),__file__
+exec(compile(PACKED_SOURCE,__file__,"exec"))
 """
+MOST_SOURCE = 1 << 25  # bytes that --unpack prints
 ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'})
 
 
@@ -6252,7 +6341,8 @@ def unpack_script(path: Path) -> str:
     match = re.fullmatch(f"{before}(.*){after}", path.read_bytes().decode("latin-1"))
     damaged = f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one"
     with explained(damaged, TypeError, ValueError, SyntaxError, lzma.LZMAError):
-        return lzma.decompress(ast.literal_eval(f'"{match[1]}"').encode("latin-1")).decode()
+        packed = ast.literal_eval(f'"{match[1]}"').encode("latin-1")
+        return inflate(lzma.LZMADecompressor(memlimit=1 << 28), packed, MOST_SOURCE).decode()
 
 
 # ======== Main ========================================================================================================
@@ -6270,6 +6360,9 @@ class Run:
         self.verdicts = Verdicts()
         self.result = {"bpb": {}}  # what result.json will hold
         self.training_hashes = None  # on rank 0, where training data is read
+        self.output = output_folder(cfg)
+        # What moves the output elsewhere.
+        self.place = "ARTIFACT_DIR" if self.output == self.folder else "the working directory"
 
     def prepare(self):
         """Read and check the validation data, choose the attention backend, and log what is used."""
@@ -6293,6 +6386,8 @@ class Run:
         self.log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
         self.log(f"all settings: {json.dumps(settings)}", console=False)
         self.log("data: " + ", ".join(f"{name} {value}" for name, value in data.items()))
+        if self.output != self.folder:
+            self.log(f"{self.folder} can only be read; eval.log and eval_result.json go to {self.output}")
         if not data["manifest"]:
             self.log("data: no manifest.json, so documents and hashes are unchecked")
 
@@ -6318,11 +6413,10 @@ class Run:
             "settings_sha256": self.cfg.sha256(),
         }
 
-    def describe_artifact(self) -> dict:
-        """What model.bin says of itself: settings, and the data that it belongs to."""
-        data = self.result["data"]
-        known = {name: data[name] for name in ("transform", "tokenizer_sha256") if name in data}
-        return {"settings": self.cfg.settings(), "data": known}
+    def origin(self) -> dict:
+        """What weights must know of the run that made them."""
+        known = {name: self.result["data"].get(name) for name in ("tokenizer_sha256", "transform")}
+        return {"settings": self.cfg.settings()} | known
 
     def scoring(self, model: GPT, name: str) -> ScoringPass:
         """A pass over the validation stream, with a ledger of its own."""
@@ -6363,17 +6457,31 @@ def artifact_folder(cfg: Config) -> Path:
     return RUNNING.parent if PACKED else Path("runs") / str(cfg.seed)
 
 
+def output_folder(cfg: Config) -> Path:
+    """Where the log and the result go: an artifact can be scored in a folder that can only be read."""
+    folder = artifact_folder(cfg)
+    read_only = cfg.ttt_eval_only and folder.is_dir() and not os.access(folder, os.W_OK)
+    return Path.cwd() if read_only else folder
+
+
 def parameter_count(model: GPT) -> int:
     """Numbers in all weights; 4 bytes each in trained.npz."""
     return sum(p.numel() for p in model.parameters())
+
+
+# Every file of a run; what was half written by a run that was killed goes when the next one starts.
+WRITTEN = ("trained.npz", "model.bin", "train_gpt.py", "result.json", "eval_result.json", "preflight")
 
 
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
     cfg = run.cfg
     if run.ranks.main:
+        for name in WRITTEN:
+            clear_parts(run.output / name)
         try_codec(run)
         if cfg.ledger_path:
+            clear_parts(Path(cfg.ledger_path))
             try_path(Path(cfg.ledger_path), "LEDGER_PATH")
         if not cfg.ttt_eval_only:  # scoring leaves the folder's script alone: it may be the one that runs
             check_folder(run)
@@ -6399,9 +6507,9 @@ def wait_for_hashes(run: Run):
 def try_codec(run: Run):
     """Write and read a small artifact in the run's folder."""
     symbols = np.random.default_rng(0).integers(-9, 10, (64, 64), dtype=np.int8)
-    path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
+    path = run.output / f"preflight.part{os.getpid()}"  # a name of this process: another may run in the folder
     try:
-        save_artifact(path, {"q.0.symbols": symbols}, {})
+        save_artifact(path, {"q.0.symbols": symbols}, {}, run.place)
         arrays, _ = load_artifact(path)
     finally:
         path.unlink(missing_ok=True)
@@ -6438,7 +6546,7 @@ def train(run: Run, model: GPT):
     with run.phases("save"):
         if run.ranks.main:
             seconds = {"steps": run.phases.seconds["steps"]}
-            meta = {"settings": run.cfg.settings(), "training": training, "seconds": seconds}
+            meta = run.origin() | {"training": training, "seconds": seconds}
             arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
             with whole_file(run.folder / "trained.npz") as f:
                 np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
@@ -6447,18 +6555,41 @@ def train(run: Run, model: GPT):
 def read_trained(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
     damaged = f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it"
-    with explained(damaged, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    with explained(damaged, Exception):  # zipfile and numpy know many
+        with zipfile.ZipFile(path) as z:
+            if sum(member.file_size for member in z.infolist()) > path.stat().st_size:
+                raise ValueError("compressed")  # kilobytes can become gigabytes, and np.savez never does it
         arrays = dict(np.load(path))
-        return arrays, json.loads(str(arrays.pop("meta")))
+        meta = json_object(str(arrays.pop("meta")))
+        if any(a.dtype != np.float32 for a in arrays.values()):
+            raise ValueError("weights other than float32")
+        return arrays, meta
 
 
 def load_trained(run: Run, model: GPT):
     """Put the weights of trained.npz into the model, and its counts and times into the result."""
     path = run.folder / "trained.npz"
     arrays, meta = read_trained(path)
+    same_data(run, path, meta)
     load_state(model, {name: torch.from_numpy(array) for name, array in arrays.items()}, path)
-    run.result["training"] = meta["training"]
-    run.phases.seconds.update(meta["seconds"])
+    with explained(f"{path}: lacks counts or times of its training; train again", KeyError, TypeError, ValueError):
+        run.result["training"] = dict(meta["training"])
+        run.phases.seconds["steps"] = float(meta["seconds"]["steps"])
+
+
+def same_data(run: Run, path: Path, meta: dict) -> bool:
+    """Whether weights and shards are known to be of one tokenizer; UserError where they are of two, or of two forms of
+    CaseOps."""
+    data = run.result["data"]
+    for name in ("transform", "tokenizer_sha256"):
+        theirs = meta.get(name)
+        ours = data.get(name)
+        require(
+            theirs == ours or None in (theirs, ours),
+            f"{path}: made for data of {name} {theirs!s:.40}, DATA_PATH is of {ours!s:.40}; set DATA_PATH and "
+            "TOKENIZER_PATH to what it was made with",
+        )
+    return None not in (meta.get("tokenizer_sha256"), data.get("tokenizer_sha256"))
 
 
 class RateSearch:
@@ -6524,7 +6655,7 @@ def search_rate(run: Run, model: GPT, code_bytes: int) -> bytes:
                 logit_values = fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
             quantized = quantized._replace(logit_calibration=logit_values)
         with run.phases("write"):
-            data = encode_artifact(flatten(quantized), run.describe_artifact()) if run.ranks.main else b""
+            data = encode_artifact(flatten(quantized), run.origin()) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
         run.log(f"model.bin of {size:,} bytes, {search.room - size:,} left")
         search.observe(data, size)
@@ -6538,38 +6669,65 @@ def write_artifact(run: Run, model: GPT):
     the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains."""
     packed = pack_script(SOURCE)
     data = search_rate(run, model, len(packed))
+    contents = {"model.bin": data, "train_gpt.py": packed}
     with run.phases("write"):
         if run.ranks.main:
-            for name, content in (("model.bin", data), ("train_gpt.py", packed)):
+            for name, content in contents.items():
                 with whole_file(run.folder / name) as f:
                     f.write(content)
+            run.result["artifact_sha256"] = {name: sha256(content) for name, content in contents.items()}
+            (run.folder / "eval_result.json").unlink(missing_ok=True)  # of the artifact before
     run.ranks.agree(0)  # the files are there before another rank reads them
     seconds = (f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write"))
     run.log(f"seconds: {', '.join(seconds)}")
 
 
+def check_hashes(run: Run):
+    """What is scored is what this run wrote, the same on every rank; result.json names it by its SHA-256."""
+    paths = [run.folder / name for name in ("train_gpt.py", "model.bin")]
+    found = {path.name: sha256(path.read_bytes()) for path in paths if path.is_file()}
+    start = int(found["model.bin"][:12], 16)
+    require(
+        found == run.result.setdefault("artifact_sha256", found) and start == run.ranks.agree(start),
+        f"{run.folder}: another run has written to it meanwhile; give each an ARTIFACT_DIR of its own and run again",
+    )
+
+
 def load_quantized(run: Run) -> tuple[GPT, dict]:
-    """A model with the weights of model.bin, and the file's settings."""
+    """A model with the weights of model.bin, and what the file says of its origin."""
     device = run.ranks.device
     path = run.folder / "model.bin"
-    arrays, meta = load_artifact(path)
-    quantized = unflatten(arrays)
+    arrays, meta = load_artifact(path, run.cfg.artifact_cap)
+    check_hashes(run)
+    with torch.device("meta"):  # of no memory: the settings may ask for any
+        wanted = parameter_count(GPT(run.cfg, run.attention_backend, torch.float32))
+    held = sum(a.size for a in arrays.values())
+    require(wanted <= held, f"{path}: holds {held:,} values, its settings ask for {wanted:,}; write it anew")
+    with explained(UNDECODABLE.format(path), Exception), np.errstate(over="raise", invalid="raise"):
+        quantized = unflatten(arrays)
+        state = quantized.state()
+        if flatten(quantized).keys() != arrays.keys():
+            raise ValueError("names of no array of a model")
     calibration = None
     if quantized.logit_calibration is not None:
         values = torch.from_numpy(quantized.logit_calibration).to(device)
+        sound = values.shape == (1 + LOGIT_CATEGORIES,) and values.isfinite().all()
+        require(sound, f"{path}: its logit calibration is not {1 + LOGIT_CATEGORIES} finite numbers; write it anew")
         calibration = to_logit_calibration(values, piece_features(run.cfg).to(device))
     model = run.new_model(calibration)
-    load_state(model, quantized.state(), path)
-    check_same_data(path, meta.get("data", {}), run.result["data"])
-    return model, meta["settings"]
+    load_state(model, state, path)
+    return model, meta
 
 
 def score_artifact(run: Run):
     """Load model.bin from disk and score it; the number comes from what ships."""
     cfg = run.cfg
     with run.phases("load"):
-        model, stored = load_quantized(run)
+        model, meta = load_quantized(run)
+    stored = meta["settings"]
     others = [name.upper() for name, _ in sorted(cfg.settings().items() - stored.items())]
+    if not same_data(run, run.folder / "model.bin", meta) and cfg.ttt_eval_only:
+        others.append("TOKENIZER_PATH (unknown)")
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     scoring = run.scoring(model, "quantized")
@@ -6620,7 +6778,8 @@ def finish(run: Run):
     table = run.verdicts.table
     result["verdicts"] = {name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in table.items()}
     if run.ranks.main:
-        with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
+        name = "eval_result.json" if cfg.ttt_eval_only else "result.json"
+        with whole_file(run.output / name, run.place) as f:
             f.write(json.dumps(result, indent=1).encode())
     for unit, form in (("BPB", ".6f"), ("bytes", ","), ("seconds", ".1f")):
         for name, value in result[unit.lower()].items():
@@ -6635,20 +6794,27 @@ def configure(env) -> Config:
     cfg = Config.from_env(env)
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
-        stored = read_artifact(path)[0]["meta"]["settings"]
+        meta = read_artifact(path, cfg.artifact_cap)[0].get("meta")
     elif cfg.quantize_only:
         path = artifact_folder(cfg) / "trained.npz"
-        stored = read_trained(path)[1]["settings"]
+        meta = read_trained(path)[1]
     else:
         return cfg
-    # A retired setting with the value that is fixed now is as good as absent; with another value the script differs.
-    stored = still_set(stored)
-    others = ", ".join(sorted(set(stored) ^ set(cfg.settings())))
+    with explained(f"{path}: holds no settings; use one that this script wrote", Exception):
+        # A retired setting with the value that is fixed now is as good as absent; with another the script differs.
+        stored = still_set(meta["settings"])
+    usual = Config().settings()
+    others = ", ".join(sorted(set(stored) ^ set(usual)))
     require(
         not others,
-        f"{path}: written by a script with other settings than this one's ({others}); "
+        f"{path}: written by a script with other settings than this one's ({others:.400}); "
         "use the train_gpt.py that was packed with it",
     )
+    for name, value in usual.items():
+        odd = type(stored[name]) is not type(value)
+        require(not odd, f"{path}: holds {name.upper()}={stored[name]!r:.40}, no {type(value).__name__}; write it anew")
+    if cfg.ttt_eval_only:  # a file does not decide how large it may be
+        stored["artifact_cap"] = min(stored["artifact_cap"], cfg.artifact_cap)
     return Config.from_env(env, stored)
 
 
@@ -6682,7 +6848,7 @@ def interrupt(number: int, frame):
 def execute(cfg: Config):
     """One mode from beginning to end."""
     on_signals(interrupt)
-    with claimed(artifact_folder(cfg)) if cfg.rank == 0 else contextlib.nullcontext():
+    with claimed(output_folder(cfg)) if cfg.rank == 0 else contextlib.nullcontext():
         run = Run(cfg)
         try:
             run.prepare()
@@ -6692,7 +6858,7 @@ def execute(cfg: Config):
                 return
             # A run continued from trained.npz continues the log, too.
             name = "eval.log" if cfg.ttt_eval_only else "train.log"
-            run.log.open(run.folder / name, "a" if cfg.quantize_only else "w")
+            run.log.open(run.output / name, "a" if cfg.quantize_only else "w")
             if not cfg.ttt_eval_only:
                 produce_artifact(run)
             score_artifact(run)
@@ -6721,6 +6887,9 @@ def main(argv: list[str]) -> int:
     except OSError as e:
         where = e.filename or "a file"
         print(f"error: {where}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE", file=sys.stderr)
         return 2
     except Interrupted as e:
         print(e.line, end="\n" * bool(e.line), file=sys.stderr)

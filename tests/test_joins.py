@@ -173,7 +173,7 @@ def other_manifest(folder, **changes):
 
 def test_data_of_another_form_is_not_scored(tmp_path):
     stored = train_gpt.read_artifact(base_run() / "model.bin")[0]["meta"]
-    assert stored["data"]["transform"] == "none" and len(stored["data"]["tokenizer_sha256"]) == 64
+    assert stored["transform"] == "none" and len(stored["tokenizer_sha256"]) == 64
     artifact = shutil.copytree(base_run(), tmp_path / "artifact")
     data = other_manifest(tmp_path / "data", transform=lossless_caps.BEFORE_SPACE)
     line = refusal(main({"ttt_eval_only": True}, artifact, data))

@@ -173,7 +173,9 @@ def identity(a: Audit) -> tuple[str, str]:
     }
     for name, sha in promised.items():
         path = data.folder / name
-        if not path.is_file() or sha256_file(path) != sha:
+        if path.name != name:  # "../../etc/passwd" is not read
+            faults.append(f"the manifest names {name!r}, which is no file of its folder")
+        elif not path.is_file() or sha256_file(path) != sha:
             faults.append(f"{name} is {'not the file of the manifest' if path.is_file() else 'missing'}")
     extra = {path.name for path in data.folder.glob("fineweb_*.bin")} - set(promised)
     faults += [f"{name} is not in the manifest" for name in sorted(extra)]

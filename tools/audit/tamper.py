@@ -84,7 +84,10 @@ def load_dataset(folder: Path) -> Dataset:
     if not shard_paths(folder, "val"):
         raise NotRun(f"{folder}: no fineweb_val_*.bin there")
     manifest = folder / "manifest.json"
-    bos = json.loads(manifest.read_text()).get("bos_id", 1) if manifest.is_file() else 1
+    try:
+        bos = json.loads(manifest.read_text()).get("bos_id", 1) if manifest.exists() else 1
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise Broken(f"{manifest}: no JSON object ({error})") from None
     try:
         sizes = read_stream(folder, "val_bytes") if shard_paths(folder, "val_bytes") else None
         return Dataset(read_stream(folder, "val"), sizes, bos, folder)
