@@ -272,7 +272,7 @@ def test_a_signal_says_where_and_what_goes_on(number, code, where, settings, lin
 
 
 def test_after_training_a_signal_says_that_the_weights_are_saved(tmp_path, monkeypatch):
-    outcome = interrupted(monkeypatch, "search_rate", {**RUN, "iterations": 2}, tmp_path, signal.SIGTERM)
+    outcome = interrupted(monkeypatch, "collect_hessians", {**RUN, "iterations": 2}, tmp_path, signal.SIGTERM)
     assert (outcome.code, outcome.err) == (143, f"interrupted in calibrate{GOES_ON}\n")
     assert (tmp_path / "trained.npz").exists() and not (tmp_path / "run.lock").exists()
 
