@@ -460,9 +460,9 @@ PACKAGES = [
         """
 import subprocess
 _load = load_artifact
-def load_artifact(path):
+def load_artifact(path, cap):
     subprocess.run(["true"], check=True)
-    return _load(path)
+    return _load(path, cap)
 """,
         frozenset({"source"}),
     ),
@@ -474,10 +474,10 @@ def load_artifact(path):
         """
 import socket
 _load = load_artifact
-def load_artifact(path):
+def load_artifact(path, cap):
     with contextlib.suppress(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", 9), timeout=5)
-    return _load(path)
+    return _load(path, cap)
 """,
         frozenset({"source"}),
     ),
