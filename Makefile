@@ -27,9 +27,9 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest
 
-# The core of every section in a minute or so, without what tests/conftest.py calls slow; `make test` has the rest.
+# The core of every section in about a minute, without what tests/conftest.py calls slow; `make test` has the rest.
 test-fast: $(READY)
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 # Every check that a folder allows, on the demo's artifact; made first where it is not there.
 audit: $(READY)

@@ -30,21 +30,30 @@ def pack_script(source):
     return source.encode()
 
 
+def encode_artifact(tensors, meta):
+    return json.dumps(meta["settings"]).encode()
+
+
 def load_artifact(path):
-    return dict(np.load(path.with_suffix(".stub.npz"))), {{}}
+    return dict(np.load(path.with_suffix(".stub.npz"))), {{"settings": json.loads(path.read_bytes())}}
 
 
-if __name__ == "__main__":
+def main(argv):
     if "NUM_LAYERS" in os.environ:
         sys.exit("an unknown setting")
     out = pathlib.Path(os.environ["ARTIFACT_DIR"])
     np.savez(out / "trained.npz", w=np.arange(4.0), meta=np.array(["{length}"]))
     np.savez(out / "model.stub.npz", **{tensors})
-    (out / "model.bin").write_bytes(b"m" * 10)
+    (out / "model.bin").write_bytes(encode_artifact({{}}, {{"settings": {{"of": {length}}}}}))
     np.save(os.environ["LEDGER_PATH"], np.full(3, {nats}))
     with open(pathlib.Path(__file__).with_name("ran.jsonl"), "a") as ran:
         settings = {{name: value for name, value in os.environ.items() if name.isupper()}}
+        settings["header"] = (out / "model.bin").read_text()
         ran.write(json.dumps(settings) + "\\n")
+
+
+if __name__ == "__main__":
+    main([])
 """
 
 
@@ -71,6 +80,8 @@ def test_equal_checkouts_are_equal_and_base_is_run_once(tmp_path, capsys):
     assert len(ran(base)) == 2 and len(ran(head)) == 4
     # The packed script of HEAD is 30 bytes longer: the same bytes are left for its model.
     assert ran(base)[0]["ARTIFACT_MARGIN"] == "12000" and ran(head)[0]["ARTIFACT_MARGIN"] == "11970"
+    # Settings in the header count as bytes too: HEAD writes those of BASE.
+    assert ran(base)[0]["header"] == ran(head)[0]["header"] == '{"of": 100}'
     assert ran(head)[0]["ITERATIONS"] == "8" and ran(head)[0]["DATA_PATH"] == str(tmp_path)
 
 

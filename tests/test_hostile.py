@@ -41,7 +41,7 @@ def tiny() -> bytes:
         hessians[kind.hessian] = torch.eye(w.size(-1)).expand(w[None].shape[-3] if w.ndim == 2 else len(w), -1, -1)
     quantized = train_gpt.Quantizer(model, hessians, cfg, ranks(cfg)).quantize()
     quantized = quantized._replace(logit_calibration=np.zeros(15, np.float32))
-    meta = {"settings": cfg.settings(), "tokenizer_sha256": TOKENIZER}
+    meta = {"settings": cfg.settings(), "data": {"tokenizer_sha256": TOKENIZER}}
     return train_gpt.encode_artifact(train_gpt.flatten(quantized), meta)
 
 
@@ -188,6 +188,7 @@ def settings_of(**changes):
 
 HEADERS = {
     "no meta": (lambda header: header.pop("meta"), "settings"),
+    "data that is null": (lambda header: header["meta"].update(data=None), "no object"),
     "meta that is a list": (lambda header: header.update(meta=[]), "settings"),
     "no settings": (lambda header: header["meta"].pop("settings"), "settings"),
     "settings that are text": (lambda header: header["meta"].update(settings="ab"), "settings"),
@@ -343,7 +344,7 @@ def weights() -> dict:
     arrays = {name: p.detach().numpy() for name, p in gpt(cfg).named_parameters()}
     meta = {
         "settings": cfg.settings(),
-        "tokenizer_sha256": TOKENIZER,
+        "data": {"tokenizer_sha256": TOKENIZER},
         "training": {"steps": 1},
         "seconds": {"steps": 1},
     }
@@ -389,7 +390,7 @@ WEIGHTS = {
     "an array alone": lambda to: np.save((to / "trained.npz").open("wb"), np.ones(3)),
     "a folder": lambda to: (to / "trained.npz").mkdir(),
     "a zip of text": lambda to: zipfile.ZipFile(to / "trained.npz", "w").writestr("meta.npy", "hello"),
-    "another tokenizer": lambda to: npz(to, meta_of(tokenizer_sha256="1" * 64)),
+    "another tokenizer": lambda to: npz(to, meta_of(data={"tokenizer_sha256": "1" * 64})),
 }
 
 
@@ -502,7 +503,11 @@ def other_tokenizer(folder: Path, manifest: bool) -> Path:
 def test_shards_of_another_tokenizer_are_refused(manifest, tmp_path):
     folder = copied(tmp_path / "artifact", "train_gpt.py", "model.bin")
     outcome = main({"ttt_eval_only": True}, folder, other_tokenizer(tmp_path / "data", manifest))
-    assert outcome.code == 2 and "model.bin: made with the tokenizer" in outcome.err and outcome.err.count("\n") == 1
+    assert (
+        outcome.code == 2
+        and "model.bin: made for data with tokenizer_sha256" in outcome.err
+        and outcome.err.count("\n") == 1
+    )
     assert not (folder / "eval_result.json").exists()
 
 

@@ -6,8 +6,9 @@
 
 Each variant trains by steps, not by the clock, quantises, adapts and scores. Equal must be: the trained weights, every
 tensor of model.bin (name, dtype, bytes) and the ledger. BASE gives the recipes and the scale for both. The search for a
-rate starts from ARTIFACT_MARGIN, so that of HEAD is shifted by the difference in packed length: both search for the
-same bytes. A setting that a side does not know is dropped there, and named. Exit status 1 on any difference.
+rate starts from ARTIFACT_MARGIN, so that of HEAD is shifted by the difference in packed length, and HEAD writes BASE's
+settings into the header of model.bin: both search for the same bytes. A setting that a side does not know is dropped
+there, and named. Exit status 1 on any difference.
 """
 
 import argparse
@@ -67,6 +68,13 @@ VARIANTS = {
     "ngram_progressive": ("ngram_progressive", {}),
     "ngram_low": ("ngram_progressive", LOW_ORDERS),
 }
+HEADER = "header_settings.json"
+# Runs a script with the settings of another one's artifact in the header, where they count as bytes.
+UNDER_HEADER = """import json, pathlib, sys, train_gpt
+encode = train_gpt.encode_artifact
+settings = json.loads(pathlib.Path(sys.argv[1]).read_text())
+train_gpt.encode_artifact = lambda tensors, meta: encode(tensors, {**meta, "settings": settings})
+sys.exit(train_gpt.main([]))"""
 ENVIRONMENT = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}  # of a recipe or a scale, and no setting of the script
 
 
@@ -114,30 +122,33 @@ class Checkout:
         self.known = {name.upper() for name in fields}
         self.packed = int(python(folder, "import train_gpt; print(len(train_gpt.pack_script(train_gpt.SOURCE)))"))
 
-    def run(self, variant: Variant, out: Path, margin: int, data: Path) -> list[str]:
-        """Train and score into `out`; returns the settings that this version does not know."""
+    def run(self, variant: Variant, out: Path, margin: int, data: Path, header: Path | None = None) -> list[str]:
+        """Train and score into `out`, with the header's settings from a file if one is named; returns the settings
+        that this version does not know."""
         out.mkdir(parents=True, exist_ok=True)
         own = {"ARTIFACT_MARGIN": str(margin), "ARTIFACT_DIR": str(out), "LEDGER_PATH": str(out / "ledger.npy")}
         wanted = {**variant.settings, **own, "DATA_PATH": str(data), "CUDA_VISIBLE_DEVICES": ""}
         unknown = sorted(set(wanted) - self.known - ENVIRONMENT)
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
         env = inherited | {name: value for name, value in wanted.items() if name not in unknown}
+        program = ["-c", UNDER_HEADER, str(header)] if header else ["train_gpt.py"]
         with open(out / "console.log", "w", encoding="utf-8") as console:
-            done = subprocess.run(
-                [sys.executable, "train_gpt.py"], cwd=self.folder, env=env, stdout=console, stderr=subprocess.STDOUT
-            )
+            command = [sys.executable, *program]
+            done = subprocess.run(command, cwd=self.folder, env=env, stdout=console, stderr=subprocess.STDOUT)
         if done.returncode:
             last = (out / "console.log").read_text(errors="replace").strip().splitlines()[-1:]
             raise CompareError(f"{self.folder}, {variant.name}: exit status {done.returncode}: {' '.join(last)}")
         return unknown
 
     def arrays(self, out: Path) -> Arrays:
-        """The results of a run, its model.bin read by this version's own code."""
+        """The results of a run, its model.bin read by this version's own code; the header's settings go into a file."""
         flat = out / "model.npz"
         python(
             self.folder,
-            "import numpy, pathlib, train_gpt; "
-            f"numpy.savez({str(flat)!r}, **train_gpt.load_artifact(pathlib.Path({str(out / 'model.bin')!r}))[0])",
+            "import json, numpy, pathlib, train_gpt; "
+            f"tensors, meta = train_gpt.load_artifact(pathlib.Path({str(out / 'model.bin')!r})); "
+            f"numpy.savez({str(flat)!r}, **tensors); "
+            f"pathlib.Path({str(out / HEADER)!r}).write_text(json.dumps(meta['settings']))",
         )
         parts = {"trained": dict(np.load(out / "trained.npz")), "model": dict(np.load(flat))}
         parts["trained"].pop("meta", None)  # settings, which may lose names
@@ -211,9 +222,10 @@ def compare(base: Checkout, head: Checkout, variant: Variant, cache: Path, data:
         shutil.rmtree(kept, ignore_errors=True)
         base.run(variant, kept, MARGIN, data)
         stamp.write_text(json.dumps(asked))
+    before = base.arrays(kept)
     with tempfile.TemporaryDirectory(prefix="compare_") as out:
-        dropped = head.run(variant, Path(out), MARGIN + base.packed - head.packed, data)
-        before, now = base.arrays(kept), head.arrays(Path(out))
+        dropped = head.run(variant, Path(out), MARGIN + base.packed - head.packed, data, kept / HEADER)
+        now = head.arrays(Path(out))
     unlike = differences(before, now)
     verdict = f"{len(unlike)} DIFFER: {', '.join(unlike[:6])}" if unlike else "EQUAL"
     gone = f"; HEAD does not know {', '.join(dropped)}" if dropped else ""

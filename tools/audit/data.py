@@ -13,7 +13,7 @@ from tools.audit.outcome import NotRun, verdict_of
 from tools.audit.run import read_json
 from tools.audit.shared import Audit
 from tools.audit.tamper import KNOWN, Dataset
-from tools.streams import document_texts, shard_paths
+from tools.streams import decoded_documents, shard_paths, transform_of
 from tools.verdicts import FAIL
 
 ALARMS = {
@@ -108,7 +108,14 @@ def bytes_(a: Audit) -> tuple[str, str]:
     )
     paid = int(data.sizes[special[data.tokens]].sum(dtype=np.int64))
     faults = [f"operators and control tokens hold {paid:,} bytes"] if paid else []
-    decoded = document_texts(data.tokens, model, data.bos)
+    documents = decoded_documents(data.tokens, model, data.bos)
+    decoded = [text for text, _ in documents]
+    malformed = sum(not well_formed for _, well_formed in documents)
+    if malformed > len(documents) // 20:
+        faults.append(
+            f"{malformed:,} of {len(documents):,} documents are no text of the transform {transform_of(model)}: the "
+            "tokens are of another form"
+        )
     texts = source_texts(data)
     if texts is None:
         spelt = np.array([len(text.encode("utf-8", "replace")) for text in decoded])

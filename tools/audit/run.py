@@ -114,8 +114,9 @@ class Artifact:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "ATTENTION", "FA3_LIBRARY")
+            if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG")
             or name.startswith(("CUDA_", "NVIDIA_", "NCCL_"))
+            or (name in ("ATTENTION", "FA3_LIBRARY") and self.device != "cpu")  # a CPU has one backend
         }
         tokenizer = next(iter(sorted(data.glob("*.model"))), None)
         return {
