@@ -45,6 +45,7 @@ from train_gpt import (
     chunk_ends,
     new_lora,
     plan_segments,
+    sgd_chunks,
 )
 
 TestTimeTraining.__test__ = False  # not a test class, whatever its name begins with
@@ -529,8 +530,8 @@ def test_no_chunk_begins_past_the_longest_document():
 
 
 @settings(max_examples=300, deadline=None)
-@given(documents=st.integers(1, 60), size=st.integers(1, 70), phases=st.integers(0, 4), prefix=st.integers(0, 70))
-def test_segments(documents, size, phases, prefix):
+@given(documents=st.integers(2, 60), size=st.integers(1, 70), phases=st.integers(0, 4), prefix=st.integers(1, 70))
+def test_segments_of_a_prefix(documents, size, phases, prefix):
     """All documents once, in order; a border at every phase and every SEGMENT_DOCS, nowhere else; learning follows the
     phases only, each before the last document."""
     segments = plan_segments(
@@ -627,7 +628,7 @@ def test_base_weights_learn_by_sgd(overrides):
     stream = Stream(random_documents([50, 1, 90, 59, 30]))
     ledger, found, wanted, start = stream.ledger(), network(cfg), network(cfg), network(cfg)
     ledger.write(np.arange(200), np.ones(200))
-    GlobalSGD(passing(cfg, stream, found, ledger)).learn(0, 200, 0.0, 1.0)
+    GlobalSGD(passing(cfg, stream, found, ledger)).learn(sgd_chunks(0, 0, 200, 0, cfg), 0.0, 1.0)
     slow_sgd(wanted, stream, 200, cfg)
     for (name, a), b, before in zip(found.named_parameters(), wanted.parameters(), start.parameters()):
         assert largest(a.detach(), b.detach()) < 2e-6 + 1e-3 * largest(b.detach(), before.detach()), name
@@ -638,13 +639,14 @@ def test_base_weights_learn_by_sgd(overrides):
 def test_phases_learn_from_the_scored_prefix(monkeypatch):
     """What each phase is given: the targets of all documents so far, their last BOS included; and the model is frozen
     while documents adapt."""
-    cfg = ttt_config(PHASES, phased_ttt_num_phases=3, phased_ttt_prefix_docs=6)
+    cfg = ttt_config(PHASES, phased_ttt_num_phases=3, phased_ttt_prefix_docs=6, global_ttt_replay=1)
     stream, model = Stream(random_documents(LENGTHS)), network(cfg)
     scoring, seen = passing(cfg, stream, model), []
 
-    def learn(self, begin, end, *progress):
-        scored, thawed = int(scoring.ledger.scored.sum()), any(p.requires_grad for p in model.parameters())
-        seen.append((self, begin, end, progress, scored, thawed))
+    def learn(self, chunks, *progress):
+        scored, thawed = int((~np.isnan(scoring.ledger.nats)).sum()), any(p.requires_grad for p in model.parameters())
+        assert all(a[1] == b[0] for a, b in zip(chunks, chunks[1:]))  # no gap
+        seen.append((self, chunks[0][0], chunks[-1][1], progress, scored, thawed))
 
     monkeypatch.setattr(GlobalSGD, "learn", learn)
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -653,6 +655,11 @@ def test_phases_learn_from_the_scored_prefix(monkeypatch):
     assert [rest for _, *rest in seen] == [[0, end, (0.0, 1.0), end, False] for end in prefixes]
     assert len({id(sgd) for sgd, *_ in seen}) == 3  # a momentum of its own for each phase
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def ahead(learn):
+    """GlobalSGD.learn that also takes the target behind what it was given."""
+    return lambda self, chunks, *rest: learn(self, [*chunks[:-1], (chunks[-1][0], chunks[-1][1] + 1)], *rest)
 
 
 # ---- full-parameter SGD, chunk after chunk ----
@@ -760,8 +767,7 @@ def test_sgd_on_two_ranks_agrees(tmp_path):
 
 
 def test_sgd_that_runs_ahead_aborts(monkeypatch):
-    honest = GlobalSGD.learn
-    monkeypatch.setattr(GlobalSGD, "learn", lambda self, begin, end, *rest: honest(self, begin, end + 1, *rest))
+    monkeypatch.setattr(GlobalSGD, "learn", ahead(GlobalSGD.learn))
     assert failing(ttt_config(SGD), "not scored") == ["C3"]
 
 
@@ -783,8 +789,7 @@ def test_learning_before_scoring_aborts(monkeypatch):
 
 
 def test_a_phase_that_runs_ahead_aborts(monkeypatch):
-    honest = GlobalSGD.learn
-    monkeypatch.setattr(GlobalSGD, "learn", lambda self, begin, end, *rest: honest(self, begin, end + 1, *rest))
+    monkeypatch.setattr(GlobalSGD, "learn", ahead(GlobalSGD.learn))
     assert failing(ttt_config(PHASES), "not scored") == ["C3"]
 
 
@@ -820,7 +825,7 @@ def test_ledgers_merge_segment_by_segment():
     group = TwoRanks(np.array([nan, 1.5, nan, nan, nan]), np.array([nan, nan, nan, 3.5, 4.5]))
     book.write(np.array([0]), np.array([0.5]))
     book.merge(group)
-    assert book.scored.tolist() == [True, True, False, False, False]
+    assert np.isnan(book.nats).tolist() == [False, False, True, True, True]
     book.write(np.array([2]), np.array([2.5]))
     book.merge(group)
     assert book.nats.tolist() == [0.5, 1.5, 2.5, 3.5, 4.5] and book.bpb() == pytest.approx(12.5 / 5 / math.log(2))
