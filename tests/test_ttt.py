@@ -359,7 +359,11 @@ def test_learning_lowers_the_loss_of_repetition():
 
 # ---- batches and ranks ----
 
-PHASES = dict(TTT, phased_ttt_num_phases=2, phased_ttt_prefix_docs=6, segment_docs=4)
+PHASES = dict(TTT, phased_ttt_num_phases=2, phased_ttt_prefix_docs=6, segment_docs=4, global_ttt_replay=0.5)
+# The whole stream teaches: segments of 2, 2, 2 and 3 of the usual documents.
+GROWING = dict(
+    TTT, phased_ttt_num_phases=1, segment_first_docs=2, segment_growth=0.5, segment_docs=4, global_ttt_replay=0.5
+)
 
 
 @pytest.mark.parametrize("mode", ("exact", "partial"))
@@ -382,7 +386,7 @@ def test_the_order_in_a_batch_changes_float_noise_only():
 
 # Three pieces in every SGD step, and no clipping to hide a wrong scale.
 SHARED = dict(
-    PHASES,
+    GROWING,
     ttt_batch_size=2,
     ttt_eval_seq_len=16,
     ttt_chunks="4,4,8",
@@ -406,7 +410,7 @@ def adapt_on(rank: int, world: int, folder):
 
 
 def test_ranks_change_float_noise_only(tmp_path):
-    """1, 2 and 3 ranks over gloo, two phases: every rank holds the whole ledger and, to the bit, the same weights."""
+    """1, 2 and 3 ranks over gloo, three phases: every rank holds the whole ledger and, to the bit, the same weights."""
     for world in (1, 2, 3):
         forked(adapt_on, world, tmp_path)
     one = np.load(tmp_path / "1_0.npz")
