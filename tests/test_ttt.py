@@ -488,6 +488,16 @@ def test_scored_segments_teach_the_base_weights(mode):
         assert changed > 0.9 if phases or warm else changed == 0
 
 
+def test_poison_in_segments_that_grow():
+    """To the bit: documents 4 and 5 share a segment, and what comes before document 5's last half never moves; the last
+    segment does, since base weights and adapters have learnt from it."""
+    documents, cfg = random_documents([9, 40, 1, 30, 75, 62, 33, 1, 20]), ttt_config(GROWING)
+    before, after = adapt(documents, cfg), adapt(other_values(documents, 5, 31), cfg)
+    span, last = Stream(documents).of(5), Stream(documents).of(6).start
+    assert np.array_equal(before[: span.start + 30], after[: span.start + 30])
+    assert (before != after)[span.start + 30 : last].mean() > 0.9 and (before != after)[last:].mean() > 0.9
+
+
 @every_mode
 def test_lengths_change_float_noise_only(mode):
     """A document cut short, another gone: earlier scores and those of the others move by the rounding of other
@@ -548,6 +558,158 @@ def test_segments_of_a_prefix(documents, size, phases, prefix):
     share = min(prefix, documents - 1)
     assert learns == {share * p // phases for p in range(1, phases + 1)} - {0} if phases else not learns
     assert ends == learns | {i for i in range(1, documents) if i % size == 0} | {documents}
+
+
+def sizes_of(documents: int, **overrides) -> list[int]:
+    return [s.last - s.first for s in plan_segments(range(documents), ttt_config(**overrides))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    documents=st.integers(1, 90),
+    more=st.integers(1, 90),
+    first=st.integers(1, 9),
+    growth=st.floats(0, 2),
+    most=st.integers(1, 30),
+    phases=st.integers(0, 2),
+)
+def test_segments_grow_over_the_whole_stream(documents, more, first, growth, most, phases):
+    """All documents once, in order; learning after each segment but the last; a segment is as large as those before it
+    allow, whatever follows."""
+    cfg = ttt_config(segment_docs=most, segment_first_docs=first, segment_growth=growth, phased_ttt_num_phases=phases)
+    segments = plan_segments(range(documents), cfg)
+    assert [i for s in segments for i in range(s.first, s.last)] == list(range(documents))
+    assert [s.then_learn for s in segments] == [phases > 0] * (len(segments) - 1) + [False]
+    for s in segments:
+        whole = min(max(int(growth * s.first), first), most)
+        assert s.last - s.first == whole or s.last == documents and s.last - s.first < whole
+    longer = plan_segments(range(documents + more), cfg)
+    assert [s[:2] for s in longer][: len(segments) - 1] == [s[:2] for s in segments][:-1]
+
+
+def test_the_default_plan_at_the_contests_size():
+    """Some thirty segments cover 50,000 documents; those of a short stream are short."""
+    sizes = sizes_of(50_000, phased_ttt_num_phases=8)
+    assert sizes[:8] == [64, 64, 64, 64, 64, 80, 100, 125] and max(sizes) == 2500 and len(sizes) == 37
+    assert sizes_of(150) == [64, 64, 22]
+
+
+REPLAY = dict(first=st.integers(0, 400), fresh=st.integers(1, 400), tokens=st.integers(5, 60), turn=st.integers(0, 30))
+
+
+@settings(max_examples=300, deadline=None)
+@given(tenths=st.integers(0, 10), **REPLAY)
+def test_a_lesson_has_all_that_is_new_and_a_share_of_the_rest(tenths, first, fresh, tokens, turn):
+    """In stream order, nothing beyond the end; of the earlier text each chunk in one of ten turns, for a tenth; the
+    chunks are those of a lesson that has everything."""
+    end = first + fresh
+    cfg = ttt_config(global_ttt_chunk_tokens=tokens, global_ttt_replay=tenths / 10)
+    everything = sgd_chunks(0, 0, end, 0, cfg)
+    edges = np.linspace(0, end, max(round(end / tokens), 1) + 1).astype(int).tolist()
+    assert everything == list(zip(edges, edges[1:]))
+    turns = [sgd_chunks(0, first, end, turn + t, cfg) for t in range(10)]
+    for chunks in turns:
+        assert chunks == [chunk for chunk in everything if chunk in chunks]
+        assert {chunk for chunk in everything if chunk[1] > first} <= set(chunks)
+        old = sum(chunk[1] <= first for chunk in everything)
+        assert abs(sum(chunk[1] <= first for chunk in chunks) - old * tenths / 10) < 1
+    for chunk in everything:
+        if chunk[1] <= first:
+            assert sum(chunk in chunks for chunks in turns) == tenths
+
+
+def test_lessons_of_a_plan():
+    """What is new is what no phase has had, across segments that end without one; TTT_METHOD=sgd has no replay."""
+    starts = np.arange(0, 1000, 100)
+    cfg = ttt_config(segment_docs=1, phased_ttt_num_phases=2, phased_ttt_prefix_docs=8, global_ttt_chunk_tokens=100)
+    segments = plan_segments(range(10), cfg)
+    lessons = train_gpt.plan_lessons(segments, starts, dataclasses.replace(cfg, global_ttt_replay=0.0))
+    assert {segments[i].last: chunks[0][0] for i, chunks in lessons.items()} == {4: 0, 8: 400}
+    assert lessons[7] == [(400, 500), (500, 600), (600, 700), (700, 800)]
+    sgd = ttt_config(SGD, global_ttt_epochs=2, global_ttt_chunk_tokens=100)
+    segments = train_gpt.plan_sgd_segments(np.full(10, 100), sgd)
+    lessons = train_gpt.plan_lessons(segments, starts, sgd)
+    assert lessons == {i: [(100 * i, 100 * i + 100)] * 2 for i in range(9)}
+    assert train_gpt.plan_lessons(segments, starts, dataclasses.replace(sgd, ttt_enabled=False)) == {}
+
+
+# ---- time ----
+
+
+@pytest.mark.parametrize("base", ("lora", "sgd"))
+def test_timing_leaves_no_trace(base):
+    """The estimate is there before the first score; scores, weights and the ledger are those of a run without it."""
+    cfg = ttt_config(GROWING if base == "lora" else SGD)
+    found = []
+    for timed in (False, True):
+        stream, model = Stream(random_documents(LENGTHS)), network(cfg)
+        scoring = passing(cfg, stream, model)
+        adaptation = TestTimeTraining(scoring)
+        if timed:
+            before = {name: p.clone() for name, p in model.named_parameters()}
+            tokens = torch.from_numpy(stream.tokens.astype(np.int64))
+            assert adaptation.measure(0.5) > 0.5 * (base == "sgd")
+            assert np.isnan(scoring.ledger.nats).all() and not scoring.ledger.own.any()
+            assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+            assert not any(p.requires_grad for p in model.parameters())
+            assert base == "sgd" or torch.equal(adaptation.strategy.documents.lockstep.tokens, tokens)
+        adaptation.score()
+        found.append(scoring.ledger.nats)
+    assert np.array_equal(*found)
+
+
+def timed(cfg, monkeypatch, step=0.5, lesson=3.0):
+    """A TestTimeTraining of which every step takes `step` seconds and every step of global SGD `lesson`."""
+    monkeypatch.setattr(DocumentTTT, "step_seconds", lambda self, shape: step)
+    monkeypatch.setattr(train_gpt, "sgd_seconds", lambda scoring: lesson)
+    return TestTimeTraining(passing(cfg, Stream(random_documents(LENGTHS)), network(cfg)))
+
+
+def test_the_estimate_adds_up_the_steps_of_the_plan(monkeypatch):
+    """By hand: a document of each length alone in its batch; two ranks wait for each other behind every segment."""
+    cfg = ttt_config(GROWING, ttt_batch_size=1)
+    adaptation = timed(cfg, monkeypatch)
+    chunks = [len(chunk_ends(n, cfg)) for n in Stream(random_documents(LENGTHS)).lengths.tolist()]
+    segments = [chunks[0:2], chunks[2:4], chunks[4:6], chunks[6:9]]
+    lessons = sum(len(lesson) for lesson in adaptation.strategy.lessons.values())
+    assert lessons > 9 and adaptation.measure(0) == 0.5 * sum(chunks) + 3.0 * lessons
+    adaptation.scoring.ranks.world = 2
+    longest = [max(a, b) for a, b in segments[:3]] + [max(segments[3][0], sum(segments[3][1:]))]
+    monkeypatch.setattr(train_gpt.Ranks, "agree", lambda self, value: value)
+    assert adaptation.measure(0) == 0.5 * sum(longest) + 3.0 * lessons
+
+
+def test_a_plan_beyond_the_budget_is_refused_before_the_first_score(monkeypatch):
+    """The line names a setting and a value with which the plan does fit; what fits goes on."""
+    cfg = ttt_config(GROWING, max_wallclock_seconds=77.0, segment_growth=9.0, segment_docs=2)
+    adaptation = timed(cfg, monkeypatch)
+    whole = adaptation.measure(0.0)
+    adaptation.check_time(whole)
+    fits = {docs: adaptation.planned_seconds(dataclasses.replace(cfg, segment_docs=docs)) for docs in (4, 8)}
+    assert whole > fits[4] > fits[8]
+    refusals = {fits[4]: "SEGMENT_DOCS=4", fits[8]: "SEGMENT_DOCS=8", 0.1: "TTT_ENABLED=0"}
+    for left, remedy in refusals.items():
+        with pytest.raises(train_gpt.UserError, match=f"MAX_WALLCLOCK_SECONDS=77 leaves {left:.0f} s .* set {remedy},"):
+            adaptation.check_time(left)
+    assert np.isnan(adaptation.scoring.ledger.nats).all()
+
+
+def test_progress_shows_inside_a_batch(monkeypatch):
+    """A line after each forward, as often as the clock allows, about all targets so far of all ranks."""
+    monkeypatch.setattr(train_gpt.Progress, "EVERY", -1.0)
+    cfg = ttt_config(ttt_batch_size=9)
+    scoring = passing(cfg, Stream(random_documents(LENGTHS)), network(cfg))
+    TestTimeTraining(scoring).score()
+    lines = [line for line in scoring.log.lines if "BPB so far" in line]
+    assert len(lines) == len(chunk_ends(max(LENGTHS), cfg))
+    shares = [float(line.split()[0]) for line in lines]
+    assert shares == sorted(set(shares)) and shares[0] == 0 and 90 < shares[-1] < 100
+    scoring.ranks.world = 3
+    ledger = Ledger("test", np.ones(40, np.uint16), Verdicts())
+    ledger.write(np.arange(4), np.full(4, math.log(2)))
+    ledger.shared += 8, 4 * math.log(2), 8  # of all ranks, before the last merge
+    scoring.progress.show(ledger)
+    assert "50.0 %  BPB so far 0.8000" in scoring.log.lines[-1]
 
 
 def test_a_chunk_fits_the_context():
@@ -833,6 +995,11 @@ def test_ledgers_merge_segment_by_segment():
     book.write(np.array([2]), np.array([2.5]))
     book.merge(group)
     assert book.nats.tolist() == [0.5, 1.5, 2.5, 3.5, 4.5] and book.bpb() == pytest.approx(12.5 / 5 / math.log(2))
+    part = Ledger("test", np.ones(5, np.uint16), Verdicts())  # only targets 1..4 travel
+    part.write(np.array([0, 2]), np.array([9.0, 2.5]))
+    part.merge(TwoRanks(np.array([1.5, nan, 3.5])), 1, 4)
+    assert np.array_equal(part.nats, [9.0, 1.5, 2.5, 3.5, nan], equal_nan=True)
+    assert part.merged.tolist() == [False, True, True, True, False]
     again = Ledger("test", np.ones(2, np.uint16), Verdicts())
     group = TwoRanks(np.array([nan, 1.5]), np.array([2.5, nan]))
     again.write(np.array([0]), np.array([0.5]))
@@ -1100,6 +1267,20 @@ def test_the_headline_is_the_adapted_pass(shipped):
     log = (shipped / "train.log").read_text()
     assert "5 segment(s) of [3, 1, 2, 2, 2] documents" in log
     assert log.count("base weights learnt from") == 2
+    times = found["adapt_seconds"]
+    assert times["estimated"] > 0 and times["measured"] == found["seconds"]["adapt"]
+    assert f"about {times['estimated']:.1f} s, by" in log and f"{times['estimated']:.1f} s by estimate" in log
+
+
+def test_a_run_that_would_not_end_in_time_is_refused(shipped, tmp_path, monkeypatch):
+    """One line, no result; the files that were there stay."""
+    for name in ("train_gpt.py", "model.bin"):
+        shutil.copy(shipped / name, tmp_path)
+    monkeypatch.setattr(DocumentTTT, "step_seconds", lambda self, shape: 1e3)
+    late = main({"ttt_eval_only": True, "max_wallclock_seconds": 500, "gptq_reserve_seconds": 0}, tmp_path)
+    assert late.code == 2 and late.err.count("\n") == 1
+    assert late.err.startswith("error: MAX_WALLCLOCK_SECONDS=500 leaves ") and "set TTT_ENABLED=0, or " in late.err
+    assert not (tmp_path / "eval_result.json").exists() and (tmp_path / "model.bin").exists()
 
 
 def test_a_rerun_of_the_artifact_gives_the_same_number(shipped, tmp_path):
