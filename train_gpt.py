@@ -434,8 +434,8 @@ class Config:
     phased_ttt_num_phases: int = setting(8,
         "times the base weights learn from a prefix (without one: after every segment); 0: never")
     phased_ttt_prefix_docs: int = setting(0,
-        "first documents of the stream, the prefix from which alone the base weights learn, in phases of as many "
-        "documents, before segments of SEGMENT_DOCS; 0: the whole stream teaches")
+        "documents of a prefix, cut into equal phases, from which alone the base weights learn; "
+        "0: none, the whole stream teaches")
     global_ttt_lr: float = setting(0.05,
         "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
     global_ttt_momentum: float = setting(0.9,
@@ -5896,12 +5896,15 @@ class AdaptDocuments(Windows):
 
     def steps(self, segments: list[Segment]) -> list[list[list[Shape]]]:
         """The steps of each segment, of each rank."""
-        cfg, ranks, val = self.scoring.cfg, self.scoring.ranks, self.scoring.val
+        cfg = self.scoring.cfg
+        ranks = self.scoring.ranks
         steps = []
         for first, last, _ in segments:
-            dealt = deal_batches(val.lengths[first:last], first, cfg, ranks.world)
-            plans = [[plan_lockstep(val.lengths[batch], cfg, not ranks.cuda) for batch in batches] for batches in dealt]
-            steps.append([[shape for _, shape in itertools.chain(*mine)] for mine in plans])
+            of_ranks = []
+            for batches in deal_batches(self.scoring.val.lengths[first:last], first, cfg, ranks.world):
+                plans = [plan_lockstep(self.scoring.val.lengths[batch], cfg, not ranks.cuda) for batch in batches]
+                of_ranks.append([shape for _, shape in itertools.chain(*plans)])
+            steps.append(of_ranks)
         return steps
 
     @functools.cached_property
@@ -5917,8 +5920,11 @@ class AdaptDocuments(Windows):
     def scoring_seconds(self, segments: list[Segment], windows_seconds: float) -> float:
         work, seconds = zip(*sorted((shape.work, seconds) for shape, seconds in self.times.items()))
         total = 0.0
-        for ranks in self.steps(segments):  # a segment waits for the rank with the most to do
-            total += max(sum(self.times.get(s) or np.interp(s.work, work, seconds) for s in mine) for mine in ranks)
+        for of_ranks in self.steps(segments):
+            rank_seconds = []
+            for shapes in of_ranks:
+                rank_seconds.append(sum(self.times.get(s) or np.interp(s.work, work, seconds) for s in shapes))
+            total += max(rank_seconds)  # a segment waits for the rank with the most to do
         return total
 
 
