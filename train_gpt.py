@@ -151,7 +151,7 @@ RETIRED = {
 }
 
 # Settings that the artifact of an earlier script lacks, with what it did; it had a prefix, thus no growing segments.
-ADDED = {"segment_first_docs": 64, "segment_growth": 0.25, "global_ttt_replay": 1.0}
+ADDED = {"segment_first_docs": 64, "segment_growth": 0.25, "global_ttt_replay": 1.0, "global_ttt_optimizer": "sgd"}
 
 # The groups of --help: first setting -> heading.
 GROUPS = {
@@ -436,6 +436,8 @@ class Config:
     phased_ttt_prefix_docs: int = setting(0,
         "documents of a prefix, cut into equal phases, from which alone the base weights learn; "
         "0: none, the whole stream teaches")
+    global_ttt_optimizer: str = setting("sgd",
+        "what moves the base weights; muon: the optimizer of training, its rates times GLOBAL_TTT_LR", "sgd, muon")
     global_ttt_lr: float = setting(0.05,
         "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
     global_ttt_momentum: float = setting(0.9,
@@ -5732,10 +5734,32 @@ class GlobalSGD:
             # Written so that progress 0 to 1 gives exactly i / len(chunks), and equal ends give exactly progress.
             x = progress + (progress_after - progress) * (i / len(chunks))
             cosine = math.cos(math.pi * x)
-            self.optimizer.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + cosine)
-            self.optimizer.step()
-            self.optimizer.zero_grad()  # to None: the next chunk starts anew
+            self.step(cfg.global_ttt_lr * 0.5 * (1 + cosine))
+            model.zero_grad()  # to None: the next chunk starts anew
         model.requires_grad_(False)
+
+    def step(self, lr: float):
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+
+
+class GlobalMuon(GlobalSGD):
+    """GLOBAL_TTT_OPTIMIZER=muon: the optimizer of training in SGD's place, all its rates times lr(x), without decay."""
+
+    def __init__(self, scoring: ScoringPass):
+        self.scoring = scoring
+        still = dict.fromkeys(("muon_wd", "adam_wd", "embed_wd", "ema_decay", "grad_clip_norm"), 0.0)
+        momentum = scoring.cfg.global_ttt_momentum
+        cfg = dataclasses.replace(scoring.cfg, **still, muon_momentum=momentum, muon_momentum_warmup_steps=0)
+        self.optimizer = Optimizer(scoring.model, cfg, scoring.ranks)
+
+    def step(self, lr: float):
+        # Every rank has the sum over the ranks, and the optimizer sums once more.
+        torch._foreach_div_([p.grad for p in self.optimizer.parameters], self.scoring.ranks.world)
+        self.optimizer.step(0, lr)
+
+
+GLOBAL_OPTIMIZERS = {"sgd": GlobalSGD, "muon": GlobalMuon}
 
 
 class Segment(NamedTuple):
@@ -5795,8 +5819,8 @@ def sgd_seconds(scoring: ScoringPass) -> float:
     """What the gradients of a step of global SGD take, on random tokens. No weight moves."""
     model, cfg, ranks, *_ = scoring
     count = cfg.global_ttt_chunk_tokens
-    if not ranks.cuda:  # slow, and in proportion to the tokens
-        count = min(count, cfg.ttt_eval_seq_len * ranks.world)
+    if not ranks.cuda:  # slow, and about in proportion to the tokens
+        count = min(count, 512)
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=count + 1)
     scoring = scoring._replace(val=SimpleNamespace(tokens=tokens))
     model.requires_grad_(True)
@@ -5852,11 +5876,11 @@ class LearnBehindWindows(Windows):
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         super().__init__(scoring, segments)
-        self.sgd = GlobalSGD(scoring)
+        self.optimizer = GLOBAL_OPTIMIZERS[scoring.cfg.global_ttt_optimizer](scoring)
 
     def learn(self, i: int):
         progress = i / len(self.segments)  # constant in a segment
-        self.sgd.learn(self.lessons[i], progress, progress)
+        self.optimizer.learn(self.lessons[i], progress, progress)
 
 
 class AdaptDocuments(Windows):
@@ -5890,7 +5914,7 @@ class AdaptDocuments(Windows):
     def learn(self, i: int):
         """A phase of global SGD, with a half cosine and a momentum of its own."""
         chunks = self.lessons[i]
-        GlobalSGD(self.scoring).learn(chunks, 0.0, 1.0)
+        GLOBAL_OPTIMIZERS[self.scoring.cfg.global_ttt_optimizer](self.scoring).learn(chunks, 0.0, 1.0)
         count = sum(high - low for low, high in chunks)
         self.scoring.log(f"  base weights learnt from {count:,} of {chunks[-1][1]:,} scored targets")
 

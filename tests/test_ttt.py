@@ -802,6 +802,54 @@ def test_base_weights_learn_by_sgd(overrides):
         assert a.grad is None and not a.requires_grad
 
 
+MUON = dict(global_ttt_optimizer="muon", global_ttt_lr=0.1, matrix_lr=0.05)
+
+
+def test_muon_in_the_place_of_sgd():
+    """A step moves each matrix by lr MATRIX_LR along all of its directions alike, and what Adam has by lr times its
+    rate; nothing decays."""
+    cfg = ttt_config(**MUON, global_ttt_chunk_tokens=100)
+    stream, model, start = Stream(random_documents([50, 50, 30])), network(cfg), network(cfg)
+    scoring = passing(cfg, stream, model)
+    scoring.ledger.write(np.arange(100), np.ones(100))
+    train_gpt.GlobalMuon(scoring).learn(sgd_chunks(0, 0, 100, 0, cfg), 0.0, 1.0)
+    moved = {n: p.detach() - q.detach() for (n, p), q in zip(model.named_parameters(), start.parameters())}
+    singular = torch.linalg.svdvals(moved["o"])
+    assert 0.7 < singular.median() / (0.1 * 0.05) < 1.3
+    assert moved["tok_emb"].abs().max() == pytest.approx(0.1 * cfg.tied_embed_lr, rel=1e-2)
+    assert all(move.any() for move in moved.values()) and not any(p.requires_grad for p in model.parameters())
+
+
+def muon_on(rank: int, world: int, folder):
+    cfg = ttt_config({**SHARED, **MUON}, rank=rank, local_rank=rank, world_size=world)
+    group, stream, model = train_gpt.Ranks(cfg), Stream(random_documents(LENGTHS)), network(cfg)
+    ledger = stream.ledger()
+    TestTimeTraining(scoring_pass(model, cfg, group, stream, ledger)).score()
+    np.savez(folder / f"muon_{rank}", nats=ledger.nats, weights=torch.cat([p.flatten() for p in model.parameters()]))
+    group.close()
+
+
+def test_muon_on_two_ranks_agrees(tmp_path):
+    """The ranks share the matrices out and still hold the same weights; scores are those of one rank."""
+    forked(muon_on, 2, tmp_path)
+    alone_nats = adapt(random_documents(LENGTHS), ttt_config({**SHARED, **MUON}))
+    first, second = (np.load(tmp_path / f"muon_{rank}.npz") for rank in range(2))
+    assert np.array_equal(first["weights"], second["weights"]) and np.array_equal(first["nats"], second["nats"])
+    assert largest(first["nats"], alone_nats) < 1e-3
+
+
+@pytest.mark.parametrize("base", ("phases", "sgd"))
+def test_the_optimizer_of_the_base_weights_is_a_choice(base):
+    """It learns, only behind scores: the first segment is equal to the bit; other weights than SGD's come of it."""
+    documents, found = random_documents(LENGTHS), {}
+    for optimizer in ("sgd", "muon"):
+        cfg = ttt_config(PHASES if base == "phases" else SGD, global_ttt_optimizer=optimizer)
+        found[optimizer] = adapt(documents, cfg)
+    first = sum(LENGTHS[:2])
+    assert np.array_equal(found["sgd"][:first], found["muon"][:first])
+    assert largest(found["sgd"][first:], found["muon"][first:]) > 1e-3
+
+
 def test_phases_learn_from_the_scored_prefix(monkeypatch):
     """What each phase is given: the targets of all documents so far, their last BOS included; and the model is frozen
     while documents adapt."""
