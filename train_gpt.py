@@ -75,6 +75,7 @@ import struct
 import sys
 import threading
 import time
+import timeit
 import tokenize
 import zipfile
 import zlib
@@ -205,6 +206,15 @@ RETIRED = {
     "skip_gates_enabled": True,
     "ttt_grad_steps": 1,
     "xsa_last_n": 11,
+}
+
+# Settings that the artifact of an earlier script lacks, with what it did; it had a prefix, thus no growing segments.
+ADDED = {
+    "join_operators": False,
+    "segment_first_docs": 64,
+    "segment_growth": 0.25,
+    "global_ttt_replay": 1.0,
+    "global_ttt_optimizer": "sgd",
 }
 
 PATHS = ("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "fa3_library")  # settings in which ~ is the home
@@ -457,9 +467,13 @@ class Config:
     ttt_method: str = setting("lora",
         "lora: each document trains adapters; "
         "sgd: base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)", "lora, sgd")
-    segment_docs: int = setting(50000,
+    segment_docs: int = setting(2500,
         "most documents of a segment; state crosses documents only between segments, "
         "and a segment waits for its longest document", "(0, inf)")
+    segment_first_docs: int = setting(64,
+        "documents of the first segment, and at least so many of a later one, within SEGMENT_DOCS", "(0, inf)")
+    segment_growth: float = setting(0.25,
+        "documents of a segment over those before it, within SEGMENT_FIRST_DOCS and SEGMENT_DOCS")
     ttt_batch_size: int = setting(64,
         "documents adapted together, of similar length; no score depends on it", "(0, 65536]")
     ttt_chunks: str = setting("8,8,16,32",
@@ -486,16 +500,22 @@ class Config:
     ttt_warm_start: float = setting(1.0,
         "share by which the adapters' start moves, after a segment, to the mean of its documents' adapters; 0: never")
     phased_ttt_num_phases: int = setting(8,
-        "times the base weights learn from the scored documents of the prefix; 0: never", "[0, 1000]")
-    phased_ttt_prefix_docs: int = setting(2500,
-        "first documents of the stream, the prefix from which the base weights learn")
+        "times the base weights learn from a prefix (without one: after every segment); 0: never",
+        "[0, 1000]")
+    phased_ttt_prefix_docs: int = setting(0,
+        "documents of a prefix, cut into equal phases, from which alone the base weights learn; "
+        "0: none, the whole stream teaches")
+    global_ttt_optimizer: str = setting("sgd",
+        "what moves the base weights; muon: the optimizer of training, its rates times GLOBAL_TTT_LR", "sgd, muon")
     global_ttt_lr: float = setting(0.05,
         "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)",
         "[0, 1e6]")
     global_ttt_momentum: float = setting(0.9,
         "momentum of the base weights' SGD; it begins at zero in each phase", "[0, 1)")
     global_ttt_epochs: int = setting(1,
-        "passes of the base weights' SGD over the prefix in each phase (TTT_METHOD=sgd: over each chunk)", "[0, 1000]")
+        "passes of the base weights' SGD over the text of each phase (TTT_METHOD=sgd: over each chunk)", "[0, 1000]")
+    global_ttt_replay: float = setting(0.1,
+        "share of the text of earlier phases that a phase learns from again, other chunks each time; 1: all", "[0, 1]")
     global_ttt_chunk_tokens: int = setting(32768,
         "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", "(0, inf)")
     global_ttt_grad_clip: float = setting(1.0,
@@ -630,8 +650,9 @@ OUR_PREFIXES = tuple(f"{word}_" for word in FIRST_WORDS - SHARED_WORDS)
 
 
 def still_set(stored: dict) -> dict:
-    """An artifact's settings without those that are retired, where it had what is fixed now or its n-grams were off."""
-    remaining = dict(stored)
+    """An artifact's settings with those that are new, and without those that are retired, where it had what is fixed
+    now or its n-grams were off."""
+    remaining = ADDED | stored
     for name, fixed in RETIRED.items():
         idle = name.startswith("ngram_") and not stored.get("ngram_enabled")
         if idle or stored.get(name) == fixed:
@@ -5556,11 +5577,9 @@ class Ledger:
         self.verdicts = verdicts
         self.nats = np.full(len(target_bytes), np.nan)  # float64 (targets,)
         self.merged = np.zeros(len(target_bytes), bool)  # scored by any rank before the last merge
-
-    @property
-    def scored(self) -> ndarray:
-        """bool (targets,): scored by this rank, or by any before the last merge."""
-        return ~np.isnan(self.nats)
+        # Targets, nats and bytes: of all ranks up to the last merge, of this rank since.
+        self.shared = np.zeros(3)
+        self.own = np.zeros(3)
 
     def write(self, targets: ndarray, nats: ndarray):
         """Record the scores of `targets`, int64 indices; `nats` is float, of the same length."""
@@ -5570,20 +5589,34 @@ class Ledger:
         possible = np.isfinite(nats).all() and (nats >= -self.ROUNDING).all()
         self.check(possible, "a score is not finite or implies a probability above 1")
         self.nats[targets] = np.maximum(nats, 0.0)
+        self.own += self.sums(targets)
 
-    def merge(self, ranks: Ranks):
-        """Join what the ranks have scored since the last merge; one rank alone must have scored each target."""
-        new = self.scored & ~self.merged
-        if ranks.world > 1:
-            # Only what is new travels, so that a sum over the ranks adds one score and zeros.
-            writers = ranks.all_reduce_(torch.from_numpy(new.astype(np.int32))).numpy()
-            nats = ranks.all_reduce_(torch.from_numpy(np.where(new, self.nats, 0.0))).numpy()
-            once = writers.max() <= 1 and not writers[self.merged].any()
-            self.check(once, "two ranks scored the same target")
-            self.nats = np.where(writers > 0, nats, self.nats)
-        self.merged = self.scored
+    def sums(self, targets: ndarray | slice) -> ndarray:
+        """How many targets, their nats and their bytes: float64 (3,)."""
+        nats = self.nats[targets]
+        size = self.bytes[targets].sum(dtype=np.int64)  # uint16 would overflow
+        return np.array([len(nats), nats.sum(), size])
 
-    def may_train(self, targets: ndarray):
+    def merge(self, ranks: Ranks, begin: int = 0, end: int | None = None):
+        """Join what the ranks have scored of targets begin..end since the last merge; one rank alone must have scored
+        each. Only these travel: a stream of 48 million targets has many segments."""
+        if ranks.world == 1:
+            return
+        merged = self.merged[begin:end]
+        nats = self.nats[begin:end]
+        # Only what is new counts, so that a sum over the ranks adds one score and zeros.
+        new = ~np.isnan(nats) & ~merged
+        writers = ranks.all_reduce_(torch.from_numpy(new.astype(np.int32))).numpy()
+        sums = ranks.all_reduce_(torch.from_numpy(np.where(new, nats, 0.0))).numpy()
+        once = writers.max() <= 1 and not writers[merged].any()
+        self.check(once, "two ranks scored the same target")
+        found = np.flatnonzero(writers)
+        nats[found] = sums[found]
+        merged[found] = True
+        self.shared += self.sums(begin + found)
+        self.own[:] = 0.0
+
+    def may_train(self, targets: ndarray | slice):
         """Call before learning from `targets`: all of them must be scored (C3)."""
         if np.isnan(self.nats[targets]).any():
             fault = "training on a target that is not scored"
@@ -5598,13 +5631,8 @@ class Ledger:
         """Bits per byte over all targets; raises if one is missing."""
         missing = np.isnan(self.nats).sum()
         self.check(missing == 0, f"{missing} targets were never scored")
-        return self.bpb_so_far()
-
-    def bpb_so_far(self) -> float:
-        """Bits per byte over the targets that are scored."""
-        scored = self.scored
-        size = self.bytes[scored].sum(dtype=np.int64)  # uint16 would overflow
-        return float(self.nats[scored].sum() / math.log(2) / max(size, 1))
+        _, nats, size = self.sums(slice(None))
+        return float(nats / math.log(2) / max(size, 1))
 
     def check(self, holds: bool, fault: str):
         if not holds:
@@ -5612,7 +5640,7 @@ class Ledger:
 
 
 class Progress:
-    """Says every few seconds how far a scoring pass is."""
+    """Says every few seconds how far a scoring pass is. Running sums serve it: no device is asked, no ledger read."""
 
     EVERY = 5.0  # seconds
 
@@ -5623,19 +5651,17 @@ class Progress:
         self.shown = self.begun  # time of the last line
 
     def show(self, ledger: Ledger):
-        """Call before each batch. The other ranks are taken to have scored as much as this one since the last merge."""
+        """Call before each forward. The other ranks are taken to have scored as this one has since the last merge."""
         now = time.perf_counter()
         if now - self.shown <= self.EVERY:
             return
         self.shown = now
-        merged = ledger.merged.sum()
-        done = merged + self.ranks.world * (ledger.scored.sum() - merged)
+        done, nats, size = ledger.shared + self.ranks.world * ledger.own
         share = done / len(ledger.nats)
         rate = done / (now - self.begun)
         left = max(len(ledger.nats) - done, 0) / max(rate, 1)
-        self.log(
-            f"  {100 * share:5.1f} %  BPB so far {ledger.bpb_so_far():.4f}  {rate:,.0f} targets/s  {left:.0f} s left"
-        )
+        bpb = nats / math.log(2) / max(size, 1)
+        self.log(f"  {100 * share:5.1f} %  BPB so far {bpb:.4f}  {rate:,.0f} targets/s  {left:.0f} s left")
 
 
 def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> ndarray:
@@ -5727,7 +5753,7 @@ def score_documents(scoring: ScoringPass, first: int, last: int):
             hint[torch.from_numpy(places)] = ngram.hints(targets)
         scores = score_batch(model, batch, cfg.looped, hint)
         book(scoring, targets, scores, places)
-    ledger.merge(ranks)
+    ledger.merge(ranks, int(val.starts[first]), end)
 
 
 def score_stream(scoring: ScoringPass) -> float:
@@ -5748,6 +5774,11 @@ class Shape(NamedTuple):
     older: int  # cached tokens that may be attended to
     back: int  # scored tokens run again, so that gradients reach back through them
     count: int  # tokens of the chunk
+
+    @property
+    def work(self) -> int:
+        """Tokens that are run."""
+        return self.rows * (self.back + self.count)
 
 
 class Lockstep:
@@ -5935,8 +5966,6 @@ class DocumentTTT:
             plan = plan_lockstep(self.scoring.val.lengths[batch], self.scoring.cfg, exact=False)
             shapes.update(shape for _, shape in plan)
         lockstep = self.lockstep
-        tokens = lockstep.tokens.clone()
-        lockstep.tokens.zero_()
         pool = torch.cuda.graph_pool_handle()
         for shape in sorted(shapes, reverse=True):  # the largest first: smaller ones find their memory in the pool
             with torch.cuda.stream(torch.cuda.Stream()):
@@ -5951,9 +5980,31 @@ class DocumentTTT:
             # Detached, so that what autograd kept for learn() is free for the next capture.
             detached = [None if t is None else t.detach() for t in scores]
             self.graphs[shape] = CapturedStep(scoring, learning, Scores(*detached))
-        lockstep.tokens.copy_(tokens)
         seconds = time.perf_counter() - begun
         self.scoring.log(f"  captured {len(self.graphs)} graphs in {seconds:.1f} s")
+
+    @contextlib.contextmanager
+    def random_tokens(self):
+        """For the while of the block, steps read random tokens in the stream's place."""
+        stream = self.lockstep.tokens
+        kept = stream.clone()
+        stream.random_(self.scoring.cfg.vocab_size)
+        yield
+        stream.copy_(kept)
+
+    def step_seconds(self, shape: Shape) -> float:
+        """What a step of this Shape takes, bookkeeping included."""
+        rows, older, back, count = shape
+        begin = older + back
+        starts = np.arange(rows) * count - begin  # so that the ledger that is thrown away has rows * count targets
+        lengths = np.full(rows, begin + count + 1)  # every row goes on, so the step learns
+        self.seat(starts, lengths)
+
+        def step():
+            ledger = Ledger("timing", np.ones(rows * count, np.uint16), Verdicts())
+            self.step(self.scoring._replace(ledger=ledger, ngram=None), begin, shape, starts, lengths)
+
+        return seconds_of(step, self.scoring.ranks)
 
     @torch.no_grad()
     def seat(self, starts: ndarray, lengths: ndarray):
@@ -5969,35 +6020,41 @@ class DocumentTTT:
     def run(self, documents: ndarray):
         """Score every target of `documents` (indices, at most TTT_BATCH_SIZE, in any order), learning in between."""
         val = self.scoring.val
-        ledger = self.scoring.ledger
         falling = np.argsort(-val.lengths[documents], kind="stable")
         starts = val.starts[documents[falling]]
         lengths = val.lengths[documents[falling]]
         self.seat(starts, lengths)
-        on_cpu = self.scoring.ranks.device.type == "cpu"
-        for begin, shape in plan_lockstep(lengths, self.scoring.cfg, exact=on_cpu):
-            self.lockstep.begin.fill_(begin)
-            graphs = self.graphs[shape] if self.graphs else None  # once captured, every shape is
-            if graphs:
-                graphs.scoring.replay()
-                scores = graphs.scores
-            else:
-                scores = self.lockstep.score(shape)
-            end = begin + shape.count
-            position = np.arange(begin, end)
-            row_lengths = lengths[: shape.rows, None]  # (documents, 1); the shape may have more rows than documents
-            targets = starts[: shape.rows, None] + position  # (documents, count)
-            valid = position < row_lengths  # chunks reach beyond the end of a document
-            book(self.scoring, targets[valid], scores, np.flatnonzero(valid))
-            learnt = targets[row_lengths[:, 0] > end]  # a last chunk teaches nobody
-            if not len(learnt):
-                continue
-            ledger.may_train(learnt.ravel())
-            if graphs:
-                graphs.learning.replay()
-            else:
-                self.lockstep.learn(shape, scores.nats)
+        for begin, shape in plan_lockstep(lengths, self.scoring.cfg, exact=not self.scoring.ranks.cuda):
+            self.scoring.progress.show(self.scoring.ledger)
+            self.step(self.scoring, begin, shape, starts, lengths)
         self.remember(lengths)
+
+    def step(self, scoring: ScoringPass, begin: int, shape: Shape, starts: ndarray, lengths: ndarray):
+        """Score the chunk at `begin` of every row and learn from it.
+
+        starts and lengths (documents,): of the documents in rows 0, 1, ..., by falling length.
+        """
+        self.lockstep.begin.fill_(begin)
+        graphs = self.graphs[shape] if self.graphs else None  # once captured, every shape is
+        if graphs:
+            graphs.scoring.replay()
+            scores = graphs.scores
+        else:
+            scores = self.lockstep.score(shape)
+        end = begin + shape.count
+        position = np.arange(begin, end)
+        row_lengths = lengths[: shape.rows, None]  # (documents, 1); the shape may have more rows than documents
+        targets = starts[: shape.rows, None] + position  # (documents, count)
+        valid = position < row_lengths  # chunks reach beyond the end of a document
+        book(scoring, targets[valid], scores, np.flatnonzero(valid))
+        learnt = targets[row_lengths[:, 0] > end]  # a last chunk teaches nobody
+        if not len(learnt):
+            return
+        scoring.ledger.may_train(learnt.ravel())
+        if graphs:
+            graphs.learning.replay()
+        else:
+            self.lockstep.learn(shape, scores.nats)
 
     @torch.no_grad()
     def remember(self, lengths: ndarray):
@@ -6066,6 +6123,22 @@ def base_gradients(scoring: ScoringPass, begin: int, end: int):
         p.grad = grad
 
 
+def sgd_chunks(begin: int, fresh: int, end: int, turn: int, cfg: Config) -> list[tuple[int, int]]:
+    """Chunks (low, high) of targets begin..end, one a step, in stream order: GLOBAL_TTT_EPOCHS passes.
+
+    Each has about GLOBAL_TTT_CHUNK_TOKENS. All that ends before `fresh` was learnt from in earlier turns: a share of
+    GLOBAL_TTT_REPLAY comes again, evenly spaced, other chunks in each turn. Positions decide, nothing else.
+    """
+    count = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1)
+    edges = np.linspace(begin, end, count + 1).astype(int)
+    chunks = []
+    for i, (low, high) in enumerate(itertools.pairwise(edges.tolist()), turn):
+        again = math.floor((i + 1) * cfg.global_ttt_replay) > math.floor(i * cfg.global_ttt_replay)
+        if high > fresh or again:
+            chunks.append((low, high))
+    return chunks * cfg.global_ttt_epochs
+
+
 class GlobalSGD:
     """SGD of all base weights on scored targets. lr(x) = GLOBAL_TTT_LR (1 + cos(pi x)) / 2 at progress x in 0..1."""
 
@@ -6074,28 +6147,49 @@ class GlobalSGD:
         momentum = scoring.cfg.global_ttt_momentum
         self.optimizer = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)
 
-    def learn(self, begin: int, end: int, progress: float, progress_after: float):
-        """GLOBAL_TTT_EPOCHS passes over targets begin..end, all of them scored.
+    def learn(self, chunks: list[tuple[int, int]], progress: float, progress_after: float):
+        """A step on the targets low..high of each chunk, all of them scored.
 
-        Each step takes about GLOBAL_TTT_CHUNK_TOKENS in stream order. Progress rises evenly from `progress`
-        to `progress_after`, which it does not reach.
+        Progress rises evenly from `progress` to `progress_after`, which it does not reach.
         """
         model = self.scoring.model
         cfg = self.scoring.cfg
-        self.scoring.ledger.may_train(np.arange(begin, end))
+        ledger = self.scoring.ledger
+        for low, high in chunks:
+            ledger.may_train(slice(low, high))
         model.requires_grad_(True)
-        count = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1)
-        edges = np.linspace(begin, end, count + 1).astype(int)
-        chunks = list(itertools.pairwise(edges.tolist())) * cfg.global_ttt_epochs
         for i, (low, high) in enumerate(chunks):
+            self.scoring.progress.show(ledger)
             base_gradients(self.scoring, low, high)
             # Written so that progress 0 to 1 gives exactly i / len(chunks), and equal ends give exactly progress.
             x = progress + (progress_after - progress) * (i / len(chunks))
             cosine = math.cos(math.pi * x)
-            self.optimizer.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + cosine)
-            self.optimizer.step()
-            self.optimizer.zero_grad()  # to None: the next chunk starts anew
+            self.step(cfg.global_ttt_lr * 0.5 * (1 + cosine))
+            model.zero_grad()  # to None: the next chunk starts anew
         model.requires_grad_(False)
+
+    def step(self, lr: float):
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+
+
+class GlobalMuon(GlobalSGD):
+    """GLOBAL_TTT_OPTIMIZER=muon: the optimizer of training in SGD's place, all its rates times lr(x), without decay."""
+
+    def __init__(self, scoring: ScoringPass):
+        self.scoring = scoring
+        still = dict.fromkeys(("muon_wd", "adam_wd", "embed_wd", "ema_decay", "grad_clip_norm"), 0.0)
+        momentum = scoring.cfg.global_ttt_momentum
+        cfg = dataclasses.replace(scoring.cfg, **still, muon_momentum=momentum, muon_momentum_warmup_steps=0)
+        self.optimizer = Optimizer(scoring.model, cfg, scoring.ranks)
+
+    def step(self, lr: float):
+        # Every rank has the sum over the ranks, and the optimizer sums once more.
+        torch._foreach_div_([p.grad for p in self.optimizer.parameters], self.scoring.ranks.world)
+        self.optimizer.step(0, lr)
+
+
+GLOBAL_OPTIMIZERS = {"sgd": GlobalSGD, "muon": GlobalMuon}
 
 
 class Segment(NamedTuple):
@@ -6107,17 +6201,29 @@ class Segment(NamedTuple):
 
 
 def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
-    """Segments of documents of these lengths end where a phase of global SGD follows and otherwise every SEGMENT_DOCS.
+    """Segments of documents of these lengths; what counts is how many there are.
 
-    Phase p = 1, 2, ... follows document PHASED_TTT_PREFIX_DOCS * p / PHASED_TTT_NUM_PHASES, never the last one.
+    Without a prefix, a segment has SEGMENT_GROWTH times the documents before it, at least SEGMENT_FIRST_DOCS and at
+    most SEGMENT_DOCS, however many follow. The base weights learn after each but the last:
+
+        64, 64, 64, 64, 64, 80, 100, 125, ...      SEGMENT_FIRST_DOCS = 64, SEGMENT_GROWTH = 0.25
+
+    With a prefix, phase p = 1, 2, ... of global SGD follows document PHASED_TTT_PREFIX_DOCS p / PHASED_TTT_NUM_PHASES,
+    never the last one. A segment ends there and otherwise every SEGMENT_DOCS.
     """
     documents = len(lengths)
-    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
     phases = cfg.phased_ttt_num_phases
-    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)} - {0}
-    full = range(cfg.segment_docs, documents, cfg.segment_docs)
-    cuts = sorted({0, *phase_ends, *full, documents})
-    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(cuts)]
+    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
+    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)}
+    cuts = {0, documents, *phase_ends, *range(0, documents, cfg.segment_docs)}
+    if not prefix:
+        cuts = {documents}
+        end = 0
+        while end < documents:
+            cuts.add(end)
+            end += min(max(int(cfg.segment_growth * end), cfg.segment_first_docs), cfg.segment_docs)
+        phase_ends = cuts - {documents} if phases else set()
+    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(sorted(cuts))]
 
 
 def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
@@ -6129,6 +6235,46 @@ def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
     return [Segment(first, last, last < len(lengths)) for first, last in itertools.pairwise(cuts)]
 
 
+def seconds_of(work: Callable, ranks: Ranks) -> float:
+    """The fewest seconds of three times; the first also warms up."""
+
+    def all_of_it():
+        work()
+        ranks.synchronize()
+
+    return min(timeit.repeat(all_of_it, number=1, repeat=3))
+
+
+def sgd_seconds(scoring: ScoringPass) -> float:
+    """What the gradients of a step of global SGD take, on random tokens. No weight moves."""
+    model, cfg, ranks, *_ = scoring
+    count = cfg.global_ttt_chunk_tokens
+    if not ranks.cuda:  # slow, and about in proportion to the tokens
+        count = min(count, 512)
+    tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=count + 1)
+    scoring = scoring._replace(val=SimpleNamespace(tokens=tokens))
+    model.requires_grad_(True)
+    seconds = seconds_of(lambda: base_gradients(scoring, 0, count), ranks)
+    model.requires_grad_(False)
+    model.zero_grad()
+    return seconds * cfg.global_ttt_chunk_tokens / count
+
+
+def plan_lessons(segments: list[Segment], starts: ndarray, cfg: Config) -> dict[int, list[tuple[int, int]]]:
+    """Index of each segment behind which the base weights learn -> the chunks that they learn from.
+
+    Those of all that is scored; with TTT_METHOD=sgd those of the segment."""
+    lessons = {}
+    fresh = 0  # what no lesson has had yet begins here
+    for i, segment in enumerate(segments):
+        if segment.then_learn and cfg.ttt_enabled:
+            end = int(starts[segment.last])
+            begin = fresh if cfg.ttt_method == "sgd" else 0
+            lessons[i] = sgd_chunks(begin, fresh, end, len(lessons), cfg)
+            fresh = end
+    return lessons
+
+
 class Windows:
     """TTT_ENABLED=0: windows alone; nothing learns but the n-grams, which count between segments."""
 
@@ -6137,6 +6283,7 @@ class Windows:
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         self.scoring = scoring
         self.segments = segments
+        self.lessons = plan_lessons(segments, scoring.val.starts, scoring.cfg)
 
     def score(self, i: int):
         """Score segment i; returns once all ranks have its scores."""
@@ -6145,6 +6292,10 @@ class Windows:
 
     def learn(self, i: int):
         """Learn from what is scored, after segment i."""
+
+    def scoring_seconds(self, segments: list[Segment], windows_seconds: float) -> float:
+        """About how long it takes to score these segments, where windows alone take `windows_seconds`."""
+        return windows_seconds
 
 
 class LearnBehindWindows(Windows):
@@ -6155,17 +6306,15 @@ class LearnBehindWindows(Windows):
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         super().__init__(scoring, segments)
-        self.sgd = GlobalSGD(scoring)
+        self.optimizer = GLOBAL_OPTIMIZERS[scoring.cfg.global_ttt_optimizer](scoring)
 
     def learn(self, i: int):
-        starts = self.scoring.val.starts
-        first, last, _ = self.segments[i]
         progress = i / len(self.segments)  # constant in a segment
-        self.sgd.learn(int(starts[first]), int(starts[last]), progress, progress)
+        self.optimizer.learn(self.lessons[i], progress, progress)
 
 
 class AdaptDocuments(Windows):
-    """TTT_METHOD=lora: adapters learn inside each document, and the base weights in phases from all that is scored."""
+    """TTT_METHOD=lora: adapters learn inside each document, and the base weights in phases from what is scored."""
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         super().__init__(scoring, segments)
@@ -6180,20 +6329,57 @@ class AdaptDocuments(Windows):
             serial += len(chunk_ends(int(lengths.max()), scoring.cfg))
         scoring.log(f"  critical path {serial:,} chunks, one after the other: the longest documents of the segments")
         if ranks.cuda:
-            self.documents.capture(list(itertools.chain(*self.batches)))
+            with self.documents.random_tokens():
+                self.documents.capture(list(itertools.chain(*self.batches)))
 
     def score(self, i: int):
         for batch in self.batches[i]:
-            self.scoring.progress.show(self.scoring.ledger)
             self.documents.run(batch)
         self.documents.next_segment()
-        self.scoring.ledger.merge(self.scoring.ranks)
+        first, last, _ = self.segments[i]
+        begin = int(self.scoring.val.starts[first])
+        end = begin + int(self.scoring.val.lengths[first:last].sum())
+        self.scoring.ledger.merge(self.scoring.ranks, begin, end)
 
     def learn(self, i: int):
         """A phase of global SGD, with a half cosine and a momentum of its own."""
-        end = int(self.scoring.val.starts[self.segments[i].last])
-        GlobalSGD(self.scoring).learn(0, end, 0.0, 1.0)
-        self.scoring.log(f"  base weights learnt from {end:,} scored targets")
+        chunks = self.lessons[i]
+        GLOBAL_OPTIMIZERS[self.scoring.cfg.global_ttt_optimizer](self.scoring).learn(chunks, 0.0, 1.0)
+        count = sum(high - low for low, high in chunks)
+        self.scoring.log(f"  base weights learnt from {count:,} of {chunks[-1][1]:,} scored targets")
+
+    def steps(self, segments: list[Segment]) -> list[list[list[Shape]]]:
+        """The steps of each segment, of each rank."""
+        cfg = self.scoring.cfg
+        ranks = self.scoring.ranks
+        steps = []
+        for first, last, _ in segments:
+            of_ranks = []
+            for batches in deal_batches(self.scoring.val.lengths[first:last], first, cfg, ranks.world):
+                plans = [plan_lockstep(self.scoring.val.lengths[batch], cfg, not ranks.cuda) for batch in batches]
+                of_ranks.append([shape for _, shape in itertools.chain(*plans)])
+            steps.append(of_ranks)
+        return steps
+
+    @functools.cached_property
+    def times(self) -> dict[Shape, float]:
+        """Seconds of a step, of each Shape that has graphs; without graphs of the one of least and of most work."""
+        shapes = self.documents.graphs
+        if not shapes:
+            every = list(itertools.chain(*itertools.chain(*self.steps(self.segments))))
+            shapes = {pick(every, key=lambda shape: shape.work) for pick in (min, max)}
+        with self.documents.random_tokens():
+            return {shape: self.documents.step_seconds(shape) for shape in shapes}
+
+    def scoring_seconds(self, segments: list[Segment], windows_seconds: float) -> float:
+        work, seconds = zip(*sorted((shape.work, seconds) for shape, seconds in self.times.items()))
+        total = 0.0
+        for of_ranks in self.steps(segments):
+            rank_seconds = []
+            for shapes in of_ranks:
+                rank_seconds.append(sum(self.times.get(s) or np.interp(s.work, work, seconds) for s in shapes))
+            total += max(rank_seconds)  # a segment waits for the rank with the most to do
+        return total
 
 
 class TestTimeTraining:
@@ -6214,10 +6400,47 @@ class TestTimeTraining:
         scoring.model.requires_grad_(False)  # only adapters learn, until global SGD asks for more
         self.scoring = scoring
         self.strategy = strategy(scoring, self.segments)
+        self.estimated = 0.0  # seconds that score() will take, once measure() has been called
+
+    def measure(self, windows_seconds: float) -> float:
+        """Time each kind of step shortly, on random tokens; returns about how many seconds score() will take.
+
+        windows_seconds: of a pass over the stream by windows alone.
+        """
+        self.windows_seconds = windows_seconds
+        self.step_seconds = sgd_seconds(self.scoring) if self.strategy.lessons else 0.0
+        self.estimated = self.planned_seconds(self.scoring.cfg)
+        self.scoring.log(f"  about {self.estimated:.1f} s, by the time of single steps")
+        return self.estimated
+
+    def planned_seconds(self, cfg: Config) -> float:
+        """About how long scoring takes by the plan of these settings: rank 0's answer."""
+        segments = self.strategy.plan(self.scoring.val.lengths, cfg)
+        lessons = plan_lessons(segments, self.scoring.val.starts, cfg)
+        seconds = self.strategy.scoring_seconds(segments, self.windows_seconds)
+        return self.scoring.ranks.agree(seconds + sum(map(len, lessons.values())) * self.step_seconds)
+
+    def check_time(self, left: float):
+        """Raise UserError if score() will take more than the `left` seconds of the budget, before it has begun.
+
+        No clock decides more than that."""
+        cfg = self.scoring.cfg
+        left = self.scoring.ranks.agree(left)
+        if self.estimated <= left:
+            return
+        changes = [("segment_docs", cfg.segment_docs << doublings) for doublings in range(1, 6)]
+        for name, value in (*changes, ("phased_ttt_num_phases", 0), ("ttt_enabled", 0)):
+            if self.planned_seconds(dataclasses.replace(cfg, **{name: value})) <= left:
+                break  # else the last is named
+        raise UserError(
+            f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:.0f} leaves {left:.0f} s for test-time training, which "
+            f"will take about {self.estimated:.0f}; set {name.upper()}={value}, or MAX_WALLCLOCK_SECONDS=0: no budget"
+        )
 
     def score(self) -> float:
         """Score a segment, learn from it, go on; returns the ledger's BPB."""
         begun = time.perf_counter()
+        self.scoring.progress.begun = begun  # what came before says nothing about the rate
         for i, segment in enumerate(self.segments):
             self.strategy.score(i)
             if segment.then_learn:
@@ -6227,6 +6450,7 @@ class TestTimeTraining:
         world = self.scoring.ranks.world
         rate = targets / seconds
         self.scoring.log(f"  {targets:,} targets in {seconds:.1f} s: {rate:,.0f} targets/s over {world} rank(s)")
+        self.scoring.log(f"  {self.estimated:.1f} s by estimate")
         return self.scoring.ledger.bpb()
 
 
@@ -6725,7 +6949,7 @@ def score_artifact(run: Run):
     with run.phases("load"):
         model, meta = load_quantized(run)
     stored = meta["settings"]
-    others = [name.upper() for name, _ in sorted(cfg.settings().items() - stored.items())]
+    others = [name.upper() for name, _ in sorted(cfg.settings().items() - still_set(stored).items())]
     if not same_data(run, run.folder / "model.bin", meta) and cfg.ttt_eval_only:
         others.append("TOKENIZER_PATH (unknown)")
     if others:
@@ -6736,12 +6960,17 @@ def score_artifact(run: Run):
         scoring.ledger.break_condition("C3", reason)
     sizes = [len(run.val.starts)]
     if cfg.ttt_enabled or cfg.ngram_enabled:
+        before = run.phases.seconds["diagnostic"]
         run.diagnose(model, "quantized")
         scoring = run.scoring(model, "adapted")
         with run.phases("prepare"):
             adaptation = TestTimeTraining(scoring)
+            estimated = adaptation.measure(run.phases.seconds["diagnostic"] - before)
+        if cfg.max_wallclock_seconds:
+            adaptation.check_time(cfg.max_wallclock_seconds - run.phases.budget("eval"))
         with run.phases("adapt"):
             bpb = adaptation.score()
+        run.result["adapt_seconds"] = {"estimated": estimated, "measured": run.phases.seconds["adapt"]}
         sizes = [segment.last - segment.first for segment in adaptation.segments]
     else:
         with run.phases("score"):

@@ -502,7 +502,11 @@ def other_tokenizer(folder: Path, manifest: bool) -> Path:
 def test_shards_of_another_tokenizer_are_refused(manifest, tmp_path):
     folder = copied(tmp_path / "artifact", "train_gpt.py", "model.bin")
     outcome = main({"ttt_eval_only": True}, folder, other_tokenizer(tmp_path / "data", manifest))
-    assert outcome.code == 2 and "model.bin: made for data of tokenizer_sha256" in outcome.err and outcome.err.count("\n") == 1
+    assert (
+        outcome.code == 2
+        and "model.bin: made for data of tokenizer_sha256" in outcome.err
+        and outcome.err.count("\n") == 1
+    )
     assert not (folder / "eval_result.json").exists()
 
 

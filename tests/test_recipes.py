@@ -4,6 +4,7 @@ breaks a condition says so."""
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, RUN, config, main, random_documents, ranks, result, scoring_pass
@@ -134,6 +135,25 @@ def test_a_published_figure_is_named(name):
     text = (ROOT / "recipes" / f"{name}.env").read_text()
     assert "Different here" in text or name == "best"
     assert re.search(r"Published: 1\.0\d+ BPB", text) or name == "best"
+
+
+@pytest.mark.parametrize(
+    "name, prefix, phases",
+    (("logit_calibration", 2500, 3), ("ngram_progressive", 2500, 1), ("multi_phase_sgd", 2000, 3)),
+)
+def test_a_published_recipe_keeps_its_plan(name, prefix, phases):
+    """Equal phases over a prefix, one segment behind it; every phase learns from all of the prefix so far."""
+    cfg = recipe(name)
+    for documents in (1500, 50_000):
+        segments = train_gpt.plan_segments(range(documents), cfg)
+        ends = [min(prefix, documents - 1) * phase // phases for phase in range(1, phases + 1)]
+        assert [s.last for s in segments] == [*ends, documents]
+        assert [s.then_learn for s in segments] == [True] * phases + [False]
+        lessons = train_gpt.plan_lessons(segments, np.arange(0, 1000 * documents, 1000), cfg)
+        for i, end in enumerate(ends):
+            chunks = lessons[i]
+            assert chunks[0][0] == 0 and chunks[-1][1] == 1000 * end
+            assert all(a[1] == b[0] for a, b in zip(chunks, chunks[1:]))
 
 
 # ---- training on the validation set ----

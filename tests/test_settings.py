@@ -127,6 +127,21 @@ def test_a_retired_setting_has_one_value_left(name, tmp_path, monkeypatch):
         train_gpt.configure(env)
 
 
+def test_an_artifact_without_the_newer_settings_keeps_what_its_script_did(tmp_path, monkeypatch):
+    """All earlier text again in every phase; what is said in the environment wins."""
+    stored = {**Config(seed=5, phased_ttt_prefix_docs=2500).settings()}
+    assert set(train_gpt.ADDED) <= set(stored)
+    for name in train_gpt.ADDED:
+        del stored[name]
+    monkeypatch.setattr(train_gpt, "read_trained", lambda path: ({}, {"settings": stored}))
+    env = {"QUANTIZE_ONLY": "1", "ARTIFACT_DIR": str(tmp_path)}
+    found = train_gpt.configure(env)
+    assert found.seed == 5 and found.global_ttt_replay == 1.0 != Config().global_ttt_replay
+    assert train_gpt.configure(env | {"GLOBAL_TTT_REPLAY": "0.5"}).global_ttt_replay == 0.5
+    new = Config(global_ttt_replay=0.2).settings()
+    assert train_gpt.still_set(new) == new
+
+
 def test_a_near_miss_without_our_prefix_warns(capsys):
     Config.from_env({"ITERATION": "5"})
     assert "ITERATION" in (err := capsys.readouterr().err) and "ITERATIONS?" in err and err.count("\n") == 1

@@ -45,6 +45,7 @@ from train_gpt import (
     chunk_ends,
     new_lora,
     plan_segments,
+    sgd_chunks,
 )
 
 TestTimeTraining.__test__ = False  # not a test class, whatever its name begins with
@@ -358,7 +359,11 @@ def test_learning_lowers_the_loss_of_repetition():
 
 # ---- batches and ranks ----
 
-PHASES = dict(TTT, phased_ttt_num_phases=2, phased_ttt_prefix_docs=6, segment_docs=4)
+PHASES = dict(TTT, phased_ttt_num_phases=2, phased_ttt_prefix_docs=6, segment_docs=4, global_ttt_replay=0.5)
+# The whole stream teaches: segments of 2, 2, 2 and 3 of the usual documents.
+GROWING = dict(
+    TTT, phased_ttt_num_phases=1, segment_first_docs=2, segment_growth=0.5, segment_docs=4, global_ttt_replay=0.5
+)
 
 
 @pytest.mark.parametrize("mode", ("exact", "partial"))
@@ -381,7 +386,7 @@ def test_the_order_in_a_batch_changes_float_noise_only():
 
 # Three pieces in every SGD step, and no clipping to hide a wrong scale.
 SHARED = dict(
-    PHASES,
+    GROWING,
     ttt_batch_size=2,
     ttt_eval_seq_len=16,
     ttt_chunks="4,4,8",
@@ -405,7 +410,7 @@ def adapt_on(rank: int, world: int, folder):
 
 
 def test_ranks_change_float_noise_only(tmp_path):
-    """1, 2 and 3 ranks over gloo, two phases: every rank holds the whole ledger and, to the bit, the same weights."""
+    """1, 2 and 3 ranks over gloo, three phases: every rank holds the whole ledger and, to the bit, the same weights."""
     for world in (1, 2, 3):
         forked(adapt_on, world, tmp_path)
     one = np.load(tmp_path / "1_0.npz")
@@ -483,6 +488,16 @@ def test_scored_segments_teach_the_base_weights(mode):
         assert changed > 0.9 if phases or warm else changed == 0
 
 
+def test_poison_in_segments_that_grow():
+    """To the bit: documents 4 and 5 share a segment, and what comes before document 5's last half never moves; the last
+    segment does, since base weights and adapters have learnt from it."""
+    documents, cfg = random_documents([9, 40, 1, 30, 75, 62, 33, 1, 20]), ttt_config(GROWING)
+    before, after = adapt(documents, cfg), adapt(other_values(documents, 5, 31), cfg)
+    span, last = Stream(documents).of(5), Stream(documents).of(6).start
+    assert np.array_equal(before[: span.start + 30], after[: span.start + 30])
+    assert (before != after)[span.start + 30 : last].mean() > 0.9 and (before != after)[last:].mean() > 0.9
+
+
 @every_mode
 def test_lengths_change_float_noise_only(mode):
     """A document cut short, another gone: earlier scores and those of the others move by the rounding of other
@@ -529,8 +544,8 @@ def test_no_chunk_begins_past_the_longest_document():
 
 
 @settings(max_examples=300, deadline=None)
-@given(documents=st.integers(1, 60), size=st.integers(1, 70), phases=st.integers(0, 4), prefix=st.integers(0, 70))
-def test_segments(documents, size, phases, prefix):
+@given(documents=st.integers(2, 60), size=st.integers(1, 70), phases=st.integers(0, 4), prefix=st.integers(1, 70))
+def test_segments_of_a_prefix(documents, size, phases, prefix):
     """All documents once, in order; a border at every phase and every SEGMENT_DOCS, nowhere else; learning follows the
     phases only, each before the last document."""
     segments = plan_segments(
@@ -543,6 +558,158 @@ def test_segments(documents, size, phases, prefix):
     share = min(prefix, documents - 1)
     assert learns == {share * p // phases for p in range(1, phases + 1)} - {0} if phases else not learns
     assert ends == learns | {i for i in range(1, documents) if i % size == 0} | {documents}
+
+
+def sizes_of(documents: int, **overrides) -> list[int]:
+    return [s.last - s.first for s in plan_segments(range(documents), ttt_config(**overrides))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    documents=st.integers(1, 90),
+    more=st.integers(1, 90),
+    first=st.integers(1, 9),
+    growth=st.floats(0, 2),
+    most=st.integers(1, 30),
+    phases=st.integers(0, 2),
+)
+def test_segments_grow_over_the_whole_stream(documents, more, first, growth, most, phases):
+    """All documents once, in order; learning after each segment but the last; a segment is as large as those before it
+    allow, whatever follows."""
+    cfg = ttt_config(segment_docs=most, segment_first_docs=first, segment_growth=growth, phased_ttt_num_phases=phases)
+    segments = plan_segments(range(documents), cfg)
+    assert [i for s in segments for i in range(s.first, s.last)] == list(range(documents))
+    assert [s.then_learn for s in segments] == [phases > 0] * (len(segments) - 1) + [False]
+    for s in segments:
+        whole = min(max(int(growth * s.first), first), most)
+        assert s.last - s.first == whole or s.last == documents and s.last - s.first < whole
+    longer = plan_segments(range(documents + more), cfg)
+    assert [s[:2] for s in longer][: len(segments) - 1] == [s[:2] for s in segments][:-1]
+
+
+def test_the_default_plan_at_the_contests_size():
+    """Some thirty segments cover 50,000 documents; those of a short stream are short."""
+    sizes = sizes_of(50_000, phased_ttt_num_phases=8)
+    assert sizes[:8] == [64, 64, 64, 64, 64, 80, 100, 125] and max(sizes) == 2500 and len(sizes) == 37
+    assert sizes_of(150) == [64, 64, 22]
+
+
+REPLAY = dict(first=st.integers(0, 400), fresh=st.integers(1, 400), tokens=st.integers(5, 60), turn=st.integers(0, 30))
+
+
+@settings(max_examples=300, deadline=None)
+@given(tenths=st.integers(0, 10), **REPLAY)
+def test_a_lesson_has_all_that_is_new_and_a_share_of_the_rest(tenths, first, fresh, tokens, turn):
+    """In stream order, nothing beyond the end; of the earlier text each chunk in one of ten turns, for a tenth; the
+    chunks are those of a lesson that has everything."""
+    end = first + fresh
+    cfg = ttt_config(global_ttt_chunk_tokens=tokens, global_ttt_replay=tenths / 10)
+    everything = sgd_chunks(0, 0, end, 0, cfg)
+    edges = np.linspace(0, end, max(round(end / tokens), 1) + 1).astype(int).tolist()
+    assert everything == list(zip(edges, edges[1:]))
+    turns = [sgd_chunks(0, first, end, turn + t, cfg) for t in range(10)]
+    for chunks in turns:
+        assert chunks == [chunk for chunk in everything if chunk in chunks]
+        assert {chunk for chunk in everything if chunk[1] > first} <= set(chunks)
+        old = sum(chunk[1] <= first for chunk in everything)
+        assert abs(sum(chunk[1] <= first for chunk in chunks) - old * tenths / 10) < 1
+    for chunk in everything:
+        if chunk[1] <= first:
+            assert sum(chunk in chunks for chunks in turns) == tenths
+
+
+def test_lessons_of_a_plan():
+    """What is new is what no phase has had, across segments that end without one; TTT_METHOD=sgd has no replay."""
+    starts = np.arange(0, 1000, 100)
+    cfg = ttt_config(segment_docs=1, phased_ttt_num_phases=2, phased_ttt_prefix_docs=8, global_ttt_chunk_tokens=100)
+    segments = plan_segments(range(10), cfg)
+    lessons = train_gpt.plan_lessons(segments, starts, dataclasses.replace(cfg, global_ttt_replay=0.0))
+    assert {segments[i].last: chunks[0][0] for i, chunks in lessons.items()} == {4: 0, 8: 400}
+    assert lessons[7] == [(400, 500), (500, 600), (600, 700), (700, 800)]
+    sgd = ttt_config(SGD, global_ttt_epochs=2, global_ttt_chunk_tokens=100)
+    segments = train_gpt.plan_sgd_segments(np.full(10, 100), sgd)
+    lessons = train_gpt.plan_lessons(segments, starts, sgd)
+    assert lessons == {i: [(100 * i, 100 * i + 100)] * 2 for i in range(9)}
+    assert train_gpt.plan_lessons(segments, starts, dataclasses.replace(sgd, ttt_enabled=False)) == {}
+
+
+# ---- time ----
+
+
+@pytest.mark.parametrize("base", ("lora", "sgd"))
+def test_timing_leaves_no_trace(base):
+    """The estimate is there before the first score; scores, weights and the ledger are those of a run without it."""
+    cfg = ttt_config(GROWING if base == "lora" else SGD)
+    found = []
+    for timed in (False, True):
+        stream, model = Stream(random_documents(LENGTHS)), network(cfg)
+        scoring = passing(cfg, stream, model)
+        adaptation = TestTimeTraining(scoring)
+        if timed:
+            before = {name: p.clone() for name, p in model.named_parameters()}
+            tokens = torch.from_numpy(stream.tokens.astype(np.int64))
+            assert adaptation.measure(0.5) > 0.5 * (base == "sgd")
+            assert np.isnan(scoring.ledger.nats).all() and not scoring.ledger.own.any()
+            assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+            assert not any(p.requires_grad for p in model.parameters())
+            assert base == "sgd" or torch.equal(adaptation.strategy.documents.lockstep.tokens, tokens)
+        adaptation.score()
+        found.append(scoring.ledger.nats)
+    assert np.array_equal(*found)
+
+
+def timed(cfg, monkeypatch, step=0.5, lesson=3.0):
+    """A TestTimeTraining of which every step takes `step` seconds and every step of global SGD `lesson`."""
+    monkeypatch.setattr(DocumentTTT, "step_seconds", lambda self, shape: step)
+    monkeypatch.setattr(train_gpt, "sgd_seconds", lambda scoring: lesson)
+    return TestTimeTraining(passing(cfg, Stream(random_documents(LENGTHS)), network(cfg)))
+
+
+def test_the_estimate_adds_up_the_steps_of_the_plan(monkeypatch):
+    """By hand: a document of each length alone in its batch; two ranks wait for each other behind every segment."""
+    cfg = ttt_config(GROWING, ttt_batch_size=1)
+    adaptation = timed(cfg, monkeypatch)
+    chunks = [len(chunk_ends(n, cfg)) for n in Stream(random_documents(LENGTHS)).lengths.tolist()]
+    segments = [chunks[0:2], chunks[2:4], chunks[4:6], chunks[6:9]]
+    lessons = sum(len(lesson) for lesson in adaptation.strategy.lessons.values())
+    assert lessons > 9 and adaptation.measure(0) == 0.5 * sum(chunks) + 3.0 * lessons
+    adaptation.scoring.ranks.world = 2
+    longest = [max(a, b) for a, b in segments[:3]] + [max(segments[3][0], sum(segments[3][1:]))]
+    monkeypatch.setattr(train_gpt.Ranks, "agree", lambda self, value: value)
+    assert adaptation.measure(0) == 0.5 * sum(longest) + 3.0 * lessons
+
+
+def test_a_plan_beyond_the_budget_is_refused_before_the_first_score(monkeypatch):
+    """The line names a setting and a value with which the plan does fit; what fits goes on."""
+    cfg = ttt_config(GROWING, max_wallclock_seconds=77.0, segment_growth=9.0, segment_docs=2)
+    adaptation = timed(cfg, monkeypatch)
+    whole = adaptation.measure(0.0)
+    adaptation.check_time(whole)
+    fits = {docs: adaptation.planned_seconds(dataclasses.replace(cfg, segment_docs=docs)) for docs in (4, 8)}
+    assert whole > fits[4] > fits[8]
+    refusals = {fits[4]: "SEGMENT_DOCS=4", fits[8]: "SEGMENT_DOCS=8", 0.1: "TTT_ENABLED=0"}
+    for left, remedy in refusals.items():
+        with pytest.raises(train_gpt.UserError, match=f"MAX_WALLCLOCK_SECONDS=77 leaves {left:.0f} s .* set {remedy},"):
+            adaptation.check_time(left)
+    assert np.isnan(adaptation.scoring.ledger.nats).all()
+
+
+def test_progress_shows_inside_a_batch(monkeypatch):
+    """A line after each forward, as often as the clock allows, about all targets so far of all ranks."""
+    monkeypatch.setattr(train_gpt.Progress, "EVERY", -1.0)
+    cfg = ttt_config(ttt_batch_size=9)
+    scoring = passing(cfg, Stream(random_documents(LENGTHS)), network(cfg))
+    TestTimeTraining(scoring).score()
+    lines = [line for line in scoring.log.lines if "BPB so far" in line]
+    assert len(lines) == len(chunk_ends(max(LENGTHS), cfg))
+    shares = [float(line.split()[0]) for line in lines]
+    assert shares == sorted(set(shares)) and shares[0] == 0 and 90 < shares[-1] < 100
+    scoring.ranks.world = 3
+    ledger = Ledger("test", np.ones(40, np.uint16), Verdicts())
+    ledger.write(np.arange(4), np.full(4, math.log(2)))
+    ledger.shared += 8, 4 * math.log(2), 8  # of all ranks, before the last merge
+    scoring.progress.show(ledger)
+    assert "50.0 %  BPB so far 0.8000" in scoring.log.lines[-1]
 
 
 def test_a_chunk_fits_the_context():
@@ -627,7 +794,7 @@ def test_base_weights_learn_by_sgd(overrides):
     stream = Stream(random_documents([50, 1, 90, 59, 30]))
     ledger, found, wanted, start = stream.ledger(), network(cfg), network(cfg), network(cfg)
     ledger.write(np.arange(200), np.ones(200))
-    GlobalSGD(passing(cfg, stream, found, ledger)).learn(0, 200, 0.0, 1.0)
+    GlobalSGD(passing(cfg, stream, found, ledger)).learn(sgd_chunks(0, 0, 200, 0, cfg), 0.0, 1.0)
     slow_sgd(wanted, stream, 200, cfg)
     for (name, a), b, before in zip(found.named_parameters(), wanted.parameters(), start.parameters()):
         assert largest(a.detach(), b.detach()) < 2e-6 + 1e-3 * largest(b.detach(), before.detach()), name
@@ -635,16 +802,65 @@ def test_base_weights_learn_by_sgd(overrides):
         assert a.grad is None and not a.requires_grad
 
 
+MUON = dict(global_ttt_optimizer="muon", global_ttt_lr=0.1, matrix_lr=0.05)
+
+
+def test_muon_in_the_place_of_sgd():
+    """A step moves each matrix by lr MATRIX_LR along all of its directions alike, and what Adam has by lr times its
+    rate; nothing decays."""
+    cfg = ttt_config(**MUON, global_ttt_chunk_tokens=100)
+    stream, model, start = Stream(random_documents([50, 50, 30])), network(cfg), network(cfg)
+    scoring = passing(cfg, stream, model)
+    scoring.ledger.write(np.arange(100), np.ones(100))
+    train_gpt.GlobalMuon(scoring).learn(sgd_chunks(0, 0, 100, 0, cfg), 0.0, 1.0)
+    moved = {n: p.detach() - q.detach() for (n, p), q in zip(model.named_parameters(), start.parameters())}
+    singular = torch.linalg.svdvals(moved["o"])
+    assert 0.7 < singular.median() / (0.1 * 0.05) < 1.3
+    assert moved["tok_emb"].abs().max() == pytest.approx(0.1 * cfg.tied_embed_lr, rel=1e-2)
+    assert all(move.any() for move in moved.values()) and not any(p.requires_grad for p in model.parameters())
+
+
+def muon_on(rank: int, world: int, folder):
+    cfg = ttt_config({**SHARED, **MUON}, rank=rank, local_rank=rank, world_size=world)
+    group, stream, model = train_gpt.Ranks(cfg), Stream(random_documents(LENGTHS)), network(cfg)
+    ledger = stream.ledger()
+    TestTimeTraining(scoring_pass(model, cfg, group, stream, ledger)).score()
+    np.savez(folder / f"muon_{rank}", nats=ledger.nats, weights=torch.cat([p.flatten() for p in model.parameters()]))
+    group.close()
+
+
+def test_muon_on_two_ranks_agrees(tmp_path):
+    """The ranks share the matrices out and still hold the same weights; scores are those of one rank."""
+    forked(muon_on, 2, tmp_path)
+    alone_nats = adapt(random_documents(LENGTHS), ttt_config({**SHARED, **MUON}))
+    first, second = (np.load(tmp_path / f"muon_{rank}.npz") for rank in range(2))
+    assert np.array_equal(first["weights"], second["weights"]) and np.array_equal(first["nats"], second["nats"])
+    assert largest(first["nats"], alone_nats) < 1e-3
+
+
+@pytest.mark.parametrize("base", ("phases", "sgd"))
+def test_the_optimizer_of_the_base_weights_is_a_choice(base):
+    """It learns, only behind scores: the first segment is equal to the bit; other weights than SGD's come of it."""
+    documents, found = random_documents(LENGTHS), {}
+    for optimizer in ("sgd", "muon"):
+        cfg = ttt_config(PHASES if base == "phases" else SGD, global_ttt_optimizer=optimizer)
+        found[optimizer] = adapt(documents, cfg)
+    first = sum(LENGTHS[:2])
+    assert np.array_equal(found["sgd"][:first], found["muon"][:first])
+    assert largest(found["sgd"][first:], found["muon"][first:]) > 1e-3
+
+
 def test_phases_learn_from_the_scored_prefix(monkeypatch):
     """What each phase is given: the targets of all documents so far, their last BOS included; and the model is frozen
     while documents adapt."""
-    cfg = ttt_config(PHASES, phased_ttt_num_phases=3, phased_ttt_prefix_docs=6)
+    cfg = ttt_config(PHASES, phased_ttt_num_phases=3, phased_ttt_prefix_docs=6, global_ttt_replay=1)
     stream, model = Stream(random_documents(LENGTHS)), network(cfg)
     scoring, seen = passing(cfg, stream, model), []
 
-    def learn(self, begin, end, *progress):
-        scored, thawed = int(scoring.ledger.scored.sum()), any(p.requires_grad for p in model.parameters())
-        seen.append((self, begin, end, progress, scored, thawed))
+    def learn(self, chunks, *progress):
+        scored, thawed = int((~np.isnan(scoring.ledger.nats)).sum()), any(p.requires_grad for p in model.parameters())
+        assert all(a[1] == b[0] for a, b in zip(chunks, chunks[1:]))  # no gap
+        seen.append((self, chunks[0][0], chunks[-1][1], progress, scored, thawed))
 
     monkeypatch.setattr(GlobalSGD, "learn", learn)
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -653,6 +869,11 @@ def test_phases_learn_from_the_scored_prefix(monkeypatch):
     assert [rest for _, *rest in seen] == [[0, end, (0.0, 1.0), end, False] for end in prefixes]
     assert len({id(sgd) for sgd, *_ in seen}) == 3  # a momentum of its own for each phase
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def ahead(learn):
+    """GlobalSGD.learn that also takes the target behind what it was given."""
+    return lambda self, chunks, *rest: learn(self, [*chunks[:-1], (chunks[-1][0], chunks[-1][1] + 1)], *rest)
 
 
 # ---- full-parameter SGD, chunk after chunk ----
@@ -760,8 +981,7 @@ def test_sgd_on_two_ranks_agrees(tmp_path):
 
 
 def test_sgd_that_runs_ahead_aborts(monkeypatch):
-    honest = GlobalSGD.learn
-    monkeypatch.setattr(GlobalSGD, "learn", lambda self, begin, end, *rest: honest(self, begin, end + 1, *rest))
+    monkeypatch.setattr(GlobalSGD, "learn", ahead(GlobalSGD.learn))
     assert failing(ttt_config(SGD), "not scored") == ["C3"]
 
 
@@ -783,8 +1003,7 @@ def test_learning_before_scoring_aborts(monkeypatch):
 
 
 def test_a_phase_that_runs_ahead_aborts(monkeypatch):
-    honest = GlobalSGD.learn
-    monkeypatch.setattr(GlobalSGD, "learn", lambda self, begin, end, *rest: honest(self, begin, end + 1, *rest))
+    monkeypatch.setattr(GlobalSGD, "learn", ahead(GlobalSGD.learn))
     assert failing(ttt_config(PHASES), "not scored") == ["C3"]
 
 
@@ -820,10 +1039,15 @@ def test_ledgers_merge_segment_by_segment():
     group = TwoRanks(np.array([nan, 1.5, nan, nan, nan]), np.array([nan, nan, nan, 3.5, 4.5]))
     book.write(np.array([0]), np.array([0.5]))
     book.merge(group)
-    assert book.scored.tolist() == [True, True, False, False, False]
+    assert np.isnan(book.nats).tolist() == [False, False, True, True, True]
     book.write(np.array([2]), np.array([2.5]))
     book.merge(group)
     assert book.nats.tolist() == [0.5, 1.5, 2.5, 3.5, 4.5] and book.bpb() == pytest.approx(12.5 / 5 / math.log(2))
+    part = Ledger("test", np.ones(5, np.uint16), Verdicts())  # only targets 1..4 travel
+    part.write(np.array([0, 2]), np.array([9.0, 2.5]))
+    part.merge(TwoRanks(np.array([1.5, nan, 3.5])), 1, 4)
+    assert np.array_equal(part.nats, [9.0, 1.5, 2.5, 3.5, nan], equal_nan=True)
+    assert part.merged.tolist() == [False, True, True, True, False]
     again = Ledger("test", np.ones(2, np.uint16), Verdicts())
     group = TwoRanks(np.array([nan, 1.5]), np.array([2.5, nan]))
     again.write(np.array([0]), np.array([0.5]))
@@ -1091,6 +1315,20 @@ def test_the_headline_is_the_adapted_pass(shipped):
     log = (shipped / "train.log").read_text()
     assert "5 segment(s) of [3, 1, 2, 2, 2] documents" in log
     assert log.count("base weights learnt from") == 2
+    times = found["adapt_seconds"]
+    assert times["estimated"] > 0 and times["measured"] == found["seconds"]["adapt"]
+    assert f"about {times['estimated']:.1f} s, by" in log and f"{times['estimated']:.1f} s by estimate" in log
+
+
+def test_a_run_that_would_not_end_in_time_is_refused(shipped, tmp_path, monkeypatch):
+    """One line, no result; the files that were there stay."""
+    for name in ("train_gpt.py", "model.bin"):
+        shutil.copy(shipped / name, tmp_path)
+    monkeypatch.setattr(DocumentTTT, "step_seconds", lambda self, shape: 1e3)
+    late = main({"ttt_eval_only": True, "max_wallclock_seconds": 500, "gptq_reserve_seconds": 0}, tmp_path)
+    assert late.code == 2 and late.err.count("\n") == 1
+    assert late.err.startswith("error: MAX_WALLCLOCK_SECONDS=500 leaves ") and "set TTT_ENABLED=0, or " in late.err
+    assert not (tmp_path / "eval_result.json").exists() and (tmp_path / "model.bin").exists()
 
 
 def test_a_rerun_of_the_artifact_gives_the_same_number(shipped, tmp_path):

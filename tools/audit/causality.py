@@ -62,7 +62,7 @@ def sum_to_one(a: Audit, length: int) -> tuple[str, str]:
     spread = float(np.ptp(same, axis=0).max())
     where = f"sum over {vocab} tokens behind {len(prefix)} = {total:.7f}, behind {fillers} documents"
     if env:
-        where += ", one segment by SEGMENT_DOCS"
+        where += f", one segment by {' and '.join(env)}"
     faults = [] if abs(total - 1) <= SUM_TOLERANCE[a.artifact.device] else [where]
     if spread > max(LENGTH_TOLERANCE, 10 * a.tolerance):
         faults.append(f"the same prefix is scored differently before different tokens (by {spread:.2g} nats)")
@@ -71,6 +71,8 @@ def sum_to_one(a: Audit, length: int) -> tuple[str, str]:
 
 def documents_before_one_segment(settings: dict, vocab: int) -> tuple[int, dict]:
     """How many documents must come first, so that the next `vocab` share a segment, and the settings for that."""
+    if "segment_first_docs" in settings and not settings.get("phased_ttt_prefix_docs"):  # segments grow
+        return vocab, {"SEGMENT_DOCS": 1 << 20, "SEGMENT_FIRST_DOCS": vocab}
     span, env = settings.get("segment_docs", 1 << 30), {}
     if span < vocab + 1:
         span, env = 1 << 20, {"SEGMENT_DOCS": 1 << 20}

@@ -158,7 +158,7 @@ class Artifact:
         folder = self.clean_folder(None, "train_gpt.py", "model.bin")
         path = data if isinstance(data, Path) else data.write(folder.with_name(folder.name + "_data"))
         ledger = folder / "ledger.npy"
-        wanted = {"TTT_EVAL_ONLY": 1, "LEDGER_PATH": ledger, **(env or {})}
+        wanted = {"TTT_EVAL_ONLY": 1, "LEDGER_PATH": ledger, **self.short_segments(data), **(env or {})}
         self.run(folder, self.environment(path.resolve(), wanted), world, blocked)
         if not ledger.is_file():
             raise Broken("no ledger at LEDGER_PATH")
@@ -166,6 +166,13 @@ class Artifact:
         if not result.get("bpb"):
             raise Broken("no eval_result.json with a bpb")
         return Scored(np.load(ledger, allow_pickle=False), result)
+
+    def short_segments(self, data: Dataset | Path) -> dict:
+        """An excerpt that would lie within the first segment gets some four, so that state crosses documents in it."""
+        growing = "segment_first_docs" in self.settings and not self.settings.get("phased_ttt_prefix_docs")
+        if isinstance(data, Path) or not growing or len(data.starts) > self.settings["segment_first_docs"]:
+            return {}
+        return {"SEGMENT_FIRST_DOCS": -(-len(data.starts) // 4)}
 
     def train(self, script: bytes, data: Dataset, env: dict) -> dict[str, bytes]:
         """The files of a short training with this script and this validation stream: {"train_gpt.py", "model.bin"}."""
