@@ -1498,7 +1498,7 @@ class TrainingHashes:
 
     def __init__(self, cfg: Config):
         manifest = Path(cfg.data_path) / "manifest.json"
-        files = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
         self.promised = {manifest.with_name(name): file["sha256"] for name, file in files.items() if "train" in name}
         self.other = []  # shards that are not what the manifest promises
         self.thread = threading.Thread(target=self.compare, daemon=True)

@@ -16,7 +16,19 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, RUN, base_run, clean_environ, config, environment, forked, main, replaced_environ, write_data
+from helpers import (
+    ROOT,
+    RUN,
+    base_run,
+    clean_environ,
+    config,
+    data,
+    environment,
+    forked,
+    main,
+    replaced_environ,
+    write_data,
+)
 
 import train_gpt
 from train_gpt import Config, UserError
@@ -153,8 +165,9 @@ def test_a_reserve_beyond_the_budget_says_what_would_do():
 
 
 def test_no_sentencepiece(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
     folder = write_data(tmp_path / "data", train_documents=40, sidecar=False)
+    data()  # needs it, too
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
     refusal(main(CHECK, tmp_path / "out", folder), "sentencepiece", "pip install")
     refusal(main({**CHECK, "logit_calibration_enabled": True}, tmp_path / "out"), "sentencepiece", "pip install")
 
