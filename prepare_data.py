@@ -61,6 +61,7 @@ OUR_NAMES = re.compile(r"manifest\.json|tokenizer\.model|fineweb_(?:train|val|va
 CHUNK_BYTES = 1 << 20  # documents travel to the workers in batches of about this size
 FINEWEB_REPO = "willdepueoai/parameter-golf"
 CASEOPS_REPO = "romeerp/parameter-golf-caseops-v1"
+FORMS = {"behind-space": lossless_caps.BEHIND_SPACE, "before-space": lossless_caps.BEFORE_SPACE}
 DEFAULT_VARIANT = {FINEWEB_REPO: "sp1024", CASEOPS_REPO: "sp8192_lossless_caps_caseops_v1_reserved"}
 CONTEST_VAL_TOKENS = {CASEOPS_REPO: 47_853_344}  # the published validation export, BOS included
 GIVE_MORE = "give more text: a .txt file is one document, a JSONL file one for each line"
@@ -507,27 +508,29 @@ def load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 class Encoder:
-    """A SentencePiece model with or without CaseOps in front."""
+    """A SentencePiece model with a form of CaseOps in front, or without (None)."""
 
-    def __init__(self, model: Path, caseops: bool):
+    def __init__(self, model: Path, form: str | None):
         self.sp = load_model(model)
-        self.caseops = caseops
+        self.form = form
         self.ends = StrippedEnds(self.sp)
         self.ids = getattr(self.sp, "encode_as_numpy", self.sp.encode_as_ids)
 
     def tokens(self, text: str) -> np.ndarray:
         """uint16 ids, without BOS."""
-        return np.asarray(self.ids(lossless_caps.encode(text) if self.caseops else text), np.uint16)
+        return np.asarray(self.ids(lossless_caps.encode(text, self.form) if self.form else text), np.uint16)
 
     def tokens_and_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """uint16 ids, without BOS, and the bytes of the original text for each; every check that a validation document
         must pass."""
-        encoded = lossless_caps.encode(text) if self.caseops else text
-        if self.caseops and lossless_caps.decode(encoded) != text:
+        encoded = lossless_caps.encode(text, self.form) if self.form else text
+        if self.form and lossless_caps.decode(encoded, self.form) != text:
             raise DataError("the case transform does not give the text back")
         ids, surfaces = encode_pieces(self.sp, encoded)
         sizes = np.array(
-            lossless_caps.piece_bytes(surfaces) if self.caseops else [len(surface.encode()) for surface in surfaces],
+            lossless_caps.piece_bytes(surfaces, self.form)
+            if self.form
+            else [len(surface.encode()) for surface in surfaces],
             np.int64,
         )
         expected = len(text.encode()) - self.ends.count(text)
@@ -553,7 +556,13 @@ def check_tokenizer(encoder: Encoder, name: str) -> None:
             f"{name}: BOS id is {sp.bos_id()}, shards need {BOS_ID}; train it with pad_id=0, bos_id=1, eos_id=2, "
             "unk_id=3"
         )
-    if encoder.caseops and any(sp.is_unknown(sp.piece_to_id(operator)) for operator in lossless_caps.OPERATORS):
+    named = named_form(sp)
+    if encoder.form and named not in (None, encoder.form):
+        option = next(option for option, form in FORMS.items() if form == named)
+        raise DataError(
+            f"{name}: made for {named}, not for {encoder.form}; pass --case-ops {option} or another tokenizer"
+        )
+    if encoder.form and any(sp.is_unknown(sp.piece_to_id(operator)) for operator in lossless_caps.OPERATORS):
         raise DataError(f"{name}: holds no CaseOps operators U+E001..U+E004; pass --no-caseops or another tokenizer")
     if not any(map(sp.is_byte, range(sp.vocab_size()))):
         raise DataError(
@@ -570,9 +579,24 @@ def check_tokenizer(encoder: Encoder, name: str) -> None:
         )
 
 
+def with_name(model: bytes, form: str | None) -> bytes:
+    """A model that names its form of CaseOps where the published one does: in trainer_spec.model_prefix, a field that
+    SentencePiece keeps and does not use. Fields behind a protocol buffer are merged into it."""
+    if form is None:
+        return model
+    prefix = b"\x12" + bytes([len(form)]) + form.encode()  # TrainerSpec field 2, a string
+    return model + b"\x12" + bytes([len(prefix)]) + prefix  # ModelProto field 2, the TrainerSpec
+
+
+def named_form(sp: sentencepiece.SentencePieceProcessor) -> str | None:
+    """The form of CaseOps that a model was trained for; None where it does not say."""
+    model = sp.serialized_model_proto()
+    return next((form for form in FORMS.values() if form.encode() in model), None)
+
+
 @cache
-def load_encoder(model: str, caseops: bool) -> Encoder:
-    return Encoder(Path(model), caseops)
+def load_encoder(model: str, form: str | None) -> Encoder:
+    return Encoder(Path(model), form)
 
 
 class Chunk(NamedTuple):
@@ -595,8 +619,8 @@ class Encoded(NamedTuple):
     source_bytes: int
 
 
-def encode_chunk(model: str, caseops: bool, chunk: Chunk) -> Encoded:
-    encoder = load_encoder(model, caseops)
+def encode_chunk(model: str, form: str | None, chunk: Chunk) -> Encoded:
+    encoder = load_encoder(model, form)
     bos = np.array([BOS_ID], np.uint16)
     tokens, sizes, lengths, hashes, utf8, empty, source_bytes = [], [], [], [], [], 0, 0
     for line in chunk.lines:
@@ -654,7 +678,7 @@ def tokenizer_text(source: Source, args: argparse.Namespace) -> Iterator[str]:
             continue
         text = text.encode("utf-8", "replace").decode().replace("\0", " ")
         left -= len(text.encode())
-        yield lossless_caps.encode(text) if args.caseops else text
+        yield lossless_caps.encode(text, args.form) if args.form else text
 
 
 def keeping(texts: Iterable[str], errors: list[BaseException]) -> Iterator[str]:
@@ -691,7 +715,7 @@ def train_tokenizer(source: Source, args: argparse.Namespace) -> bytes:
             bos_id=1,
             eos_id=2,
             unk_id=3,
-            user_defined_symbols=list(lossless_caps.OPERATORS) if args.caseops else [],
+            user_defined_symbols=list(lossless_caps.OPERATORS) if args.form else [],
             max_sentence_length=1 << 24,
             minloglevel=2,
         )
@@ -701,7 +725,7 @@ def train_tokenizer(source: Source, args: argparse.Namespace) -> bytes:
         raise DataError(
             f"--vocab-size {args.vocab_size}: SentencePiece cannot train it: {' '.join(str(error).split())}"
         ) from None
-    return model.getvalue()
+    return with_name(model.getvalue(), args.form)
 
 
 def train_tokenizer_apart(source: Source, args: argparse.Namespace) -> bytes:
@@ -790,18 +814,18 @@ def init_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode_all(batches: Iterable[Chunk], model: Path, caseops: bool, workers: int) -> Iterator[Encoded]:
+def encode_all(batches: Iterable[Chunk], model: Path, form: str | None, workers: int) -> Iterator[Encoded]:
     """Encodes chunks on `workers` processes and yields them in order; a few are in flight per worker, so memory stays
     bounded."""
     load_encoder.cache_clear()  # the path may hold another model by now
     if workers == 1:
-        yield from (encode_chunk(str(model), caseops, chunk) for chunk in batches)
+        yield from (encode_chunk(str(model), form, chunk) for chunk in batches)
         return
     pending: deque[Future] = deque()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), init_worker)
     try:
         for chunk in batches:
-            pending.append(pool.submit(encode_chunk, str(model), caseops, chunk))
+            pending.append(pool.submit(encode_chunk, str(model), form, chunk))
             if len(pending) > 4 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -868,7 +892,7 @@ def write_splits(source: Source, args: argparse.Namespace, out: Path) -> dict:
     duplicates = 0
     progress = Progress(source, args.max_train_docs and args.val_docs + args.max_train_docs)
     batches = chunks(source, args.val_docs, args.max_train_docs)
-    for chunk in encode_all(batches, out / TOKENIZER, args.caseops, args.workers):
+    for chunk in encode_all(batches, out / TOKENIZER, args.form, args.workers):
         progress.update(len(chunk.lengths) + chunk.empty, chunk.source_bytes)
         if chunk.is_val:
             val_hashes.update(chunk.hashes)
@@ -1025,12 +1049,12 @@ def is_finished(out: Path, wanted: dict) -> bool:
         files = {TOKENIZER: manifest["tokenizer"]["sha256"]} | {
             name: entry["sha256"] for name, entry in manifest["files"].items()
         }
-        found = identity(manifest["source"]) | manifest["options"]
+        found = identity(manifest["source"]) | manifest["options"] | {"transform": manifest["transform"]}
         if not files.keys() <= names_in(path):  # names of no file of ours: "../../etc/passwd"
             raise ValueError
     except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: not a manifest of this program; move it elsewhere or choose another --out") from None
-    wanted = identity(wanted["source"]) | wanted["options"]
+    wanted = identity(wanted["source"]) | wanted["options"] | {"transform": wanted["transform"]}
     if changed := [
         f"{key}: {found.get(key)} there, {wanted.get(key)} now"
         for key in wanted | found
@@ -1059,8 +1083,9 @@ def write_manifest(out: Path, manifest: dict) -> None:
 def prepare(args: argparse.Namespace) -> None:
     """The whole job for a source of documents."""
     source = open_source(args)
-    given_model = read_tokenizer(args.tokenizer, args.caseops) if args.tokenizer else None
+    given_model = read_tokenizer(args.tokenizer, args.form) if args.tokenizer else None
     options = {key: getattr(args, key) for key in ("val_docs", "max_train_docs", "caseops", "shard_tokens")}
+    transform = args.form or "none"
     if given_model:
         options["tokenizer_sha256"] = hashlib.sha256(given_model).hexdigest()
     else:
@@ -1070,14 +1095,14 @@ def prepare(args: argparse.Namespace) -> None:
         if (
             not args.overwrite
             and (args.out / MANIFEST).exists()
-            and is_finished(args.out, {"source": description.result(), "options": options})
+            and is_finished(args.out, {"source": description.result(), "options": options, "transform": transform})
         ):
             log(f"{args.out}: already finished with these options, hashes verified")
             return
         with new_dataset(args.out) as folder:
             model = given_model or train_tokenizer_apart(source, args)
             tokenizer_sha256 = write_file(folder / TOKENIZER, model)
-            encoder = Encoder(folder / TOKENIZER, args.caseops)
+            encoder = Encoder(folder / TOKENIZER, args.form)
             check_tokenizer(encoder, "the trained tokenizer")
             if not given_model and encoder.sp.vocab_size() < args.vocab_size:
                 log(
@@ -1090,10 +1115,10 @@ def prepare(args: argparse.Namespace) -> None:
                 {
                     "format": FORMAT,
                     "source": description.result(),
-                    "transform": lossless_caps.NAME if args.caseops else "none",
+                    "transform": transform,
                     "vocab_size": encoder.sp.vocab_size(),
                     "bos_id": BOS_ID,
-                    "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256},
+                    "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256, "transform": transform},
                     **result,
                     "options": options,
                     "sentencepiece": sentencepiece.__version__,
@@ -1112,13 +1137,13 @@ def prepare(args: argparse.Namespace) -> None:
     )
 
 
-def read_tokenizer(path: str, caseops: bool) -> bytes:
+def read_tokenizer(path: str, form: str | None) -> bytes:
     """The bytes of a model, read before OUT is touched: it may lie there."""
     file = expand(path)
     if not file.is_file():
         what = "a folder" if file.is_dir() else "not a plain file" if file.exists() else "no such file"
         raise DataError(f"{path}: {what}; --tokenizer takes a SentencePiece model")
-    check_tokenizer(Encoder(file, caseops), path)
+    check_tokenizer(Encoder(file, form), path)
     return file.read_bytes()
 
 
@@ -1292,7 +1317,8 @@ def prepare_shards(args: argparse.Namespace) -> None:
     repo = args.repo or CASEOPS_REPO
     variant = args.variant or DEFAULT_VARIANT.get(repo, "sp1024")
     source, options = {"kind": "shards", "repo": repo, "variant": variant}, {"train_shards": args.train_shards}
-    if not args.overwrite and is_finished(args.out, {"source": source, "options": options}):
+    transform = next((form for form in FORMS.values() if form in variant), "none")
+    if not args.overwrite and is_finished(args.out, {"source": source, "options": options, "transform": transform}):
         log(f"{args.out}: already finished with these options, hashes verified")
         return
     with new_dataset(args.out) as folder:
@@ -1309,10 +1335,10 @@ def prepare_shards(args: argparse.Namespace) -> None:
             {
                 "format": FORMAT,
                 "source": source,
-                "transform": lossless_caps.NAME if lossless_caps.NAME in variant else "none",
+                "transform": transform,
                 "vocab_size": sp.vocab_size(),
                 "bos_id": BOS_ID,
-                "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256},
+                "tokenizer": {"file": TOKENIZER, "sha256": tokenizer_sha256, "transform": transform},
                 "train": counts["train"],
                 "val": counts["val"],
                 "duplicates_dropped": 0,
@@ -1351,9 +1377,25 @@ def expand(text: str) -> Path:
 
 
 KEYWORDS = {"fineweb", "shards", "stdlib"}
-DOCUMENT_OPTIONS = ("val_docs", "max_train_docs", "shard_tokens", "tokenizer", "vocab_size", "tokenizer_mb", "caseops")
+DOCUMENT_OPTIONS = (
+    "val_docs",
+    "max_train_docs",
+    "shard_tokens",
+    "tokenizer",
+    "vocab_size",
+    "tokenizer_mb",
+    "caseops",
+    "case_ops",
+)
 SHARD_OPTIONS = ("variant", "train_shards")
-DEFAULTS = {"shard_tokens": 100_000_000, "vocab_size": 8192, "tokenizer_mb": 64, "caseops": True, "train_shards": 80}
+DEFAULTS = {
+    "shard_tokens": 100_000_000,
+    "vocab_size": 8192,
+    "tokenizer_mb": 64,
+    "caseops": True,
+    "case_ops": "behind-space",
+    "train_shards": 80,
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -1364,6 +1406,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   python prepare_data.py --source docs-*.jsonl.xz --val-docs 2000 --tokenizer caseops.model --out data/mine
   python prepare_data.py --source stdlib --vocab-size 1024 --out data/demo          a small corpus on every machine
   python prepare_data.py --source fineweb --tokenizer caseops.model --out data/fw   the contest's documents (48 GB)
+  python prepare_data.py --source fineweb --case-ops before-space --out data/fw2    the same, its own tokenizer
   python prepare_data.py --source shards --train-shards 80 --out data/caseops       its CaseOps shards (16 GB)""",
     )
     parser.add_argument(
@@ -1421,6 +1464,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     tokenizer.add_argument(
         "--no-caseops", dest="caseops", action="store_const", const=False, help="tokenise the text as it is"
     )
+    tokenizer.add_argument(
+        "--case-ops",
+        choices=FORMS,
+        help="where a word's CaseOps operator stands, behind the space before the word or before that space (default: "
+        f"{DEFAULTS['case_ops']}, the published form)",
+    )
     downloads = parser.add_argument_group("downloads")
     downloads.add_argument(
         "--repo",
@@ -1449,9 +1498,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"--{flag} has no meaning with --{'source ' + kind if option in without_meaning else 'tokenizer'}"
             )
+    if args.case_ops and args.caseops is False:
+        parser.error("--case-ops has no meaning with --no-caseops")
     for option, default in (DEFAULTS | {"val_docs": STDLIB_VAL_DOCS if kind == "stdlib" else VAL_DOCS}).items():
         if getattr(args, option) is None:
             setattr(args, option, default)
+    args.form = FORMS[args.case_ops] if args.caseops else None
     # What the format cannot hold is refused before hours of work.
     for option, most in (("vocab_size", 1 << 16), ("shard_tokens", (1 << 31) - 1)):
         if getattr(args, option) > most:

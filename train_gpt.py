@@ -56,7 +56,9 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
+import glob
 import hashlib
 import importlib
 import io
@@ -71,32 +73,59 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 import timeit
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from numpy import ndarray
-from torch import Tensor, nn
 
-SOURCE = Path(__file__).read_text(encoding="utf-8")  # captured once: editing the file during a run changes nothing
-PACKED = "PACKED_PATH" in globals()  # set by the packed script's first lines; see BOOTSTRAP
+def on_signals(handler):
+    """Call handler(number, frame) on Ctrl-C and SIGTERM; a job that ignores Ctrl-C, as one started with & does, goes
+    on ignoring it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def leave(number: int, frame):
+    """End at once: until there is a run, there is nothing to undo."""
+    os.write(2, b"interrupted while starting\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    on_signals(leave)  # before the imports: they take seconds, and an exception inside them is pages long
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from numpy import ndarray
+    from torch import Tensor, nn
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: no Python package {missing.name}; pip install -r requirements.txt") from None
+
+PACKED = "PACKED_PATH" in globals()  # set by the packed script's first lines, as PACKED_SOURCE is; see BOOTSTRAP
+# Captured once: editing the file during a run changes nothing.
+SOURCE = globals()["PACKED_SOURCE"] if PACKED else Path(__file__).read_text(encoding="utf-8")
 RUNNING = Path(globals().get("PACKED_PATH", __file__)).resolve()
 
 
 class UserError(Exception):
     """Bad input: printed as one line that names the file or setting and the remedy; the process exits with status 2."""
+
+    def __init__(self, message: str):
+        """What a stranger's file puts into the message can neither begin a line nor steer a terminal."""
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def require(holds, message: str):
@@ -111,12 +140,41 @@ def explained(message: str, *errors: type[Exception]):
     try:
         yield
     except errors as e:
-        raise UserError(message.replace("{}", getattr(e, "strerror", None) or str(e))) from None
+        reason = getattr(e, "strerror", None) or str(e)
+        raise UserError(message.replace("{}", reason.partition("\n")[0])) from None
+
+
+def installed(package: str):
+    """Import a package that only some runs need."""
+    with explained(f"no Python package {package} ({{}}); pip install {package}", ImportError):
+        return importlib.import_module(package)
 
 
 def sha256(data) -> str:
     """Hexadecimal digest of bytes or of a contiguous array."""
     return hashlib.sha256(data).hexdigest()
+
+
+def inflate(decompressor, packed: bytes, most: int) -> bytes:
+    """What a zlib or LZMA stream holds. ValueError where that is over `most` bytes, since a stranger's kilobytes can
+    become gigabytes, or where the stream is cut short."""
+    data = decompressor.decompress(packed, most + 1)
+    if len(data) > most or not decompressor.eof:
+        raise ValueError(f"a compressed part is cut short, or over {most:,} bytes unpacked")
+    return data
+
+
+def json_object(text: bytes | str) -> dict:
+    """The object that JSON text holds; ValueError where it holds something else, or NaN and infinities, which are no
+    JSON."""
+
+    def refuse(name: str):
+        raise ValueError(f"{name} in JSON")
+
+    value = json.loads(text, parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
 
 
 # ======== Hyperparameters =============================================================================================
@@ -126,7 +184,7 @@ ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 # Fields of Config that do not decide the result: paths, modes, ranks.
 NOT_SETTINGS = frozenset(
     "data_path tokenizer_path artifact_dir ledger_path ttt_eval_only quantize_only check_only device attention "
-    "fa3_library rank local_rank world_size train_log_every".split()
+    "fa3_library rank local_rank world_size rendezvous_seconds train_log_every".split()
 )
 
 # Settings of earlier scripts and the value that is now fixed. An artifact that holds one of them with this value loads.
@@ -151,7 +209,15 @@ RETIRED = {
 }
 
 # Settings that the artifact of an earlier script lacks, with what it did; it had a prefix, thus no growing segments.
-ADDED = {"segment_first_docs": 64, "segment_growth": 0.25, "global_ttt_replay": 1.0, "global_ttt_optimizer": "sgd"}
+ADDED = {
+    "join_operators": False,
+    "segment_first_docs": 64,
+    "segment_growth": 0.25,
+    "global_ttt_replay": 1.0,
+    "global_ttt_optimizer": "sgd",
+}
+
+PATHS = ("data_path", "tokenizer_path", "artifact_dir", "ledger_path", "fa3_library")  # settings in which ~ is the home
 
 # The groups of --help: first setting -> heading.
 GROUPS = {
@@ -223,16 +289,18 @@ class Config:
         "tokens in the vocabulary; a token is stored in 16 bits", "[8, 65536]")
     bos_id: int = setting(1,
         "token that begins every document")
+    join_operators: bool = setting(False,
+        "read a space and the CaseOps operator behind it as one token (#2109); for shards with operators behind spaces")
     num_layers: int = setting(11,
-        "physical layers", "(0, inf)")
+        "physical layers", "(0, 1000]")
     model_dim: int = setting(512,
-        "width of the residual stream", "(0, inf)")
+        "width of the residual stream", "(0, 4096]")
     num_heads: int = setting(4,
         "query heads of a layer", "(0, inf)")
     num_kv_heads: int = setting(2,
         "key and value heads of a layer", "(0, inf)")
     mlp_mult: float = setting(4.0,
-        "hidden width of the MLP over MODEL_DIM")
+        "hidden width of the MLP over MODEL_DIM", "[0, 64]")
     leaky_relu_sq_slope: float = setting(0.5,
         "negative slope of the MLP's squared leaky ReLU")
     tied_embed_init_std: float = setting(0.005,
@@ -250,7 +318,7 @@ class Config:
     attn_full_layers: str = setting("2,5,10",
         "layers whose attention reaches back over the attention span; numbers beyond NUM_LAYERS mean nothing")
     qk_gain_init: float = setting(5.0,
-        "initial gain of each normalised query head")
+        "initial gain of each normalised query head", "[0, 1e6]")
     smear_gate_enabled: bool = setting(True,
         "add a gated copy of the previous token's embedding")
     sparse_attn_gate_enabled: bool = setting(True,
@@ -260,7 +328,7 @@ class Config:
     attn_out_gate_enabled: bool = setting(False,
         "gate each head's output by twice a sigmoid of the leading channels, one at the start (#1667)")
     num_loops: int = setting(2,
-        "extra passes over the looped layers")
+        "extra passes over the looped layers", "[0, 100]")
     loop_start: int = setting(3,
         "first looped layer")
     loop_end: int = setting(5,
@@ -337,7 +405,7 @@ class Config:
     prequant_ttt_enabled: bool = setting(False,
         "before quantisation AdamW on the validation set (#1735), in steps of GLOBAL_TTT_CHUNK_TOKENS; no val_bpb")
     prequant_ttt_epochs: int = setting(21,
-        "passes of PREQUANT_TTT_ENABLED over the validation set")
+        "passes of PREQUANT_TTT_ENABLED over the validation set", "[0, 1000]")
     prequant_ttt_lr: float = setting(5e-4,
         "learning rate of the first PREQUANT_TTT pass; a cosine leads to a tenth of it in the last")
     prequant_ttt_freeze_blocks: int = setting(2,
@@ -391,7 +459,7 @@ class Config:
     eval_stride: int = setting(0,
         "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
     val_batch_tokens: int = setting(131072,
-        "tokens of one scoring forward on one rank")
+        "tokens of one scoring forward on one rank", "[0, 1e7]")
 
     # Test-time training
     ttt_enabled: bool = setting(True,
@@ -407,18 +475,18 @@ class Config:
     segment_growth: float = setting(0.25,
         "documents of a segment over those before it, within SEGMENT_FIRST_DOCS and SEGMENT_DOCS")
     ttt_batch_size: int = setting(64,
-        "documents adapted together, of similar length; no score depends on it", "(0, inf)")
+        "documents adapted together, of similar length; no score depends on it", "(0, 65536]")
     ttt_chunks: str = setting("8,8,16,32",
         "sizes of the chunks from a document's start; the last repeats")
     ttt_eval_seq_len: int = setting(3072,
-        "longest context of a target scored with test-time training", "(0, inf)")
+        "longest context of a target scored with test-time training", "(0, 1e6]")
     ttt_backprop_tokens: int = setting(64,
         "tokens before a chunk that run again with it, so that gradients reach back; "
         "TTT_EVAL_SEQ_LEN: the exact recompute of #1855")
     ttt_mask: str = setting("",
         "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
     ttt_lora_rank: int = setting(32,
-        "rank of the adapters", "(0, inf)")
+        "rank of the adapters", "(0, 4096]")
     ttt_lora_alpha: float = setting(144.0,
         "factor of the adapters' product, over TTT_LORA_RANK")
     ttt_lora_lr: float = setting(1e-4,
@@ -432,18 +500,20 @@ class Config:
     ttt_warm_start: float = setting(1.0,
         "share by which the adapters' start moves, after a segment, to the mean of its documents' adapters; 0: never")
     phased_ttt_num_phases: int = setting(8,
-        "times the base weights learn from a prefix (without one: after every segment); 0: never")
+        "times the base weights learn from a prefix (without one: after every segment); 0: never",
+        "[0, 1000]")
     phased_ttt_prefix_docs: int = setting(0,
         "documents of a prefix, cut into equal phases, from which alone the base weights learn; "
         "0: none, the whole stream teaches")
     global_ttt_optimizer: str = setting("sgd",
         "what moves the base weights; muon: the optimizer of training, its rates times GLOBAL_TTT_LR", "sgd, muon")
     global_ttt_lr: float = setting(0.05,
-        "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)")
+        "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)",
+        "[0, 1e6]")
     global_ttt_momentum: float = setting(0.9,
         "momentum of the base weights' SGD; it begins at zero in each phase", "[0, 1)")
     global_ttt_epochs: int = setting(1,
-        "passes of the base weights' SGD over the text of each phase (TTT_METHOD=sgd: over each chunk)")
+        "passes of the base weights' SGD over the text of each phase (TTT_METHOD=sgd: over each chunk)", "[0, 1000]")
     global_ttt_replay: float = setting(0.1,
         "share of the text of earlier phases that a phase learns from again, other chunks each time; 1: all", "[0, 1]")
     global_ttt_chunk_tokens: int = setting(32768,
@@ -472,32 +542,54 @@ class Config:
         "number of this process's GPU on its node")
     world_size: int = setting(1,
         "processes of the run", "(0, inf)")
+    rendezvous_seconds: int = setting(120,
+        "seconds that a process waits at the start for the others", "(0, 1e6]")
     # fmt: on
 
     @classmethod
     def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
         """Each setting from the mapping `env`, else from `stored` (an artifact's settings), else its default.
 
-        Raises UserError for an unknown name or unreadable text and, with `check`, for values out of range or in
-        conflict."""
+        Raises one UserError for all unknown names and unreadable texts and, with `check`, for all values out of range,
+        else for those in conflict. A run that continues from a file is checked once its settings are `stored`."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        check_names(env, fields)
-        given = {f.name: parse_setting(name, env[name], type(f.default)) for name, f in fields.items() if name in env}
-        cfg = cls(**{**(stored or {}), **given})
-        if check:
-            cfg.validate()
+        wrong = wrong_names(env, fields, warn=stored is None)
+        values = dict(stored or {})
+        for name in fields.keys() & env.keys():
+            try:
+                values[name.lower()] = parse_setting(name, env[name], type(fields[name].default))
+            except UserError as e:
+                wrong.append(str(e))
+        cfg = cls(**values)
+        if check and (stored or not (cfg.ttt_eval_only or cfg.quantize_only)):
+            unset = ", ".join(sorted(LAUNCHED - env.keys()))
+            if unset and cfg.world_size > 1:
+                wrong.append(f"WORLD_SIZE={cfg.world_size} without {unset}: start with torchrun, or set them, too")
+            wrong += cfg.out_of_range()
+            if not wrong:
+                cfg.validate()
+        require(not wrong, f"{' | '.join(sorted(wrong))} (--help lists all settings)")
         return cfg
 
     def validate(self):
         """Refuse settings that could not work, before anything is read or trained."""
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            within = f.metadata["within"]
-            require(lies_within(value, within), f"{f.name.upper()}={value} is not in {within}")
-        for rule, holds in self.rules().items():
-            name, duty = rule.split(maxsplit=1)
-            require(holds, f"{name}={getattr(self, name.lower())} {duty}")
+        wrong = self.out_of_range() or self.conflicts()
+        require(not wrong, " | ".join(wrong))
         context_schedule(self)  # raises where TRAIN_SEQ_SCHEDULE is malformed
+
+    def out_of_range(self) -> list[str]:
+        """What is wrong with values by themselves."""
+        limits = {f.name: f.metadata["within"] for f in dataclasses.fields(self)}
+        return [
+            f"{name.upper()}={getattr(self, name)} is not in {within}"
+            for name, within in limits.items()
+            if not lies_within(getattr(self, name), within)
+        ]
+
+    def conflicts(self) -> list[str]:
+        """What is wrong between values."""
+        broken = (rule.split(maxsplit=1) for rule, holds in self.rules().items() if not holds)
+        return [f"{name}={getattr(self, name.lower())} {duty}" for name, duty in broken]
 
     def rules(self) -> dict:
         """Conditions across settings: a message that begins with the setting to blame -> whether it holds."""
@@ -518,7 +610,8 @@ class Config:
             "ATTN_OUT_GATE_ENABLED needs SPARSE_ATTN_GATE_ENABLED=0: heads have one gate": not two_gates,
             "MLP_MULT gives an MLP of fewer than 8 units": int(self.mlp_mult * self.model_dim) >= 8,
             "ATTN_FULL_LAYERS must be layers like 2,5,10": re.fullmatch(r"(\d+(,\d+)*)?", self.attn_full_layers),
-            "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS": not limit or self.gptq_reserve_seconds < limit,
+            f"GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS={limit:g}, since steps get the rest; "
+            f"set it lower, too, as to {limit / 8:g}": not limit or self.gptq_reserve_seconds < limit,
             "ARTIFACT_MARGIN must be below ARTIFACT_CAP": self.artifact_margin < self.artifact_cap,
             "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
             "VAL_BATCH_TOKENS must be at least EVAL_SEQ_LEN": self.val_batch_tokens >= self.eval_seq_len,
@@ -526,6 +619,10 @@ class Config:
             "TTT_MASK may name no_qv, q, k, v, o, mlp and head": masked <= kinds,
             "TTT_MASK leaves no adapter to learn; set TTT_ENABLED=0": masked != kinds,
             "NGRAM_MIN_ORDER must be at most NGRAM_ORDER": self.ngram_min_order <= self.ngram_order,
+            "DATA_PATH must name a folder": self.data_path,
+            "LEDGER_PATH must end in .npy": not self.ledger_path or self.ledger_path.endswith(".npy"),
+            f"RANK must be below WORLD_SIZE={self.world_size}": self.rank < self.world_size,
+            f"LOCAL_RANK must be below WORLD_SIZE={self.world_size}": self.local_rank < self.world_size,
         }
 
     @property
@@ -548,6 +645,7 @@ SHARED_WORDS = set(
     "SCALAR SEED SEGMENT SEQ SKIP TOKENIZER VOCAB WARMUP WORLD".split()
 )
 FIRST_WORDS = {f.name.upper().split("_")[0] for f in dataclasses.fields(Config)}
+LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # launchers set names like these beside them, as GLOBAL_RANK
 OUR_PREFIXES = tuple(f"{word}_" for word in FIRST_WORDS - SHARED_WORDS)
 
 
@@ -562,29 +660,50 @@ def still_set(stored: dict) -> dict:
     return remaining
 
 
-def check_names(env, fields):
-    """Refuse a name that begins like a setting and is none; warn of a near miss without one of our prefixes."""
+def letters(name: str) -> list[str]:
+    """Those of a name, in alphabetical order."""
+    return sorted(name.replace("_", ""))
+
+
+def wrong_names(env, fields, warn: bool) -> list[str]:
+    """What is wrong with the names of the environment: those that begin like a setting, or have the letters of one, and
+    are none. With `warn`, other near misses are printed."""
+    wrong = []
     for name in sorted(set(env) - set(fields)):
         fixed = RETIRED.get(name.lower())
         if fixed is not None:
-            same = parse_setting(name, env[name], type(fixed)) == fixed
-            require(same, f"{name} is no longer a setting: its value is always {fixed}")
+            same = False
+            with contextlib.suppress(UserError):
+                same = parse_setting(name, env[name], type(fixed)) == fixed
+            if not same:
+                wrong.append(f"{name} is no longer a setting: its value is always {fixed}")
             continue
-        ours = name.startswith(OUR_PREFIXES)
+        # MODLE_DIM, NUMLAYERS; short names may have a setting's letters by chance
+        misspelt = len(name) > 6 and letters(name) in map(letters, fields)
+        ours = misspelt or name.startswith(OUR_PREFIXES)
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
         question = f"; did you mean {nearest[0]}?" if nearest else ""
-        require(not ours, f"{name} is not a setting{question} (--help lists them all)")
-        if nearest and nearest[0] not in env:
+        if ours:
+            wrong.append(f"{name} is not a setting{question}")
+        elif warn and nearest and nearest[0] not in LAUNCHED & env.keys():
             print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
+    return wrong
 
 
 def parse_setting(name: str, text: str, kind: type):
-    """Text of an environment variable -> bool, int, float or str."""
+    """Text of an environment variable -> bool, int, float or str; in a path, ~ becomes the home."""
+    clean = text == text.strip() and not re.search(r"[\x00-\x1f\x7f]", text)
+    require(clean, f"{name}={text!r} has white space or a line end (Windows: \\r) around it; remove that")
+    require(text or kind is str, f"{name} is empty; unset it or give it a value")
     if kind is bool:
-        word = text.strip().lower()
+        word = text.lower()
         yes = word in ("1", "true", "yes")
-        require(yes or word in ("0", "false", "no", ""), f"{name}={text!r} is not 0 or 1")
+        require(yes or word in ("0", "false", "no"), f"{name}={text!r} is not 0 or 1")
         return yes
+    if name.lower() in PATHS:
+        path = os.path.expanduser(text)
+        require(not path.startswith("~"), f"{name}={text}: no such home; write the path out, or ./~")
+        return path
     with explained(f"{name}={text!r} is not of type {kind.__name__}", ValueError):
         return kind(text)
 
@@ -642,6 +761,8 @@ class Ranks:
         if cfg.device == "cuda":
             require(gpu, "DEVICE=cuda, but torch sees no GPU; set DEVICE=cpu or install a CUDA build of torch")
         if self.cuda:
+            here = torch.cuda.device_count()
+            require(cfg.local_rank < here, f"LOCAL_RANK={cfg.local_rank}: {here} GPU(s) here; start as many processes")
             self.device = torch.device("cuda", cfg.local_rank)
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -649,7 +770,8 @@ class Ranks:
             # gloo's threads would outlive close() and abort some exits.
             importlib.import_module("torch.distributed.nn.functional")
             # Tensors on the CPU travel over gloo, so sharing the clock does not wait for the GPU's queue.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+            dist.init_process_group(backend, store=meet(cfg), rank=self.rank, world_size=self.world)
 
     def all_reduce_(self, t: Tensor) -> Tensor:
         """`t` becomes its sum over the ranks."""
@@ -684,6 +806,43 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def meet(cfg: Config) -> dist.Store:
+    """What MASTER_ADDR and MASTER_PORT lead to, once all processes of the run are there; says what it waits for."""
+    limit = cfg.rendezvous_seconds
+    where = f"rank {cfg.rank} of WORLD_SIZE={cfg.world_size}"
+    met = Future()
+
+    def arrive():
+        try:
+            # Beyond the limit, torch would print its stack.
+            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=limit + 60)))
+            store.set(f"rank {cfg.rank}", "here")
+            store.wait([f"rank {rank}" for rank in range(cfg.world_size)])
+            store.set_timeout(dist.default_pg_timeout)
+            met.set_result(store)
+        except Exception as e:
+            met.set_exception(e)
+
+    threading.Thread(target=arrive, daemon=True).start()  # torch waits where no signal would interrupt it
+    remedy = "start every RANK, with the same MASTER_ADDR and MASTER_PORT"
+    for waited in range(0, limit, 5):
+        if waited:
+            print(f"{where} has waited {waited} of {limit} s for the others", file=sys.stderr, flush=True)
+        with contextlib.suppress(TimeoutError):
+            with explained(f"{where} cannot meet the others ({{}}); {remedy}", RuntimeError, ValueError):
+                return met.result(timeout=min(5, limit - waited))
+    raise UserError(f"{where}: not all came within RENDEZVOUS_SECONDS={limit}; {remedy}")
+
+
+def say(text: str, end: str = "\n"):
+    """Print to the console while there is one: a reader like `head` may leave before the end."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+
+
 class Log:
     """Lines to the console and, once `open` has been called, to a file; from rank 0 only.
 
@@ -697,16 +856,16 @@ class Log:
         """Only now is an earlier log replaced: a run that fails its checks leaves it alone."""
         if self.main:
             early = self.file.getvalue()
-            self.file = open(path, mode, encoding="utf-8")
+            self.file = open(path, mode, encoding="utf-8", errors="backslashreplace")
             self.file.write(early)
 
     def __call__(self, line: str, console: bool = True):
         if self.main:
-            line = line.replace(str(Path.home()) + os.sep, "~/")  # logs are published: no private paths
+            line = line.replace(os.path.expanduser("~") + os.sep, "~/")  # logs are published: no private paths
             self.file.write(line + "\n")
             self.file.flush()
             if console:
-                print(line, flush=True)
+                say(line)
 
 
 class Clock:
@@ -779,11 +938,13 @@ class Phases:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
+        self.latest = "setup"  # the phase that began last
         self.seconds = collections.defaultdict(float)  # phase -> wall seconds so far
 
     @contextlib.contextmanager
     def __call__(self, name: str):
         """Time the block as part of phase `name`."""
+        self.latest = name
         start = time.perf_counter()
         yield
         self.ranks.synchronize()  # what the block launched belongs to it
@@ -835,6 +996,79 @@ def whole_file(path: Path, setting: str = "ARTIFACT_DIR"):
             part.unlink(missing_ok=True)  # after the rename there is none
 
 
+def try_path(path: Path, setting: str):
+    """Raise UserError unless `path` can be written; what stands there is left as it is."""
+    require(not path.is_dir(), f"{setting}={path}: a folder; name a file")
+    trial = path.with_name(f"{path.name}.trial{os.getpid()}")
+    with whole_file(trial, setting):
+        pass
+    trial.unlink()
+
+
+def open_lock(path: Path) -> TextIO:
+    """`path`, open and locked for this process; UserError while another has it. The operating system ends the lock with
+    its process, so what a killed run leaves is taken over."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            busy = f"ARTIFACT_DIR={path.parent}: {owner} is writing there; wait for it, or name another folder"
+            raise UserError(busy) from None
+        except OSError:  # a file system without locks
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(path, file.fileno()):
+                break  # else its owner has just removed it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def claimed(folder: Path):
+    """Make the artifact's folder and keep other runs out of it. A block that fails leaves no empty folder of ours."""
+    where = f"ARTIFACT_DIR={folder}"
+    require(folder.is_dir() or not folder.exists(), f"{where}: a file, not a folder; name another, or move that away")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / "run.lock"
+    with explained(f"{where}: cannot be written ({{}}); name another folder", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open_lock(path)
+    try:
+        yield
+        made.clear()
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+        with contextlib.suppress(OSError):  # a folder that holds something stays
+            for path in made:
+                path.rmdir()
+
+
+def clear_parts(path: Path):
+    """Remove what `whole_file` left of `path` in processes that were killed; a run calls this before it writes."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.part*"):
+        pid = part.name.rpartition(".part")[2]
+        if re.fullmatch(r"\d{1,9}", pid) and (int(pid) == os.getpid() or not is_alive(int(pid))):
+            with contextlib.suppress(OSError):  # where nothing can be removed, the run says so when it writes
+                part.unlink()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this machine runs a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
 # ======== Data: shards, packed training batches, the validation stream ================================================
 
 SHARD_MAGIC = 20240520
@@ -844,6 +1078,7 @@ CONTEST_SETS = {
     47_853_344: (151_080_645, 151_074_309),  # CaseOps
     40_540_160: (151_078_222,),  # plain SentencePiece
 }
+BEHIND_SPACE = "lossless_caps_caseops_v1"  # the published transform: a word's operator stands behind its space
 
 
 def open_shard(path: Path) -> ndarray:
@@ -868,6 +1103,75 @@ def find_shards(folder: Path, pattern: str, required: bool = True) -> list[Path]
     paths = sorted(path for path in folder.glob(pattern) if digits.fullmatch(path.name) and path.is_file())
     require(paths or not required, f"DATA_PATH={folder}: no file {pattern} there; run prepare_data.py or set DATA_PATH")
     return paths
+
+
+class Joins(NamedTuple):
+    """What JOIN_OPERATORS reads as one token."""
+
+    space: int  # the token of a space alone
+    joined: dict[int, int]  # token of an operator -> of the space and it
+
+    def pairs(self, tokens: ndarray) -> ndarray:
+        """Whether each token but the last is the space of a pair."""
+        operators = np.isin(tokens[1:], list(self.joined), kind="sort")  # so few are compared one by one: the fastest
+        return operators & (tokens[:-1] == self.space)
+
+
+def operator_joins(cfg: Config) -> Joins | None:
+    """The pairs that JOIN_OPERATORS joins; None without it.
+
+    A space and TITLE become the token of byte 0xC0, a space and ALLCAPS that of 0xC1: UTF-8 never holds these bytes."""
+    if not cfg.join_operators:
+        return None
+    sp = open_tokenizer(cfg)
+    space, *operators = sp.piece_to_id(["\u2581", "\ue001", "\ue002"])
+    spare = sp.piece_to_id(["<0xC0>", "<0xC1>"])
+    require(
+        sp.unk_id() not in [space, *operators] and all(sp.is_byte(spare)),
+        f"JOIN_OPERATORS=1: {tokenizer_path(cfg)} is no CaseOps tokenizer with byte fallback; set JOIN_OPERATORS=0",
+    )
+    return Joins(space, dict(zip(operators, spare)))
+
+
+def join_pairs(joins: Joins | None, tokens: ndarray, *sizes: ndarray) -> list[ndarray]:
+    """`tokens` (uint16) with every pair as one token, and `sizes`, the bytes of each token, with those of both."""
+    if joins is None:
+        return [tokens, *sizes]
+    pairs = joins.pairs(tokens)
+    first = np.flatnonzero(pairs)
+    kept = ~np.append(False, pairs)[: len(tokens)]  # all but the operators of pairs
+    tokens, *sizes = (np.array(stream) for stream in (tokens, *sizes))
+    for stream in sizes:
+        stream[first] += stream[first + 1]
+    for operator, token in joins.joined.items():
+        tokens[first[tokens[first + 1] == operator]] = token
+    return [stream[kept] for stream in (tokens, *sizes)]
+
+
+@torch.no_grad()
+def init_joined(embedding: Tensor, joins: Joins | None):
+    """Rows of joined tokens start from their parts' (#2109): 0.4 of the space's and 0.6 of the operator's, as long as
+    the operator's."""
+    if joins is None:
+        return
+    operators = list(joins.joined)
+    parts = 0.4 * embedding[joins.space] + 0.6 * embedding[operators]
+    length = embedding[operators].norm(dim=1, keepdim=True)
+    embedding[list(joins.joined.values())] = F.normalize(parts) * length
+
+
+def train_blocks(cfg: Config, size: int = 1 << 20) -> list[tuple[Path, ndarray]]:
+    """The training shards in name order, cut into blocks: (path of the shard, tokens). Blocks are joined one by one, so
+    a pair across their border stays two tokens."""
+    shards = [(path, open_shard(path)) for path in find_shards(Path(cfg.data_path), "fineweb_train_*.bin")]
+    return [(path, shard[start : start + size]) for path, shard in shards for start in range(0, len(shard), size)]
+
+
+@functools.lru_cache(1)
+def count_pairs(cfg: Config) -> ndarray:
+    """Pairs in each of `train_blocks`. Every shard is read, so it is done once, before the training clock starts."""
+    joins = operator_joins(cfg)
+    return np.array([np.count_nonzero(joins.pairs(tokens)) for _, tokens in train_blocks(cfg)])
 
 
 class Seq(NamedTuple):
@@ -982,18 +1286,21 @@ class TrainStream:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.paths = find_shards(Path(cfg.data_path), "fineweb_train_*.bin")
-        self.shards = [open_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])  # of each shard, in the stream
-        self.tokens = int(self.ends[-1])
+        self.blocks = train_blocks(cfg)
+        self.joins = operator_joins(cfg)
+        lengths = np.array([len(tokens) for _, tokens in self.blocks], np.int64)
+        self.ends = np.cumsum(lengths - count_pairs(cfg) if self.joins else lengths)  # of each block, in the stream
+        self.tokens = int(self.ends[-1]) if self.blocks else 0
+        self.block = functools.lru_cache(2)(self.block)  # a block serves several micro-batches
         require(
             self.tokens > cfg.micro_batch_tokens,
             f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
             "lower MICRO_BATCH_TOKENS or prepare more documents",
         )
-        check_start(self.paths[0], self.shards[0], cfg)
-        for path, shard in zip(self.paths, self.shards):
-            check_tokens(path, shard[: 1 << 20], cfg)  # `read` checks the rest when its turn comes
+        check_start(*self.blocks[0], cfg)
+        first = dict(reversed(self.blocks))  # of each shard; `block` checks the others when their turn comes
+        for path, tokens in self.blocks if cfg.check_only else first.items():
+            check_tokens(path, tokens, cfg)
 
     def step(self, step: int, span: int, rank: int, world: int) -> list[Batch]:
         """This rank's micro-batches of a step: the global batch cut every MICRO_BATCH_TOKENS, dealt in turn."""
@@ -1014,14 +1321,19 @@ class TrainStream:
         pieces = []
         while count:
             start %= self.tokens  # another epoch
-            i = np.searchsorted(self.ends, start, side="right")  # the shard that holds `start`
-            before_end = start - self.ends[i]  # negative: counted from the shard's end
-            piece = self.shards[i][before_end:][:count]
-            check_tokens(self.paths[i], piece, self.cfg)
+            i = int(np.searchsorted(self.ends, start, side="right"))  # the block that holds `start`
+            before_end = start - self.ends[i]  # negative: counted from the block's end
+            piece = self.block(i)[before_end:][:count]
             pieces.append(piece)
             start += len(piece)
             count -= len(piece)
         return np.concatenate(pieces)
+
+    def block(self, i: int) -> ndarray:
+        """The tokens of block i as the model reads them."""
+        path, tokens = self.blocks[i]
+        check_tokens(path, tokens, self.cfg)
+        return join_pairs(self.joins, tokens)[0]
 
 
 class Prefetch:
@@ -1048,10 +1360,6 @@ class ValidationStream:
         self.tokens = np.concatenate([open_shard(path) for path in find_shards(folder, shards.name)])
         check_start(shards, self.tokens, cfg)
         check_tokens(shards, self.tokens, cfg)
-        self.targets = len(self.tokens) - 1  # target i is token i + 1
-        self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
-        # Inputs of each document. The target of its last input is the next document's BOS.
-        self.lengths = np.diff(np.append(self.starts, self.targets))
         sidecars = find_shards(folder, "fineweb_val_bytes_*.bin", required=False)
         if sidecars:
             self.byte_source = "sidecar"
@@ -1059,12 +1367,26 @@ class ValidationStream:
         else:
             self.byte_source = "tokenizer"
             self.bytes = tokenizer_bytes(cfg, self.tokens)
+        again = "prepare tokens and bytes again, in one go"
         aligned = len(self.bytes) == len(self.tokens)
         require(
-            aligned and self.bytes.any() and not self.bytes[self.starts].any(),
-            f"{folder}: the byte {self.byte_source} must give bytes for every token, none for BOS, and not only zeros; "
-            "prepare tokens and bytes again, in one go",
+            aligned and not self.bytes[self.tokens == cfg.bos_id].any(),
+            f"{folder}: the byte {self.byte_source} must give bytes for every token, and none for BOS; {again}",
         )
+        require(self.bytes.any(), f"{shards}: no text to score, its tokens have 0 bytes; {again}")
+        self.index(cfg)
+
+    def index(self, cfg: Config):
+        """Count the targets, and find the documents."""
+        self.targets = len(self.tokens) - 1  # target i is token i + 1
+        self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
+        # Inputs of each document. The target of its last input is the next document's BOS.
+        self.lengths = np.diff(np.append(self.starts, self.targets))
+
+    def join(self, cfg: Config):
+        """Read the pairs of JOIN_OPERATORS as one token each. The data was identified by its tokens as they are."""
+        self.tokens, self.bytes = join_pairs(operator_joins(cfg), self.tokens, self.bytes)
+        self.index(cfg)
 
     @property
     def target_bytes(self) -> ndarray:
@@ -1098,40 +1420,52 @@ def tokenizer_path(cfg: Config) -> Path:
 
 
 def open_tokenizer(cfg: Config):
-    """The SentencePieceProcessor at `tokenizer_path`; UserError if it cannot be the one of shards without a sidecar."""
-    import sentencepiece
-
+    """The SentencePieceProcessor at `tokenizer_path`; UserError where it has another number of pieces."""
+    sentencepiece = installed("sentencepiece")
     path = tokenizer_path(cfg)
     with explained(f"TOKENIZER_PATH={path}: not a SentencePiece model, or a damaged one", RuntimeError, OSError):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pieces = sp.vocab_size()
     require(pieces == cfg.vocab_size, f"TOKENIZER_PATH={path}: {pieces} pieces, VOCAB_SIZE={cfg.vocab_size}")
-    case_marks = set("\ue001\ue002\ue003\ue004")  # pieces of a CaseOps tokenizer, which stand for no bytes
-    require(
-        case_marks.isdisjoint(sp.id_to_piece(list(range(8)))),
-        f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer needs the byte sidecar fineweb_val_bytes_*.bin; "
-        "prepare the data again",
-    )
     return sp
 
 
 def tokenizer_bytes(cfg: Config, tokens: ndarray) -> ndarray:
     """Bytes of each token from the pieces of a plain tokenizer, uint16: for data without a sidecar.
 
-    A control token has 0 bytes, a byte-fallback token 1, and \\u2581 is a space. Many tokenizers put a space of their
-    own before a document: it does not count, since the text does not have it."""
+    A control token has 0 bytes, a byte-fallback token 1, and white space 1. Many tokenizers put a space of their own
+    before a document or behind it: it does not count, since the text does not have it."""
     sp = open_tokenizer(cfg)
     ids = list(range(cfg.vocab_size))
-    special = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
-    texts = [piece.replace("\u2581", " ") for piece in sp.id_to_piece(ids)]
+    special = np.any([sp.is_control(ids), sp.is_unused(ids)], axis=0)
+    mark = "\u2581" if "\u2581" in sp.normalize("a a") else " "  # how pieces spell white space
+    texts = [piece.replace(mark, " ") for piece in sp.id_to_piece(ids)]
     sizes = np.array([len(text.encode()) for text in texts], np.uint16)
     sizes[sp.is_byte(ids)] = 1
     sizes[special] = 0
     counts = sizes[tokens]  # (tokens,)
-    if sp.encode("a", out_type=str)[0].startswith("\u2581"):  # the tokenizer has add_dummy_prefix
-        spaced = np.char.startswith(texts, " ") & ~special
-        after_special = np.roll(special[tokens], 1)  # the first token after BOS; of the stream's own BOS it is any
-        counts -= after_special & spaced[tokens]
+    opens = np.char.startswith(texts, " ")[tokens]
+    closes = np.char.endswith(texts, " ")[tokens]
+    own = sp.normalize("a")
+    if sp.is_unknown(sp.piece_to_id(mark)):  # then the bytes of the mark spell a space; one of them counts
+        spelling = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in mark.encode()]
+        last = len(spelling) - 1
+        begins = np.all([np.roll(tokens, -i) == byte for i, byte in enumerate(spelling)], axis=0)
+        for i in range(len(spelling)):
+            counts[np.roll(begins, i)] = i == (last if own.endswith(mark) else 0)
+        opens |= begins
+        closes |= np.roll(begins, last)
+    case_marks = sp.piece_to_id(["\ue001", "\ue002", "\ue003", "\ue004"])  # of CaseOps: they stand for no bytes
+    require(
+        all(sp.is_unknown(case_marks)) and sp.unk_id() not in tokens,
+        f"DATA_PATH={cfg.data_path}: a CaseOps tokenizer, or text unknown to the tokenizer, needs a byte sidecar, "
+        "fineweb_val_bytes_*.bin; prepare the data again",
+    )
+    # The token behind or before a control token; the ends of the stream lie beside its first BOS.
+    if own.startswith(mark):
+        counts -= np.roll(special[tokens], 1) & opens & (counts > 0)
+    if own.endswith(mark):
+        counts -= np.roll(special[tokens], -1) & closes & (counts > 0)
     return counts
 
 
@@ -1141,6 +1475,7 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
     # The contest's validation set has the first 50,000 documents of FineWeb.
     contest = size in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
     manifest = Path(cfg.data_path) / "manifest.json"
+    model = Path(cfg.tokenizer_path or manifest.with_name("tokenizer.model"))
     facts = {
         "val_tokens": len(val.tokens),
         "val_targets": val.targets,
@@ -1150,19 +1485,52 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
         "vocab_size": cfg.vocab_size,
         "bos_id": cfg.bos_id,
         "val_sha256": sha256(np.ascontiguousarray(val.tokens)),  # however the tokens are cut into shards
+        "tokenizer_sha256": sha256(model.read_bytes()) if model.is_file() else None,
         "dataset": "contest" if contest else "other",
-        "manifest": manifest.is_file(),
+        "manifest": os.path.lexists(manifest),
     }
     return facts | check_manifest(cfg, manifest, facts) if facts["manifest"] else facts
 
 
-def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
-    """Raise UserError unless the data is as its manifest says; return the manifest's transform and tokenizer hash.
+class TrainingHashes:
+    """Holds the training shards against the SHA-256 of the manifest, in a thread: gigabytes take a minute, which passes
+    while the model trains."""
 
-    Checked are counts, vocabulary and BOS; validation files and tokenizer by hash, training shards by their length."""
+    def __init__(self, cfg: Config):
+        manifest = Path(cfg.data_path) / "manifest.json"
+        files = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
+        self.promised = {manifest.with_name(name): file["sha256"] for name, file in files.items() if "train" in name}
+        self.other = []  # shards that are not what the manifest promises
+        self.thread = threading.Thread(target=self.compare, daemon=True)
+        self.thread.start()
+
+    def compare(self):
+        for path, promised in self.promised.items():
+            # Hashed in one call, which leaves the interpreter to the training steps.
+            if not path.is_file() or sha256(np.memmap(path, np.uint8, "r")) != promised:
+                self.other.append(path.name)
+
+    def judge(self, verdicts: Verdicts):
+        """Wait for the thread, and say what was compared."""
+        self.thread.join()
+        reason = "shown by tools/audit.py; no training shard has been held against a manifest.json"
+        if self.promised:
+            reason = f"shown by tools/audit.py; validation, tokenizer and {len(self.promised)} training shards have "
+            reason += "the SHA-256 of manifest.json"
+        verdicts.set("data", "NOT RUN", reason)
+        if self.other:
+            verdicts.set("data", "FAIL", f"not the files that manifest.json describes: {', '.join(self.other)}")
+
+
+def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
+    """Raise UserError unless the data is as its manifest says; return the manifest's transform.
+
+    Checked are counts, vocabulary and BOS; validation files and tokenizer by hash, training shards by their names and
+    lengths. TrainingHashes follows."""
     damaged = f"{manifest}: damaged, or not written by prepare_data.py; prepare the data again"
-    with explained(damaged, ValueError, KeyError, TypeError):
-        promised = json.loads(manifest.read_text())
+    require(manifest.is_file(), damaged)  # a folder, or a link to nothing
+    with explained(damaged, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        promised = json_object(manifest.read_bytes())
         theirs = {f"val_{key}": promised["val"][key] for key in ("tokens", "documents", "bytes")}
         theirs |= {key: promised[key] for key in ("vocab_size", "bos_id")}
         for key, value in theirs.items():
@@ -1173,19 +1541,29 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
             )
         for name, file in promised["files"].items():
             path = manifest.parent / name
+            plain = path.name == name and name.isprintable()  # no way to a file outside the folder
+            require(plain, f"{manifest}: names {name!r}, which is no file of its folder; prepare the data again")
             require(path.is_file(), f"{path}: promised by manifest.json, not there; prepare the data again")
             if "train" in name:  # hashing gigabytes would take minutes
                 intact = len(open_shard(path)) == file["tokens"]
             else:
                 intact = sha256(path.read_bytes()) == file["sha256"]
             require(intact, f"{path}: not the file that manifest.json describes; fetch or prepare it again")
+        for path in find_shards(manifest.parent, "fineweb_train_*.bin", required=False):
+            require(
+                path.name in promised["files"], f"{path}: not in manifest.json; move it away or prepare the data again"
+            )
         made_by = promised["tokenizer"]["sha256"]
-        model = tokenizer_path(cfg)
         require(
-            sha256(model.read_bytes()) == made_by,
-            f"TOKENIZER_PATH={model}: not the tokenizer that made these shards ({manifest})",
+            facts["tokenizer_sha256"] == made_by,
+            f"TOKENIZER_PATH={tokenizer_path(cfg)}: not the tokenizer that made these shards ({manifest})",
         )
-        return {"transform": promised["transform"], "tokenizer_sha256": made_by}
+        transform = promised["transform"]
+        require(
+            transform == BEHIND_SPACE or not cfg.join_operators,
+            f"JOIN_OPERATORS=1: {manifest} names the transform {transform}, not {BEHIND_SPACE}; set JOIN_OPERATORS=0",
+        )
+        return {"transform": transform}
 
 
 # ======== Kernels: each stands below its plain PyTorch reference, and every public function picks one of the two ======
@@ -2557,7 +2935,11 @@ ATTENTION_MODULES = {  # that of fa3 registers torch.ops.flash_attn_3
 
 def choose_attention(cfg: Config, device: torch.device) -> str:
     """The first backend that loads and agrees with the reference on this device."""
+    missing = cfg.fa3_library and not Path(cfg.fa3_library).is_file()
+    require(not missing, f"FA3_LIBRARY={cfg.fa3_library}: no such file")
     if device.type == "cpu":
+        needs_gpu = cfg.attention not in ("auto", "reference")
+        require(not needs_gpu, f"ATTENTION={cfg.attention} needs a GPU, and this run is on the CPU; unset it or DEVICE")
         return "reference"
     reasons = []
     for name in BACKENDS if cfg.attention == "auto" else [cfg.attention]:
@@ -3120,6 +3502,22 @@ def folded_state(model: GPT) -> dict[str, Tensor]:
     return state
 
 
+def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
+    """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
+    the file they came from."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    given = {name: tuple(t.shape) for name, t in state.items()}
+    for name in wanted | given:
+        shape = given.get(name, "no")
+        require(
+            shape == wanted.get(name),
+            f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
+            "use the settings it was made with",
+        )
+        require(state[name].isfinite().all(), f"{origin}: {name} holds a value that is not finite; write it anew")
+    model.load_state_dict(state)
+
+
 def score_batch(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None) -> Scores:
     """Scores of every target of the batch (tokens,), and of hints (tokens,) int64."""
     hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
@@ -3264,6 +3662,29 @@ def orthogonalize(u: Tensor, coefficients: tuple) -> Tensor:
     return x
 
 
+def muon_direction(m: Tensor, grad: Tensor, momentum: float, coefficients: tuple) -> Tensor:
+    """What matrices (n, rows, cols) of momentum m move along: Nesterov momentum, rows normed (MuonEq-R),
+    orthogonalised. Updates m, overwrites grad."""
+    m.mul_(momentum)
+    m.add_(grad)  # m <- momentum m + g
+    u = grad.add_(m, alpha=momentum)  # g + momentum m
+    row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
+    u = u / row_norms.clamp_min(1e-7).to(u.dtype)
+    return orthogonalize(u, coefficients)
+
+
+def clip_factor(shards: list[Tensor], small: list[Tensor], limit: float, ranks: Ranks) -> Tensor:
+    """min(1, limit / norm of the gradient of all parameters over all ranks), a scalar on the device.
+
+    shards: this rank's of Muon's gradients; small: Adam's, of which every rank already has the sum."""
+    norms = torch._foreach_norm(shards, dtype=torch.float32)  # fp32: the shards are bf16 on a GPU
+    squares = ranks.all_reduce_(torch.stack(norms).square().sum())
+    small_norms = torch._foreach_norm(small)
+    squares += torch.stack(small_norms).square().sum()
+    norm = squares.sqrt()
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
 class Block(NamedTuple):
     """Some rows of a parameter (layers, all rows, cols): one matrix in each layer."""
 
@@ -3273,7 +3694,7 @@ class Block(NamedTuple):
 
 class MuonGroup:
     """All matrices of one shape, from several parameters, in one tensor (matrices, rows, cols) cut over the ranks: each
-    rank updates its shard. In order: summed gradient, direction, the ranks' directions together, update."""
+    rank finds the direction of its shard."""
 
     def __init__(self, rows: int, cols: int, blocks: list[Block], ranks: Ranks, dtype: torch.dtype):
         """dtype: of momentum and update."""
@@ -3305,17 +3726,6 @@ class MuonGroup:
             return ranks.all_reduce_(gradient).chunk(ranks.world)[ranks.rank], None
         shard = torch.empty_like(self.momentum)
         return shard, dist.reduce_scatter_tensor(shard, gradient, async_op=True)
-
-    def direction(self, grad: Tensor, momentum: float, coefficients: tuple) -> Tensor:
-        """What this rank's matrices (shard, rows, cols) move along: Nesterov momentum, rows normed (MuonEq-R),
-        orthogonalised. Overwrites grad."""
-        m = self.momentum
-        m.mul_(momentum)
-        m.add_(grad)  # m <- momentum m + g
-        u = grad.add_(m, alpha=momentum)  # g + momentum m
-        row_norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
-        u = u / row_norms.clamp_min(1e-7).to(u.dtype)
-        return orthogonalize(u, coefficients)
 
     def gather(self, update: Tensor):
         """All ranks' updates (padded, rows, cols), and what to wait for before reading them."""
@@ -3392,7 +3802,7 @@ class Optimizer:
         shards = [arrived(*shard) for shard in travelling]
 
         # 2. Clip the norm of the sum, not that of each rank's part.
-        clip = self.clip_factor(shards, small)
+        clip = clip_factor(shards, small, cfg.grad_clip_norm or math.inf, self.ranks)
         torch._foreach_mul_(small, clip)
 
         # 3. Update.
@@ -3400,7 +3810,7 @@ class Optimizer:
         travelling = []
         for group, shard in zip(self.muon, shards):
             clipped = shard * clip.to(shard.dtype)
-            update = group.direction(clipped, momentum, MUON_COEFFICIENTS[cfg.muon_coefficients])
+            update = muon_direction(group.momentum, clipped, momentum, MUON_COEFFICIENTS[cfg.muon_coefficients])
             travelling.append(group.gather(update))
         for p, grad in zip(self.small, small):
             p.grad = grad
@@ -3415,18 +3825,6 @@ class Optimizer:
             p.grad = None
         if self.average:
             torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)
-
-    def clip_factor(self, shards: list[Tensor], small: list[Tensor]) -> Tensor:
-        """min(1, GRAD_CLIP_NORM / norm of the gradient of all parameters over all ranks), a scalar on the device.
-
-        shards: this rank's of Muon's gradients; small: Adam's, of which every rank already has the sum."""
-        limit = self.cfg.grad_clip_norm or math.inf
-        norms = torch._foreach_norm(shards, dtype=torch.float32)  # fp32: the shards are bf16 on a GPU
-        squares = self.ranks.all_reduce_(torch.stack(norms).square().sum())
-        small_norms = torch._foreach_norm(small)
-        squares += torch.stack(small_norms).square().sum()
-        norm = squares.sqrt()
-        return (limit / (norm + 1e-6)).clamp(max=1.0)
 
     def muon_momentum(self, step: int) -> float:
         """Muon's momentum after its linear warm-up or on the way there."""
@@ -3641,7 +4039,9 @@ CORRELATION_COST = 0.002  # nats per symbol that a predictor must gain, for its 
 MAX_SCALED_VARIANCE = 2.0**12
 MAX_MEAN_Q8 = 2.0**15
 MAX_INNOVATION_Q8 = 2.0**17
+MAX_WIDTH = 4096
 MIN_D_Q22 = 2.0**15  # half of 1/64: rounding may take d below it
+MOST_SIDE = 1 << 22  # bytes of a header's JSON
 
 
 class CorrelationPrior(NamedTuple):
@@ -3734,6 +4134,93 @@ CELL_STARTS = CELL_STARTS.astype(np.uint32)
 COST_BITS = (PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))).astype(np.float32)
 # Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
 LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
+
+
+# --- Symbols to rANS states and back ---
+
+
+def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
+    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
+    state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
+    with."""
+    states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
+    words = []
+    for start in reversed(steps):
+        state = states[: len(start)]  # a view
+        freq = start >> PROB_BITS
+        full = state >= freq << (32 - PROB_BITS)
+        words.append(state[full].astype("<u2").tobytes())
+        state[full] >>= 16
+        times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
+        rest = state - times * freq
+        state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
+    return states.astype("<u4").tobytes(), b"".join(reversed(words))
+
+
+class SymbolWriter:
+    """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
+
+    def __init__(self):
+        self.cells = []  # arrays int32 (G * rows,), one for every step
+        self.escaped = []  # bytes of raw int16
+
+    def column(self, table, floor, values):
+        """Take one step: a column of all rows of a chunk. Arrays (G, rows): the table of each symbol and the whole part
+        of its mean, int64, and its value, int32."""
+        code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
+        cell = (table * 256 + code).ravel()
+        frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
+        escaped = (frequency == 0) | (code.ravel() == ESCAPE)
+        if escaped.any():
+            cell[escaped] |= ESCAPE
+            self.escaped.append(values.ravel()[escaped].astype("<i2").tobytes())
+        self.cells.append(cell.astype(np.int32))
+
+    def best_mixture(self) -> int:
+        """The tail shape that codes every fifth column best."""
+        sample = np.concatenate(self.cells[::5])
+        return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
+
+
+def take(values, count: int):
+    """The first `count` values and the rest."""
+    if count > len(values):
+        raise ValueError("the code ends early")
+    return values[:count], values[count:]
+
+
+class SymbolReader:
+    """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
+
+    def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
+        self.states = states.copy()
+        self.words = words
+        self.escaped = escaped
+
+    def begin(self, mixture: int):
+        """Lay out the tables of a stack."""
+        frequencies = FREQUENCIES[mixture]
+        codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
+        self.codes = np.repeat(codes, frequencies)  # of every slot of every table
+        self.starts = CELL_STARTS[mixture]
+
+    def column(self, table, floor, values):
+        """As SymbolWriter.column, but fills in the values."""
+        state = self.states[: table.size]  # a view: the states advance in place
+        table = table.ravel()
+        slot = state & SLOT_MASK
+        code = self.codes.take((table << PROB_BITS) + slot)
+        start = self.starts.take((table << 8) + code)
+        before = start & SLOT_MASK
+        state[:] = (start >> PROB_BITS) * (state >> PROB_BITS) + (slot - before)  # stays below 2**32
+        low = np.flatnonzero(state < 1 << 16)
+        taken, self.words = take(self.words, len(low))
+        state[low] = state[low] << 16 | taken
+        decoded = code + (floor.ravel() - MAX_SYMBOL)
+        is_escaped = code == ESCAPE
+        if count := np.count_nonzero(is_escaped):
+            decoded[is_escaped], self.escaped = take(self.escaped, count)
+        values[:] = decoded.reshape(values.shape)
 
 
 # --- The model ---
@@ -3834,20 +4321,6 @@ class StackModel:
         low_q12 = np.rint(low_q20 * (ratio * 2.0**-8))
         return low_q12, d_q22 * 2.0**-22 * variance
 
-    def code(self, coder, pools: dict[int, ndarray]):
-        """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
-
-        pools: width n -> correlations (1, n, n) that earlier stacks have left as prior; this stack adds its own."""
-        width, members, rows = self.columns.shape
-        pool = pools.get(width, np.eye(width))
-        most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
-        size = min(FIRST_CHUNK_ROWS, most)
-        while self.seen < rows:
-            self.code_chunk(size, coder, pool)
-            size = min(2 * size, most)
-        own = correlation(self.shared_moments())
-        pools[width] = blend(pools.get(width, own), own, 0.5)
-
     def code_chunk(self, size: int, coder, pool):
         """Code the next `size` rows of every member, or what is left, then learn from them."""
         low_q12, variance = self.predictor(pool)
@@ -3887,99 +4360,26 @@ class StackModel:
             moments += x @ x.T
         self.seen += rows
 
+    def code(self, coder, pools: dict[int, ndarray]):
+        """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
+
+        pools: width n -> correlations (1, n, n) that earlier stacks have left as prior; this stack adds its own."""
+        width, members, rows = self.columns.shape
+        pool = pools.get(width, np.eye(width))
+        most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
+        size = min(FIRST_CHUNK_ROWS, most)
+        while self.seen < rows:
+            self.code_chunk(size, coder, pool)
+            size = min(2 * size, most)
+        own = correlation(self.shared_moments())
+        pools[width] = blend(pools.get(width, own), own, 0.5)
+
 
 def first_tables(log2_variance: ndarray) -> ndarray:
     """The table of a variance, in 1 / LOG2_STEPS of an octave, at a mean without fraction."""
     above = log2_variance - MIN_LOG2_VARIANCE * LOG2_STEPS
     bucket = above // (LOG2_STEPS // BUCKETS_PER_OCTAVE)
     return bucket.clip(0, VARIANCE_BUCKETS - 1) * MEAN_FRACTIONS
-
-
-# --- Symbols to rANS states and back ---
-
-
-class SymbolWriter:
-    """Turns the columns of one stack into cells of the tables, for `rans_encode`."""
-
-    def __init__(self):
-        self.cells = []  # arrays int32 (G * rows,), one for every step
-        self.escaped = []  # bytes of raw int16
-
-    def column(self, table, floor, values):
-        """Take one step: a column of all rows of a chunk. Arrays (G, rows): the table of each symbol and the whole part
-        of its mean, int64, and its value, int32."""
-        code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
-        cell = (table * 256 + code).ravel()
-        frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
-        escaped = (frequency == 0) | (code.ravel() == ESCAPE)
-        if escaped.any():
-            cell[escaped] |= ESCAPE
-            self.escaped.append(values.ravel()[escaped].astype("<i2").tobytes())
-        self.cells.append(cell.astype(np.int32))
-
-    def best_mixture(self) -> int:
-        """The tail shape that codes every fifth column best."""
-        sample = np.concatenate(self.cells[::5])
-        return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
-
-
-def take(values, count: int):
-    """The first `count` values and the rest."""
-    if count > len(values):
-        raise ValueError("the code ends early")
-    return values[:count], values[count:]
-
-
-class SymbolReader:
-    """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
-
-    def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
-        self.states = states.copy()
-        self.words = words
-        self.escaped = escaped
-
-    def begin(self, mixture: int):
-        """Lay out the tables of a stack."""
-        frequencies = FREQUENCIES[mixture]
-        codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
-        self.codes = np.repeat(codes, frequencies)  # of every slot of every table
-        self.starts = CELL_STARTS[mixture]
-
-    def column(self, table, floor, values):
-        """As SymbolWriter.column, but fills in the values."""
-        state = self.states[: table.size]  # a view: the states advance in place
-        table = table.ravel()
-        slot = state & SLOT_MASK
-        code = self.codes.take((table << PROB_BITS) + slot)
-        start = self.starts.take((table << 8) + code)
-        before = start & SLOT_MASK
-        state[:] = (start >> PROB_BITS) * (state >> PROB_BITS) + (slot - before)  # stays below 2**32
-        low = np.flatnonzero(state < 1 << 16)
-        taken, self.words = take(self.words, len(low))
-        state[low] = state[low] << 16 | taken
-        decoded = code + (floor.ravel() - MAX_SYMBOL)
-        is_escaped = code == ESCAPE
-        if count := np.count_nonzero(is_escaped):
-            decoded[is_escaped], self.escaped = take(self.escaped, count)
-        values[:] = decoded.reshape(values.shape)
-
-
-def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
-    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
-    state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
-    with."""
-    states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
-    words = []
-    for start in reversed(steps):
-        state = states[: len(start)]  # a view
-        freq = start >> PROB_BITS
-        full = state >= freq << (32 - PROB_BITS)
-        words.append(state[full].astype("<u2").tobytes())
-        state[full] >>= 16
-        times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
-        rest = state - times * freq
-        state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
-    return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
 # --- What the encoder chooses ---
@@ -4080,22 +4480,29 @@ def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int
     return sizes + side + raw + states + words, ridden
 
 
-def decode_stacks(code: bytes) -> tuple[list[ndarray], bytes]:
-    """Inverse of encode_stacks: int32 stacks, and the rider padded with zeros. ValueError for a cut or altered code."""
+def decode_stacks(code: bytes, most: int = 1 << 27) -> tuple[list[ndarray], bytes]:
+    """Inverse of encode_stacks: int32 stacks, and the rider padded with zeros. ValueError for a cut or altered code,
+    and before anything of more than `most` values is made."""
     parts = io.BytesIO(code)
     side, raw, count, words = struct.unpack("<4I", parts.read(16))
     length = 16 + side + raw + 4 * count + 2 * words
     if len(code) != length:
         raise ValueError(f"{len(code)} bytes of code, {length} by their header")
-    headers = json.loads(zlib.decompress(parts.read(side)))
-    escaped = np.frombuffer(zlib.decompress(parts.read(raw)), "<i2")
+    headers = json.loads(inflate(zlib.decompressobj(), parts.read(side), MOST_SIDE))
+    escaped = np.frombuffer(inflate(zlib.decompressobj(), parts.read(raw), 2 * most), "<i2")
     states = np.frombuffer(parts.read(4 * count), "<u4")
     reader = SymbolReader(states, np.frombuffer(parts.read(), "<u2"), escaped)
     stacks = []
     pools = {}
+    left = most
     for entry in headers:
         header = StackHeader(**entry)
         members, rows, width = header.shape
+        left -= members * (rows + len(header.copies[0])) * width
+        moments = 4 * members * width * width  # float64, and copied a few times
+        sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
+        if not sound or left < 0 or moments > most:
+            raise ValueError(f"a stack of shape {header.shape} is too large")
         columns = np.empty((width, members, rows), np.int32)
         reader.begin(header.mixture)
         StackModel(columns, header).code(reader, pools)
@@ -4137,91 +4544,6 @@ COLUMN_STEPS = 4  # codes per octave of the columns' factors: 19 % apart
 AWQ_BITS = 8  # symbol range of the group of columns with finer steps (#1908)
 AWQ_GROUP = 64  # columns of that group
 LQER_GROUP = 64  # values of the int4 factor that share a scale (#1797)
-
-
-# --- What is stored of a matrix ---
-
-
-def quantize_scales(scale: ndarray) -> ndarray:
-    """Positive floats to int16 codes. Weights are quantised with dequantize_scales(codes), so rounding only moves the
-    step size by 2 %."""
-    codes = np.rint(np.log2(np.maximum(scale, 1e-30)) * ROW_STEPS)
-    return np.clip(codes, -1600, 1600).astype(np.int16)
-
-
-def dequantize_scales(codes: ndarray, per_octave: int = ROW_STEPS) -> ndarray:
-    """2**(code / per_octave), float32, equal on every machine."""
-    roots = np.array(binary_roots(per_octave), np.float64) / (1 << 60)
-    octave, step = np.divmod(codes.astype(np.int64), per_octave)
-    return np.ldexp(roots[step], octave).astype(np.float32)
-
-
-class Correction(NamedTuple):
-    """LQER: a product A B of low rank that is added to a matrix (rows, cols) to undo part of its rounding error."""
-
-    a: ndarray  # int8 -2..1 (rows, rank), one scale
-    b: ndarray  # int8 -8..7: B (rank, cols), flattened, padded with zeros, as rows of LQER_GROUP values
-    scales: ndarray  # fp16: of a, and of each row of b
-    error: float = 0.0  # Frobenius norm to be corrected; not stored, but model.bin lists the largest first
-
-    def product(self, cols: int) -> Tensor:
-        """A B (rows, cols), fp32."""
-        a, b, scales = (torch.from_numpy(part).float() for part in self[:3])
-        b = (b * scales[1:, None]).flatten()
-        b = b[: a.size(1) * cols].view(-1, cols)
-        return scales[0] * a @ b
-
-
-class QuantizedMatrix(NamedTuple):
-    """One matrix: symbol (row, column) * 2**(row code / ROW_STEPS) * 2**(column code / COLUMN_STEPS) + correction."""
-
-    symbols: ndarray  # int8 (rows, cols)
-    row_codes: ndarray  # int16 (rows,)
-    column_codes: ndarray  # int8 (cols,)
-    correction: Correction | None = None
-
-    def dequantize(self) -> Tensor:
-        """(rows, cols), fp32, equal on every machine but for the correction."""
-        row = dequantize_scales(self.row_codes)
-        column = dequantize_scales(self.column_codes, COLUMN_STEPS)
-        w = torch.from_numpy(self.symbols * row[:, None] * column)
-        return w + self.correction.product(w.size(1)) if self.correction else w
-
-
-class Quantized(NamedTuple):
-    """A model as the artifact holds it."""
-
-    matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
-    parameters: dict[str, ndarray]  # fp16; the attention gate may be in int8 rows, see `quantize_gate`
-    logit_calibration: ndarray | None = None  # fp32 (15,), see to_logit_calibration
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
-        state = {name: torch.from_numpy(array).float() for name, array in self.parameters.items()}
-        if "attn_gate.int8" in state:
-            scale = state.pop("attn_gate.scale")
-            state["attn_gate"] = state.pop("attn_gate.int8") * scale[..., None]
-        for name, layers in self.matrices.items():
-            stack = torch.stack([matrix.dequantize() for matrix in layers])
-            state[name] = stack[0] if name == "tok_emb" else stack
-        for vector, matrix in FOLDED.items():
-            state[vector] = torch.ones(state[matrix].shape[:2])
-        return state
-
-
-def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
-    """Copy parameters by name into the model, all or none; a missing, unknown or misshapen one is an error that names
-    the file they came from."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    given = {name: tuple(t.shape) for name, t in state.items()}
-    for name in wanted | given:
-        shape = given.get(name, "no")
-        require(
-            shape == wanted.get(name),
-            f"{origin}: holds {shape} {name}, the settings ask for {wanted.get(name, 'none')}; "
-            "use the settings it was made with",
-        )
-    model.load_state_dict(state)
 
 
 # --- Hessians: second moments of the inputs of every matrix ---
@@ -4311,7 +4633,7 @@ def error_feedback(hessian: Tensor, damping: float) -> ErrorFeedback:
     raise RuntimeError("a Hessian is not positive definite; raise GPTQ_DAMPING")
 
 
-# --- Step sizes ---
+# --- GPTQ ---
 
 
 class StepSizes(NamedTuple):
@@ -4325,6 +4647,173 @@ class StepSizes(NamedTuple):
     def column_scale(self) -> Tensor:
         """(layers, cols) fp32."""
         return (self.column_codes / COLUMN_STEPS).exp2()
+
+
+class Columns(NamedTuple):
+    """Columns that are rounded one after the other, in that order."""
+
+    w: Tensor  # (n, columns, rows): a column lies in one piece
+    upper: Tensor  # (n, columns, columns), see ErrorFeedback
+    size: Tensor  # (n, columns, rows): step sizes
+    limit: Tensor  # (n, columns, 1): largest symbols
+
+
+def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
+    """Symbols and errors, fp32, both like columns.w. For every column j, and then every later column k:
+
+        symbol_j = round(w_j / size_j),  error_j = (w_j - symbol_j size_j) / U_jj,  w_k <- w_k - error_j U_jk
+
+    Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
+    them."""
+    w, upper, size, high = columns
+    w = w.clone()
+    low = -high
+    pivot = upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    symbols = torch.empty_like(w)
+    errors = torch.empty_like(w)
+    for j in range(w.size(1)):
+        one = slice(j, j + 1)
+        symbol = symbols[:, one]
+        error = errors[:, one]
+        torch.div(w[:, one], size[:, one], out=symbol)
+        symbol.round_().clamp_(low[:, one], high[:, one])
+        torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
+        error.div_(pivot[:, one])
+        later = upper[:, j, j + 1 :, None]
+        w[:, j + 1 :].addcmul_(error, later, value=-1)
+    return symbols, errors
+
+
+def replayed(function: Callable, example: NamedTuple) -> Callable:
+    """`function` of a record of tensors, as a CUDA graph for records of the shapes of `example`. A call overwrites the
+    results of the call before."""
+    inputs = example._make(t.clone() for t in example)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function(inputs)
+
+    def replay(arguments: NamedTuple):
+        torch._foreach_copy_(inputs, arguments)
+        graph.replay()
+        return results
+
+    return replay
+
+
+def gptq(w: Tensor, feedback: ErrorFeedback, steps: StepSizes, block: int = 128) -> Tensor:
+    """Round w (n, rows, cols) to multiples of its step sizes, feeding each column's error to the columns that are not
+    yet rounded (arXiv 2210.17323).
+
+    Returns symbols int8 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1. Columns go
+    in the order of `feedback`. One whose input never fires is zero."""
+    order, upper, diagonal = feedback
+    silent = (diagonal == 0)[:, :, None]
+    w = w.mT.masked_fill(silent, 0.0).take_along_dim(order[:, :, None], 1)
+    scale = steps.column_scale.gather(1, order)[:, :, None]
+    size = steps.row[:, None] * scale
+    limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
+    symbols = torch.empty_like(w, dtype=torch.int8)
+    round_block = round_columns
+    for start in range(0, w.size(1), block):
+        here = slice(start, start + block)
+        rest = slice(start + block, None)
+        columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here])
+        is_full = start + block <= w.size(1)
+        if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
+            round_block = replayed(round_columns, columns)
+        symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
+        w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
+    return symbols.take_along_dim(order.argsort(dim=1)[:, :, None], 1).mT.contiguous()
+
+
+# --- What is stored of a matrix ---
+
+
+def dequantize_scales(codes: ndarray, per_octave: int = ROW_STEPS) -> ndarray:
+    """2**(code / per_octave), float32, equal on every machine."""
+    roots = np.array(binary_roots(per_octave), np.float64) / (1 << 60)
+    octave, step = np.divmod(codes.astype(np.int64), per_octave)
+    return np.ldexp(roots[step], octave).astype(np.float32)
+
+
+def quantize_scales(scale: ndarray) -> ndarray:
+    """Positive floats to int16 codes. Weights are quantised with dequantize_scales(codes), so rounding only moves the
+    step size by 2 %."""
+    codes = np.rint(np.log2(np.maximum(scale, 1e-30)) * ROW_STEPS)
+    return np.clip(codes, -1600, 1600).astype(np.int16)
+
+
+class Correction(NamedTuple):
+    """LQER: a product A B of low rank that is added to a matrix (rows, cols) to undo part of its rounding error."""
+
+    a: ndarray  # int8 -2..1 (rows, rank), one scale
+    b: ndarray  # int8 -8..7: B (rank, cols), flattened, padded with zeros, as rows of LQER_GROUP values
+    scales: ndarray  # fp16: of a, and of each row of b
+    error: float = 0.0  # Frobenius norm to be corrected; not stored, but model.bin lists the largest first
+
+    def product(self, cols: int) -> Tensor:
+        """A B (rows, cols), fp32."""
+        a, b, scales = (torch.from_numpy(part).float() for part in self[:3])
+        b = (b * scales[1:, None]).flatten()
+        b = b[: a.size(1) * cols].view(-1, cols)
+        return scales[0] * a @ b
+
+
+class QuantizedMatrix(NamedTuple):
+    """One matrix: symbol (row, column) * 2**(row code / ROW_STEPS) * 2**(column code / COLUMN_STEPS) + correction."""
+
+    symbols: ndarray  # int8 (rows, cols)
+    row_codes: ndarray  # int16 (rows,)
+    column_codes: ndarray  # int8 (cols,)
+    correction: Correction | None = None
+
+    def dequantize(self) -> Tensor:
+        """(rows, cols), fp32, equal on every machine but for the correction."""
+        row = dequantize_scales(self.row_codes)
+        column = dequantize_scales(self.column_codes, COLUMN_STEPS)
+        w = torch.from_numpy(self.symbols * row[:, None] * column)
+        return w + self.correction.product(w.size(1)) if self.correction else w
+
+
+class Quantized(NamedTuple):
+    """A model as the artifact holds it."""
+
+    matrices: dict[str, list[QuantizedMatrix]]  # by name: one for each layer
+    parameters: dict[str, ndarray]  # fp16; the attention gate may be in int8 rows, see `quantize_gate`
+    logit_calibration: ndarray | None = None  # fp32 (15,), see to_logit_calibration
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters by name, fp32, on the CPU. Sublayer scales come back as ones: they are part of the matrices."""
+        state = {name: torch.from_numpy(array).float() for name, array in self.parameters.items()}
+        if "attn_gate.int8" in state:
+            scale = state.pop("attn_gate.scale")
+            gate = state.pop("attn_gate.int8")
+            state["attn_gate"] = gate * scale[..., None].expand_as(gate)
+        for name, layers in self.matrices.items():
+            stack = torch.stack([matrix.dequantize() for matrix in layers])
+            state[name] = stack[0] if name == "tok_emb" else stack
+        for vector, matrix in FOLDED.items():
+            state[vector] = torch.ones(state[matrix].shape[:2])
+        return state
+
+
+def quantize_stack(
+    w: Tensor, feedback: ErrorFeedback, steps: StepSizes, owner: int, ranks: Ranks
+) -> list[QuantizedMatrix]:
+    """Matrices w (layers, rows, cols) of one kind, solved by one rank for all: the symbols do not depend on the number
+    of ranks."""
+    row_codes = quantize_scales(steps.row.cpu().numpy())
+    if ranks.rank == owner:
+        row = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
+        symbols = gptq(w, feedback, steps._replace(row=row))
+    else:
+        symbols = torch.empty_like(w, dtype=torch.int8)
+    symbols = ranks.broadcast_(symbols, owner).cpu().numpy()
+    column_codes = steps.column_codes.to(torch.int8).cpu().numpy()
+    return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
+
+
+# --- Step sizes ---
 
 
 def clip_step_sizes(weights: dict[str, Tensor], cfg: Config, saved: float) -> dict[str, StepSizes]:
@@ -4432,86 +4921,6 @@ def level_for(curves: Iterable[RateCurve], budget: float) -> float:
     return high
 
 
-# --- GPTQ ---
-
-
-class Columns(NamedTuple):
-    """Columns that are rounded one after the other, in that order."""
-
-    w: Tensor  # (n, columns, rows): a column lies in one piece
-    upper: Tensor  # (n, columns, columns), see ErrorFeedback
-    size: Tensor  # (n, columns, rows): step sizes
-    limit: Tensor  # (n, columns, 1): largest symbols
-
-
-def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
-    """Symbols and errors, fp32, both like columns.w. For every column j, and then every later column k:
-
-        symbol_j = round(w_j / size_j),  error_j = (w_j - symbol_j size_j) / U_jj,  w_k <- w_k - error_j U_jk
-
-    Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
-    them."""
-    w, upper, size, high = columns
-    w = w.clone()
-    low = -high
-    pivot = upper.diagonal(dim1=1, dim2=2)[:, :, None]
-    symbols = torch.empty_like(w)
-    errors = torch.empty_like(w)
-    for j in range(w.size(1)):
-        one = slice(j, j + 1)
-        symbol = symbols[:, one]
-        error = errors[:, one]
-        torch.div(w[:, one], size[:, one], out=symbol)
-        symbol.round_().clamp_(low[:, one], high[:, one])
-        torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
-        error.div_(pivot[:, one])
-        later = upper[:, j, j + 1 :, None]
-        w[:, j + 1 :].addcmul_(error, later, value=-1)
-    return symbols, errors
-
-
-def replayed(function: Callable, example: NamedTuple) -> Callable:
-    """`function` of a record of tensors, as a CUDA graph for records of the shapes of `example`. A call overwrites the
-    results of the call before."""
-    inputs = example._make(t.clone() for t in example)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function(inputs)
-
-    def replay(arguments: NamedTuple):
-        torch._foreach_copy_(inputs, arguments)
-        graph.replay()
-        return results
-
-    return replay
-
-
-def gptq(w: Tensor, feedback: ErrorFeedback, steps: StepSizes, block: int = 128) -> Tensor:
-    """Round w (n, rows, cols) to multiples of its step sizes, feeding each column's error to the columns that are not
-    yet rounded (arXiv 2210.17323).
-
-    Returns symbols int8 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1. Columns go
-    in the order of `feedback`. One whose input never fires is zero."""
-    order, upper, diagonal = feedback
-    silent = (diagonal == 0)[:, :, None]
-    w = w.mT.masked_fill(silent, 0.0).take_along_dim(order[:, :, None], 1)
-    scale = steps.column_scale.gather(1, order)[:, :, None]
-    size = steps.row[:, None] * scale
-    limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
-    symbols = torch.empty_like(w, dtype=torch.int8)
-    round_block = round_columns
-    for start in range(0, w.size(1), block):
-        here = slice(start, start + block)
-        rest = slice(start + block, None)
-        columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here])
-        is_full = start + block <= w.size(1)
-        if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
-            round_block = replayed(round_columns, columns)
-        symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
-        w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
-    return symbols.take_along_dim(order.argsort(dim=1)[:, :, None], 1).mT.contiguous()
-
-
 # --- LQER ---
 
 
@@ -4556,6 +4965,13 @@ def add_corrections(matrices: dict[str, list[QuantizedMatrix]], weights: dict[st
         layers[layer] = layers[layer]._replace(correction=lqer(errors[name, layer], cfg))
 
 
+def quantize_gate(gate: Tensor) -> dict[str, ndarray]:
+    """gate (layers, heads, channels) as int8, and the fp16 scale (layers, heads) of each row."""
+    scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
+    symbols = round_to_int8(gate, scale[..., None], -MAX_SYMBOL, MAX_SYMBOL)
+    return {"attn_gate.int8": symbols, "attn_gate.scale": scale.cpu().numpy()}
+
+
 # --- All of it ---
 
 
@@ -4588,22 +5004,13 @@ class Quantizer:
                 mean_square = feedback.diagonal / (1 if name == "tok_emb" else visits[:, None])
                 self.saliency[name] = mean_square.sqrt() * w.abs().mean(1)
 
-    def step_sizes(self, saved: float) -> dict[str, StepSizes]:
-        """Step sizes that save `saved` bits a weight, against ARTIFACT_CAP (RATE_DISTORTION) or the published rule."""
-        if not self.cfg.rate_distortion:
-            steps = clip_step_sizes(self.weights, self.cfg, saved)
-            refine_salient_columns(steps, self.saliency, self.cfg)
-            return steps
-        weights = sum(w.numel() for w in self.weights.values())
-        level = level_for(self.curves.values(), 8 * self.cfg.artifact_cap - saved * weights)
-        return {name: curve.step_sizes_at(level) for name, curve in self.curves.items()}
-
     def quantize(self, saved: float = 0.0) -> Quantized:
         """Matrices by GPTQ with these step sizes, corrected by LQER where set; the gate in int8 rows where set; the
         rest in fp16."""
         matrices = {}
         for i, (name, steps) in enumerate(self.step_sizes(saved).items()):
-            matrices[name] = self.quantize_stack(name, steps, owner=i % self.ranks.world)
+            owner = i % self.ranks.world
+            matrices[name] = quantize_stack(self.weights[name], self.feedback[name], steps, owner, self.ranks)
         if self.cfg.lqer_enabled:
             add_corrections(matrices, self.weights, self.cfg)
         parameters = {}
@@ -4614,26 +5021,15 @@ class Quantizer:
                 parameters[name] = value.half().cpu().numpy()
         return Quantized(matrices, parameters)
 
-    def quantize_stack(self, name: str, steps: StepSizes, owner: int) -> list[QuantizedMatrix]:
-        """The matrices of one kind, by layer, solved by one rank for all: the symbols do not depend on the number of
-        ranks."""
-        w = self.weights[name]
-        row_codes = quantize_scales(steps.row.cpu().numpy())
-        if self.ranks.rank == owner:
-            row = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
-            symbols = gptq(w, self.feedback[name], steps._replace(row=row))
-        else:
-            symbols = torch.empty_like(w, dtype=torch.int8)
-        symbols = self.ranks.broadcast_(symbols, owner).cpu().numpy()
-        column_codes = steps.column_codes.to(torch.int8).cpu().numpy()
-        return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
-
-
-def quantize_gate(gate: Tensor) -> dict[str, ndarray]:
-    """gate (layers, heads, channels) as int8, and the fp16 scale (layers, heads) of each row."""
-    scale = (gate.abs().amax(-1) / MAX_SYMBOL).clamp_min(1e-7).half()
-    symbols = round_to_int8(gate, scale[..., None], -MAX_SYMBOL, MAX_SYMBOL)
-    return {"attn_gate.int8": symbols, "attn_gate.scale": scale.cpu().numpy()}
+    def step_sizes(self, saved: float) -> dict[str, StepSizes]:
+        """Step sizes that save `saved` bits a weight, against ARTIFACT_CAP (RATE_DISTORTION) or the published rule."""
+        if not self.cfg.rate_distortion:
+            steps = clip_step_sizes(self.weights, self.cfg, saved)
+            refine_salient_columns(steps, self.saliency, self.cfg)
+            return steps
+        weights = sum(w.numel() for w in self.weights.values())
+        level = level_for(self.curves.values(), 8 * self.cfg.artifact_cap - saved * weights)
+        return {name: curve.step_sizes_at(level) for name, curve in self.curves.items()}
 
 
 # --- Logit calibration (#1924): logits <- scale * softcap(z) + features . biases, fitted to the quantised model ---
@@ -4667,8 +5063,7 @@ def piece_categories(piece: str) -> tuple[bool, ...]:
 def piece_features(cfg: Config) -> Tensor:
     """piece_categories of the whole vocabulary, (V, LOGIT_CATEGORIES), 0 or 1, fp32, on the CPU. Reads the
     tokenizer."""
-    import sentencepiece
-
+    sentencepiece = installed("sentencepiece")
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path(cfg)))
     features = torch.zeros(cfg.vocab_size, LOGIT_CATEGORIES)
     for i in range(min(cfg.vocab_size, len(pieces))):
@@ -4746,7 +5141,7 @@ def flatten(quantized: Quantized) -> dict[str, ndarray]:
 
 
 def unflatten(arrays: dict[str, ndarray]) -> Quantized:
-    """Inverse of flatten."""
+    """Inverse of flatten. ValueError or KeyError where a matrix lacks a part, or has one of another size."""
     layers = {}  # "qkv.3" -> {"symbols": ..., "step": ...}
     parameters = {}
     for full_name, array in arrays.items():
@@ -4757,8 +5152,17 @@ def unflatten(arrays: dict[str, ndarray]) -> Quantized:
             parameters[full_name] = array
     matrices = {}
     for name, parts in layers.items():
-        correction = Correction(*[parts[part] for part in LQER_PARTS]) if "lqer_a" in parts else None
-        parts.setdefault("column", np.zeros(parts["symbols"].shape[1], np.int8))
+        rows, cols = parts["symbols"].shape
+        parts.setdefault("column", np.zeros(cols, np.int8))
+        sizes = {"symbols": (rows, cols), "step": (rows,), "column": (cols,)}
+        correction = None
+        if "lqer_a" in parts:
+            correction = Correction(*[parts[part] for part in LQER_PARTS])
+            rank = correction.a.shape[1]
+            groups = -(-rank * cols // LQER_GROUP)
+            sizes |= {"lqer_a": (rows, rank), "lqer_b": (groups, LQER_GROUP), "lqer_scales": (1 + groups,)}
+        if {part: array.shape for part, array in parts.items()} != sizes:  # numpy would broadcast some others
+            raise ValueError(f"the parts of {name} do not fit together")
         matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)
         matrices.setdefault(name.split(".")[0], []).append(matrix)
     return Quantized(matrices, parameters, parameters.pop("logit_calibration", None))
@@ -4774,6 +5178,7 @@ VERSION = 1
 FIXED = struct.Struct("<8sIQII")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 LEAST_CODED = 64  # values of an array that are worth the entropy coder's header
+UNDECODABLE = "{}: cannot be decoded ({{}}); write it anew"
 
 
 def as_matrix(a: ndarray) -> ndarray:
@@ -4833,19 +5238,44 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     return data + struct.pack("<I", zlib.crc32(data))
 
 
-def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict):
+def save_artifact(path: Path, tensors: dict[str, ndarray], meta: dict, setting: str = "ARTIFACT_DIR"):
     """Write encode_artifact's bytes whole, by rename."""
-    with whole_file(path) as f:
+    with whole_file(path, setting) as f:
         f.write(encode_artifact(tensors, meta))
 
 
-def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
-    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered or
-    of another kind raises UserError."""
-    with explained(
-        f"{path}: cannot be read ({{}}); train first, or set ARTIFACT_DIR to the folder that holds it", OSError
+def unpack_tensors(header: dict, code: bytes, rest: bytes, most: int) -> dict[str, ndarray]:
+    """The arrays that a model file's header describes; see decode_stacks for `most`."""
+    stacks, rider = decode_stacks(code, most)
+    tensors = {}
+    for (dtype, shape, names, centres), stack in zip(header["coded"], stacks, strict=True):
+        for name, q, centre in zip(names, stack, centres, strict=True):
+            values = q.ravel()[: math.prod(shape)]
+            values = values.astype(np.int64) + centre
+            tensors[name] = values.astype(dtype).reshape(shape)
+    raw = rider[: header["ridden"]] + rest
+    raw = inflate(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA), raw, 8 * most)
+    for dtype, members in header["plain"]:
+        sizes = [math.prod(shape) for _, shape in members]
+        values = from_planes(raw, dtype, sum(sizes))
+        raw = raw[values.nbytes :]
+        pieces = np.split(values, np.cumsum(sizes)[:-1])  # one for each member
+        for (name, shape), a in zip(members, pieces):
+            tensors[name] = a.reshape(shape)
+    return tensors
+
+
+def read_artifact(path: Path, cap: int = Config().artifact_cap) -> tuple[dict, bytes, bytes]:
+    """A model file, verified: its header, the entropy-coded stacks and the rest. One that is missing, short, altered,
+    of another kind, or above `cap` bytes raises UserError."""
+    with (
+        explained(
+            f"{path}: cannot be read ({{}}); train first, or set ARTIFACT_DIR to the folder that holds it", OSError
+        ),
+        open(path, "rb") as f,
     ):
-        data = path.read_bytes()
+        data = f.read(min(os.fstat(f.fileno()).st_size, cap + 1))
+    require(len(data) <= cap, f"{path}: over {cap:,} bytes; set ARTIFACT_CAP where you trust it with more")
     magic, version, length, header_size, code_size = FIXED.unpack_from(data.ljust(FIXED.size, b"\0"))
     require(
         magic == MAGIC,
@@ -4866,37 +5296,37 @@ def read_artifact(path: Path) -> tuple[dict, bytes, bytes]:
         f"{path}: format version {version}, this script reads {VERSION}; score it with the script that wrote it",
     )
     parts = io.BytesIO(data[FIXED.size : -4])
-    header = json.loads(zlib.decompress(parts.read(header_size)))
+    with explained(UNDECODABLE.format(path), Exception):
+        header = json_object(inflate(zlib.decompressobj(), parts.read(header_size), MOST_SIDE))
+        check_arrays(header, most_values(cap))
     return header, parts.read(code_size), parts.read()
 
 
-def load_artifact(path: Path) -> tuple[dict[str, ndarray], dict]:
+def most_values(cap: int) -> int:
+    """Values that a model below `cap` bytes may hold: one for each bit. A code of nothing but zeros could hold more
+    than any memory."""
+    return 8 * max(cap, Config().artifact_cap)
+
+
+def check_arrays(header: dict, most: int):
+    """Raise an exception unless a header describes arrays of numbers with distinct names and at most `most` values."""
+    arrays = [(name, dtype, shape) for dtype, shape, names, _ in header["coded"] for name in names]
+    arrays += [(name, dtype, shape) for dtype, members in header["plain"] for name, shape in members]
+    for name, dtype, shape in arrays:
+        if not re.fullmatch("[<|][iuf][1248]", dtype) or min(shape, default=0) < 0:
+            raise ValueError(f"{name!r} is of type {dtype!r} and shape {shape}")
+    if len({name for name, _, _ in arrays}) < len(arrays):
+        raise ValueError("two arrays of one name")
+    if sum(math.prod(shape) for _, _, shape in arrays) > most:
+        raise ValueError(f"its arrays have over {most:,} values")
+
+
+def load_artifact(path: Path, cap: int = Config().artifact_cap) -> tuple[dict[str, ndarray], dict]:
     """Inverse of encode_artifact: arrays and meta."""
-    header, code, rest = read_artifact(path)
+    header, code, rest = read_artifact(path, cap)
     # The checksum holds, so an error is of a file that was made wrongly.
-    with explained(f"{path}: cannot be decoded ({{}}); write it anew", Exception):
-        return unpack_tensors(header, code, rest), header["meta"]
-
-
-def unpack_tensors(header: dict, code: bytes, rest: bytes) -> dict[str, ndarray]:
-    """The arrays that a model file's header describes."""
-    stacks, rider = decode_stacks(code)
-    tensors = {}
-    for (dtype, shape, names, centres), stack in zip(header["coded"], stacks, strict=True):
-        for name, q, centre in zip(names, stack, centres, strict=True):
-            values = q.ravel()[: math.prod(shape)]
-            values = values.astype(np.int64) + centre
-            tensors[name] = values.astype(dtype).reshape(shape)
-    raw = rider[: header["ridden"]] + rest
-    raw = lzma.decompress(raw, lzma.FORMAT_RAW, filters=LZMA)
-    for dtype, members in header["plain"]:
-        sizes = [math.prod(shape) for _, shape in members]
-        values = from_planes(raw, dtype, sum(sizes))
-        raw = raw[values.nbytes :]
-        pieces = np.split(values, np.cumsum(sizes)[:-1])  # one for each member
-        for (name, shape), a in zip(members, pieces):
-            tensors[name] = a.reshape(shape)
-    return tensors
+    with explained(UNDECODABLE.format(path), Exception), np.errstate(over="raise", divide="raise", invalid="raise"):
+        return unpack_tensors(header, code, rest, most_values(cap)), header["meta"]
 
 
 # ======== N-gram: exact causal token statistics, and the tilt that they give the scored probabilities =================
@@ -6055,20 +6485,20 @@ def train_on_validation_set(scoring: ScoringPass):
 
 # ======== Packer ======================================================================================================
 
-# A packed script decompresses its source into a temporary file, once, and runs that: Triton reads the source of kernels
-# from the file that holds them.
+# A packed script decompresses its source into memory and runs that. No file holds it, so none can be read, replaced or
+# left behind by others: Triton and tracebacks find the lines of kernels in the cache that `inspect` reads.
 BOOTSTRAP = """# coding: latin-1
 # Packed train_gpt.py. Its source: python3 train_gpt.py --unpack FILE, or the lzma stream in the string below.
-import hashlib,lzma,os,tempfile
+import io,linecache,lzma,sys,traceback
 PACKED_PATH=__file__
-s=lzma.decompress("%s".encode("latin-1"))
-__file__=os.path.join(tempfile.gettempdir(),"train_gpt_"+str(os.getuid())+"_"+hashlib.sha256(s).hexdigest()[:24]+".py")
-if not(os.path.exists(__file__)and open(__file__,"rb").read()==s):
- t=__file__+str(os.getpid())
- with open(t,"wb")as f:f.write(s)
- os.replace(t,__file__)
-exec(compile(s,__file__,"exec"))
+try:PACKED_SOURCE=lzma.decompress("%s".encode("latin-1")).decode()
+except(ValueError,lzma.LZMAError)as e:sys.exit("error: "+PACKED_PATH+": damaged ("+str(e)+"); copy it again")
+__file__+=" (unpacked)"
+sys.excepthook=traceback.print_exception
+linecache.cache[__file__]=len(PACKED_SOURCE),None,io.StringIO(PACKED_SOURCE).readlines(),__file__
+exec(compile(PACKED_SOURCE,__file__,"exec"))
 """
+MOST_SOURCE = 1 << 25  # bytes that --unpack prints
 ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'})
 
 
@@ -6135,7 +6565,8 @@ def unpack_script(path: Path) -> str:
     match = re.fullmatch(f"{before}(.*){after}", path.read_bytes().decode("latin-1"))
     damaged = f"--unpack {path}: not a script packed by train_gpt.py, or a damaged one"
     with explained(damaged, TypeError, ValueError, SyntaxError, lzma.LZMAError):
-        return lzma.decompress(ast.literal_eval(f'"{match[1]}"').encode("latin-1")).decode()
+        packed = ast.literal_eval(f'"{match[1]}"').encode("latin-1")
+        return inflate(lzma.LZMADecompressor(memlimit=1 << 28), packed, MOST_SOURCE).decode()
 
 
 # ======== Main ========================================================================================================
@@ -6152,18 +6583,20 @@ class Run:
         self.phases = Phases(self.ranks)
         self.verdicts = Verdicts()
         self.result = {"bpb": {}}  # what result.json will hold
+        self.training_hashes = None  # on rank 0, where training data is read
+        self.output = output_folder(cfg)
+        # What moves the output elsewhere.
+        self.place = "ARTIFACT_DIR" if self.output == self.folder else "the working directory"
 
     def prepare(self):
-        """Make the folder, read and check the validation data, choose the attention backend, and log what is used."""
+        """Read and check the validation data, choose the attention backend, and log what is used."""
         cfg = self.cfg
-        if self.ranks.main:
-            with explained(f"ARTIFACT_DIR={self.folder}: cannot be made ({{}}); name another folder", OSError):
-                self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         with self.phases("read"):
             self.val = ValidationStream(cfg)
             data = fingerprint(cfg, self.val)
+            self.val.join(cfg)
         with self.phases("setup"):
             self.attention_backend = choose_attention(cfg, self.ranks.device)
         settings = cfg.settings()
@@ -6177,6 +6610,8 @@ class Run:
         self.log(f"settings sha256 {facts['settings_sha256']}; changed from their defaults: {changes}")
         self.log(f"all settings: {json.dumps(settings)}", console=False)
         self.log("data: " + ", ".join(f"{name} {value}" for name, value in data.items()))
+        if self.output != self.folder:
+            self.log(f"{self.folder} can only be read; eval.log and eval_result.json go to {self.output}")
         if not data["manifest"]:
             self.log("data: no manifest.json, so documents and hashes are unchecked")
 
@@ -6202,6 +6637,11 @@ class Run:
             "settings_sha256": self.cfg.sha256(),
         }
 
+    def origin(self) -> dict:
+        """What weights must know of the run that made them."""
+        known = {name: self.result["data"].get(name) for name in ("tokenizer_sha256", "transform")}
+        return {"settings": self.cfg.settings()} | known
+
     def scoring(self, model: GPT, name: str) -> ScoringPass:
         """A pass over the validation stream, with a ledger of its own."""
         ledger = Ledger(name, self.val.target_bytes, self.verdicts)
@@ -6212,6 +6652,14 @@ class Run:
         """A GPT on the run's device, its weights not set yet."""
         dtype = torch.bfloat16 if self.ranks.cuda else torch.float32
         return GPT(self.cfg, self.attention_backend, dtype, logit_calibration).to(self.ranks.device)
+
+    def interrupted(self) -> str:
+        """Log where the run is and how it can go on; returns what the console should say, which is rank 0's to say."""
+        saved = self.cfg.quantize_only or "save" in self.phases.seconds
+        remedy = "; `QUANTIZE_ONLY=1` goes on from trained.npz" if saved and not self.cfg.ttt_eval_only else ""
+        line = f"interrupted in {self.phases.latest}{remedy}"
+        self.log(line, console=False)
+        return line if self.ranks.main else ""
 
     def record(self, name: str, bpb: float):
         """Keep and log the BPB of pass `name`."""
@@ -6233,21 +6681,38 @@ def artifact_folder(cfg: Config) -> Path:
     return RUNNING.parent if PACKED else Path("runs") / str(cfg.seed)
 
 
+def output_folder(cfg: Config) -> Path:
+    """Where the log and the result go: an artifact can be scored in a folder that can only be read."""
+    folder = artifact_folder(cfg)
+    read_only = cfg.ttt_eval_only and folder.is_dir() and not os.access(folder, os.W_OK)
+    return Path.cwd() if read_only else folder
+
+
 def parameter_count(model: GPT) -> int:
     """Numbers in all weights; 4 bytes each in trained.npz."""
     return sum(p.numel() for p in model.parameters())
+
+
+# Every file of a run; what was half written by a run that was killed goes when the next one starts.
+WRITTEN = ("trained.npz", "model.bin", "train_gpt.py", "result.json", "eval_result.json", "preflight")
 
 
 def preflight(run: Run):
     """Everything that could fail after the training clock has run, tried before it starts."""
     cfg = run.cfg
     if run.ranks.main:
+        for name in WRITTEN:
+            clear_parts(run.output / name)
         try_codec(run)
         if cfg.ledger_path:
-            with whole_file(Path(cfg.ledger_path), "LEDGER_PATH"):
-                pass
+            clear_parts(Path(cfg.ledger_path))
+            try_path(Path(cfg.ledger_path), "LEDGER_PATH")
         if not cfg.ttt_eval_only:  # scoring leaves the folder's script alone: it may be the one that runs
             check_folder(run)
+    if cfg.logit_calibration_enabled:
+        piece_features(cfg)  # reads the tokenizer
+    if run.ranks.main and not cfg.ttt_eval_only:
+        run.training_hashes = TrainingHashes(cfg)
     if not (cfg.ttt_eval_only or cfg.quantize_only):
         tokens = TrainStream(cfg).tokens
         micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
@@ -6256,13 +6721,22 @@ def preflight(run: Run):
             run.log(f"warning: only {micro_batches} of {run.ranks.world} ranks will work; lower MICRO_BATCH_TOKENS")
 
 
+def wait_for_hashes(run: Run):
+    """Raise UserError if a training shard is not the manifest's."""
+    if run.training_hashes:
+        run.training_hashes.judge(run.verdicts)
+    require(not run.verdicts.failed(), f"DATA_PATH={run.cfg.data_path}: {run.verdicts.table['data'][1]}")
+
+
 def try_codec(run: Run):
     """Write and read a small artifact in the run's folder."""
     symbols = np.random.default_rng(0).integers(-9, 10, (64, 64), dtype=np.int8)
-    path = run.folder / f"preflight{os.getpid()}.bin"  # a name of this process: another may run in the folder
-    save_artifact(path, {"q.0.symbols": symbols}, {})
-    arrays, _ = load_artifact(path)
-    path.unlink()
+    path = run.output / f"preflight.part{os.getpid()}"  # a name of this process: another may run in the folder
+    try:
+        save_artifact(path, {"q.0.symbols": symbols}, {}, run.place)
+        arrays, _ = load_artifact(path)
+    finally:
+        path.unlink(missing_ok=True)
     if not np.array_equal(arrays["q.0.symbols"], symbols):
         raise RuntimeError("the artifact codec does not reproduce its input")
 
@@ -6284,6 +6758,7 @@ def train(run: Run, model: GPT):
     """Train the model and keep its weights on disk: trained.npz holds the fp32 weights by name, and as JSON in "meta"
     what a later run needs to continue."""
     model.init_weights(run.cfg.seed)
+    init_joined(model.tok_emb, operator_joins(run.cfg))
     run.log(f"{parameter_count(model):,} parameters")
     trainer = Trainer(model, run.cfg, run.ranks, run.log)
     with run.phases("warmup"):
@@ -6295,7 +6770,7 @@ def train(run: Run, model: GPT):
     with run.phases("save"):
         if run.ranks.main:
             seconds = {"steps": run.phases.seconds["steps"]}
-            meta = {"settings": run.cfg.settings(), "training": training, "seconds": seconds}
+            meta = run.origin() | {"training": training, "seconds": seconds}
             arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
             with whole_file(run.folder / "trained.npz") as f:
                 np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
@@ -6304,18 +6779,41 @@ def train(run: Run, model: GPT):
 def read_trained(path: Path) -> tuple[dict[str, ndarray], dict]:
     """Weights (fp32) and meta of trained.npz."""
     damaged = f"{path}: cannot be read ({{}}); train again, or set ARTIFACT_DIR to the folder that holds it"
-    with explained(damaged, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    with explained(damaged, Exception):  # zipfile and numpy know many
+        with zipfile.ZipFile(path) as z:
+            if sum(member.file_size for member in z.infolist()) > path.stat().st_size:
+                raise ValueError("compressed")  # kilobytes can become gigabytes, and np.savez never does it
         arrays = dict(np.load(path))
-        return arrays, json.loads(str(arrays.pop("meta")))
+        meta = json_object(str(arrays.pop("meta")))
+        if any(a.dtype != np.float32 for a in arrays.values()):
+            raise ValueError("weights other than float32")
+        return arrays, meta
 
 
 def load_trained(run: Run, model: GPT):
     """Put the weights of trained.npz into the model, and its counts and times into the result."""
     path = run.folder / "trained.npz"
     arrays, meta = read_trained(path)
+    same_data(run, path, meta)
     load_state(model, {name: torch.from_numpy(array) for name, array in arrays.items()}, path)
-    run.result["training"] = meta["training"]
-    run.phases.seconds.update(meta["seconds"])
+    with explained(f"{path}: lacks counts or times of its training; train again", KeyError, TypeError, ValueError):
+        run.result["training"] = dict(meta["training"])
+        run.phases.seconds["steps"] = float(meta["seconds"]["steps"])
+
+
+def same_data(run: Run, path: Path, meta: dict) -> bool:
+    """Whether weights and shards are known to be of one tokenizer; UserError where they are of two, or of two forms of
+    CaseOps."""
+    data = run.result["data"]
+    for name in ("transform", "tokenizer_sha256"):
+        theirs = meta.get(name)
+        ours = data.get(name)
+        require(
+            theirs == ours or None in (theirs, ours),
+            f"{path}: made for data of {name} {theirs!s:.40}, DATA_PATH is of {ours!s:.40}; set DATA_PATH and "
+            "TOKENIZER_PATH to what it was made with",
+        )
+    return None not in (meta.get("tokenizer_sha256"), data.get("tokenizer_sha256"))
 
 
 class RateSearch:
@@ -6363,10 +6861,12 @@ class RateSearch:
         )
 
 
-def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> bytes:
-    """Quantise and encode until RateSearch is content; the bytes of model.bin on rank 0."""
+def search_rate(run: Run, model: GPT, code_bytes: int) -> bytes:
+    """Calibrate, then quantise and encode until RateSearch is content; the bytes of model.bin on rank 0."""
     cfg = run.cfg
     search = RateSearch(cfg, code_bytes, parameter_count(model))
+    with run.phases("calibrate"):
+        hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
     with run.phases("quantize"):
         quantizer = Quantizer(model, hessians, cfg, run.ranks)
     logit_values = None
@@ -6379,7 +6879,7 @@ def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: i
                 logit_values = fit_logit_calibration(rounded, TrainStream(cfg), cfg, run.ranks)
             quantized = quantized._replace(logit_calibration=logit_values)
         with run.phases("write"):
-            data = encode_artifact(flatten(quantized), {"settings": cfg.settings()}) if run.ranks.main else b""
+            data = encode_artifact(flatten(quantized), run.origin()) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
         run.log(f"model.bin of {size:,} bytes, {search.room - size:,} left")
         search.observe(data, size)
@@ -6391,42 +6891,67 @@ def search_rate(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: i
 def write_artifact(run: Run, model: GPT):
     """Calibrate, quantise, and write model.bin and the packed train_gpt.py. Step sizes widen until the two fit under
     the cap; with RATE_DISTORTION they also narrow, until a thousandth of it is left or nothing gains."""
-    cfg = run.cfg
     packed = pack_script(SOURCE)
-    with run.phases("calibrate"):
-        hessians = collect_hessians(model, TrainStream(cfg), cfg, run.ranks)
-    data = search_rate(run, model, hessians, len(packed))
+    data = search_rate(run, model, len(packed))
+    contents = {"model.bin": data, "train_gpt.py": packed}
     with run.phases("write"):
         if run.ranks.main:
-            for name, content in (("model.bin", data), ("train_gpt.py", packed)):
+            for name, content in contents.items():
                 with whole_file(run.folder / name) as f:
                     f.write(content)
+            run.result["artifact_sha256"] = {name: sha256(content) for name, content in contents.items()}
+            (run.folder / "eval_result.json").unlink(missing_ok=True)  # of the artifact before
     run.ranks.agree(0)  # the files are there before another rank reads them
     seconds = (f"{name} {run.phases.seconds[name]:.1f}" for name in ("calibrate", "quantize", "write"))
     run.log(f"seconds: {', '.join(seconds)}")
 
 
+def check_hashes(run: Run):
+    """What is scored is what this run wrote, the same on every rank; result.json names it by its SHA-256."""
+    paths = [run.folder / name for name in ("train_gpt.py", "model.bin")]
+    found = {path.name: sha256(path.read_bytes()) for path in paths if path.is_file()}
+    start = int(found["model.bin"][:12], 16)
+    require(
+        found == run.result.setdefault("artifact_sha256", found) and start == run.ranks.agree(start),
+        f"{run.folder}: another run has written to it meanwhile; give each an ARTIFACT_DIR of its own and run again",
+    )
+
+
 def load_quantized(run: Run) -> tuple[GPT, dict]:
-    """A model with the weights of model.bin, and the file's settings."""
+    """A model with the weights of model.bin, and what the file says of its origin."""
     device = run.ranks.device
     path = run.folder / "model.bin"
-    arrays, meta = load_artifact(path)
-    quantized = unflatten(arrays)
+    arrays, meta = load_artifact(path, run.cfg.artifact_cap)
+    check_hashes(run)
+    with torch.device("meta"):  # of no memory: the settings may ask for any
+        wanted = parameter_count(GPT(run.cfg, run.attention_backend, torch.float32))
+    held = sum(a.size for a in arrays.values())
+    require(wanted <= held, f"{path}: holds {held:,} values, its settings ask for {wanted:,}; write it anew")
+    with explained(UNDECODABLE.format(path), Exception), np.errstate(over="raise", invalid="raise"):
+        quantized = unflatten(arrays)
+        state = quantized.state()
+        if flatten(quantized).keys() != arrays.keys():
+            raise ValueError("names of no array of a model")
     calibration = None
     if quantized.logit_calibration is not None:
         values = torch.from_numpy(quantized.logit_calibration).to(device)
+        sound = values.shape == (1 + LOGIT_CATEGORIES,) and values.isfinite().all()
+        require(sound, f"{path}: its logit calibration is not {1 + LOGIT_CATEGORIES} finite numbers; write it anew")
         calibration = to_logit_calibration(values, piece_features(run.cfg).to(device))
     model = run.new_model(calibration)
-    load_state(model, quantized.state(), path)
-    return model, meta["settings"]
+    load_state(model, state, path)
+    return model, meta
 
 
 def score_artifact(run: Run):
     """Load model.bin from disk and score it; the number comes from what ships."""
     cfg = run.cfg
     with run.phases("load"):
-        model, stored = load_quantized(run)
+        model, meta = load_quantized(run)
+    stored = meta["settings"]
     others = [name.upper() for name, _ in sorted(cfg.settings().items() - still_set(stored).items())]
+    if not same_data(run, run.folder / "model.bin", meta) and cfg.ttt_eval_only:
+        others.append("TOKENIZER_PATH (unknown)")
     if others:
         run.verdicts.set("C4", "DISPUTED", f"scored with settings other than the artifact's: {', '.join(others)}")
     scoring = run.scoring(model, "quantized")
@@ -6465,6 +6990,8 @@ def finish(run: Run):
     sizes = {name: path.stat().st_size for name, path in paths.items() if path.exists()}
     total = sum(sizes.values())
     run.verdicts.judge("bytes", total <= cfg.artifact_cap, f"{total:,} of {cfg.artifact_cap:,} bytes")
+    if run.training_hashes:
+        run.training_hashes.judge(run.verdicts)
     budgets = {which: run.phases.budget(which) for which in ("train", "eval")}
     limit = cfg.max_wallclock_seconds
     for which, spent in budgets.items():
@@ -6480,7 +7007,8 @@ def finish(run: Run):
     table = run.verdicts.table
     result["verdicts"] = {name: {"verdict": verdict, "reason": reason} for name, (verdict, reason) in table.items()}
     if run.ranks.main:
-        with whole_file(run.folder / ("eval_result.json" if cfg.ttt_eval_only else "result.json")) as f:
+        name = "eval_result.json" if cfg.ttt_eval_only else "result.json"
+        with whole_file(run.output / name, run.place) as f:
             f.write(json.dumps(result, indent=1).encode())
     for unit, form in (("BPB", ".6f"), ("bytes", ","), ("seconds", ".1f")):
         for name, value in result[unit.lower()].items():
@@ -6492,23 +7020,30 @@ def finish(run: Run):
 
 def configure(env) -> Config:
     """Settings from the environment. Where a run continues from a file, the file's settings are the defaults."""
-    cfg = Config.from_env(env, check=False)  # the mode and the folder; the rest may need the stored settings
+    cfg = Config.from_env(env)
     if cfg.ttt_eval_only:
         path = artifact_folder(cfg) / "model.bin"
-        stored = read_artifact(path)[0]["meta"]["settings"]
+        meta = read_artifact(path, cfg.artifact_cap)[0].get("meta")
     elif cfg.quantize_only:
         path = artifact_folder(cfg) / "trained.npz"
-        stored = read_trained(path)[1]["settings"]
+        meta = read_trained(path)[1]
     else:
-        return Config.from_env(env)
-    # A retired setting with the value that is fixed now is as good as absent; with another value the script differs.
-    stored = still_set(stored)
-    others = ", ".join(sorted(set(stored) ^ set(cfg.settings())))
+        return cfg
+    with explained(f"{path}: holds no settings; use one that this script wrote", Exception):
+        # A retired setting with the value that is fixed now is as good as absent; with another the script differs.
+        stored = still_set(meta["settings"])
+    usual = Config().settings()
+    others = ", ".join(sorted(set(stored) ^ set(usual)))
     require(
         not others,
-        f"{path}: written by a script with other settings than this one's ({others}); "
+        f"{path}: written by a script with other settings than this one's ({others:.400}); "
         "use the train_gpt.py that was packed with it",
     )
+    for name, value in usual.items():
+        odd = type(stored[name]) is not type(value)
+        require(not odd, f"{path}: holds {name.upper()}={stored[name]!r:.40}, no {type(value).__name__}; write it anew")
+    if cfg.ttt_eval_only:  # a file does not decide how large it may be
+        stored["artifact_cap"] = min(stored["artifact_cap"], cfg.artifact_cap)
     return Config.from_env(env, stored)
 
 
@@ -6527,32 +7062,50 @@ def produce_artifact(run: Run):
     write_artifact(run, model)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, by number, raised where the run is, so that half-written files are removed."""
+
+    line = "interrupted while starting"
+
+
+def interrupt(number: int, frame):
+    """Raise Interrupted once: launchers send more signals meanwhile."""
+    on_signals(signal.SIG_IGN)
+    raise Interrupted(number)
+
+
 def execute(cfg: Config):
     """One mode from beginning to end."""
-    run = Run(cfg)
-    try:
-        run.prepare()
-        preflight(run)
-        if cfg.check_only:
-            return
-        # A run continued from trained.npz continues the log, too.
-        run.log.open(run.folder / ("eval.log" if cfg.ttt_eval_only else "train.log"), "a" if cfg.quantize_only else "w")
-        if not cfg.ttt_eval_only:
-            produce_artifact(run)
-        score_artifact(run)
-        finish(run)
-    finally:
-        run.ranks.close()
+    on_signals(interrupt)
+    with claimed(output_folder(cfg)) if cfg.rank == 0 else contextlib.nullcontext():
+        run = Run(cfg)
+        try:
+            run.prepare()
+            preflight(run)
+            if cfg.check_only:
+                wait_for_hashes(run)
+                return
+            # A run continued from trained.npz continues the log, too.
+            name = "eval.log" if cfg.ttt_eval_only else "train.log"
+            run.log.open(run.output / name, "a" if cfg.quantize_only else "w")
+            if not cfg.ttt_eval_only:
+                produce_artifact(run)
+            score_artifact(run)
+            finish(run)
+        except Interrupted as e:
+            e.line = run.interrupted()
+            raise
+        finally:
+            run.ranks.close()
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: half-written files are removed
+    """Exit status: 0, 2 after one line about bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
         if argv in (["--help"], ["-h"]):
-            print(__doc__ or "", help_text(), sep="\n")
+            say(f"{__doc__ or ''}\n{help_text()}")
         elif len(argv) == 2 and argv[0] == "--unpack":
-            sys.stdout.write(unpack_script(Path(argv[1])))
+            say(unpack_script(Path(argv[1])), end="")
         else:
             require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
             execute(configure(os.environ))
@@ -6564,8 +7117,12 @@ def main(argv: list[str]) -> int:
         where = e.filename or "a file"
         print(f"error: {where}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE", file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        print(e.line, end="\n" * bool(e.line), file=sys.stderr)
+        return 128 + e.args[0]
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def environment(settings: dict, artifact: Path | None = None, data_path: Path | 
 def replaced_environ(env: dict[str, str]):
     """os.environ with exactly our settings: whatever the caller has exported is hidden for the while."""
     kept = dict(os.environ)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     names = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)}
     try:
         for name in [n for n in os.environ if n in names or n.startswith(train_gpt.OUR_PREFIXES)]:
@@ -325,7 +325,8 @@ def replaced_environ(env: dict[str, str]):
     finally:
         os.environ.clear()
         os.environ.update(kept)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class Outcome:

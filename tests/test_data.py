@@ -18,6 +18,7 @@ from helpers import (
     main,
     own_data,
     processor,
+    result,
     spawn,
     tokenizer,
     write_shard,
@@ -145,6 +146,99 @@ def test_damaged_data_is_refused(name, tmp_path):
     folder = own_data(tmp_path / "data")
     damage(folder)
     refusal(main(CHECK, tmp_path / "out", folder), *names)
+
+
+@pytest.mark.parametrize("place", [(1 << 20) + 7, -1], ids=["behind the first block", "last"])
+def test_a_check_reads_every_training_token(place, tmp_path):
+    """A token outside the vocabulary, wherever it stands: a run would meet it in the middle of training."""
+    folder = own_data(tmp_path / "data")
+    (folder / "manifest.json").unlink()
+    tokens = np.full((1 << 20) + 900, 7)
+    tokens[0], tokens[place] = BOS, VOCAB
+    write_shard(folder / TRAIN, tokens)
+    refusal(main(CHECK, tmp_path / "out", folder), TRAIN, str(VOCAB), "VOCAB_SIZE")
+    with pytest.raises(train_gpt.UserError, match=str(VOCAB)):
+        train_gpt.TrainStream(config(RUN, data_path=str(folder))).read(place % len(tokens) - 5, 10)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [
+        ([BOS] * 9, None),
+        ([BOS] * 9, [0] * 9),
+        ([BOS], None),
+        ([BOS, 2, 2, BOS], None),  # control tokens
+        ([BOS, 9, 9, BOS], [0] * 4),
+    ],
+)
+def test_a_validation_stream_without_text(tokens, sizes, tmp_path):
+    """Nothing to divide the nats by: refused when it is read, not after training."""
+    folder = own_data(tmp_path / "data")
+    remove("fineweb_val_*", "manifest.json")(folder)
+    write_shard(folder / VAL, tokens)
+    if sizes:
+        write_shard(folder / SIDECAR, sizes)
+    refusal(main(CHECK, tmp_path / "out", folder), "fineweb_val", "no text", "prepare")
+
+
+# ---- training shards, held against the manifest while the model trains ----
+
+
+def other_tokens(folder):
+    """The first training shard overwritten by validation tokens: its length stays."""
+    edit(TRAIN, lambda values: np.resize(read(folder / VAL), len(values)))(folder)
+
+
+OTHER_SHARDS = {
+    "overwritten by validation tokens": other_tokens,
+    "one token": edit("fineweb_train_000001.bin", put(-1, 9)),
+    "a bit of its header": lambda folder: _flip(folder / TRAIN, 1000),
+}
+
+
+def _flip(path, place: int):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", OTHER_SHARDS)
+def test_training_shards_that_are_not_the_manifests(name, tmp_path):
+    folder = own_data(tmp_path / "data")
+    OTHER_SHARDS[name](folder)
+    refusal(main(CHECK, tmp_path / "out", folder), "DATA_PATH", "fineweb_train_00000", "manifest.json")
+    hashes = train_gpt.TrainingHashes(config(RUN, data_path=str(folder)))
+    verdicts = train_gpt.Verdicts()
+    hashes.judge(verdicts)
+    assert verdicts.failed() == ["data"] and "fineweb_train_00000" in verdicts.table["data"][1]
+
+
+def test_a_run_on_other_training_shards_keeps_its_files_and_has_no_val_bpb(tmp_path):
+    folder = own_data(tmp_path / "data")
+    other_tokens(folder)
+    outcome = main(RUN, tmp_path / "out", folder).ok()
+    found = result(tmp_path / "out")
+    assert found["verdicts"]["data"]["verdict"] == "FAIL" and "val_bpb" not in found and "data failed" in outcome.out
+    assert (tmp_path / "out" / "model.bin").is_file() and TRAIN in found["verdicts"]["data"]["reason"]
+
+
+def test_the_verdict_says_which_files_were_checked(tmp_path):
+    assert "2 training shards have the SHA-256" in result(base_run())["verdicts"]["data"]["reason"]
+    folder = own_data(tmp_path / "data")
+    (folder / "manifest.json").unlink()
+    verdicts = train_gpt.Verdicts()
+    train_gpt.TrainingHashes(config(RUN, data_path=str(folder))).judge(verdicts)
+    assert verdicts.table["data"] == (
+        "NOT RUN",
+        "shown by tools/audit.py; no training shard has been held against a manifest.json",
+    )
+
+
+def test_a_shard_that_the_manifest_does_not_name(tmp_path):
+    """A validation shard under the name of a training shard would be trained on."""
+    folder = own_data(tmp_path / "data")
+    shutil.copy(folder / VAL, folder / "fineweb_train_000007.bin")
+    refusal(main(CHECK, tmp_path / "out", folder), "fineweb_train_000007.bin", "not in manifest.json")
 
 
 def test_a_missing_folder(tmp_path):
@@ -314,6 +408,70 @@ def test_a_tokenizer_without_a_dummy_prefix(tmp_path):
     counts, starts = byte_counts(texts, tmp_path, model)
     for text, part in zip(texts, np.split(counts, starts[1:])):
         assert part.sum() == len(text.encode()), repr(text)
+
+
+UNSPACED = ("theofandriverstone", "quietlyhomeagain") * 20
+WHITE_SPACE = {
+    "prefix": {},
+    "no prefix": {"add_dummy_prefix": False},
+    "suffix": {"treat_whitespace_as_suffix": True},
+    "suffix, none added": {"treat_whitespace_as_suffix": True, "add_dummy_prefix": False},
+    "unigram": {"model_type": "unigram", "hard_vocab_limit": False},
+    "characters": {"model_type": "char", "hard_vocab_limit": False},
+    "trained without spaces": {"lines": UNSPACED, "add_dummy_prefix": False, "hard_vocab_limit": False},
+    "user-defined symbols": {"user_defined_symbols": "the,\u2581of,\u2581"},
+}
+NOT_ESCAPED = b"\x1a\x02\x28\x00"  # merged into a model: normalizer_spec { escape_whitespaces: false }
+
+
+def respelt(name: str, spelling: str, folder):
+    """A tokenizer of WHITE_SPACE; with spaces that have no piece, so that bytes spell them; that stay spaces."""
+    model = tokenizer(**WHITE_SPACE[name]).read_bytes()
+    if "in bytes" in spelling:
+        model = model.replace("\u2581".encode(), "\u25a1".encode())
+    if "not escaped" in spelling:
+        model += NOT_ESCAPED
+    (folder / "respelt.model").write_bytes(model)
+    return folder / "respelt.model"
+
+
+@pytest.mark.parametrize("spelling", ["escaped", "not escaped", "in bytes", "in bytes, not escaped"])
+@pytest.mark.parametrize("name", WHITE_SPACE)
+@settings(max_examples=8, deadline=None)
+@given(
+    texts=st.lists(
+        st.text(
+            st.sampled_from("  the of\n.é北🙂")
+            | st.characters(exclude_categories=("Cs",), exclude_characters="\u2581\u25a1"),
+            max_size=40,
+        ),
+        min_size=1,
+        max_size=4,
+    ).filter(any)
+)
+def test_bytes_whatever_a_tokenizer_does_with_spaces(name, spelling, texts, tmp_path_factory):
+    """The table gives the UTF-8 bytes of the text."""
+    folder = tmp_path_factory.mktemp("options")
+    model = respelt(name, spelling, folder)
+    counts, starts = byte_counts(texts, folder, model, len(processor(model)))
+    assert not counts[starts].any()
+    for text, part in zip(texts, np.split(counts, starts[1:])):
+        assert part.sum() == len(text.encode()), (text, processor(model).encode(text, out_type=str))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"byte_fallback": False, "hard_vocab_limit": False}, "the ☃"),
+        ({"user_defined_symbols": "\ue001,\ue002,\ue003,\ue004"}, "the"),
+        ({"user_defined_symbols": "one,two,three,four,five,\ue001"}, "the"),
+    ],
+)
+def test_a_tokenizer_whose_pieces_do_not_tell_the_bytes(options, text, tmp_path):
+    """What stands for unknown text has bytes that no table knows; CaseOps operators have none, wherever they stand."""
+    model = tokenizer(**options)
+    with pytest.raises(train_gpt.UserError, match="needs a byte sidecar"):
+        byte_counts([text, "of"], tmp_path, model, len(processor(model)))
 
 
 def test_tokenizer_of_another_size(tmp_path):

@@ -20,6 +20,9 @@ from lossless_caps import TITLE as T
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = [json.loads(line) for line in (GOLDEN / "caseops_text.jsonl").open(encoding="utf-8")]
 TOKENS = [json.loads(line) for line in (GOLDEN / "caseops_tokens.jsonl").open(encoding="utf-8")]
+# The second form: the published encodings with operators and spaces swapped character by character, with the tokens
+# and bytes of the public tokenizer for some.
+BEFORE = [json.loads(line) for line in (GOLDEN / "caseops_before_space.jsonl").open(encoding="utf-8")]
 # Letters, operators and their neighbours are likely; so is everything that makes UTF-8 lengths differ.
 CHARACTERS = st.one_of(
     st.sampled_from("abzABZ" + OPERATORS),
@@ -92,6 +95,16 @@ def test_rules(text, encoded):
 def test_rules_of_the_operator_before_the_space(text, encoded):
     assert encode(text, BEFORE_SPACE) == encoded
     assert decode(encoded, BEFORE_SPACE) == text
+
+
+@pytest.mark.parametrize("row", BEFORE, ids=range(len(BEFORE)))
+def test_golden_vectors_of_the_second_form(row):
+    assert encode(row["text"], BEFORE_SPACE) == row["encoded"]
+    assert decode(row["encoded"], BEFORE_SPACE) == row["text"]
+    if "ids" in row:
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "fineweb_8192_caseops.model"))
+        ids, surfaces = prepare_data.encode_pieces(sp, row["encoded"])
+        assert (ids, piece_bytes(surfaces, BEFORE_SPACE)) == (row["ids"], row["bytes"])
 
 
 @pytest.mark.parametrize("row", TEXT, ids=range(len(TEXT)))

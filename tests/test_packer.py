@@ -3,6 +3,7 @@
 import ast
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -149,22 +150,78 @@ JIT = textwrap.dedent('''
 
 def test_getsource_works_in_a_packed_script(tmp_path):
     (tmp_path / "train_gpt.py").write_bytes(pack_script(JIT))
-    for _ in range(2):  # first it extracts, then it finds the extracted file
-        out = run_alone(tmp_path)
-        assert out.stderr == ""
-        kernel = '@jit\ndef kernel(x, y: "tl.constexpr"):\n    return x + y\n'
-        method = "    @jit\n    def method(self):\n        return 2\n"
-        assert out.stdout == kernel + method
+    out = run_alone(tmp_path)
+    assert out.stderr == ""
+    kernel = '@jit\ndef kernel(x, y: "tl.constexpr"):\n    return x + y\n'
+    method = "    @jit\n    def method(self):\n        return 2\n"
+    assert out.stdout == kernel + method
 
 
-def test_a_tampered_extract_is_not_run(tmp_path, monkeypatch):
+def test_a_packed_script_leaves_no_file(tmp_path, monkeypatch):
+    """Not even while it runs, so there is none that somebody else could have put there or changed; an error tells the
+    line of the source all the same."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    (tmp_path / "train_gpt.py").write_bytes(pack_script(JIT))
-    good = run_alone(tmp_path).stdout
-    (extract,) = (tmp_path / "temporary").iterdir()
-    extract.write_text("print('something else')\n")
-    assert run_alone(tmp_path).stdout == good
+    source = JIT.replace("print(kernel", 'import os; print(os.listdir(os.environ["TMPDIR"])); 1 / 0; print(kernel')
+    (tmp_path / "train_gpt.py").write_bytes(pack_script(source))
+    out = run_alone(tmp_path)
+    assert out.stdout == "[]\n" and "1 / 0" in out.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["temporary", "train_gpt.py"]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+DAMAGES = {
+    "a byte altered": lambda packed: packed.replace(packed[600:604], b"abcd", 1),
+    "some missing": lambda packed: packed[:600] + packed[620:],
+    "no payload": lambda packed: packed[: packed.index(b'("') + 2] + packed[packed.index(b'".encode') :],
+    "no latin-1": lambda packed: packed.replace(b'".encode', rb'\u4e2d".encode'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_payload_is_one_line(name, tmp_path):
+    path = tmp_path / "train_gpt.py"
+    source = "x = '" + "".join(f"{n * 7919 % 100003:x}" for n in range(2000)) + "'\n"
+    good = pack_script(source)
+    damaged = DAMAGES[name](good)
+    assert damaged != good
+    path.write_bytes(damaged)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    line = end.value.code
+    assert line.startswith(f"error: {path}: damaged") and "\n" not in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Triton")
+def test_triton_compiles_kernels_that_no_file_holds(tmp_path, capsys):
+    """To machine code, with the lines of the source in it."""
+    source = textwrap.dedent("""
+        import triton
+        import triton.language as tl
+        from triton.backends.compiler import GPUTarget
+
+        @triton.jit
+        def kernel(a, b, N: tl.constexpr):
+            i = tl.arange(0, N)
+            tl.store(b + i, tl.load(a + i))
+
+        ast = triton.compiler.ASTSource(kernel, {"a": "*fp32", "b": "*fp32", "N": "constexpr"}, {(2,): 64})
+        made = triton.compile(ast, target=GPUTarget("cuda", 90, 32)).asm
+        print(len(made["cubin"]) > 0, "(unpacked)" in made["ptx"])
+    """)
+    (tmp_path / "train_gpt.py").write_bytes(pack_script(source))
+    runpy.run_path(str(tmp_path / "train_gpt.py"), run_name="__main__")
+    assert capsys.readouterr().out == "True True\n"
+
+
+def test_unpack_has_a_limit(tmp_path, monkeypatch):
+    """Kilobytes can become gigabytes."""
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(pack_script("x = '" + "a" * 100_000 + "'\n"))
+    assert len(path.read_bytes()) < 2000 and len(unpack_script(path)) > 100_000
+    monkeypatch.setattr(train_gpt, "MOST_SOURCE", 99_999)
+    with pytest.raises(UserError, match="--unpack .*train_gpt.py"):
+        unpack_script(path)
 
 
 def test_help_from_an_empty_folder(tmp_path):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 import lossless_caps
 import prepare_data
 from prepare_data import DataError, Encoder
+from tools.streams import document_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = Path(__file__).parent / "golden" / "fineweb_8192_caseops.model"
@@ -51,7 +53,7 @@ WORDS = [
     "walked",
     "home.",
 ]
-CASEOPS, PLAIN = Encoder(MODEL, True), Encoder(MODEL, False)
+CASEOPS, PLAIN = Encoder(MODEL, lossless_caps.NAME), Encoder(MODEL, None)
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -148,7 +150,11 @@ def test_shards_and_manifest(tmp_path):
         1,
     )
     assert found["source"]["files"][0]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert found["tokenizer"] == {"file": "tokenizer.model", "sha256": hashlib.sha256(MODEL.read_bytes()).hexdigest()}
+    assert found["tokenizer"] == {
+        "file": "tokenizer.model",
+        "sha256": hashlib.sha256(MODEL.read_bytes()).hexdigest(),
+        "transform": "lossless_caps_caseops_v1",
+    }
     assert set(found["files"]) == {path.name for path in out.glob("fineweb_*.bin")}
     for name, entry in found["files"].items():
         assert entry["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
@@ -573,7 +579,7 @@ def test_an_interrupt_is_no_fault_of_the_vocabulary(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare_data, "tokenizer_text", interrupted)
-    args = types.SimpleNamespace(vocab_size=300, tokenizer_mb=1, caseops=True, val_docs=1)
+    args = types.SimpleNamespace(vocab_size=300, tokenizer_mb=1, form=lossless_caps.NAME, val_docs=1)
     with pytest.raises(KeyboardInterrupt):
         prepare_data.train_tokenizer(None, args)
 
@@ -706,7 +712,7 @@ NORMALISERS = [
 
 @pytest.mark.parametrize("options", NORMALISERS, ids=lambda options: "-".join(map(str, options.values())))
 def test_bytes_are_exact_whatever_the_normaliser(tmp_path, options):
-    encoder = Encoder(train_model(tmp_path / "t.model", **options), True)
+    encoder = Encoder(train_model(tmp_path / "t.model", **options), lossless_caps.NAME)
     rng = random.Random(0)
     texts = ["\u2581a", "\u2581\u2581 a", " \u2581a", "a\u2581", "\u2581", "\x8f", "\x01", "a\x01", ""]
     texts += ["".join(rng.choices(HOSTILE, k=rng.randrange(1, 9))) for _ in range(1000)]
@@ -735,10 +741,10 @@ def test_hostile_documents_end_to_end(tmp_path):
 def test_wrong_byte_count_aborts_and_names_the_document(tmp_path, capsys, monkeypatch):
     right = lossless_caps.piece_bytes
 
-    def wrong(surfaces):  # charges operators three bytes, as one published script did
+    def wrong(surfaces, form):  # charges operators three bytes, as one published script did
         return [
             3 if surface in lossless_caps.OPERATORS else count
-            for surface, count in zip(surfaces, right(surfaces), strict=True)
+            for surface, count in zip(surfaces, right(surfaces, form), strict=True)
         ]
 
     monkeypatch.setattr(lossless_caps, "piece_bytes", wrong)
@@ -768,6 +774,63 @@ def test_no_caseops(tmp_path):
     found = manifest(out)
     assert found["transform"] == "none"
     assert found["val"]["bytes"] == tokens(out, "val_bytes").sum() == sum(len(text.encode()) for text in texts[:5])
+
+
+# ---------------------------------------------------------------- the two forms of CaseOps
+
+BEFORE = ("--case-ops", "before-space", "--vocab-size", "420")
+
+
+@pytest.mark.parametrize("form", prepare_data.FORMS)
+def test_each_form_is_named_everywhere_and_counts_every_byte(tmp_path, form):
+    texts = ["He said The End,  NASA \ue001 a\n iPhone", *sentences(40)]
+    source, out = write_jsonl(tmp_path / "docs.jsonl", texts), tmp_path / "out"
+    assert prepare(out, source, model=None, options=("--case-ops", form, "--vocab-size", "420")) == 0
+    name, found = prepare_data.FORMS[form], manifest(out)
+    model = out / "tokenizer.model"
+    assert found["transform"] == found["tokenizer"]["transform"] == name
+    assert prepare_data.named_form(prepare_data.load_model(model)) == name
+    encoder = Encoder(model, name)
+    assert documents(out, "val") == [encoder.sp.encode(lossless_caps.encode(text, name)) for text in texts[:5]]
+    sizes = np.add.reduceat(tokens(out, "val_bytes"), np.flatnonzero(tokens(out, "val") == 1), dtype=np.int64)
+    assert sizes.tolist() == [len(text.encode()) - encoder.ends.count(text) for text in texts[:5]]
+    plain = [" ".join(unicodedata.normalize("NFKC", text).split()) for text in texts[:5]]
+    assert [" ".join(text.split()) for text in document_texts(tokens(out, "val"), model)] == plain
+
+
+def test_a_word_keeps_its_piece_behind_an_operator_in_the_second_form(tmp_path):
+    source, out = (
+        write_jsonl(tmp_path / "docs.jsonl", [f"{i} the river The river THE river" for i in range(40)]),
+        tmp_path / "out",
+    )
+    assert prepare(out, source, model=None, options=BEFORE) == 0
+    sp = prepare_data.load_model(out / "tokenizer.model")
+    ids = sp.encode(lossless_caps.encode("a the The THE", lossless_caps.BEFORE_SPACE), out_type=str)
+    assert ids.count("\u2581the") == 3 and ids.count("\u2581") == 0
+
+
+def test_forms_are_not_confused(tmp_path, capsys):
+    """A tokenizer that names one form is refused for the other, as is a finished dataset of the other form."""
+    source, out = write_jsonl(tmp_path / "docs.jsonl", sentences(40)), tmp_path / "out"
+    assert prepare(out, source, model=None, options=BEFORE) == 0
+    assert prepare(out, source, model=None, options=BEFORE) == 0
+    assert "already finished" in capsys.readouterr().err
+    assert prepare(out, source, model=None, options=("--vocab-size", "420")) == 2
+    assert "transform: lossless_caps_before_space_v1 there, lossless_caps_caseops_v1 now" in capsys.readouterr().err
+    assert prepare(tmp_path / "other", source, model=out / "tokenizer.model") == 2
+    assert "pass --case-ops before-space" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert prepare(tmp_path / "other", source, options=("--case-ops", "before-space")) == 2  # the published tokenizer
+    assert "pass --case-ops behind-space" in capsys.readouterr().err
+    assert prepare(tmp_path / "other", source, model=out / "tokenizer.model", options=BEFORE[:2]) == 0
+    assert (tmp_path / "other" / "tokenizer.model").read_bytes() == (out / "tokenizer.model").read_bytes()
+
+
+def test_naming_a_model_changes_nothing_else():
+    named = prepare_data.with_name(MODEL.read_bytes(), lossless_caps.BEFORE_SPACE)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=named)
+    assert prepare_data.named_form(sp) == lossless_caps.BEFORE_SPACE
+    assert prepare_data.named_form(CASEOPS.sp) == lossless_caps.BEHIND_SPACE  # as published
+    assert [sp.encode(text) for text in sentences(20)] == [CASEOPS.sp.encode(text) for text in sentences(20)]
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -1080,6 +1143,8 @@ def test_fineweb_documents(tmp_path, hub, capsys):
     assert prepare(tmp_path / "out", "fineweb") == 0
     found = manifest(tmp_path / "out")
     assert found["source"]["repo"] == "willdepueoai/parameter-golf" and found["val"]["documents"] == 5
+    assert prepare(tmp_path / "second", "fineweb", model=None, options=BEFORE) == 0
+    assert manifest(tmp_path / "second")["transform"] == lossless_caps.BEFORE_SPACE
     sidecar.write_text(json.dumps({"docs_sha256": "0" * 64}))
     assert prepare(tmp_path / "other", "fineweb") == 2
     assert "is not the published" in capsys.readouterr().err
@@ -1102,6 +1167,8 @@ def test_command_line(tmp_path, capsys):
         (["--source", "x", "--out", "o", "--val-docs", "0"], 2, "not positive"),
         (["--source", "x", "--out", "o", "--tokenizer", "m", "--vocab-size", "9"], 2, "no meaning with --tokenizer"),
         (["--source", "shards", "--out", "o", "--no-caseops"], 2, "--no-caseops has no meaning with --source shards"),
+        (["--source", "shards", "--out", "o", *BEFORE[:2]], 2, "--case-ops has no meaning with --source shards"),
+        (["--source", "x", "--out", "o", "--no-caseops", *BEFORE[:2]], 2, "no meaning with --no-caseops"),
         (["--source", "x", "--out", "o", "--vocab-size", "65537"], 2, "--vocab-size 65537: at most 65536"),
         (["--source", "x", "--out", "o", "--shard-tokens", str(1 << 31)], 2, "at most 2147483647"),
         (["--source", "stdlib", "--out", "o", "--repo", "a/b"], 2, "--repo has no meaning with --source stdlib"),

@@ -289,6 +289,7 @@ def test_settings_hash_covers_what_decides_the_result_and_nothing_else():
         "rank",
         "local_rank",
         "world_size",
+        "rendezvous_seconds",
         "train_log_every",
     }
 

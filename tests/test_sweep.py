@@ -93,31 +93,92 @@ def test_a_bad_plan_is_one_line(argv, complaint, tmp_path, capsys):
     assert complaint in err and err.count("\n") == 1 and not (tmp_path / "o" / "runs.jsonl").exists()
 
 
-def test_estimate_before_the_start(tmp_path, capsys):
-    assert (
-        sweep.main(
-            [
-                "--seeds",
-                "1",
-                "2",
-                "3",
-                "--nproc",
-                "8",
-                "--gpu-hour-price",
-                "2.5",
-                "--dry-run",
-                "--out",
-                str(tmp_path),
-                "--set",
-                "DEVICE=auto",
-            ]
-        )
-        == 0
-    )
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--seeds", "1", "1"],
+        ["--set", "MATRIX_LR=0.02,0.020"],
+        ["--set", "SEED=3,3"],
+        ["--set", "SEED=1,2", "--seeds", "3"],
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_equal_runs_are_refused(argv, dry, tmp_path, capsys):
+    assert sweep.main([*argv, *dry, "--out", str(tmp_path / "o"), "--nproc", "1"]) == 2
+    err = capsys.readouterr().err
+    assert ("planned twice" in err or "both give seeds" in err) and err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def dry_run(capsys, out: Path, *argv: str) -> tuple[str, str]:
+    assert sweep.main([*argv, "--dry-run", "--out", str(out)]) == 0
+    return capsys.readouterr()
+
+
+def test_before_the_first_run_only_what_the_budgets_allow_is_said(tmp_path, capsys):
+    argv = ("--seeds", "1", "2", "3", "--nproc", "8", "--gpu-hour-price", "2.5", "--set", "DEVICE=cuda")
+    out, _ = dry_run(capsys, tmp_path / "o", *argv)
+    # 588 s of steps to 2 * 600 s, three times, on 8 GPUs
+    assert "3 run(s) of 9 min 48 s to 20 min 0 s (what the budgets allow" in out
+    assert "29 min 24 s to 1 h 0 min in all, 3.92 to 8.00 GPU hours, 9.80 to 20.00 at 2.5" in out
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (["DEVICE=cpu"], "no cost: the runs are on the CPU"),
+        (["DEVICE=auto"], "no cost: the runs are on the CPU"),
+        (["DEVICE=cpu", "MAX_WALLCLOCK_SECONDS=0"], "will tell the time; no cost: the runs are on the CPU"),
+        (["DEVICE=cuda", "MAX_WALLCLOCK_SECONDS=0"], "will tell the time and the cost"),
+    ],
+)
+def test_where_no_cost_is_printed_it_says_why(settings, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert said in dry_run(capsys, tmp_path, "--gpu-hour-price", "2", "--nproc", "1", "--set", *settings)[0]
+
+
+def test_estimates_come_from_the_first_run(tmp_path, capsys, stub):
+    argv = ["--seeds", "1", "2", "--set", *FAST, "--nproc", "1"]
+    assert sweep.main([*argv, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert (
-        "3 run(s)" in out and "1 h 9 min in all" in out and "9.20 GPU hours, 23.00 at 2.5" in out
-    )  # 3 * (600 + 600 + 180) s on 8 GPUs
+    assert "no clock ends them" in out.splitlines()[0]
+    assert "left: 1 run(s) of " in out and "mean of 1 earlier run(s) here" in out
+    before = (tmp_path / "runs.jsonl").read_bytes()
+    took = [e["seconds"] for e in lines(tmp_path) if e["event"] == "end"]
+    said, _ = dry_run(capsys, tmp_path, *argv[:3], "3", *argv[3:])
+    assert f"3 run(s) of {sweep.duration(sum(took) / 2)} (mean of 2 earlier run(s) here)" in said
+    assert (tmp_path / "runs.jsonl").read_bytes() == before  # a dry run reads, and writes nothing
+
+
+def test_runs_on_other_hardware_say_nothing_of_the_time(tmp_path):
+    run, settings = planned("--seeds", "1")[0], {"SEED": "9"}
+    args = sweep.parse_args(["--out", str(tmp_path)])
+    args.nproc, args.device = 1, "cpu"
+    entry = {"key": "k", "event": "end", "status": "ok", "settings": settings}
+    (tmp_path / "runs.jsonl").write_text(
+        "".join(
+            json.dumps(entry | {"seconds": seconds, "shape": ["best", "full", 1, False, device]}) + "\n"
+            for seconds, device in ((7, "cpu"), (700, "NVIDIA H100 80GB HBM3"))
+        )
+    )
+    journal = sweep.Journal(tmp_path / "runs.jsonl", writes=False)
+    assert sweep.expected_seconds(run, journal, args) == (7, 7)
+    journal.entries.append(
+        entry | {"seconds": 30, "shape": sweep.shape_of(args), "settings": run.settings | {"SEED": "2"}}
+    )
+    assert sweep.expected_seconds(run, journal, args) == (30, 30)  # the same settings tell more than the same scale
+
+
+def test_an_exported_path_that_replaces_the_scales_says_so(tmp_path, capsys, monkeypatch):
+    name = f"exported DATA_PATH={data()} replaces DATA_PATH=data/demo"
+    assert name in dry_run(capsys, tmp_path, "--scale", "demo")[1]
+    assert "replaces" not in dry_run(capsys, tmp_path, "--scale", "demo", "--set", "DATA_PATH=mine")[1]
+    assert "replaces" not in dry_run(capsys, tmp_path, "--scale", "full")[1]
+    monkeypatch.setenv("DEVICE", "cuda")
+    assert "exported DEVICE=cuda replaces DEVICE=cpu" in dry_run(capsys, tmp_path, "--scale", "demo")[1]
+    monkeypatch.setenv("DATA_PATH", "data/demo")
+    assert "DATA_PATH" not in dry_run(capsys, tmp_path, "--scale", "demo")[1]
 
 
 def test_two_seeds_then_nothing_left_to_do(tmp_path, capsys, stub):

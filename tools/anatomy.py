@@ -7,6 +7,7 @@ python tools/anatomy.py runs/42/ledger.npy --data data/caseops
 import argparse
 import json
 import math
+import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ if not __package__:  # run as a file
 
 from prepare_data import BOS_ID, DataError, sha256_file, write_file
 from tools.runs import ReportError, Run, show_all_text, shown
-from tools.streams import read_stream, shard_paths
+from tools.streams import scored_stream, shard_paths
 
 BOUNDS = (0, 64, 256, 1024, 2048, 8192)  # tokens; the last bin is open
 DRAWS = 1000
@@ -73,10 +74,10 @@ def anatomy_of(ledger: Path, data: Path) -> dict:
     """
     if not shard_paths(data, "val_bytes"):
         raise ReportError(f"{data}: no fineweb_val_bytes_*.bin there; without the bytes of each token there is no BPB")
-    tokens = read_stream(data, "val")
-    sizes = read_stream(data, "val_bytes")[1:].astype(np.int64)
-    nats = load_ledger(ledger, len(tokens) - 1)
-    return anatomy(nats, sizes, np.flatnonzero(tokens == BOS_ID))
+    nats = read_ledger(ledger)
+    tokens, sizes = scored_stream(data, len(nats))
+    check_targets(ledger, nats, len(tokens) - 1)
+    return anatomy(nats, sizes[1:].astype(np.int64), np.flatnonzero(tokens == BOS_ID))
 
 
 def add_anatomy(run: Run, data: Path) -> None:
@@ -88,16 +89,19 @@ def add_anatomy(run: Run, data: Path) -> None:
         write_file(run.folder / "anatomy.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
-def load_ledger(path: Path, targets: int) -> np.ndarray:
+def read_ledger(path: Path) -> np.ndarray:
     """Nats of every target, float64 (targets,), as `LEDGER_PATH` wrote them; raises `ReportError` where it is not
     one."""
     try:
-        nats = np.load(path)
+        return np.atleast_1d(np.load(path))
     except ValueError as error:
         raise ReportError(f"{path}: not a ledger ({error}); set LEDGER_PATH in a run of train_gpt.py") from None
+
+
+def check_targets(path: Path, nats: np.ndarray, targets: int) -> None:
+    """Raises `ReportError` where the ledger at `path` is of other data."""
     if nats.shape != (targets,):
         raise ReportError(f"{path}: holds {len(nats):,} targets, the data has {targets:,}; give the data of that run")
-    return nats
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,4 +125,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader like `head` may leave before the end
     sys.exit(main())

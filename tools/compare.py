@@ -7,7 +7,7 @@
 Each variant trains by steps, not by the clock, quantises, adapts and scores. Equal must be: the trained weights, every
 tensor of model.bin (name, dtype, bytes) and the ledger. BASE gives the recipes and the scale for both. The search for a
 rate starts from ARTIFACT_MARGIN, so that of HEAD is shifted by the difference in packed length, and HEAD writes BASE's
-settings into the header of model.bin: both search for the same bytes. A setting that a side does not know is dropped
+header into model.bin: both search for the same bytes. A setting that a side does not know is dropped
 there, and named. Exit status 1 on any difference.
 """
 
@@ -69,12 +69,12 @@ VARIANTS = {
     "ngram_progressive": ("ngram_progressive", {}),
     "ngram_low": ("ngram_progressive", LOW_ORDERS),
 }
-HEADER = "header_settings.json"
-# Runs a script with the settings of another one's artifact in the header, where they count as bytes.
+HEADER = "header.json"
+# Runs a script with what another one's artifact says of itself in the header, where it counts as bytes.
 UNDER_HEADER = """import json, pathlib, sys, train_gpt
 encode = train_gpt.encode_artifact
-settings = json.loads(pathlib.Path(sys.argv[1]).read_text())
-train_gpt.encode_artifact = lambda tensors, meta: encode(tensors, {**meta, "settings": settings})
+header = json.loads(pathlib.Path(sys.argv[1]).read_text())
+train_gpt.encode_artifact = lambda tensors, meta: encode(tensors, header)
 sys.exit(train_gpt.main([]))"""
 ENVIRONMENT = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}  # of a recipe or a scale, and no setting of the script
 
@@ -124,7 +124,7 @@ class Checkout:
         self.packed = int(python(folder, "import train_gpt; print(len(train_gpt.pack_script(train_gpt.SOURCE)))"))
 
     def run(self, variant: Variant, out: Path, margin: int, data: Path, header: Path | None = None) -> list[str]:
-        """Train and score into `out`, with the header's settings from a file if one is named; returns the settings
+        """Train and score into `out`, with the header from a file if one is named; returns the settings
         that this version does not know."""
         out.mkdir(parents=True, exist_ok=True)
         own = {"ARTIFACT_MARGIN": str(margin), "ARTIFACT_DIR": str(out), "LEDGER_PATH": str(out / "ledger.npy")}
@@ -142,14 +142,14 @@ class Checkout:
         return unknown
 
     def arrays(self, out: Path) -> Arrays:
-        """The results of a run, its model.bin read by this version's own code; the header's settings go into a file."""
+        """The results of a run, its model.bin read by this version's own code; the header goes into a file."""
         flat = out / "model.npz"
         python(
             self.folder,
             "import json, numpy, pathlib, train_gpt; "
             f"tensors, meta = train_gpt.load_artifact(pathlib.Path({str(out / 'model.bin')!r})); "
             f"numpy.savez({str(flat)!r}, **tensors); "
-            f"pathlib.Path({str(out / HEADER)!r}).write_text(json.dumps(meta['settings']))",
+            f"pathlib.Path({str(out / HEADER)!r}).write_text(json.dumps(meta))",
         )
         parts = {"trained": dict(np.load(out / "trained.npz")), "model": dict(np.load(flat))}
         parts["trained"].pop("meta", None)  # settings, which may lose names

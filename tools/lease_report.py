@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import re
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -110,4 +111,5 @@ def report(folders: list[Path]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader like `head` may leave before the end
     report([Path(word) for word in sys.argv[1:]])

@@ -19,6 +19,7 @@ that reads its target, so it fails C1 as well).
 import argparse
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -28,9 +29,9 @@ if not __package__:  # run as a file
     import anywhere  # noqa: F401
 
 from prepare_data import BOS_ID, DataError, write_file
-from tools.anatomy import load_ledger
+from tools.anatomy import check_targets, read_ledger
 from tools.runs import ReportError
-from tools.streams import document_texts, read_stream
+from tools.streams import document_texts, read_stream, scored_stream
 
 CONFIDENT, NETWORK_SHARE, NETWORK_SHARE_CONFIDENT, SURE_NATS = 0.9, 0.9, 0.05, 0.277
 WHY = (
@@ -122,8 +123,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict:
     tokens, sizes = read_stream(args.data, "val"), read_stream(args.data, "val_bytes").astype(np.int64)
-    nats = load_ledger(args.ledger, len(tokens) - 1)
     text = byte_stream(tokens, sizes, args.data / "tokenizer.model")[int(sizes[0]) :]
+    nats = read_ledger(args.ledger)
+    sizes = scored_stream(args.data, len(nats))[1].astype(np.int64)
+    check_targets(args.ledger, nats, len(sizes) - 1)
     used = min(args.targets or len(nats), len(nats))
     nats, sizes = nats[:used], sizes[1 : used + 1]
     mixture, alone = mix(nats, sizes, text, args.order, args.gate)
@@ -168,4 +171,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader like `head` may leave before the end
     sys.exit(main())

@@ -27,11 +27,13 @@ import html
 import json
 import math
 import re
+import signal
 import statistics
 import sys
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a file
     import anywhere  # noqa: F401
@@ -163,7 +165,7 @@ CAPTIONS = {
     "loss": "Training loss",
     "phases": "Bits per byte through the phases, time budgets",
     "documents": "Bits per byte by document length and position",
-    "bits": "Bits per weight",
+    "bits": "Where the bytes of model.bin are",
 }
 STYLE = f"""
 body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 76em; margin: 2em auto; padding: 0 1.5em }}
@@ -178,7 +180,20 @@ pre {{ background: #f5f7fa; padding: 1em; overflow-x: auto; font-size: 13px; lin
 img {{ width: 100%; margin: 0.5em 0 1.5em }}
 details {{ margin: 0.4em 0 }}
 summary {{ cursor: pointer }}
-details pre {{ max-height: 40em; overflow-y: auto }}"""
+details pre {{ max-height: 40em; overflow-y: auto }}
+h3 {{ display: none }}
+@media (max-width: 720px) {{
+  body {{ margin: 1em auto; padding: 0 0.8em }}
+  h3 {{ display: block; font-size: 1em; margin: 1.5em 0 0 }}
+  .headline {{ font-size: 1.7em }}
+  h1, td, .quiet, summary {{ overflow-wrap: anywhere }}
+  table, tbody, td {{ display: block }}
+  tr {{ display: block; border-top: 1px solid #e4e7eb; padding: 0.5em 0 }}
+  td {{ border: 0; padding: 0 }}
+  td:first-child {{ font-weight: 600 }}
+  td:empty {{ display: none }}
+  pre {{ font-size: 11px; padding: 0.7em }}
+}}"""
 
 
 def headline_of(runs: list[Run]) -> tuple[str, str]:
@@ -213,12 +228,39 @@ def verdict_rows(runs: list[Run]) -> str:
     )
 
 
-def write_page(runs: list[Run], table: str, pictures: Iterable[Path], path: Path) -> None:
-    """One HTML file with everything in it."""
-    encoded = {picture.stem: base64.b64encode(picture.read_bytes()).decode() for picture in pictures}
-    images = "\n".join(
-        f'<img alt="{CAPTIONS.get(name, name)}" src="data:image/png;base64,{data}">' for name, data in encoded.items()
+class Picture(NamedTuple):
+    """A plot as PNG: wide for a file and a screen, narrow for a phone."""
+
+    name: str
+    wide: bytes
+    narrow: bytes
+
+
+def draw(runs: list[Run]) -> list[Picture]:
+    """The plots that these runs have something for."""
+    bits = bits_by_tensor(runs[0])
+    bits_of = f"{runs[0].name}, {runs[0].result['bytes'].get('model', 0):,} bytes"
+    plots = {
+        "loss": lambda narrow: plot_loss(runs, narrow),
+        "phases": lambda narrow: plot_phases(runs, narrow),
+        "documents": lambda narrow: plot_documents(runs, narrow),
+        "bits": lambda narrow: plot_bits(bits, bits_of, narrow),
+    }
+    return [Picture(name, wide, plot(True)) for name, plot in plots.items() if (wide := plot(False))]
+
+
+def as_html(picture: Picture) -> str:
+    data = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    caption = CAPTIONS[picture.name]
+    return (
+        f'<h3>{caption}</h3>\n<picture><source media="(max-width: 720px)" srcset="{data(picture.narrow)}">'
+        f'<img alt="{caption}" src="{data(picture.wide)}"></picture>'
     )
+
+
+def write_page(runs: list[Run], table: str, pictures: Iterable[Picture], path: Path) -> None:
+    """One HTML file with everything in it."""
+    images = "\n".join(map(as_html, pictures))
     texts = [
         (f"{shown(run.folder)}: {name}", text)
         for run in runs
@@ -234,7 +276,8 @@ def write_page(runs: list[Run], table: str, pictures: Iterable[Path], path: Path
     write_file(
         path,
         f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
 <style>{STYLE}</style>
 <h1>{title}</h1>
 <p class="quiet">{where}</p>
@@ -390,16 +433,11 @@ def write_report(args: argparse.Namespace, runs: list[Run]) -> int:
     print(table, end="\n\n")
     out = args.out or (runs[0].folder if len(runs) == 1 else Path("report"))
     out.mkdir(parents=True, exist_ok=True)
-    bits_of = f"{runs[0].name}, {runs[0].result['bytes'].get('model', 0):,} bytes"
-    drawn = (
-        plot_loss(runs, out / "loss.png"),
-        plot_phases(runs, out / "phases.png"),
-        plot_documents(runs, out / "documents.png"),
-        plot_bits(bits_by_tensor(runs[0]), bits_of, out / "bits.png"),
-    )
-    pictures = [path for path in drawn if path]
+    pictures = draw(runs)
+    for picture in pictures:
+        write_file(out / f"{picture.name}.png", picture.wide)
     write_page(runs, table, pictures, out / "report.html")
-    print("wrote " + ", ".join(str(path) for path in (*pictures, out / "report.html")))
+    print("wrote " + ", ".join(str(out / name) for name in (*(f"{p.name}.png" for p in pictures), "report.html")))
     return print_faults([fault for run in runs for fault in check(run)] if args.check else [])
 
 
@@ -428,4 +466,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader like `head` may leave before the end
     sys.exit(main())

@@ -297,8 +297,8 @@ def budget_parts(seconds: dict[str, float], budget: str) -> list[tuple[str, floa
 
 
 def bits_by_tensor(run: Run) -> dict[str, dict]:
-    """Kind of matrix -> coded bits (its steps and corrections included) and weights, from model.bin; kept as bits.json,
-    bound to the file's hash.
+    """Kind of matrix -> coded bits (its steps and corrections included) and weights, from model.bin; the bits add up to
+    the file. Kept as bits.json, bound to the file's hash.
 
     Empty where there is no model.bin that this train_gpt.py reads.
     """
@@ -306,33 +306,40 @@ def bits_by_tensor(run: Run) -> dict[str, dict]:
     if not model.exists():
         return {}
     sha256 = hashlib.sha256(model.read_bytes()).hexdigest()
-    if kept.exists() and (found := read_json(kept)).get("sha256") == sha256:
+    if kept.exists() and (found := read_json(kept)).get("sha256") == sha256 and found.get("whole"):
         return found["bits"]
     try:
         bits = measured_bits(model)
     except Exception:  # another version's file: its own script reads it, this one shows no plot of it
         return {}
-    write_file(kept, json.dumps({"sha256": sha256, "bits": bits}, indent=1).encode())
+    write_file(kept, json.dumps({"sha256": sha256, "whole": True, "bits": bits}, indent=1).encode())
     return bits
 
 
 def measured_bits(model: Path) -> dict[str, dict]:
-    """Each kind's stacks are coded once more, by themselves; in the file they share what is known of correlations, so
-    the sum is not the file's to the byte."""
+    """Each kind's stacks are coded once more, by themselves. In the file they share what is known of correlations and
+    are a little shorter, so their shares are scaled to what the file has for all of them."""
     import numpy as np
 
     import train_gpt
 
-    head, arrays, bits = train_gpt.read_artifact(model)[0], train_gpt.load_artifact(model)[0], {}
+    head, code, rest = train_gpt.read_artifact(model)
+    arrays, alone, weights = train_gpt.load_artifact(model)[0], {}, {}
     for _, _, members, centres in head["coded"]:
+        kind = members[0].split(".")[0]
         stack = np.stack(
             [train_gpt.as_matrix(arrays[name].astype(np.int64) - centre) for name, centre in zip(members, centres)]
         )
-        code, ridden = train_gpt.encode_stacks(
-            [stack], bytes(1 << 20)
-        )  # what would ride along for nothing is not charged
-        entry = bits.setdefault(members[0].split(".")[0], {"bits": 0.0, "weights": 0})
-        entry["bits"] += 8.0 * (len(code) - ridden)
-        entry["weights"] += sum(arrays[name].size for name in members if name.endswith(".symbols"))
-    rest = 8.0 * model.stat().st_size - sum(entry["bits"] for entry in bits.values())
-    return bits | {"all else, headers": {"bits": max(rest, 0.0), "weights": 0}}
+        # What would ride along for nothing is not charged.
+        own, ridden = train_gpt.encode_stacks([stack], bytes(1 << 20))
+        alone[kind] = alone.get(kind, 0) + len(own) - ridden
+        weights[kind] = weights.get(kind, 0) + sum(arrays[name].size for name in members if name.endswith(".symbols"))
+    coded = len(code) - head["ridden"]
+    scale = 8.0 * coded / sum(alone.values()) if alone else 0.0
+    bits = {kind: {"bits": scale * size, "weights": weights[kind]} for kind, size in alone.items()}
+    uncoded = len(rest) + head["ridden"]  # of which some rides in the code
+    names_and_settings = model.stat().st_size - len(code) - len(rest)
+    return bits | {
+        "stored as they are": {"bits": 8.0 * uncoded, "weights": 0},
+        "names, settings": {"bits": 8.0 * names_and_settings, "weights": 0},
+    }

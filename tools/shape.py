@@ -13,6 +13,7 @@ import ast
 import importlib.util
 import io
 import re
+import signal
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -189,4 +190,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader like `head` may leave before the end
     sys.exit(main())

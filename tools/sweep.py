@@ -12,7 +12,9 @@ DEVICE and ATTENTION are passed on; other exported settings are not, and named.
 
 Each run has a folder in --out. Every attempt, failed and bad ones too, is a line in runs.jsonl there, which only ever
 grows. The same command again goes on where it stopped: runs that ended well with these settings and this script are not
-repeated. Ctrl-C ends the current run cleanly and says how to go on.
+repeated. Ctrl-C ends the current run cleanly and says how to go on. --dry-run writes nothing.
+
+How long a run takes is known once one has ended: of the first only what its budgets allow is said.
 """
 
 import argparse
@@ -29,9 +31,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a file
     import anywhere  # noqa: F401
@@ -40,7 +44,6 @@ from tools.processes import stop
 
 ROOT = Path(__file__).resolve().parents[1]
 
-START_SECONDS = 180  # start, compilation and diagnostics of one run at full size, from the logs of runs on an H200
 PASSED_ON = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "ATTENTION", "FA3_LIBRARY")
 
 
@@ -57,6 +60,7 @@ class Planned:
     point: str  # the settings that --set varies, as text: what its seeds have in common
     settings: dict[str, str]
     key: str  # hash of all that decides the result: settings, script, command
+    resolved: tuple  # what the settings mean, so that 0.02 and 0.020 are seen to be the same run
 
 
 def read_recipe(path: Path) -> dict[str, str]:
@@ -97,12 +101,11 @@ def grid_of(assignments: list[str]) -> list[dict[str, str]]:
 
 
 def plan(args: argparse.Namespace) -> list[Planned]:
+    import dataclasses
+
     from train_gpt import Config, UserError
 
-    base = {}
-    for file in ([args.recipe] if args.recipe else []) + ([f"scale_{args.scale}"] if args.scale else []):
-        base |= read_recipe(ROOT / "recipes" / f"{file}.env")
-    base |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    base = settings_of_files(args) | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     script = hashlib.sha256(script_of(args).read_bytes()).hexdigest()
     planned, grid = [], grid_of(args.set)
     fixed = "-".join(f"{name}={value}" for name, value in grid[0].items() if len({point[name] for point in grid}) == 1)
@@ -113,7 +116,7 @@ def plan(args: argparse.Namespace) -> list[Planned]:
             settings = base | point | ({"SEED": str(seed)} if seed is not None else {})
             known = {name: value for name, value in settings.items() if name != "OMP_NUM_THREADS"}
             try:
-                Config.from_env(known, check=not args.eval_only)
+                cfg = Config.from_env(known, check=not args.eval_only)
             except UserError as error:
                 raise SweepError(f"{args.recipe}, scale {args.scale}: {error}") from None
             varied = [f"{name}={value}" for name, value in point.items() if len({other[name] for other in grid}) > 1]
@@ -122,8 +125,37 @@ def plan(args: argparse.Namespace) -> list[Planned]:
             if len(name) > 120:
                 name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
             whole = json.dumps([settings, script, args.nproc, str(args.eval_only)], sort_keys=True)
-            planned.append(Planned(name, " ".join(varied), settings, hashlib.sha256(whole.encode()).hexdigest()[:16]))
+            key = hashlib.sha256(whole.encode()).hexdigest()[:16]
+            planned.append(Planned(name, " ".join(varied), settings, key, dataclasses.astuple(cfg)))
+    refuse_equal(planned)
     return planned
+
+
+def settings_of_files(args: argparse.Namespace) -> dict[str, str]:
+    """Those of the recipe, and over them those of the scale."""
+    settings = {}
+    for file in ([args.recipe] if args.recipe else []) + ([f"scale_{args.scale}"] if args.scale else []):
+        settings |= read_recipe(ROOT / "recipes" / f"{file}.env")
+    return settings
+
+
+def refuse_equal(planned: list[Planned]) -> None:
+    """Two runs with the same seed and settings give the same result twice, and a mean over them would be a lie."""
+    first = {}
+    for run in planned:
+        twin = first.setdefault(run.resolved, run)
+        if twin is not run:
+            raise SweepError(f"{run.name} is planned twice (as {twin.name}); give each seed and value once")
+
+
+def replaced_by_exports(args: argparse.Namespace, runs: list[Planned]) -> list[str]:
+    """What the recipe or the scale sets and an exported variable replaces, one line each."""
+    return [
+        f"exported {name}={os.environ[name]} replaces {name}={value} of the recipe or scale; unset it, or use --set"
+        for name, value in settings_of_files(args).items()
+        if name in PASSED_ON and os.environ.get(name, value) != value
+        if any(run.settings[name] == os.environ[name] for run in runs)
+    ]
 
 
 def script_of(args: argparse.Namespace) -> Path:
@@ -159,10 +191,14 @@ def foreign_settings() -> list[str]:
 
 class Journal:
     """runs.jsonl: one line when a run starts and one when it ends, in whatever way. Lines are only ever appended; a
-    lock keeps a second sweep out."""
+    lock keeps a second sweep out. One that only reads makes no file and waits for nobody."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, writes: bool = True):
         self.path = path
+        if not writes:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            self.entries = [entry for line in lines if (entry := self.parsed(line))]
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+", encoding="utf-8")
         try:
@@ -172,9 +208,8 @@ class Journal:
         self.file.seek(0)
         self.entries = [entry for line in self.file if (entry := self.parsed(line))]
         if self.entries and not self.last_line_ends():
-            self.file.write(
-                "\n"
-            )  # a line that a kill cut off stays as it is, unreadable, and the next begins behind it
+            # A line that a kill cut off stays as it is, unreadable, and the next begins behind it.
+            self.file.write("\n")
 
     @staticmethod
     def parsed(line: str) -> dict | None:
@@ -201,12 +236,15 @@ class Journal:
         ]
         return found[-1] if found else None
 
-    def seconds_like(self, args: argparse.Namespace) -> list[float]:
-        """Durations of earlier runs of this recipe, scale and number of processes."""
-        shape = [args.recipe, args.scale, args.nproc, bool(args.eval_only)]
-        return [
-            e["seconds"] for e in self.entries if e["event"] == "end" and e["status"] == "ok" and e["shape"] == shape
+    def seconds_like(self, run: Planned, args: argparse.Namespace) -> list[float]:
+        """Durations of earlier runs like this one, on the same hardware: those that differ in the seed alone, or where
+        there are none, all of this recipe and scale."""
+        ended = [
+            e for e in self.entries if e["event"] == "end" and e["status"] == "ok" and e["shape"] == shape_of(args)
         ]
+        unseeded = lambda settings: {name: value for name, value in settings.items() if name != "SEED"}
+        alike = [e for e in ended if unseeded(e["settings"]) == unseeded(run.settings)]
+        return [e["seconds"] for e in alike or ended]
 
 
 # ---------------------------------------------------------------- time and cost
@@ -218,23 +256,57 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def expected_seconds(run: Planned, journal: Journal, args: argparse.Namespace) -> tuple[float, str]:
-    """Seconds of one run, and what the figure rests on."""
-    if earlier := journal.seconds_like(args):
-        return statistics.fmean(earlier), f"mean of {len(earlier)} earlier run(s)"
+class Bounds(NamedTuple):
+    """What the runs of a sweep take, in seconds: at least and at most. Measured, the two are equal."""
+
+    least: float
+    most: float
+
+    def times(self, factor: float, form: Callable[[float], str]) -> str:
+        least, most = form(self.least * factor), form(self.most * factor)
+        return least if least == most else f"{least} to {most}"
+
+
+def expected_seconds(run: Planned, journal: Journal, args: argparse.Namespace) -> Bounds | None:
+    """Seconds of one run: measured on earlier ones; else what its budgets allow; None where no clock ends it."""
+    if earlier := journal.seconds_like(run, args):
+        return Bounds(statistics.fmean(earlier), statistics.fmean(earlier))
     from train_gpt import Config
 
-    budget = float(run.settings.get("MAX_WALLCLOCK_SECONDS", Config().max_wallclock_seconds))
-    return START_SECONDS + budget * (1 if args.eval_only else 2), f"the budgets used up, {START_SECONDS} s to start"
+    value = lambda name: float(run.settings.get(name.upper(), getattr(Config(), name)))
+    budget = value("max_wallclock_seconds")
+    if not budget:
+        return None
+    if args.eval_only:
+        return Bounds(0, budget)
+    return Bounds(budget - value("gptq_reserve_seconds"), 2 * budget)
 
 
 def estimate(runs: list[Planned], journal: Journal, args: argparse.Namespace) -> str:
-    one, basis = expected_seconds(runs[0], journal, args)
-    text = f"{len(runs)} run(s) of about {duration(one)} ({basis}): {duration(one * len(runs))} in all"
-    if args.gpu_hour_price and runs[0].settings.get("DEVICE") != "cpu":
-        hours = one * len(runs) / 3600 * args.nproc
-        text += f", {hours:.2f} GPU hours, {hours * args.gpu_hour_price:.2f} at {args.gpu_hour_price:g} an hour"
-    return text
+    """How long these runs will take and what they will cost, and on what that rests."""
+    each = [expected_seconds(run, journal, args) for run in runs]
+    free = args.gpu_hour_price is not None and args.device == "cpu"
+    why = (
+        "; no cost: the runs are on the CPU, and the price is a GPU's (--set DEVICE=cuda where one is)" if free else ""
+    )
+    if None in each:
+        also = " and the cost" if args.gpu_hour_price is not None and not free else ""
+        unknown = f"{len(runs)} run(s); no clock ends them (MAX_WALLCLOCK_SECONDS=0)"
+        return f"{unknown}: the first one will tell the time{also}{why}"
+    total = Bounds(sum(one.least for one in each), sum(one.most for one in each))
+    earlier = len(journal.seconds_like(runs[0], args))
+    basis = f"mean of {earlier} earlier run(s) here" if earlier else "what the budgets allow; the first one will tell"
+    text = f"{len(runs)} run(s) of {each[0].times(1, duration)} ({basis}): {total.times(1, duration)} in all"
+    if args.gpu_hour_price is None or free:
+        return text + why
+    hours = args.nproc / 3600
+    cost = total.times(hours * args.gpu_hour_price, "{:,.2f}".format)
+    return f"{text}, {total.times(hours, '{:,.2f}'.format)} GPU hours, {cost} at {args.gpu_hour_price:g} an hour"
+
+
+def shape_of(args: argparse.Namespace) -> list:
+    """What runs of about the same length have in common."""
+    return [args.recipe, args.scale, args.nproc, bool(args.eval_only), args.device]
 
 
 # ---------------------------------------------------------------- running
@@ -271,18 +343,21 @@ def execute(run: Planned, folder: Path, args: argparse.Namespace, status) -> int
 class Status:
     """The last line of the run now and then, with the time that is left for the whole sweep."""
 
-    def __init__(self, head: str, expected: float, later: float):
-        self.head, self.expected, self.later, self.begun, self.shown = head, expected, later, time.monotonic(), 0.0
+    def __init__(self, head: str, expected: float | None, later: float):
+        self.head = head
+        self.expected = expected  # None: no run like this one has ended yet
+        self.later = later
+        self.begun = time.monotonic()
+        self.shown = 0.0
 
     def __call__(self, line: str) -> None:
         now = time.monotonic()
         if line.startswith(("error:", "Traceback")) or now - self.shown > 10:
             self.shown = now
-            left = max(self.expected - (now - self.begun), 0) + self.later
-            print(
-                f"{self.head} {duration(now - self.begun)}, about {duration(left)} left in all | {line.strip()[:110]}",
-                flush=True,
-            )
+            left = ""
+            if self.expected is not None:
+                left = f", about {duration(max(self.expected - (now - self.begun), 0) + self.later)} left in all"
+            print(f"{self.head} {duration(now - self.begun)}{left} | {line.strip()[:110]}", flush=True)
 
 
 def run_all(runs: list[Planned], journal: Journal, args: argparse.Namespace) -> list[dict]:
@@ -299,7 +374,6 @@ def run_all(runs: list[Planned], journal: Journal, args: argparse.Namespace) -> 
             ends.append(done)
             continue
         waiting.remove(run)
-        one, _ = expected_seconds(run, journal, args)
         folder.mkdir(parents=True, exist_ok=True)
         if args.eval_only:
             for file in ("train_gpt.py", "model.bin"):
@@ -309,13 +383,13 @@ def run_all(runs: list[Planned], journal: Journal, args: argparse.Namespace) -> 
             "name": run.name,
             "point": run.point,
             "key": run.key,
-            "shape": [args.recipe, args.scale, args.nproc, bool(args.eval_only)],
+            "shape": shape_of(args),
             "settings": run.settings,
         }
         journal.append(event="start", at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", **shared)
         begun, code = time.monotonic(), None
         try:
-            code = execute(run, folder, args, Status(head, one, one * len(waiting)))
+            code = execute(run, folder, args, status_of(head, run, waiting, journal, args))
         finally:
             end = outcome(folder / result_file, code)
             journal.append(
@@ -327,7 +401,17 @@ def run_all(runs: list[Planned], journal: Journal, args: argparse.Namespace) -> 
             )
         ends.append(journal.entries[-1])
         print(f"{head}: {end['status']}, {summary(end)}", flush=True)
+        if waiting and code == 0:
+            print(f"left: {estimate(waiting, journal, args)}", flush=True)
     return ends
+
+
+def status_of(head: str, run: Planned, waiting: list[Planned], journal: Journal, args: argparse.Namespace) -> Status:
+    """The status line of a run; it tells the time that is left where earlier runs do."""
+    if not journal.seconds_like(run, args):
+        return Status(head, None, 0)
+    one, *later = (expected_seconds(each, journal, args).most for each in [run, *waiting])
+    return Status(head, one, sum(later))
 
 
 def outcome(path: Path, code: int | None) -> dict:
@@ -407,7 +491,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--gpu-hour-price", type=float, metavar="PRICE", help="of one GPU, for the estimate of the cost"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and the estimate, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and the estimate; write nothing")
     args = parser.parse_args(argv)
     if args.eval_only:
         if missing := [name for name in ("train_gpt.py", "model.bin") if not (args.eval_only / name).is_file()]:
@@ -417,32 +501,41 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             )
     else:
         args.recipe, args.scale = args.recipe or "best", args.scale or "full"
+    if args.seeds and any(text.startswith("SEED=") for text in args.set):
+        raise SweepError("--seeds and --set SEED=... both give seeds; use one of them")
+    if args.gpu_hour_price is not None and not args.gpu_hour_price >= 0:
+        raise SweepError(f"--gpu-hour-price {args.gpu_hour_price:g}: must not be below 0")
     args.seeds = args.seeds or [None]
     args.out = args.out.resolve()
     return args
 
 
-def processes(runs: list[Planned]) -> int:
+def find_hardware(runs: list[Planned]) -> tuple[str, int]:
+    """What the runs will be on, "cpu" or a GPU's name, and how many of them this machine has."""
     import torch
 
     device = runs[0].settings.get("DEVICE", "auto")
-    return 1 if device == "cpu" else max(torch.cuda.device_count(), 1)
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return "cpu", 1
+    return (torch.cuda.get_device_name() if torch.cuda.is_available() else "cuda"), max(torch.cuda.device_count(), 1)
 
 
 def sweep(args: argparse.Namespace) -> int:
-    given, args.nproc = args.nproc, args.nproc or 1
+    given = args.nproc
+    args.nproc = given or 1
     runs = plan(args)
-    if given is None and (found := processes(runs)) > 1:
+    args.device, found = find_hardware(runs)
+    if given is None and found > 1:
         args.nproc = found
         runs = plan(args)  # the key of a run holds the number of processes
-    if ignored := [name for name in foreign_settings() if name in os.environ]:
+    if ignored := foreign_settings():
         print(f"exported but not passed on: {', '.join(ignored)}; use --set", file=sys.stderr)
+    for line in replaced_by_exports(args, runs):
+        print(line, file=sys.stderr)
     if args.dry_run:
-        journal = Journal(args.out / "runs.jsonl")
+        journal = Journal(args.out / "runs.jsonl", writes=False)
         print("\n".join(f"{run.name}" for run in runs), estimate(runs, journal, args), sep="\n")
         return 0
-    if twice := [run.name for i, run in enumerate(runs) if run.name in {other.name for other in runs[:i]}]:
-        raise SweepError(f"{twice[0]} is planned twice; give each seed and value once")
     journal = Journal(args.out / "runs.jsonl")
     ends = run_all(runs, journal, args)
     here = lambda path: path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -25,6 +25,7 @@ from workshop import (
     copy_of,
     data,
     edit_json,
+    joined_artifact,
     on_write,
     patched,
     prepared,
@@ -54,6 +55,7 @@ class Fixture(NamedTuple):
     also: frozenset = frozenset()  # others that may object
     verdict: str = "FAIL"
     options: Callable = lambda folder: {}
+    run: Callable = artifact  # the sound artifact that is changed
 
 
 def scorer(row, what, check, lines, also=()):
@@ -339,6 +341,22 @@ DocumentTTT.run = run
     ),
 ]
 
+JOINED = [
+    scorer(
+        "B04",
+        f"a joined token counts {what}",
+        "ledger",
+        f"""
+_join = join_pairs
+def join_pairs(joins, tokens, *sizes):
+    tokens, *sizes = _join(joins, tokens, *sizes)
+    own = np.isin(tokens, list(joins.joined.values()))
+    return [tokens, *((size + own * {more}).astype(size.dtype) for size in sizes)]
+""",
+    )._replace(run=joined_artifact)
+    for what, more in (("the operator's three bytes, too", 3), ("nothing", -1))
+]
+
 # ---------------------------------------------------------------- training
 
 VAL_SHARD = 'open_shard(find_shards(Path(os.environ["DATA_PATH"]), "fineweb_val_*.bin")[0])'
@@ -460,9 +478,9 @@ PACKAGES = [
         """
 import subprocess
 _load = load_artifact
-def load_artifact(path):
+def load_artifact(path, cap):
     subprocess.run(["true"], check=True)
-    return _load(path)
+    return _load(path, cap)
 """,
         frozenset({"source"}),
     ),
@@ -474,10 +492,10 @@ def load_artifact(path):
         """
 import socket
 _load = load_artifact
-def load_artifact(path):
+def load_artifact(path, cap):
     with contextlib.suppress(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", 9), timeout=5)
-    return _load(path)
+    return _load(path, cap)
 """,
         frozenset({"source"}),
     ),
@@ -597,7 +615,36 @@ def without_bos(_, folder):
     rewrite(folder, val=tokens[tokens != 1], val_bytes=sizes[tokens != 1])
 
 
+def spaces_before_operators(folder):
+    """Of each validation token, whether it is a space that JOIN_OPERATORS joins with what follows."""
+    tokens, sp = shards(folder, "val"), processor(folder / "tokenizer.model")
+    space, *operators = map(sp.piece_to_id, "\u2581\ue001\ue002")
+    found = (tokens == space) & np.isin(np.roll(tokens, -1), operators)
+    assert found.sum() > 5
+    return found
+
+
+def other_form(_, folder):
+    """The documents with operators before the spaces, under the name of the form that has them behind."""
+    promised = json.loads((folder / "manifest.json").read_text())
+    texts = [json.loads(line)["text"] for line in Path(promised["source"]["files"][0]["path"]).read_text().splitlines()]
+    other = prepared(folder.with_name("other_form"), texts, "--case-ops", "before-space")
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+    edit_json(folder / "manifest.json", transform=promised["transform"], source=promised["source"])
+
+
 DATAS = [
+    Fixture(
+        "B04",
+        "a space before an operator counts nothing, so the joined token does",
+        "bytes",
+        DATA,
+        lambda _, folder: rewrite(
+            folder, val_bytes=np.where(spaces_before_operators(folder), 0, shards(folder, "val_bytes"))
+        ),
+    ),
+    Fixture("B13", "shards of one form of CaseOps as the other", "bytes", DATA, other_form),
     Fixture(
         "B01",
         "the byte of a leading space is counted twice",
@@ -782,7 +829,7 @@ PAPER_FIXTURES = [
         "a variable that is no setting is accepted",
         "settings",
         PAPERS,
-        "def check_names(env, fields):\n    pass\ndef main(argv):\n    return 0",
+        "def wrong_names(env, fields, warn):\n    return []\ndef main(argv):\n    return 0",
         verdict="DISPUTED",
     ),
     Fixture("B74", "a placeholder stands for the number", "evidence", PAPERS, claims(val_bpb="TBD")),
@@ -808,7 +855,7 @@ PAPER_FIXTURES = [
         paper("train.log", "seconds:", "Traceback (most recent call last)\nseconds:"),
     ),
 ]
-FIXTURES = SCORERS + TRAININGS + PACKAGES + DATAS + PAPER_FIXTURES
+FIXTURES = SCORERS + JOINED + TRAININGS + PACKAGES + DATAS + PAPER_FIXTURES
 
 
 # ---------------------------------------------------------------- the tests
@@ -829,7 +876,7 @@ def objections(rows):
 def made(fixture: Fixture, tmp_path: Path) -> tuple[Path, Path]:
     """The fixture's artifact and data folders; what it does not change is the sound original."""
     papers = fixture.checks != DATA and fixture.check in ("budget", "seeds", "evidence", "settings")
-    folder, data_path = copy_of(artifact(), tmp_path / "artifact"), data()
+    folder, data_path = copy_of(fixture.run(), tmp_path / "artifact"), data()
     if fixture.checks == DATA:  # a run on this very data
         data_path = copy_of(data(), tmp_path / "data")
         edit_json(folder / "result.json", data=None)
@@ -860,6 +907,12 @@ def test_a_defect_is_found_by_its_check_and_no_other(fixture, tmp_path):
 @pytest.mark.parametrize("checks", (SCORER, WORLDS, TRAINING, PACKAGE, DATA), ids=lambda checks: checks[0])
 def test_the_sound_artifact_passes(checks, tmp_path):
     found = run_checks(audit_of(artifact(), data(), tmp_path / "work", launcher()), checks, workers=2)
+    assert all(row["verdict"] == "PASS" for row in found.values()), table(found)
+
+
+@pytest.mark.parametrize("checks", (SCORER, WORLDS, DATA), ids=lambda checks: checks[0])
+def test_the_sound_artifact_with_joined_operators_passes(checks, tmp_path):
+    found = run_checks(audit_of(joined_artifact(), data(), tmp_path / "work", launcher()), checks, workers=2)
     assert all(row["verdict"] == "PASS" for row in found.values()), table(found)
 
 

@@ -47,7 +47,7 @@ SETTINGS = dict(
 )
 
 
-def prepared(folder: Path, texts: list[str]) -> Path:
+def prepared(folder: Path, texts: list[str], *options: str) -> Path:
     """A data folder as prepare_data.py leaves it: the first twelve texts are validation; the source stays beside it."""
     source = folder.with_suffix(".jsonl")
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -65,6 +65,7 @@ def prepared(folder: Path, texts: list[str]) -> Path:
                     "384",
                     "--workers",
                     "1",
+                    *options,
                 ]
             )
             == 0
@@ -88,6 +89,15 @@ def artifact() -> Path:
     """The folder of the sound run."""
     folder = scratch() / "audit_artifact"
     main({**SETTINGS, "tokenizer_path": data() / "tokenizer.model"}, folder, data()).ok()
+    return folder
+
+
+@functools.cache
+def joined_artifact() -> Path:
+    """The same with JOIN_OPERATORS=1."""
+    folder = scratch() / "audit_joined"
+    settings = {**SETTINGS, "join_operators": True, "tokenizer_path": data() / "tokenizer.model"}
+    main(settings, folder, data()).ok()
     return folder
 
 

@@ -24,7 +24,7 @@ WORLD_TOLERANCE = 1e-5  # BPB
 def telling_prefix(a: Audit, length: int) -> np.ndarray:
     """About ``length`` tokens of validation text behind BOS, ending where the longest run of tokens occurs a second
     time: there the hints of an n-gram model fire."""
-    text = a.data.tokens[a.data.tokens != a.data.bos][:length].astype(np.int64)
+    text = a.scored.tokens[a.scored.tokens != a.scored.bos][:length].astype(np.int64)
     if len(text) < length // 2:
         raise NotRun(f"the validation set is shorter than {length} tokens")
     best, at = -1, len(text)
@@ -36,7 +36,9 @@ def telling_prefix(a: Audit, length: int) -> np.ndarray:
                 run += 1
             if run > best:
                 best, at = run, end
-    return np.concatenate([[a.data.bos], text[:at]]).astype(np.uint16)
+    while text[at - 1] in a.scored.apart:  # behind a space, an operator would be no token of its own
+        at -= 1
+    return np.concatenate([[a.scored.bos], text[:at]]).astype(np.uint16)
 
 
 def sum_to_one(a: Audit, length: int) -> tuple[str, str]:
@@ -85,15 +87,15 @@ def continuations(a: Audit, prefix: np.ndarray, fillers: int) -> tuple[Dataset, 
 
     Returns the stream, the target of the BOS behind the bare prefix, and it with the last target of each document.
     """
-    bos = a.data.bos
+    bos = a.scored.bos
     others = np.setdiff1d(np.arange(a.vocab), [bos]).astype(np.uint16)
-    text = a.data.tokens[a.data.tokens != bos][:60]
+    text = a.scored.tokens[a.scored.tokens != bos][:60]
     filler = [np.concatenate([[bos], text[i % 50 : i % 50 + 6]]) for i in range(fillers)]
     tokens = np.concatenate([*filler, prefix, *(np.append(prefix, token) for token in others)]).astype(np.uint16)
-    sizes = None if a.data.sizes is None else np.where(tokens == bos, 0, 1)
+    sizes = None if a.scored.sizes is None else np.where(tokens == bos, 0, 1)
     first = sum(map(len, filler)) + len(prefix) - 1
     ends = first + np.append(0, len(prefix) + np.arange(len(others)) * (len(prefix) + 1))
-    return Dataset(tokens, sizes, bos, a.data.folder), first, ends
+    return Dataset(tokens, sizes, bos, a.scored.folder), first, ends
 
 
 def future(a: Audit) -> tuple[str, str]:
@@ -197,8 +199,8 @@ def ledger(a: Audit) -> tuple[str, str]:
     """C4: one score per target, none missing, and the reported BPB is their sum over the bytes of the data."""
     faults, notes = [], []
     runs = [("excerpt", a.excerpt, a.base)]
-    if small(a) and len(a.excerpt.tokens) != len(a.data.tokens):
-        runs.append(("full set", a.data, full_run(a)))
+    if small(a) and len(a.excerpt.tokens) != len(a.scored.tokens):
+        runs.append(("full set", a.scored, full_run(a)))
     for name, data, scored in runs:
         nats, targets = scored.nats, len(data.tokens) - 1
         if nats.shape != (targets,):

@@ -13,7 +13,7 @@ from tools.audit.outcome import NotRun, verdict_of
 from tools.audit.run import read_json
 from tools.audit.shared import Audit
 from tools.audit.tamper import KNOWN, Dataset
-from tools.streams import document_texts, shard_paths
+from tools.streams import decoded_documents, shard_paths, transform_of
 from tools.verdicts import FAIL
 
 ALARMS = {
@@ -108,7 +108,14 @@ def bytes_(a: Audit) -> tuple[str, str]:
     )
     paid = int(data.sizes[special[data.tokens]].sum(dtype=np.int64))
     faults = [f"operators and control tokens hold {paid:,} bytes"] if paid else []
-    decoded = document_texts(data.tokens, model, data.bos)
+    documents = decoded_documents(data.tokens, model, data.bos)
+    decoded = [text for text, _ in documents]
+    malformed = sum(not well_formed for _, well_formed in documents)
+    if malformed > len(documents) // 20:
+        faults.append(
+            f"{malformed:,} of {len(documents):,} documents are no text of the transform {transform_of(model)}: the "
+            "tokens are of another form"
+        )
     texts = source_texts(data)
     if texts is None:
         spelt = np.array([len(text.encode("utf-8", "replace")) for text in decoded])
@@ -166,7 +173,9 @@ def identity(a: Audit) -> tuple[str, str]:
     }
     for name, sha in promised.items():
         path = data.folder / name
-        if not path.is_file() or sha256_file(path) != sha:
+        if path.name != name:  # "../../etc/passwd" is not read
+            faults.append(f"the manifest names {name!r}, which is no file of its folder")
+        elif not path.is_file() or sha256_file(path) != sha:
             faults.append(f"{name} is {'not the file of the manifest' if path.is_file() else 'missing'}")
     extra = {path.name for path in data.folder.glob("fineweb_*.bin")} - set(promised)
     faults += [f"{name} is not in the manifest" for name in sorted(extra)]

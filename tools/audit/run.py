@@ -114,8 +114,9 @@ class Artifact:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG", "ATTENTION", "FA3_LIBRARY")
+            if name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "LANG")
             or name.startswith(("CUDA_", "NVIDIA_", "NCCL_"))
+            or (name in ("ATTENTION", "FA3_LIBRARY") and self.device != "cpu")  # a CPU has one backend
         }
         tokenizer = next(iter(sorted(data.glob("*.model"))), None)
         return {
@@ -185,10 +186,12 @@ class Artifact:
 def read_json(path: Path) -> dict:
     """The object of a JSON file, empty where there is no such file; raises `Broken` where it is something else."""
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+        text = path.read_text(encoding="utf-8") if path.exists() else "{}"
         value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Broken(f"{path.name}: not JSON ({error})") from None
+    except OSError as error:  # a folder of that name, for one
+        raise Broken(f"{path.name}: cannot be read ({error.strerror})") from None
     if not isinstance(value, dict):
         raise Broken(f"{path.name}: not a JSON object")
     return value

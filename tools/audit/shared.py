@@ -54,6 +54,12 @@ class Audit:
         return self.once("data", lambda: load_dataset(self.data_path))
 
     @property
+    def scored(self) -> Dataset:
+        """The data as the artifact's scorer reads it, which is what its ledger holds a score of."""
+        joins = self.artifact.settings.get("join_operators")
+        return self.once("scored", self.data.joined) if joins else self.data
+
+    @property
     def source(self) -> str:
         if not (self.folder / "train_gpt.py").is_file():
             raise NotRun("no train_gpt.py in the folder")
@@ -64,7 +70,7 @@ class Audit:
         """Whole documents from the start of the stream, the long ones cut short: about ``targets`` targets."""
 
         def cut():
-            data, pieces, longest = self.data, [], self.targets // 4
+            data, pieces, longest = self.scored, [], self.targets // 4
             for start, end in data.documents():
                 if end - start > 8:
                     pieces.append((start, min(end, start + longest)))
@@ -102,8 +108,8 @@ class Audit:
 
     def replaced(self, data: Dataset, places: np.ndarray, seed: int = 0) -> Dataset:
         """Other tokens at ``places`` (BOS stays), drawn from those that the validation set holds."""
-        pool = np.unique(self.data.tokens[:1_000_000])
-        pool = pool[pool != data.bos]
+        pool = np.unique(self.scored.tokens[:1_000_000])
+        pool = pool[~np.isin(pool, [data.bos, *self.scored.apart])]
         rank = np.searchsorted(pool, data.tokens[places])
         other = pool[(rank + np.random.default_rng(seed).integers(1, len(pool), len(places))) % len(pool)]
         tokens = data.tokens.copy()
@@ -129,7 +135,7 @@ def moved(a: np.ndarray, b: np.ndarray, tolerance: float) -> np.ndarray:
 
 def small(a: Audit) -> bool:
     """Whether the whole validation set can be scored in an audit."""
-    return len(a.data.tokens) <= 1_000_000
+    return len(a.scored.tokens) <= 1_000_000
 
 
 def full_run(a: Audit) -> Scored:

@@ -9,7 +9,7 @@ import numpy as np
 
 from prepare_data import MAGIC, VERSION, DataError
 from tools.audit.outcome import Broken, NotRun
-from tools.streams import read_stream, shard_paths
+from tools.streams import join_ids, join_operators, read_stream, shard_paths
 
 # trust.md A6: validation tokens -> bytes of the known public exports (none where no exact count is published). Two of
 # them stand in train_gpt.py and prepare_data.py as well: an audit that asked what it audits would believe its word.
@@ -35,6 +35,7 @@ class Dataset:
     sizes: np.ndarray | None
     bos: int
     folder: Path  # training shards, tokenizer and manifest lie here
+    apart: tuple[int, ...] = ()  # tokens that no tampering may put beside others: the scorer would join them
 
     @property
     def starts(self) -> np.ndarray:
@@ -53,6 +54,14 @@ class Dataset:
         places = np.concatenate([np.arange(*piece) for piece in pieces])
         sizes = None if self.sizes is None else self.sizes[places]
         return Dataset(self.tokens[places], sizes, self.bos, self.folder)
+
+    def joined(self) -> "Dataset":
+        """The stream as a scorer with JOIN_OPERATORS=1 reads it, which leaves it as it is when it reads it again."""
+        model = next(self.folder.glob("*.model"), None)
+        if model is None:
+            raise NotRun(f"{self.folder}: no tokenizer, which JOIN_OPERATORS=1 needs")
+        joined = join_operators(self.tokens, self.sizes, model)
+        return Dataset(*joined, self.bos, self.folder, apart=join_ids(model)[:3])
 
     def write(self, folder: Path) -> Path:
         """A data folder without a manifest: this stream, and links to the training shards and the tokenizer."""
@@ -75,7 +84,10 @@ def load_dataset(folder: Path) -> Dataset:
     if not shard_paths(folder, "val"):
         raise NotRun(f"{folder}: no fineweb_val_*.bin there")
     manifest = folder / "manifest.json"
-    bos = json.loads(manifest.read_text()).get("bos_id", 1) if manifest.is_file() else 1
+    try:
+        bos = json.loads(manifest.read_text()).get("bos_id", 1) if manifest.exists() else 1
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise Broken(f"{manifest}: no JSON object ({error})") from None
     try:
         sizes = read_stream(folder, "val_bytes") if shard_paths(folder, "val_bytes") else None
         return Dataset(read_stream(folder, "val"), sizes, bos, folder)

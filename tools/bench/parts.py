@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -190,7 +191,7 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
     def reduce():
         shards = [ours.arrived(*group.reduce_scatter()) for group in o.muon]
         small_grads = [p.grad for p in o.small]
-        clip = o.clip_factor(shards, small_grads)
+        clip = ours.clip_factor(shards, small_grads, cfg.grad_clip_norm or math.inf, o.ranks)
         torch._foreach_mul_(small_grads, clip)
         return [shard * clip.to(shard.dtype) for shard in shards]
 
@@ -206,7 +207,7 @@ def step_parts(optimizer: ours.Optimizer) -> list[Part]:
             "Muon: momentum, rows, orthogonalise",
             4 * wide * muon,
             flops,
-            lambda: [g.direction(shard, 0.0, coefficients) for g, shard in zip(o.muon, shards)],
+            lambda: [ours.muon_direction(g.momentum, shard, 0.0, coefficients) for g, shard in zip(o.muon, shards)],
         ),
         Part("Adam: embedding, vectors, scalars", 7 * 4 * small, 0, with_gradients(o.adam.step)),
         Part(
