@@ -40,6 +40,7 @@ SMALL = {  # laid over every recipe: few steps, and every mechanism begins withi
     "MUON_MOMENTUM_WARMUP_STEPS": "6",
     "GPTQ_CALIBRATION_BATCHES": "3",
     "PHASED_TTT_PREFIX_DOCS": "9",
+    "GLOBAL_TTT_REPLAY": "1",  # as before there was a choice; an earlier script does not know the name
     "TTT_BATCH_SIZE": "6",
     "ATTN_WINDOW": "0",
 }
