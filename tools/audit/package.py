@@ -206,7 +206,7 @@ def source(a: Audit) -> tuple[str, str]:
 
 
 def settings(a: Audit) -> tuple[str, str]:
-    """Every variable that README, docs or a recipe set for train_gpt.py is one that the script reads, and a misspelt one
+    """Every variable that README, docs or a recipe set for train_gpt.py is one that the script reads; a misspelt one
     is refused."""
     here = (
         a.folder / "README.md"
