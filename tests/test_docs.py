@@ -21,7 +21,7 @@ from helpers import ROOT
 from torch.distributed.run import get_args_parser
 
 from tools import submission
-from tools.audit.readme import NOT_SETTINGS
+from tools.audit.readme import NOT_SETTINGS, variables_of_file
 from train_gpt import Config
 
 README = ROOT / "README.md"
@@ -233,6 +233,7 @@ def test_commands(path, stop_at_parse, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
     found = list(commands(path.read_text(encoding="utf-8")))
     assert [fault for words in found for fault in command_faults(words)] == []
+    assert variables_of_file(path.name, path.read_text(encoding="utf-8")) <= SETTINGS  # what the audit asks
     assert len(found) >= {"README.md": 25, "USAGE.md": 20, "INSTALL.md": 8}.get(path.name, 0)
 
 
