@@ -1,4 +1,4 @@
-# make demo | test | test-fast | audit | lint | bench | clean
+# `make help` lists the targets; each line of it stands above its target here, behind two hashes.
 # Another interpreter: make demo PYTHON=python3.12        options for pip: PIP_OPTIONS="--index-url ..."
 PYTHON ?= python3
 PIP_OPTIONS ?=
@@ -7,9 +7,19 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEMO_DATA := $(PY) prepare_data.py --source stdlib --vocab-size 1024 --val-docs 150 --out data/demo
 
-.PHONY: demo test test-fast audit lint bench clean
+.PHONY: help venv demo test test-fast audit lint bench clean
+
+## list the targets
+help:
+	@awk '/^## / { text = substr($$0, 4); next } /^[a-z][a-z-]*:/ && text { split($$0, target, ":"); \
+		printf "make %-10s %s\n", target[1], text; text = "" }' $(firstword $(MAKEFILE_LIST))
+	@echo "Another interpreter: PYTHON=python3.12; options for pip: PIP_OPTIONS=\"--index-url ...\""
+
+## make the environment .venv, which the other targets make, too
+venv: $(READY)
 
 # The second scoring runs in one thread, as recipes/scale_demo.env does: sums in another order may differ in the last digit.
+## train, pack and score a tiny model on the CPU through every phase, about six minutes
 demo: $(READY)
 	$(DEMO_DATA)
 	rm -rf runs/demo && mkdir -p runs/demo
@@ -24,19 +34,22 @@ demo: $(READY)
 	@echo
 	$(PY) tools/report.py runs/demo --baselines data/demo --check
 
+## run all tests, some 14 minutes on two cores
 test: $(READY)
 	$(PY) -m pytest
 
-# The core of every section in about a minute, without what tests/conftest.py calls slow; `make test` has the rest.
+# Without what tests/conftest.py calls slow.
+## run the core of every section, about a minute
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
-# Every check that a folder allows, on the demo's artifact; made first where it is not there.
+## audit the demo's artifact, which is made first where it is not there
 audit: $(READY)
 	test -f runs/demo/result.json -a -f data/demo/manifest.json || $(MAKE) demo
 	$(PY) tools/audit.py runs/demo --data data/demo
 
-# The limits that train_gpt.py is held to stand in tools/shape.py.
+# The limits stand in tools/shape.py.
+## run ruff, its formatter's check and the limits that train_gpt.py is held to
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -44,6 +57,7 @@ lint: $(READY)
 
 # On a GPU at the settings of the environment, DATA_PATH among them; on a CPU at the demo's.
 # The artifact of a demo, where there is one, goes through the coders.
+## run the benchmarks that this machine can run
 bench: $(READY)
 	for name in caseops ngram; do $(PY) -m tools.bench $$name || exit 1; done
 	if test -f runs/demo/model.bin; then $(PY) -m tools.bench codec --artifact runs/demo/model.bin; fi
@@ -58,6 +72,7 @@ bench: $(READY)
 	fi; \
 	for name in $$names; do $(PY) -m tools.bench $$name || exit 1; done
 
+## remove the environment, the demo's data and run, and caches
 clean:
 	rm -rf $(VENV) data/demo runs/demo .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

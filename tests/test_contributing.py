@@ -72,7 +72,7 @@ SETTING = [
 
 
 def test_a_new_setting(copy):
-    """It is in the help and in the README's table, refuses what its interval excludes, and changes the weights."""
+    """It is in the help and in the generated table, refuses what its interval excludes, and changes the weights."""
     insert(copy, SETTING)
     assert "EMBED_SCALE" in run(copy, "train_gpt.py", "--help")
     assert "EMBED_SCALE" in run(copy, "train_gpt.py", settings={"embed_scale": 0}, status=2)
@@ -86,7 +86,7 @@ print(other.tok_emb.norm().item() / model.tok_emb.norm().item())
     )
     assert float(run(copy, "-c", norm)) == pytest.approx(3.0)
     run(copy, "tools/report.py", "--settings")
-    assert "| `EMBED_SCALE` | `1.0` | factor of the first embedding |" in (copy / "README.md").read_text()
+    assert "| `EMBED_SCALE` | `1.0` | factor of the first embedding |" in (copy / "docs" / "SETTINGS.md").read_text()
 
 
 # ---------------------------------------------------------------- an attention backend

@@ -412,7 +412,7 @@ def test_no_comparison_off_the_contests_data(runs, tmp_path, capsys):
     assert "no published figure compares" in capsys.readouterr().err
 
 
-# ---- generated parts of the README ----
+# ---- generated parts of a text ----
 
 
 def test_generated_parts(runs, tmp_path, capsys):
@@ -422,9 +422,9 @@ def test_generated_parts(runs, tmp_path, capsys):
         "-->\nold\n<!-- /report -->\n"
         "<!-- report: verdicts runs/1 -->\n<!-- /report -->\nafter\n"
     )
-    command("--settings", "--verify", "--readme", readme, status=1)
-    command("--settings", "--readme", readme)
-    command("--settings", "--verify", "--readme", readme)
+    command("--settings", "--verify", "--into", readme, status=1)
+    command("--settings", "--into", readme)
+    command("--settings", "--verify", "--into", readme)
     text = readme.read_text()
     assert (
         "| `MATRIX_LR` | `0.026` |" in text
@@ -436,7 +436,7 @@ def test_generated_parts(runs, tmp_path, capsys):
     assert "| C3 | score before update | NOT RUN |" in text and "| mean |" in text
     capsys.readouterr()
     readme.write_text(text.replace("| `0.026` |", "| `0.027` |"))
-    command("--settings", "--verify", "--readme", readme, status=1)
+    command("--settings", "--verify", "--into", readme, status=1)
     assert "0.027" in capsys.readouterr().err
 
 
@@ -452,8 +452,3 @@ def test_generated_results_of_two_configurations_have_no_mean(runs):
     loaded = [load_run(run) for run in runs]
     assert "| mean |" not in submission.results_table(loaded[:2])
     assert "| mean |" in submission.results_table([loaded[0], loaded[2]])
-
-
-def test_the_readme_is_up_to_date():
-    """After a change of settings: python tools/report.py --settings."""
-    assert submission.verify_readme(submission.ROOT / "README.md") == []

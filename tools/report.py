@@ -10,7 +10,7 @@
                                       the same as a folder, with README, logs and the counted script
     python tools/report.py runs/sweep/best-* --verify --submission submission.json
                                       make everything again and fail on any difference
-    python tools/report.py --settings          write the generated parts of README.md; with --verify: compare
+    python tools/report.py --settings          write the generated parts of docs/SETTINGS.md; with --verify: compare
 
 --baselines decodes the validation documents to text and measures what general compressors and counting reach on it, in
 bits per byte over the same bytes that the run is scored on; the figures are kept as baselines.json in the folder of the
@@ -344,8 +344,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="write nothing: make everything again and exit with status 1 on any difference",
     )
-    parser.add_argument("--settings", action="store_true", help="write the generated parts of --readme")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="default: README.md")
+    parser.add_argument("--settings", action="store_true", help="write the generated parts of --into")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        default=ROOT / "docs" / "SETTINGS.md",
+        metavar="FILE",
+        help="text with marked parts for --settings (default: docs/SETTINGS.md)",
+    )
     for word, text in (
         ("author", "anonymous"),
         ("github-id", "anonymous"),
@@ -389,10 +395,10 @@ def verify(args: argparse.Namespace, runs: list[Run]) -> int:
         if path:
             faults += compare(path, runs)
     if args.settings:
-        faults += submission.verify_readme(args.readme)
+        faults += submission.verify_generated(args.into)
     for run in runs:
         print("\n".join(submission.compared(run)))
-    said = [str(path) for path in (args.submission, args.record, args.settings and args.readme) if path]
+    said = [str(path) for path in (args.submission, args.record, args.settings and args.into) if path]
     where = ", ".join([*(["the run(s)"] if runs else []), *said])
     print(f"verified {where}: {'no difference' if not faults else f'{len(faults)} difference(s)'}")
     return print_faults(faults)
@@ -447,10 +453,10 @@ def report(args: argparse.Namespace) -> int:
         return verify(args, runs)
     if args.settings:
         write_file(
-            args.readme,
-            submission.with_blocks(args.readme.read_text(encoding="utf-8"), args.readme.resolve().parent).encode(),
+            args.into,
+            submission.with_blocks(args.into.read_text(encoding="utf-8"), args.into.resolve().parent).encode(),
         )
-        print(f"wrote the generated parts of {args.readme}")
+        print(f"wrote the generated parts of {args.into}")
     if runs:
         hand_in(args, runs)
     return write_report(args, runs) if runs else 0

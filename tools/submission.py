@@ -1,4 +1,4 @@
-"""What is handed in: submission.json, a folder for records/, the generated parts of README.md; and the proof that they
+"""What is handed in: submission.json, a folder for records/, the generated parts of texts; and the proof that they
 say what the runs say.
 
 Everything but the words (author, name, blurb, date, the result it is compared with) comes from result.json, audit.json
@@ -607,6 +607,6 @@ def verify_record(folder: Path, runs: list[Run]) -> list[str]:
     return faults
 
 
-def verify_readme(path: Path) -> list[str]:
+def verify_generated(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     return difference(path, text, with_blocks(text, path.resolve().parent))

@@ -206,14 +206,15 @@ def source(a: Audit) -> tuple[str, str]:
 
 
 def settings(a: Audit) -> tuple[str, str]:
-    """Every variable that the README or a recipe sets for train_gpt.py is one that the script reads, and a misspelt one
+    """Every variable that README, docs or a recipe set for train_gpt.py is one that the script reads; a misspelt one
     is refused."""
     here = (
         a.folder / "README.md"
-    ).is_file() or ROOT not in a.folder.resolve().parents  # a run of this repository: its README and recipes
+    ).is_file() or ROOT not in a.folder.resolve().parents  # a run of this repository: its README, docs and recipes
     readme = (a.folder if here else ROOT) / "README.md"
     files = [
         readme,
+        *sorted(path for path in (readme.parent / "docs").glob("*.md") if path.name != "LOG.md"),  # that is history
         *sorted((readme.parent / "recipes").glob("*.env")),
         *(sorted(a.folder.glob("*.sh")) if here else ()),
     ]
