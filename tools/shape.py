@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 # What --check allows, at most. A mechanism may raise the nodes of train_gpt.py, up to 62,000, in the commit whose
-# measurement justifies it. Of other files ruff checks the width, and this the functions.
+# measurement justifies it. Of other files ruff checks the width, and this the functions. Behind the readable 52,000:
+#   + 4,700   faults of the environment, of data and of strangers' files, each shown by a test (docs/FAULTS.md)
+#   + 1,000   CaseOps' second form and JOIN_OPERATORS
+#   + 1,400   a plan over the whole stream, its time estimated before the first score
 LIMITS = {
     "train_gpt.py": {
-        "nodes": 52_000,
+        "nodes": 59_100,
         "nodes_per_line": 12.0,
         "tuple_percent": 3.0,
         "widest": 120,

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import bz2
 import json
 import lzma
 import os
@@ -200,9 +201,9 @@ def read_json(path: Path) -> dict:
 def unpack(script: bytes) -> str:
     """The readable source of a script, without running it.
 
-    It is the script itself, or the largest compressed string in it: latin-1, base85 or base64; LZMA or zlib. Raises
-    `Broken` where the script executes a string that cannot be read so. What this Python does not parse is taken as it
-    is: it may be in the syntax of a newer one.
+    It is the script itself, or the largest compressed string in it: latin-1, base85 or base64; LZMA, bz2 or zlib.
+    Raises `Broken` where the script executes a string that cannot be read so. What this Python does not parse is taken
+    as it is: it may be in the syntax of a newer one.
     """
     try:
         text = script.decode("utf-8-sig")
@@ -213,7 +214,7 @@ def unpack(script: bytes) -> str:
     except (SyntaxError, ValueError, RecursionError):
         return text
     for decode in (bytes, base64.b85decode, base64.a85decode, base64.b64decode):
-        for decompressor in (lzma.LZMADecompressor, zlib.decompressobj, raw_lzma):
+        for decompressor in (lzma.LZMADecompressor, bz2.BZ2Decompressor, zlib.decompressobj, raw_lzma):
             try:
                 return inflate(decompressor(), decode(blob)).decode("utf-8")
             except Broken:
@@ -221,7 +222,7 @@ def unpack(script: bytes) -> str:
             except Exception:  # another coding, or no code at all
                 continue
     if "exec(" in text and len(blob) > 0.5 * len(script):
-        raise Broken("the source is hidden: its largest string is executed and is no LZMA or zlib stream")
+        raise Broken("the source is hidden: its largest string is executed and is no LZMA, bz2 or zlib stream")
     return text
 
 
