@@ -1036,7 +1036,7 @@ def claimed(folder: Path):
     require(folder.is_dir() or not folder.exists(), f"{where}: a file, not a folder; name another, or move that away")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / "run.lock"
-    with explained(f"{where}: cannot be written ({{}}); name another folder", OSError):
+    with explained(f"{where}: cannot be written ({{}}); name another folder, or start in one to score", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open_lock(path)
     try:
