@@ -6133,8 +6133,9 @@ def sgd_chunks(begin: int, fresh: int, end: int, turn: int, cfg: Config) -> list
     count = max(round((end - begin) / cfg.global_ttt_chunk_tokens), 1)
     edges = np.linspace(begin, end, count + 1).astype(int)
     chunks = []
+    share = round(1000 * cfg.global_ttt_replay)  # whole numbers: floats would round some turns away
     for i, (low, high) in enumerate(itertools.pairwise(edges.tolist()), turn):
-        again = math.floor((i + 1) * cfg.global_ttt_replay) > math.floor(i * cfg.global_ttt_replay)
+        again = (i + 1) * share // 1000 > i * share // 1000
         if high > fresh or again:
             chunks.append((low, high))
     return chunks * cfg.global_ttt_epochs

@@ -8,20 +8,22 @@ import torch
 
 PROCESSES = {"spawn", "forked", "start", "subprocess"}  # what starts ranks or programs
 WHOLE_RUN = {"main", "ok"}  # `main(settings).ok()`: from data to score; what looks at `base_run()` shares one such run
-# Tools, and what runs whole audits, sweeps or broken copies of the script.
+# Tools, faults of environments and files, and what runs whole audits, sweeps or broken copies of the script.
 SLOW_FILES = {
     f"test_{name}.py"
-    for name in "anatomy audit broken compare lease nodes ppm_mix report runs submission sweep".split()
+    for name in "anatomy audit broken compare environment hostile lease nodes ppm_mix report runs sample submission "
+    "sweep".split()
 }
 # Long tests, by the beginning of their names; most go on to vary something that a shorter one has shown.
 SLOW_TESTS = {
     "test_kernels.py": ("test_kernels_through_the_interpreter", "test_every_kernel_compiles"),
-    "test_bench.py": ("test_scaling", "test_startup"),
+    "test_bench.py": ("test_scaling", "test_startup", "test_step_lines"),
     "test_contributing.py": ("test_a_new_",),
     "test_ngram.py": ("test_probabilities_sum", "test_the_mixture", "test_later_tokens"),
-    "test_data.py": ("test_damaged_data", "test_too_few"),
-    "test_prepare_data.py": ("test_stdlib", "test_paths_outside"),
+    "test_data.py": ("test_damaged_data", "test_too_few", "test_training_shards_that", "test_a_check_reads"),
+    "test_prepare_data.py": ("test_stdlib", "test_paths_outside", "test_output_does_not", "test_error_in_a_worker"),
     "test_training.py": ("test_a_diverging_loss",),
+    "test_joins.py": ("test_data_of_another_form",),
     "test_optim.py": ("test_warm_up_restores",),
     "test_packer.py": ("test_the_packed", "test_the_artifact_alone", "test_stripping", "test_the_running"),
     "test_quantizer.py": ("test_row_gradients", "test_calibration_reads"),
@@ -38,6 +40,8 @@ SLOW_TESTS = {
         "test_a_masked_kind",
         "test_base_weights",
         "test_sgd_lets",
+        "test_timing",
+        "test_the_optimizer_of",
     ),
 }
 # Of these, cases that stay: the core of their section.

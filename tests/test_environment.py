@@ -96,8 +96,8 @@ def test_a_continued_run_names_them_at_once_too(tmp_path):
     refusal(main({"quantize_only": True, "numlayers": 4, "ema_decay": "x"}, tmp_path), "NUMLAYERS", "EMA_DECAY")
 
 
-def test_the_readme_says_what_the_code_does():
-    text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+def test_the_page_of_settings_says_what_the_code_does():
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "SETTINGS.md").read_text())
     assert "A variable that begins like a setting, or has the letters of one, and is none is an error" in text
     assert "one that only resembles a setting is a warning" in text
 

@@ -29,7 +29,7 @@ if not __package__:  # run as a file
     import anywhere  # noqa: F401
 
 from prepare_data import DataError
-from tools.anatomy import load_ledger
+from tools.anatomy import check_targets, read_ledger
 from tools.lease import Documents
 from tools.runs import ReportError, show_all_text, shown
 from tools.streams import read_stream
@@ -91,7 +91,10 @@ def run(args: argparse.Namespace) -> list[str]:
     documents = Documents(args.data)
     lengths = np.bincount(documents.document, minlength=len(documents.bytes))
     starts = np.cumsum(lengths) - lengths
-    nats = np.stack([load_ledger(path, targets) for path in args.ledgers])
+    ledgers = [read_ledger(path) for path in args.ledgers]
+    for path, nats in zip(args.ledgers, ledgers):
+        check_targets(path, nats, targets)
+    nats = np.stack(ledgers)
     if np.isnan(nats).any():
         raise ReportError("a ledger has targets that were not scored; give ledgers of finished runs")
     a, b = ~documents.in_b, documents.in_b
