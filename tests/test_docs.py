@@ -323,3 +323,12 @@ def test_make_help_lists_every_target():
     listed = re.findall(r"^## (.+)\n([a-z-]+):", MAKEFILE, re.M)
     assert {name for _, name in listed} == TARGETS
     assert all(len(text) <= 100 for text, _ in listed)
+
+
+def test_the_tests_of_every_fault_are_there():
+    """docs/FAULTS.md names them."""
+    named = set(re.findall(r"\b(test_\w+)(?!\.py)\b", (ROOT / "docs" / "FAULTS.md").read_text(encoding="utf-8")))
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    known = set(re.findall(r"def (test_\w+)", "\n".join(sources))) | files
+    assert len(named) > 100 and named <= known, named - known
