@@ -266,7 +266,7 @@ class Config:
     data_path: str = setting("data",
         "folder of the shards fineweb_{train,val,val_bytes}_*.bin and of manifest.json")
     tokenizer_path: str = setting("",
-        "SentencePiece model; empty: tokenizer.model in DATA_PATH")
+        "file of the SentencePiece model that made the shards; empty: tokenizer.model in DATA_PATH")
     artifact_dir: str = setting("",
         "folder of train_gpt.py, model.bin, result.json and the log; empty: runs/SEED (packed script: its own folder)")
     ledger_path: str = setting("",
@@ -315,57 +315,62 @@ class Config:
     rope_dims: int = setting(32,
         "rotated dimensions of each head")
     attn_window: int = setting(128,
-        "tokens that attention reaches back in layers other than ATTN_FULL_LAYERS; 0: the attention span everywhere")
+        "tokens that attention reaches back in all layers but ATTN_FULL_LAYERS; 0: back to the document's start or "
+        "as far as TRAIN_SEQ_LEN or the scoring context goes, in every layer")
     attn_full_layers: str = setting("2,5,10",
-        "layers whose attention reaches back over the attention span; numbers beyond NUM_LAYERS mean nothing")
+        "layers (from 0) that ATTN_WINDOW does not limit; numbers beyond NUM_LAYERS mean nothing")
     qk_gain_init: float = setting(5.0,
-        "initial gain of each normalised query head", "[0, 1e6]")
+        "initial value of the learned factor of each query head, which is normalised before", "[0, 1e6]")
     smear_gate_enabled: bool = setting(True,
         "add a gated copy of the previous token's embedding")
     sparse_attn_gate_enabled: bool = setting(True,
-        "gate each head's output by a sigmoid of the leading channels")
+        "multiply each attention head's output by a learned sigmoid of the first 12 channels of the layer's input")
     sparse_attn_gate_scale: float = setting(0.5,
-        "factor inside the sigmoid of the attention gate")
+        "with SPARSE_ATTN_GATE_ENABLED: factor of what the sigmoid gets")
     attn_out_gate_enabled: bool = setting(False,
-        "gate each head's output by twice a sigmoid of the leading channels, one at the start (#1667)")
+        "multiply each attention head's output by twice a learned sigmoid of the first 12 channels of the layer's "
+        "input, so by one at the start (#1667); instead of SPARSE_ATTN_GATE_ENABLED")
     num_loops: int = setting(2,
-        "extra passes over the looped layers", "[0, 100]")
+        "how often layers LOOP_START to LOOP_END run again after their first pass; 0: each layer runs once", "[0, 100]")
     loop_start: int = setting(3,
-        "first looped layer")
+        "first (from 0) of the layers that NUM_LOOPS runs again")
     loop_end: int = setting(5,
-        "last looped layer")
+        "last (from 0) of the layers that NUM_LOOPS runs again")
     enable_looping_at: float = setting(0.35,
-        "progress of training at which the loops switch on")
+        "share of training after which NUM_LOOPS takes effect; 1: never, in scoring neither")
     parallel_start_layer: int = setting(8,
-        "first layer whose attention and MLP run side by side; 0: none")
+        "first layer (from 0) whose attention and MLP run side by side, as PARALLEL_MODE says; 0: none")
     parallel_mode: str = setting("lanes",
-        "how attention and MLP run side by side; lanes: in two lanes of the decoder (#1529); "
-        "gptj: from one input, outputs added (#1493)", "lanes, gptj")
+        "how attention and MLP run side by side; lanes: each in a stream of its own, in the decoder half (#1529); "
+        "gptj: both read one input, outputs added (#1493)", "lanes, gptj")
 
     # Training
     max_wallclock_seconds: float = setting(600.0,
         "training budget, calibration and quantisation included; 0: ITERATIONS decides and no clock is read")
     gptq_reserve_seconds: float = setting(12.0,
-        "part of the training budget that is reserved for calibration and quantisation")
+        "part of MAX_WALLCLOCK_SECONDS in which no step is begun, for calibration and quantisation")
     iterations: int = setting(20000,
         "most training steps; with MAX_WALLCLOCK_SECONDS=0 exactly this many", "(0, inf)")
     train_batch_tokens: int = setting(786432,
         "tokens of one training step over all ranks", "(0, inf)")
     micro_batch_tokens: int = setting(98304,
-        "tokens of one forward; micro-batches are dealt to the ranks, so results do not depend on the number of ranks",
+        "tokens of one forward and backward; TRAIN_BATCH_TOKENS is cut into such micro-batches, which go round the "
+        "GPUs, so results do not depend on their number",
         "(0, inf)")
     train_seq_len: int = setting(2048,
-        "longest attention span in training: documents are cut there", "(0, inf)")
+        "tokens that attention may reach back over in training, at most; longer documents are cut", "(0, inf)")
     train_seq_schedule: str = setting("",
-        "growing attention span in training, LEN@END_PROGRESS,...; empty: TRAIN_SEQ_LEN throughout")
+        "TRAIN_SEQ_LEN in stages, LENGTH@SHARE_OF_TRAINING_AT_ITS_END,... like 1024@0.1,2048@1.0; empty: "
+        "TRAIN_SEQ_LEN throughout")
     seq_change_warmup_steps: int = setting(32,
-        "steps of the learning rate's ramp after a change of the attention span")
+        "steps over which the learning rate rises linearly again after TRAIN_SEQ_SCHEDULE changes the length")
     warmup_steps: int = setting(3,
-        "steps without and steps with loops that are run and undone before the clock starts")
+        "training steps made before the clock starts and undone, so that it does not see compilation: so many "
+        "without loops, as many with")
     warmdown_frac: float = setting(0.85,
-        "share of the training budget in which the learning rate falls linearly")
+        "last share of training, over which the learning rate falls linearly towards zero, but not below MIN_LR")
     min_lr: float = setting(0.1,
-        "floor of the learning-rate multiplier")
+        "least learning rate in the fall of WARMDOWN_FRAC, as a share of its full value")
     train_log_every: int = setting(100,
         "training steps between log lines", "(0, inf)")
 
@@ -381,7 +386,7 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92,
         "momentum of Muon at step 0")
     muon_momentum_warmup_steps: int = setting(1500,
-        "steps in which the momentum of Muon grows linearly")
+        "steps in which the momentum of Muon grows linearly from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM")
     muon_coefficients: str = setting("polar_express",
         "coefficients of Muon's five iterations; newton_schulz: the constant ones of the first Muon",
         "polar_express, newton_schulz")
@@ -408,20 +413,23 @@ class Config:
     prequant_ttt_epochs: int = setting(21,
         "passes of PREQUANT_TTT_ENABLED over the validation set", "[0, 1000]")
     prequant_ttt_lr: float = setting(5e-4,
-        "learning rate of the first PREQUANT_TTT pass; a cosine leads to a tenth of it in the last")
+        "with PREQUANT_TTT_ENABLED: AdamW's learning rate in the first pass; a cosine leads to a tenth in the last")
     prequant_ttt_freeze_blocks: int = setting(2,
-        "first layers that PREQUANT_TTT_ENABLED leaves as they are, like the embedding")
+        "with PREQUANT_TTT_ENABLED: so many first layers, and the embedding, stay as they are")
 
     # Quantizer and artifact
     rate_distortion: bool = setting(True,
         "choose every quantiser step by what it costs in loss, so that ARTIFACT_CAP is just met (off: *_CLIP_SIGMAS)")
     rate_rows: float = setting(0.75,
-        "power to which the step sizes of a matrix's rows follow their gradients; 0: all alike", "[0, 4]")
+        "with RATE_DISTORTION: power to which the step sizes of a matrix's rows follow their gradients; 0: all alike",
+        "[0, 4]")
     rate_embed_rows: float = setting(0.5,
-        "power to which the step sizes of embedding rows follow their gradients; calibration sees most rows seldom",
+        "with RATE_DISTORTION: power to which the step sizes of embedding rows follow their gradients; calibration "
+        "sees most rows seldom",
         "[0, 4]")
     rate_columns: float = setting(1.0,
-        "power to which the step sizes of columns follow the Hessian's Cholesky diagonal; 0: all alike", "[0, 4]")
+        "with RATE_DISTORTION: power to which the step sizes of columns follow the Hessian's Cholesky diagonal; 0: "
+        "all alike", "[0, 4]")
     matrix_bits: int = setting(6,
         "without RATE_DISTORTION: symbol range of matrices, +-(2^(bits-1) - 1)", "[2, 8]")
     embed_bits: int = setting(7,
@@ -435,42 +443,44 @@ class Config:
     gptq_calibration_batches: int = setting(16,
         "micro-batches of training data whose activations and gradients weigh the rounding error", "(0, inf)")
     gptq_damping: float = setting(0.01,
-        "what is added to the Hessian's diagonal, as a share of the diagonal's mean")
+        "with GPTQ: share of its mean that is added to the diagonal of each matrix's Hessian, against noise")
     awq_lite_enabled: bool = setting(False,
-        "without RATE_DISTORTION: 8-bit steps for the most salient group of 64 columns")
+        "without RATE_DISTORTION: 8-bit steps for the one group of 64 columns, of all matrices, with the largest "
+        "inputs times weights (#1908)")
     lqer_enabled: bool = setting(False,
         "correct the rounding error of some matrices by a low-rank product")
     lqer_rank: int = setting(4,
-        "rank of the product that corrects rounding error", "(0, inf)")
+        "with LQER_ENABLED: rank of the correcting product", "(0, inf)")
     lqer_top_k: int = setting(3,
-        "matrices whose rounding error is corrected: those of largest error")
+        "with LQER_ENABLED: how many matrices are corrected, those of largest rounding error")
     gated_attn_quant_gate: bool = setting(False,
-        "store the attention gate in int8 rows instead of fp16")
+        "store the weights of SPARSE_ATTN_GATE_ENABLED or ATTN_OUT_GATE_ENABLED in int8 rows instead of fp16")
     logit_calibration_enabled: bool = setting(False,
         "fit a logit scale and biases of 14 token categories on training tokens after quantisation")
     artifact_cap: int = setting(16_000_000,
         "most bytes of train_gpt.py and model.bin together", "(0, inf)")
     artifact_margin: int = setting(2_000,
-        "bytes below ARTIFACT_CAP that the artifact may not enter")
+        "bytes that the artifact stays below ARTIFACT_CAP")
 
     # Scoring
     eval_seq_len: int = setting(2048,
         "longest context of a target scored without test-time training; windows never cross a document's start",
         "(0, inf)")
     eval_stride: int = setting(0,
-        "new targets of each window after a document's first; 0: EVAL_SEQ_LEN, windows do not overlap")
+        "without test-time training: tokens by which the window of EVAL_SEQ_LEN moves on in a document; 0: "
+        "EVAL_SEQ_LEN, so windows do not overlap")
     val_batch_tokens: int = setting(131072,
-        "tokens of one scoring forward on one rank", "[0, 1e7]")
+        "tokens of one scoring forward on one GPU; bounds memory, and no score depends on it", "[0, 1e7]")
 
     # Test-time training
     ttt_enabled: bool = setting(True,
         "adapt to each document while scoring it: score a chunk, then learn from it")
     ttt_method: str = setting("lora",
-        "lora: each document trains adapters; "
-        "sgd: base weights learn from each GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)", "lora, sgd")
+        "how test-time training learns; lora: low-rank adapters of each document's own; sgd: all weights, from each "
+        "GLOBAL_TTT_CHUNK_TOKENS after they are scored (#549)", "lora, sgd")
     segment_docs: int = setting(2500,
-        "most documents of a segment; state crosses documents only between segments, "
-        "and a segment waits for its longest document", "(0, inf)")
+        "most documents of a segment: within it documents do not know of each other, between segments what they "
+        "taught is carried over; a segment waits for its longest document", "(0, inf)")
     segment_first_docs: int = setting(64,
         "documents of the first segment, and at least so many of a later one, within SEGMENT_DOCS", "(0, inf)")
     segment_growth: float = setting(0.25,
@@ -478,28 +488,29 @@ class Config:
     ttt_batch_size: int = setting(64,
         "documents adapted together, of similar length; no score depends on it", "(0, 65536]")
     ttt_chunks: str = setting("8,8,16,32",
-        "sizes of the chunks from a document's start; the last repeats")
+        "tokens that a document scores before it learns from them, from its start on; the last size repeats")
     ttt_eval_seq_len: int = setting(3072,
         "longest context of a target scored with test-time training", "(0, 1e6]")
     ttt_backprop_tokens: int = setting(64,
-        "tokens before a chunk that run again with it, so that gradients reach back; "
-        "TTT_EVAL_SEQ_LEN: the exact recompute of #1855")
+        "tokens before each of TTT_CHUNKS that run again with it, so that gradients reach back; TTT_EVAL_SEQ_LEN: "
+        "all of the context, as #1855")
     ttt_mask: str = setting("",
-        "adapter kinds switched off, of q,k,v,o,mlp,head; no_qv is q,v")
+        "adapters that are switched off, of q,k,v,o,mlp,head, separated by commas; no_qv means q,v")
     ttt_lora_rank: int = setting(32,
-        "rank of the adapters", "(0, 4096]")
+        "rank of the LoRA adapters that each document trains while it is scored", "(0, 4096]")
     ttt_lora_alpha: float = setting(144.0,
-        "factor of the adapters' product, over TTT_LORA_RANK")
+        "scale of the LoRA adapters: TTT_LORA_ALPHA / TTT_LORA_RANK times their product is added")
     ttt_lora_lr: float = setting(1e-4,
-        "Adam learning rate of the adapters")
+        "Adam learning rate of the LoRA adapters")
     ttt_local_lr_mult: float = setting(1.5,
-        "factor of TTT_LORA_LR")
+        "multiplies TTT_LORA_LR; two settings, since published scripts have both")
     ttt_beta2: float = setting(0.99,
-        "decay of the second moment of the adapters' Adam, which has no first moment", "[0, 1)")
+        "decay of the second moment of the LoRA adapters' Adam, which has no first moment", "[0, 1)")
     ttt_weight_decay: float = setting(0.5,
-        "decoupled weight decay of the adapters")
+        "decoupled weight decay of the LoRA adapters")
     ttt_warm_start: float = setting(1.0,
-        "share by which the adapters' start moves, after a segment, to the mean of its documents' adapters; 0: never")
+        "share by which the LoRA adapters' initial values move, after each segment of documents, to the mean of what "
+        "its documents learnt; 0: never")
     phased_ttt_num_phases: int = setting(8,
         "times the base weights learn from a prefix (without one: after every segment); 0: never",
         "[0, 1000]")
@@ -509,18 +520,20 @@ class Config:
     global_ttt_optimizer: str = setting("sgd",
         "what moves the base weights; muon: the optimizer of training, its rates times GLOBAL_TTT_LR", "sgd, muon")
     global_ttt_lr: float = setting(0.05,
-        "SGD learning rate of the base weights, cosine to zero over a phase (TTT_METHOD=sgd: over the stream)",
+        "learning rate of the SGD that teaches the base weights; a cosine leads to zero over each phase "
+        "(TTT_METHOD=sgd: over the stream)",
         "[0, 1e6]")
     global_ttt_momentum: float = setting(0.9,
-        "momentum of the base weights' SGD; it begins at zero in each phase", "[0, 1)")
+        "momentum of the SGD that teaches the base weights; it begins at zero in each phase", "[0, 1)")
     global_ttt_epochs: int = setting(1,
         "passes of the base weights' SGD over the text of each phase (TTT_METHOD=sgd: over each chunk)", "[0, 1000]")
     global_ttt_replay: float = setting(0.1,
         "share of the text of earlier phases that a phase learns from again, other chunks each time; 1: all", "[0, 1]")
     global_ttt_chunk_tokens: int = setting(32768,
-        "tokens of one SGD step over all ranks (TTT_METHOD=sgd: about; a chunk ends with a document)", "(0, inf)")
+        "tokens, over all GPUs, of one step of the SGD that teaches the base weights (TTT_METHOD=sgd: about; a chunk "
+        "ends with a document)", "(0, inf)")
     global_ttt_grad_clip: float = setting(1.0,
-        "norm to which the gradient of the base weights' SGD, summed over the ranks, is clipped")
+        "norm to which the gradient of that SGD, summed over the GPUs, is clipped")
 
     # N-grams
     ngram_enabled: bool = setting(False,
@@ -532,9 +545,10 @@ class Config:
     ngram_threshold: float = setting(0.5,
         "least share of a context's commonest continuation that gives a hint (TOKEN_THRESHOLD of #2140: 0.8)", "[0, 1]")
     ngram_min_count: int = setting(2,
-        "least number of times a context was seen before it gives a hint (#2140: 1)", "[1, inf)")
+        "times that a context must have been seen before its commonest continuation is hinted at (#2140: 1)",
+        "[1, inf)")
     ngram_boost: float = setting(1.0,
-        "log-odds added to the hinted token (TOKEN_BOOST of #2140: 2.625)", "[0, 12]")
+        "log-odds added to the token that the n-grams hint at (TOKEN_BOOST of #2140: 2.625)", "[0, 12]")
 
     # Set by torchrun
     rank: int = setting(0,
@@ -6202,41 +6216,6 @@ class Segment(NamedTuple):
     then_learn: bool  # the base weights learn from scored targets before the next segment
 
 
-def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
-    """Segments of documents of these lengths; what counts is how many there are.
-
-    Without a prefix, a segment has SEGMENT_GROWTH times the documents before it, at least SEGMENT_FIRST_DOCS and at
-    most SEGMENT_DOCS, however many follow. The base weights learn after each but the last:
-
-        64, 64, 64, 64, 64, 80, 100, 125, ...      SEGMENT_FIRST_DOCS = 64, SEGMENT_GROWTH = 0.25
-
-    With a prefix, phase p = 1, 2, ... of global SGD follows document PHASED_TTT_PREFIX_DOCS p / PHASED_TTT_NUM_PHASES,
-    never the last one. A segment ends there and otherwise every SEGMENT_DOCS.
-    """
-    documents = len(lengths)
-    phases = cfg.phased_ttt_num_phases
-    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
-    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)}
-    cuts = {0, documents, *phase_ends, *range(0, documents, cfg.segment_docs)}
-    if not prefix:
-        cuts = {documents}
-        end = 0
-        while end < documents:
-            cuts.add(end)
-            end += min(max(int(cfg.segment_growth * end), cfg.segment_first_docs), cfg.segment_docs)
-        phase_ends = cuts - {documents} if phases else set()
-    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(sorted(cuts))]
-
-
-def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
-    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
-
-    All segments but the last are learnt from.
-    """
-    cuts = greedy_cuts(lengths, cfg.global_ttt_chunk_tokens, overfull=True)
-    return [Segment(first, last, last < len(lengths)) for first, last in itertools.pairwise(cuts)]
-
-
 def seconds_of(work: Callable, ranks: Ranks) -> float:
     """The fewest seconds of three times; the first also warms up."""
 
@@ -6280,7 +6259,9 @@ def plan_lessons(segments: list[Segment], starts: ndarray, cfg: Config) -> dict[
 class Windows:
     """TTT_ENABLED=0: windows alone; nothing learns but the n-grams, which count between segments."""
 
-    plan = staticmethod(plan_segments)
+    @staticmethod
+    def plan(lengths: ndarray, cfg: Config) -> list[Segment]:
+        return plan_segments(lengths, cfg)
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         self.scoring = scoring
@@ -6304,7 +6285,9 @@ class LearnBehindWindows(Windows):
     """TTT_METHOD=sgd: the base weights learn from each segment behind its scores (#549). One momentum and one half
     cosine span the stream."""
 
-    plan = staticmethod(plan_sgd_segments)
+    @staticmethod
+    def plan(lengths: ndarray, cfg: Config) -> list[Segment]:
+        return plan_sgd_segments(lengths, cfg)
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         super().__init__(scoring, segments)
@@ -6382,6 +6365,41 @@ class AdaptDocuments(Windows):
                 rank_seconds.append(sum(self.times.get(s) or np.interp(s.work, work, seconds) for s in shapes))
             total += max(rank_seconds)  # a segment waits for the rank with the most to do
         return total
+
+
+def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
+    """Segments of documents of these lengths; what counts is how many there are.
+
+    Without a prefix, a segment has SEGMENT_GROWTH times the documents before it, at least SEGMENT_FIRST_DOCS and at
+    most SEGMENT_DOCS, however many follow. The base weights learn after each but the last:
+
+        64, 64, 64, 64, 64, 80, 100, 125, ...      SEGMENT_FIRST_DOCS = 64, SEGMENT_GROWTH = 0.25
+
+    With a prefix, phase p = 1, 2, ... of global SGD follows document PHASED_TTT_PREFIX_DOCS p / PHASED_TTT_NUM_PHASES,
+    never the last one. A segment ends there and otherwise every SEGMENT_DOCS.
+    """
+    documents = len(lengths)
+    phases = cfg.phased_ttt_num_phases
+    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
+    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)}
+    cuts = {0, documents, *phase_ends, *range(0, documents, cfg.segment_docs)}
+    if not prefix:
+        cuts = {documents}
+        end = 0
+        while end < documents:
+            cuts.add(end)
+            end += min(max(int(cfg.segment_growth * end), cfg.segment_first_docs), cfg.segment_docs)
+        phase_ends = cuts - {documents} if phases else set()
+    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(sorted(cuts))]
+
+
+def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
+    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
+
+    All segments but the last are learnt from.
+    """
+    cuts = greedy_cuts(lengths, cfg.global_ttt_chunk_tokens, overfull=True)
+    return [Segment(first, last, last < len(lengths)) for first, last in itertools.pairwise(cuts)]
 
 
 class TestTimeTraining:
