@@ -7034,6 +7034,8 @@ def finish(run: Run):
     for condition, (verdict, reason) in table.items():
         run.log(f"  {condition:24s} {verdict:9s} {reason}")
     run.log(outcome)
+    folder = run.output
+    run.log(f"files are in {folder}; next: tools/report.py {folder}, tools/audit.py {folder}, or TTT_EVAL_ONLY=1")
 
 
 def configure(env) -> Config:
