@@ -533,7 +533,7 @@ class Config:
         "tokens, over all GPUs, of one step of the SGD that teaches the base weights (TTT_METHOD=sgd: about; a chunk "
         "ends with a document)", "(0, inf)")
     global_ttt_grad_clip: float = setting(1.0,
-        "norm to which the gradient of that SGD, summed over the GPUs, is clipped")
+        "norm to which the gradient that teaches the base weights, summed over the GPUs, is clipped")
 
     # N-grams
     ngram_enabled: bool = setting(False,

@@ -97,12 +97,17 @@ def test_the_log_holds_every_setting_and_no_home(tmp_path):
 
 def test_over_budget_is_a_fail_and_no_headline(tmp_path):
     """A wall-clock run whose evaluation cannot be done in time: the verdict says so, and val_bpb is absent."""
-    out = main({**RUN, "max_wallclock_seconds": 0.4, "gptq_reserve_seconds": 0.1, "iterations": 5}, tmp_path).ok()
+    short = {"max_wallclock_seconds": 0.05, "gptq_reserve_seconds": 0.01, "iterations": 5}
+    out = main({**RUN, **short, "ttt_enabled": False}, tmp_path).ok()
     found = result(tmp_path)
     assert (
         found["verdicts"]["eval_budget"]["verdict"] == "FAIL" and "val_bpb" not in found and "quantized" in found["bpb"]
     )
     assert "no val_bpb" in out.out
+    # With test-time training the time is estimated: what cannot be done in time is not begun.
+    refused = main({**RUN, **short, "quantize_only": True, "ttt_enabled": True}, tmp_path)
+    assert refused.code == 2 and "MAX_WALLCLOCK_SECONDS" in refused.err and refused.err.count("\n") == 1
+    assert "adapted" not in refused.out.partition("quantized:")[2]
 
 
 def test_over_the_cap_is_a_fail_and_no_headline(tmp_path):

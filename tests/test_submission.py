@@ -199,6 +199,7 @@ def test_a_result_of_other_files_is_refused(runs, tmp_path, capsys, name):
 
 def test_a_result_without_hashes_that_is_older_than_its_model_is_named_stale(runs, tmp_path, capsys):
     """As a second run into the folder leaves it that was killed behind its model.bin."""
+    edit(runs[0] / "result.json", lambda r: r.pop("artifact_sha256"))
     later = (runs[0] / "result.json").stat().st_mtime + 60
     os.utime(runs[0] / "model.bin", (later, later))
     command(runs[0], "--out", tmp_path / "out")
@@ -246,6 +247,7 @@ def test_verify_says_what_it_compared_and_what_it_cannot_know(runs, capsys):
     result = json.loads((runs[0] / "result.json").read_text())
     true, false = result["val_bpb"], result["val_bpb"] - 0.5
     edit(runs[0] / "result.json", lambda r: (r.__setitem__("val_bpb", false), r["bpb"].__setitem__("quantized", false)))
+    edit(runs[0] / "result.json", lambda r: r.pop("artifact_sha256"))  # as earlier scripts wrote it
     log = (runs[0] / "train.log").read_text()
     (runs[0] / "train.log").write_text(log.replace(f"{true:.6f}", f"{false:.6f}"))
     command(runs[0], "--verify")
@@ -323,6 +325,7 @@ def test_a_check_that_fails_leaves_no_val_bpb(runs, tmp_path, capsys):
 
 def test_an_audit_of_another_artifact_is_refused(runs, capsys):
     audited(runs[0], C1="PASS")
+    edit(runs[0] / "result.json", lambda r: r.pop("artifact_sha256"))  # which would be found first
     (runs[0] / "model.bin").write_bytes((runs[1] / "model.bin").read_bytes())
     command(runs[0], status=2)
     assert "audit of another model.bin" in capsys.readouterr().err

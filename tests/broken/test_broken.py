@@ -292,11 +292,11 @@ GPT.embed = lambda self, tokens, positions, cache: _embed(self, tokens, torch.on
         "attention and adaptation run over document boundaries, undeclared",
         "documents",
         """
-_init = ValidationStream.__init__
+_index = ValidationStream.index
 def joined(self, cfg):
-    _init(self, cfg)
+    _index(self, cfg)
     self.starts = self.starts[:1]
-ValidationStream.__init__ = joined
+ValidationStream.index = joined
 """,
         SPREADS | {"ledger"},
     ),
