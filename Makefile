@@ -36,7 +36,7 @@ demo: $(READY)
 
 ## run all tests, some 14 minutes on two cores
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # Without what tests/conftest.py calls slow.
 ## run the core of every section, about a minute
