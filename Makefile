@@ -34,7 +34,7 @@ demo: $(READY)
 	@echo
 	$(PY) tools/report.py runs/demo --baselines data/demo --check
 
-## run all tests, some 14 minutes on two cores
+## run all tests, some 26 minutes on two cores
 test: $(READY)
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
