@@ -181,6 +181,18 @@ def test_documents_are_shuffled_the_same_way(tmp_path: Path):
     )
 
 
+def test_bits_of_joined_operators_stay_with_their_document(tmp_path: Path):
+    """JOIN_OPERATORS leaves fewer targets; each of the rest counts in its own document."""
+    tokens = np.array([1, 7, 4, 9, 1, 4, 7, 4, 1, 7, 7, 5], "<u2")  # 1: BOS, 7: a space, 4 and 5: operators
+    for name, values in (("val_0", tokens), ("val_bytes_0", np.ones(12, "<u2"))):
+        (tmp_path / f"fineweb_{name}00000.bin").write_bytes(bytes(1024) + values.astype("<u2").tobytes())
+    documents = lease.Documents(tmp_path)
+    joined = documents.joined(7, [4, 5])
+    assert len(joined.document) == len(documents.document) - 3
+    assert (joined.bits(np.full(8, math.log(2))) == [3, 3, 2]).all()
+    assert (documents.bits(np.full(11, math.log(2))) == [4, 4, 3]).all()
+
+
 def test_differences():
     """Paired where the seeds are the same, Welch where they are not, nothing from one run."""
     mean, error, how = lease_report.difference({"1": 1.0, "2": 1.2}, {"1": 0.9, "2": 1.0})

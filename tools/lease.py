@@ -26,6 +26,7 @@ to be compared), a `script`, and optionally
 """
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import itertools
@@ -316,15 +317,22 @@ class Documents:
 
     def __init__(self, data: Path):
         tokens, sizes = read_shards(data, "fineweb_val_0*.bin"), read_shards(data, "fineweb_val_bytes_0*.bin")
+        self.tokens = tokens
         starts = np.flatnonzero(tokens == 1)
         ends = np.append(starts[1:], len(tokens))
-        self.document = np.repeat(np.arange(len(starts)), ends - starts)[
-            :-1
-        ]  # of each target: that of the token before it
+        # Of each target: that of the token before it.
+        self.document = np.repeat(np.arange(len(starts)), ends - starts)[:-1]
         self.bytes = np.bincount(self.document, sizes[1:], len(starts))
         self.in_b = np.array(
             [hashlib.sha256(tokens[start:end].tobytes()).digest()[0] & 1 for start, end in zip(starts, ends)], bool
         )
+
+    def joined(self, space: int, operators: list[int]) -> "Documents":
+        """The documents as a run with JOIN_OPERATORS reads them: a space and the operator behind it are one target."""
+        pairs = (self.tokens[:-1] == space) & np.isin(self.tokens[1:], operators)
+        other = copy.copy(self)
+        other.document = self.document[~pairs]
+        return other
 
     def bits(self, nats: np.ndarray) -> np.ndarray:
         """Bits of each document; NaN where a target of it was not scored."""
@@ -392,6 +400,18 @@ def found_nats(folder: Path, entry: dict, bpb: dict) -> dict[str, Path]:
     return found
 
 
+def documents_of(run: Path, documents: Documents, model: Path) -> Documents:
+    """The documents as this run has read them."""
+    path = run / "result.json"
+    if not path.exists() or not json.loads(path.read_text()).get("settings", {}).get("join_operators"):
+        return documents
+    import sentencepiece
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    space, *operators = sp.piece_to_id(["\u2581", "\ue001", "\ue002"])
+    return documents.joined(space, operators)
+
+
 def collect(root: Path, out: Path, ledgers: bool) -> None:
     """What there is so far, in few and small files; logs alone where no data were prepared."""
     out.mkdir(parents=True, exist_ok=True)
@@ -411,7 +431,8 @@ def collect(root: Path, out: Path, ledgers: bool) -> None:
                 nats = np.load(path)
             except (ValueError, EOFError):  # it is being written
                 continue
-            arrays[f"{parent}/{which}"] = documents.bits(nats)
+            read = documents_of(folder, documents, root / "data" / "tokenizer.model")
+            arrays[f"{parent}/{which}"] = read.bits(nats)
             if ledgers:
                 data = nats.astype("<f4").tobytes()
                 (out / f"{parent}_{which}.f32.xz").write_bytes(lzma.compress(data, preset=1))
