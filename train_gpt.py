@@ -6967,7 +6967,9 @@ def score_artifact(run: Run):
     with run.phases("load"):
         model, meta = load_quantized(run)
     stored = meta["settings"]
-    others = [name.upper() for name, _ in sorted(cfg.settings().items() - still_set(stored).items())]
+    changed = dict(cfg.settings().items() - still_set(stored).items())
+    changed.pop("max_wallclock_seconds", None)  # another budget changes no score
+    others = [name.upper() for name in sorted(changed)]
     if not same_data(run, run.folder / "model.bin", meta) and cfg.ttt_eval_only:
         others.append("TOKENIZER_PATH (unknown)")
     if others:
@@ -7035,7 +7037,7 @@ def finish(run: Run):
         run.log(f"  {condition:24s} {verdict:9s} {reason}")
     run.log(outcome)
     folder = run.output
-    run.log(f"files are in {folder}; next: tools/report.py {folder}, tools/audit.py {folder}, or TTT_EVAL_ONLY=1")
+    run.log(f"files are in {folder}; next: tools/report.py {folder}, tools/audit.py {folder} --data DATA_PATH")
 
 
 def configure(env) -> Config:
