@@ -91,6 +91,7 @@ def reload(a: Audit) -> tuple[str, str]:
     if headline is not None and abs(headline - now) > 1e-5:
         faults.append(f"val_bpb: {now:.6f} by the artifact's own settings, result.json has {headline:.6f}")
     settings = {k: v for k, v in scored.result.get("settings", {}).items() if a.artifact.settings.get(k, v) != v}
+    settings.pop("max_wallclock_seconds", None)  # the audit's own runs have no budget
     if settings:
         faults.append(f"result.json was scored with other settings than the artifact holds: {', '.join(settings)}")
     return verdict_of(faults, f"{how}: {now:.6f} BPB" + ("" if claimed else " (no result.json to compare with)"))
