@@ -1427,9 +1427,14 @@ def check_tokens(path: Path, tokens: ndarray, cfg: Config):
     )
 
 
+def tokenizer_file(cfg: Config) -> Path:
+    """TOKENIZER_PATH, or tokenizer.model beside the shards, whether it is there or not."""
+    return Path(cfg.tokenizer_path) if cfg.tokenizer_path else Path(cfg.data_path) / "tokenizer.model"
+
+
 def tokenizer_path(cfg: Config) -> Path:
-    """TOKENIZER_PATH, or tokenizer.model beside the shards; UserError where there is no such file."""
-    path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else Path(cfg.data_path) / "tokenizer.model"
+    """tokenizer_file; UserError where there is no such file."""
+    path = tokenizer_file(cfg)
     require(path.is_file(), f"TOKENIZER_PATH={path}: no such file")
     return path
 
@@ -1490,7 +1495,7 @@ def fingerprint(cfg: Config, val: ValidationStream) -> dict:
     # The contest's validation set has the first 50,000 documents of FineWeb.
     contest = size in CONTEST_SETS.get(len(val.tokens), ()) and len(val.starts) == 50_000
     manifest = Path(cfg.data_path) / "manifest.json"
-    model = Path(cfg.tokenizer_path or manifest.with_name("tokenizer.model"))
+    model = tokenizer_file(cfg)
     facts = {
         "val_tokens": len(val.tokens),
         "val_targets": val.targets,
