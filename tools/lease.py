@@ -181,7 +181,8 @@ class Job:
         """Notes its end, and keeps its result beside its log: a later run may overwrite that in the artifact folder."""
         if self.state == "runs" and (rc := self.child.poll()) is not None:
             self.state, self.rc, self.ended = "ended" if rc == 0 else f"failed({rc})", rc, time.time()
-            path = self.artifacts / ("eval_result.json" if "continues" in self.entry else "result.json")
+            evaluates = self.words().get("TTT_EVAL_ONLY") == "1"
+            path = self.artifacts / ("eval_result.json" if evaluates else "result.json")
             if "script" in self.entry and path.exists() and path != self.folder / "result.json":
                 shutil.copy(path, self.folder / "result.json")
 
