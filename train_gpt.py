@@ -751,12 +751,15 @@ def help_text() -> str:
     lines = [
         "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf))"
     ]
-    for f in dataclasses.fields(Config):
+    settings = dataclasses.fields(Config)
+    if not settings[0].metadata["meaning"]:
+        lines.append("A packed script has no meanings: docs/SETTINGS.md of its repository has them, and --help there")
+    for f in settings:
         if f.name in GROUPS:
             lines.append(f"\n{GROUPS[f.name]}")
-        within = f.metadata["within"]
-        limits = "" if within in ("", "[0, inf)") else f"; {within}"
-        lines.append(f"  {f.name.upper():28s} {str(f.default) or '(empty)':>13s}   {f.metadata['meaning']}{limits}")
+        within = f.metadata["within"].replace("[0, inf)", "")
+        text = "; ".join(filter(None, (f.metadata["meaning"], within)))
+        lines.append(f"  {f.name.upper():28s} {str(f.default) or '(empty)':>13s}   {text}".rstrip())
     return "\n".join(lines)
 
 
@@ -6531,16 +6534,17 @@ def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source in a latin-1 string (3 % overhead where base85 has 25 %), by bz2,
     which takes 2 % less than LZMA for text of this length."""
     stripped = strip_source(source)
-    if without_docstrings(stripped) != without_docstrings(source):  # a string with a blank line in it
+    if without_prose(stripped) != without_prose(source):
         raise RuntimeError("stripping comments would change the program")
     text = bz2.compress(stripped.encode()).decode("latin-1").translate(ESCAPES)
     return (BOOTSTRAP % text).encode("latin-1")
 
 
 def strip_source(source: str) -> str:
-    """The source without comments, docstrings and blank lines.
+    """The source without comments, docstrings, blank lines and what settings mean.
 
     Names, annotations and layout stay, since Triton and torch read them."""
+    source = without_meanings(source)
     lines = source.split("\n")
     docstrings = set()  # numbers of lines that hold nothing but a docstring
     for node in documented(ast.parse(source)):
@@ -6563,11 +6567,29 @@ def strip_source(source: str) -> str:
     return "\n".join(remaining) + "\n"
 
 
-def without_docstrings(source: str) -> str:
-    """The syntax tree as text, docstrings left out."""
+def without_meanings(source: str) -> str:
+    """The source with an empty text in place of what each setting means, which --help alone reads."""
+    lines = source.encode().split(b"\n")  # the columns of a syntax tree count bytes
+    for text in reversed(meanings(ast.parse(source))):  # what stands before keeps its place
+        begin = lines[text.lineno - 1][: text.col_offset]
+        rest = lines[text.end_lineno - 1][text.end_col_offset :]
+        lines[text.lineno - 1 : text.end_lineno] = [begin + b'""' + rest]
+    return b"\n".join(lines).decode()
+
+
+def meanings(tree: ast.Module) -> list:
+    """The strings that say what settings mean, in the order of the source: the second argument of `setting`."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call.args[1] for call in calls if getattr(call.func, "id", "") == "setting" and call.args[1:]]
+
+
+def without_prose(source: str) -> str:
+    """The syntax tree as text, docstrings and meanings of settings left out."""
     tree = ast.parse(source)
     for node in documented(tree):
         del node.body[0]
+    for text in meanings(tree):
+        text.value = ""
     return ast.dump(tree)
 
 

@@ -1,8 +1,11 @@
 """The packed script: it is the source, it runs alone, and a file on disk is always whole."""
 
 import ast
+import dataclasses
+import importlib
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -24,9 +27,12 @@ SOURCE = (ROOT / "train_gpt.py").read_text()
 
 
 def bare(source: str) -> str:
-    """The syntax tree without docstrings."""
+    """The syntax tree without docstrings and what settings mean."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+            if ast.unparse(node.value.func) == "setting":
+                node.value.args[1] = ast.Constant("")
         if (
             isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
             and ast.get_docstring(node) is not None
@@ -69,6 +75,11 @@ HOSTILE = {
     "joined lines": "x = (1 +  # one\n     # two\n\n     2)\ny = 1 + \\\n    2\n",
     "async": 'async def f():\n    """Doc."""\n    return 1\n',
     "unusual white space": 'x = "a\x0cb"\ny = "c\u2028d"  # e\n\x0c\nz = 1  # f\n',
+    "meanings of settings": (
+        'é: str = setting("è", "à" ",", "a, b")  # ü\nb: int = setting(1,  # one\n    "two "  # three\n\n    "four")\n'
+    ),
+    "two settings on a line": 'a: int = setting(1, "one"); b: int = setting(2, "two")\nx = "one"; y = "two"\n',
+    "meanings of nothing": 'x = setting(1)\ny = self.setting(1, "stays")\nz = other(1, "stays")\n',
     "escapes": 'x = "\\\\ \\" \\n"\ny = r"\\n"\nz = b"\\x00\\xff"\n',
 }
 
@@ -77,6 +88,33 @@ HOSTILE = {
 def test_stripping_keeps_any_program(name):
     stripped = strip_source(HOSTILE[name])
     assert bare(stripped) == bare(HOSTILE[name]) and strip_source(stripped) == stripped
+
+
+def test_stripping_drops_what_settings_mean_and_nothing_else(tmp_path, monkeypatch):
+    class Blank(ast.NodeTransformer):
+        def visit_Constant(self, node):
+            return ast.Constant(node.value.replace("what it means", "")) if isinstance(node.value, str) else node
+
+    source = 'a: str = setting("what it is", "what it means", "what it is, else")\nfail("a error of a, what it is")\n'
+    want = ast.unparse(Blank().visit(ast.parse(source)))
+    assert ast.unparse(ast.parse(strip_source(source))) == want
+    meanings = [f.metadata["meaning"] for f in dataclasses.fields(train_gpt.Config)]
+    stripped = strip_source(SOURCE)
+    assert not [text for text in meanings if text in stripped]
+    # What decides a run stays: names, types, defaults and limits; so do the texts of all errors.
+    (tmp_path / "stripped.py").write_text(stripped)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("stripped")
+    facts = lambda cls: [(f.name, f.type, f.default, f.metadata["within"]) for f in dataclasses.fields(cls)]
+    assert facts(module.Config) == facts(train_gpt.Config)
+    assert not any(f.metadata["meaning"] for f in dataclasses.fields(module.Config))
+
+
+@pytest.mark.parametrize("meaning", ("name", "name.value", '"a" + b', "make()"))
+def test_only_a_text_can_be_dropped(meaning):
+    """Dropping a meaning that is computed could change the program."""
+    with pytest.raises(RuntimeError, match="would change the program"):
+        pack_script(f"a: int = setting(1, {meaning})\n")
 
 
 def test_unpack_prints_what_packs_to_the_shipped_bytes():
@@ -235,7 +273,11 @@ def test_help_from_an_empty_folder(tmp_path):
         and out.stderr == ""
         and "TRAIN_BATCH_TOKENS" in out.stdout
         and "MUON_MOMENTUM" in out.stdout
+        and "docs/SETTINGS.md" in out.stdout
+        and not re.search(r"[ ;]$", out.stdout, re.M)
     )
+    assert "docs/SETTINGS.md" not in train_gpt.help_text()
+    assert f"{train_gpt.Config().train_batch_tokens}   (0, inf)" in out.stdout  # a default and its limits
     assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"] and (
         tmp_path / "train_gpt.py"
     ).read_bytes() == before
