@@ -662,6 +662,17 @@ SHARED_WORDS = set(
 FIRST_WORDS = {f.name.upper().split("_")[0] for f in dataclasses.fields(Config)}
 LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # launchers set names like these beside them, as GLOBAL_RANK
 OUR_PREFIXES = tuple(f"{word}_" for word in FIRST_WORDS - SHARED_WORDS)
+# How other names of published scripts begin, which would else be ignored in silence. tools/migrate.py knows each.
+FOREIGN = tuple(
+    "ACTIVATION ADAM_LR ADAM_WEIGHT ASYMMETRIC_LOGIT BANK_SPLIT BATCH_SCHEDULE BATCH_TOKENS BIGRAM_ BITNET_ "
+    "BLOCK_LARS BLOCK_TYPE CANON_ CASEOPS_ CAUTIOUS_ CHURN_ CLIP_MULT COMPILE_MODE COMPRESSOR CONTROL_TENSOR "
+    "CORR_WEIGHT DATASETS_ DATA_DIR DIFF_ATTN DISABLE_LAYER DTG_ EMBEDDING_ ETLB_ FP16_ FP_STORAGE FUSED_CE GATE_ "
+    "GLOBAL_TTT HEAD_LR HESSIAN_ INT4_ INT5_ INT6_ INT8_ LATE_QAT LAWA_ LORA_ MIXED_QUANT MTP_ NEGATIVE_SLOPE N_INT6 "
+    "PARALLEL_RES PARALLEL_START POLAR_ POST_GPTQ PRUNE_ QAT QUANT_CLIP RECUR_ REFINER REPEAT_UNTIE RUN_ID SAVE_QUANT "
+    "SEQ_LEN SEQ_SCHEDULE SKIP_POST SLIDING_ SLOT_ SMEAR SOFTCAP_ STRIDE SWA_ SW_EVAL TARGET_MB TEMP_SCALING "
+    "TIE_EMBED TRAINING_DEPTH TRIGRAM TVERSKY_ UNTIE_ USE_COMPILE USE_GPTQ USE_INT6 USE_POLAR USE_SMEAR USE_ZSTD "
+    "VALUE_RES VE_ WD_TAPER WEIGHT_DECAY YARN_ ZSTD_".split()
+)
 
 
 def still_set(stored: dict) -> dict:
@@ -682,8 +693,10 @@ def letters(name: str) -> list[str]:
 
 def wrong_names(env, fields, warn: bool) -> list[str]:
     """What is wrong with the names of the environment: those that begin like a setting, or have the letters of one, and
-    are none. With `warn`, other near misses are printed."""
+    are none. With `warn`, other near misses are printed, and names of other scripts."""
     wrong = []
+    strange = []  # like no setting
+    foreign = []
     for name in sorted(set(env) - set(fields)):
         fixed = RETIRED.get(name.lower())
         if fixed is not None:
@@ -696,12 +709,20 @@ def wrong_names(env, fields, warn: bool) -> list[str]:
         # MODLE_DIM, NUMLAYERS; short names may have a setting's letters by chance
         misspelt = len(name) > 6 and letters(name) in map(letters, fields)
         ours = misspelt or name.startswith(OUR_PREFIXES)
-        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if ours else 0.8)
-        question = f"; did you mean {nearest[0]}?" if nearest else ""
+        # Close enough for a slip of the hand: TTT_LR of other scripts is not TTT_LORA_LR.
+        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if misspelt else 0.88)
+        question = f"is not a setting; did you mean {nearest[0]}?" if nearest else ""
         if ours:
-            wrong.append(f"{name} is not a setting{question}")
+            wrong.append(f"{name} {question}") if nearest else strange.append(name)
+        elif name.startswith(FOREIGN):
+            foreign.append(name)
         elif warn and nearest and nearest[0] not in LAUNCHED & env.keys():
-            print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
+            print(f"warning: the environment has {name}, which {question}", file=sys.stderr)
+    translator = "tools/migrate.py translates the settings of other scripts"
+    if strange:
+        wrong.append(f"not settings: {', '.join(strange)}; {translator}")
+    if warn and foreign:
+        print(f"warning: without effect here: {', '.join(foreign)}; {translator}", file=sys.stderr)
     return wrong
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tools import migrate
 from tools.migrate import NO_EFFECT, OTHER, UNSUPPORTED
-from train_gpt import Config
+from train_gpt import FOREIGN, RETIRED, Config, UserError
 
 FIXTURE = Path(__file__).with_name("published_names.txt")
 RECORDS = dict(line.split(": ", 1) for line in FIXTURE.read_text().splitlines() if not line.startswith("#"))
@@ -41,6 +41,44 @@ def test_every_name_of_twenty_published_records_has_a_place(record):
             assert "does not know" not in fate.note, name
             assert fate.settings or fate.note and fate.verdict in (NO_EFFECT, UNSUPPORTED), name
             assert set(fate.settings) <= set(FIELDS), name
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_the_script_points_here_for_every_name_of_a_record(record, capsys):
+    """Together in one line; no name is ignored in silence, and by itself it is at least a near miss, like TTT_BETA1."""
+    names = [name for name in RECORDS[record].split() if name not in FIELDS and name.lower() not in RETIRED]
+    for given in (names, *([name] for name in names)) if names else ():
+        told = ""
+        try:
+            Config.from_env(dict.fromkeys(given, "1"))
+        except UserError as error:
+            told = str(error)
+        warned = capsys.readouterr().err
+        assert told.count("migrate.py") <= 1 and warned.count("\n") <= 1
+        near = given != names and "did you mean" in told
+        assert "tools/migrate.py" in told + warned or near
+        assert all(re.search(rf"\b{name}\b", told + warned) for name in given), given
+
+
+MISLEADING = (
+    "VAL_BATCH_SIZE PHASED_TTT_ENABLED TTT_LR MUON_WEIGHT_DECAY EMA_ENABLED VAL_LOSS_EVERY WEIGHT_DECAY LORA_RANK"
+)
+
+
+@pytest.mark.parametrize("name", MISLEADING.split())
+def test_no_other_setting_is_suggested_for_a_foreign_name(name, capsys):
+    told = ""
+    try:
+        Config.from_env({name: "1"})
+    except UserError as error:
+        told = str(error)
+    told += capsys.readouterr().err
+    assert "did you mean" not in told and "tools/migrate.py" in told
+
+
+def test_words_of_others_are_not_foreign():
+    for name in "HOME PATH SLURM_JOB_ID USER USE_TF GATEWAY PARALLEL_JOBS SEQ BATCH LORA BLOCKSIZE INT".split():
+        assert not name.startswith(FOREIGN)
 
 
 def test_a_known_name_stands_in_one_table():

@@ -57,7 +57,7 @@ def test_a_meaning_stands_alone(meaning):
         ("EMA_DECAI", "EMA_DECAY"),
         ("GPTQ_CALIBRATION_BATCH", "GPTQ_CALIBRATION_BATCHES"),
         ("ROPE_DIM", "ROPE_DIMS"),
-        ("TTT_EVAL", "TTT_EVAL_ONLY"),
+        ("TTT_EVAL_ONY", "TTT_EVAL_ONLY"),
     ),
 )
 def test_an_unknown_name_with_our_prefix_is_an_error_that_names_the_nearest(name, near):
