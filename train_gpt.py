@@ -185,7 +185,7 @@ ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 # Fields of Config that do not decide the result: paths, modes, ranks.
 NOT_SETTINGS = frozenset(
     "data_path tokenizer_path artifact_dir ledger_path ttt_eval_only quantize_only check_only device attention "
-    "fa3_library rank local_rank world_size rendezvous_seconds train_log_every".split()
+    "fa3_library rank local_rank world_size rendezvous_seconds train_log_every val_every_steps".split()
 )
 
 # Settings of earlier scripts and the value that is now fixed. An artifact that holds one of them with this value loads.
@@ -373,6 +373,9 @@ class Config:
         "least learning rate in the fall of WARMDOWN_FRAC, as a share of its full value")
     train_log_every: int = setting(100,
         "training steps between log lines", "(0, inf)")
+    val_every_steps: int = setting(0,
+        "training steps between scores of the first validation documents, some 500,000 tokens, by the weights of that "
+        "step: shown in the log, never val_bpb, and training goes on as without; 0: none")
 
     # Optimizers
     matrix_lr: float = setting(0.026,
@@ -583,7 +586,7 @@ class Config:
             wrong += cfg.out_of_range()
             if not wrong:
                 cfg.validate()
-        require(not wrong, f"{' | '.join(sorted(wrong))} (--help lists all settings)")
+        require(not wrong, f"{' | '.join(sorted(wrong))} (--help lists all settings; {TRANSLATOR})")
         return cfg
 
     def validate(self):
@@ -662,6 +665,7 @@ SHARED_WORDS = set(
 FIRST_WORDS = {f.name.upper().split("_")[0] for f in dataclasses.fields(Config)}
 LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # launchers set names like these beside them, as GLOBAL_RANK
 OUR_PREFIXES = tuple(f"{word}_" for word in FIRST_WORDS - SHARED_WORDS)
+TRANSLATOR = "tools/migrate.py translates those of other scripts"
 # How other names of published scripts begin, which would else be ignored in silence. tools/migrate.py knows each.
 FOREIGN = tuple(
     "ACTIVATION ADAM_LR ADAM_WEIGHT ASYMMETRIC_LOGIT BANK_SPLIT BATCH_SCHEDULE BATCH_TOKENS BIGRAM_ BITNET_ "
@@ -695,7 +699,6 @@ def wrong_names(env, fields, warn: bool) -> list[str]:
     """What is wrong with the names of the environment: those that begin like a setting, or have the letters of one, and
     are none. With `warn`, other near misses are printed, and names of other scripts."""
     wrong = []
-    strange = []  # like no setting
     foreign = []
     for name in sorted(set(env) - set(fields)):
         fixed = RETIRED.get(name.lower())
@@ -711,18 +714,15 @@ def wrong_names(env, fields, warn: bool) -> list[str]:
         ours = misspelt or name.startswith(OUR_PREFIXES)
         # Close enough for a slip of the hand: TTT_LR of other scripts is not TTT_LORA_LR.
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if misspelt else 0.88)
-        question = f"is not a setting; did you mean {nearest[0]}?" if nearest else ""
+        question = f"; did you mean {nearest[0]}?" if nearest else ""
         if ours:
-            wrong.append(f"{name} {question}") if nearest else strange.append(name)
+            wrong.append(f"{name} is not a setting{question}")
         elif name.startswith(FOREIGN):
             foreign.append(name)
         elif warn and nearest and nearest[0] not in LAUNCHED & env.keys():
-            print(f"warning: the environment has {name}, which {question}", file=sys.stderr)
-    translator = "tools/migrate.py translates the settings of other scripts"
-    if strange:
-        wrong.append(f"not settings: {', '.join(strange)}; {translator}")
+            print(f"warning: the environment has {name}, which is not a setting{question}", file=sys.stderr)
     if warn and foreign:
-        print(f"warning: without effect here: {', '.join(foreign)}; {translator}", file=sys.stderr)
+        print(f"warning: not settings here: {', '.join(foreign)}; {TRANSLATOR}", file=sys.stderr)
     return wrong
 
 
@@ -772,10 +772,9 @@ def help_text() -> str:
     lines = [
         "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf))"
     ]
-    settings = dataclasses.fields(Config)
-    if not settings[0].metadata["meaning"]:
+    if PACKED:
         lines.append("A packed script has no meanings: docs/SETTINGS.md of its repository has them, and --help there")
-    for f in settings:
+    for f in dataclasses.fields(Config):
         if f.name in GROUPS:
             lines.append(f"\n{GROUPS[f.name]}")
         within = f.metadata["within"].replace("[0, inf)", "")
@@ -971,6 +970,7 @@ class Phases:
         "setup": None,
         "warmup": None,
         "save": None,
+        "subset": None,
         "diagnostic": None,
         "write": None,
     }
@@ -3932,11 +3932,12 @@ class Schedule:
 class Trainer:
     """Everything a training run holds: data, optimizer, schedule, and the curve it leaves."""
 
-    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log):
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks, log: Log, diagnose: Callable = None):
         self.model = model
         self.cfg = cfg
         self.ranks = ranks
         self.log = log
+        self.diagnose = diagnose  # what VAL_EVERY_STEPS calls, with model, loops or none, steps so far and clock
         self.stream = TrainStream(cfg)
         self.fetch = Prefetch(self.stream, ranks)
         self.optimizer = Optimizer(model, cfg, ranks)
@@ -3984,6 +3985,8 @@ class Trainer:
             step += 1
             if step <= 5 or step % cfg.train_log_every == 0:  # the first steps show a mistake early
                 self.report(step, loss, lr_scale, clock)
+            if cfg.val_every_steps and step % cfg.val_every_steps == 0:
+                self.diagnose(self.model, looped, step, clock)
         seconds = clock.stop()
         self.optimizer.use_average(step)
         tokens = step * cfg.train_batch_tokens
@@ -6547,6 +6550,8 @@ sys.excepthook=traceback.print_exception
 linecache.cache[__file__]=len(PACKED_SOURCE),None,io.StringIO(PACKED_SOURCE).readlines(),__file__
 exec(compile(PACKED_SOURCE,__file__,"exec"))
 """
+# The string, in one or more pieces, at the beginning of a setting's second line: --help alone reads it.
+MEANING = r'(: \w+ = setting\([^\n]*,\n *)("(?:[^"\\\n]|\\.)*"\s*)+'
 MOST_SOURCE = 1 << 25  # bytes that --unpack prints
 ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'})
 
@@ -6565,7 +6570,7 @@ def strip_source(source: str) -> str:
     """The source without comments, docstrings, blank lines and what settings mean.
 
     Names, annotations and layout stay, since Triton and torch read them."""
-    source = without_meanings(source)
+    source = re.sub(MEANING, r'\1""', source)
     lines = source.split("\n")
     docstrings = set()  # numbers of lines that hold nothing but a docstring
     for node in documented(ast.parse(source)):
@@ -6588,29 +6593,15 @@ def strip_source(source: str) -> str:
     return "\n".join(remaining) + "\n"
 
 
-def without_meanings(source: str) -> str:
-    """The source with an empty text in place of what each setting means, which --help alone reads."""
-    lines = source.encode().split(b"\n")  # the columns of a syntax tree count bytes
-    for text in reversed(meanings(ast.parse(source))):  # what stands before keeps its place
-        begin = lines[text.lineno - 1][: text.col_offset]
-        rest = lines[text.end_lineno - 1][text.end_col_offset :]
-        lines[text.lineno - 1 : text.end_lineno] = [begin + b'""' + rest]
-    return b"\n".join(lines).decode()
-
-
-def meanings(tree: ast.Module) -> list:
-    """The strings that say what settings mean, in the order of the source: the second argument of `setting`."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return [call.args[1] for call in calls if getattr(call.func, "id", "") == "setting" and call.args[1:]]
-
-
 def without_prose(source: str) -> str:
     """The syntax tree as text, docstrings and meanings of settings left out."""
     tree = ast.parse(source)
     for node in documented(tree):
         del node.body[0]
-    for text in meanings(tree):
-        text.value = ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setting":
+            for meaning in node.args[1:2]:
+                meaning.value = ""  # of a constant; another expression stays as it is
     return ast.dump(tree)
 
 
@@ -6636,6 +6627,8 @@ def unpack_script(path: Path) -> str:
 
 
 # ======== Main ========================================================================================================
+
+SUBSET = 1 << 19  # first validation targets: VAL_EVERY_STEPS scores the documents that begin there
 
 
 class Run:
@@ -6708,9 +6701,9 @@ class Run:
         known = {name: self.result["data"].get(name) for name in ("tokenizer_sha256", "transform")}
         return {"settings": self.cfg.settings()} | known
 
-    def scoring(self, model: GPT, name: str) -> ScoringPass:
-        """A pass over the validation stream, with a ledger of its own."""
-        ledger = Ledger(name, self.val.target_bytes, self.verdicts)
+    def scoring(self, model: GPT, name: str, end: int | None = None) -> ScoringPass:
+        """A pass over the validation stream, up to target `end`, with a ledger of its own."""
+        ledger = Ledger(name, self.val.target_bytes[:end], self.verdicts)
         progress = Progress(self.ranks, self.log)
         return ScoringPass(model, self.cfg, self.ranks, self.log, self.val, ledger, progress)
 
@@ -6738,6 +6731,22 @@ class Run:
         with self.phases("diagnostic"):
             bpb = score_stream(self.scoring(model, name))
         self.record(name, bpb)
+
+    def diagnose_subset(self, model: GPT, looped: bool, step: int, clock: Clock):
+        """BPB of the documents that begin within SUBSET, by the weights in memory, while the training clock stands."""
+        stands = clock.stop()
+        with self.phases("subset"):
+            last = np.searchsorted(self.val.starts, SUBSET)
+            scoring = self.scoring(model, "subset", np.append(self.val.starts, self.val.targets)[last])
+            cfg = self.cfg if looped else dataclasses.replace(self.cfg, num_loops=0)
+            score_documents(scoring._replace(cfg=cfg), 0, last)
+            bpb = scoring.ledger.bpb()
+        self.phases.latest = "steps"
+        self.log(f"step {step:6d}: {bpb:.4f} BPB of the first validation documents")
+        self.result.setdefault("val_curve", []).append((step, round(stands, 3), bpb))
+        spent = clock.stop() - stands
+        clock.start += spent
+        self.phases.seconds["steps"] -= spent
 
 
 def artifact_folder(cfg: Config) -> Path:
@@ -6826,7 +6835,7 @@ def train(run: Run, model: GPT):
     model.init_weights(run.cfg.seed)
     init_joined(model.tok_emb, operator_joins(run.cfg))
     run.log(f"{parameter_count(model):,} parameters")
-    trainer = Trainer(model, run.cfg, run.ranks, run.log)
+    trainer = Trainer(model, run.cfg, run.ranks, run.log, run.diagnose_subset)
     with run.phases("warmup"):
         trainer.warm_up()
     run.log(f"warmed up in {run.phases.seconds['warmup']:.1f} s")

@@ -266,6 +266,8 @@ def test_failed_condition_and_short_run(tmp_path, capsys):
         (json.dumps(RESULT | {"seconds": {"eval": None}}), "seconds of eval"),
         (json.dumps(RESULT | {"training": {"steps": "many"}}), "steps is 'many'"),
         (json.dumps(RESULT | {"training": {"curve": [[1, 2.0]]}}), "curve"),
+        (json.dumps(RESULT | {"val_curve": [[1, 2.0]]}), "val_curve"),
+        (json.dumps(RESULT | {"val_curve": 1.5}), "val_curve"),
         (json.dumps(RESULT | {"data": RESULT["data"] | {"val_bytes": 0}}), "val_bytes is 0"),
         (json.dumps(RESULT | {"verdicts": {"C1": {"verdict": "LEGAL", "reason": ""}}}), "on C1 is 'LEGAL'"),
         (json.dumps(RESULT | {"verdicts": {"C1": {"verdict": ["PASS"], "reason": ""}}}), "on C1 is ['PASS']"),
@@ -463,6 +465,18 @@ def test_loss_is_smoothed_over_its_points(tmp_path, monkeypatch, narrow):
     rough, smooth = (np.abs(np.diff(y, 2)).mean() for y in (curve[:, 2], line.get_ydata()))
     assert smooth < rough / 10
     assert line.get_ydata()[[0, -1]] == pytest.approx(curve[[0, -1], 2])  # not bent at its ends
+
+
+def test_scores_during_training_have_an_axis_of_their_own(tmp_path, monkeypatch):
+    curve = [[100, 10.0, 2.5], [200, 20.0, 2.0]]
+    both = [curved_run(tmp_path, "a", val_curve=curve), curved_run(tmp_path, "b")]
+    figure = figures(monkeypatch, plots.plot_loss, both)
+    assert len(figure.axes) == 4
+    for axis, column in zip(figure.axes[2:], (0, 1)):
+        assert axis.lines[0].get_xdata().tolist() == [row[column] for row in curve]
+        assert axis.lines[0].get_ydata().tolist() == [2.5, 2.0] and len(axis.lines[1].get_xdata()) == 0
+        assert axis.lines[0].get_color() == figure.axes[0].lines[0].get_color() and "BPB" in axis.get_ylabel()
+    assert len(figures(monkeypatch, plots.plot_loss, both[1:]).axes) == 2
 
 
 def test_a_running_mean_keeps_a_straight_line():

@@ -2,6 +2,8 @@
 the same bytes from the same settings."""
 
 import math
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -360,6 +362,99 @@ def test_more_ranks_than_micro_batches(tmp_path):
     one, two = result(tmp_path / "1"), result(tmp_path / "2")
     assert [c[2] for c in one["training"]["curve"]] == pytest.approx([c[2] for c in two["training"]["curve"]], abs=1e-5)
     assert one["bpb"] == pytest.approx(two["bpb"], abs=1e-5)
+
+
+# ---- scores while it trains ----
+
+SCORED = {**RUN, "iterations": 4, "ema_decay": 0.0, "val_every_steps": 2}
+
+
+def weights(folder) -> dict:
+    arrays = dict(np.load(folder / "trained.npz"))
+    arrays.pop("meta")
+    return arrays
+
+
+def test_scores_on_the_way_change_no_weight(tmp_path):
+    """Bit for bit, and the last of them, by the last weights, is the score of the trained model."""
+    for name, every in (("with", 2), ("without", 0)):
+        main({**SCORED, "val_every_steps": every}, tmp_path / name).ok()
+    scored, plain = result(tmp_path / "with"), result(tmp_path / "without")
+    arrays = weights(tmp_path / "with")
+    assert all((arrays[name] == other).all() for name, other in weights(tmp_path / "without").items())
+    assert scored["bpb"] == plain["bpb"] and scored["settings_sha256"] == plain["settings_sha256"]
+    assert (tmp_path / "with/model.bin").read_bytes() == (tmp_path / "without/model.bin").read_bytes()
+    assert [step for step, _, _ in scored["val_curve"]] == [2, 4] and "val_curve" not in plain
+    assert scored["val_curve"][-1][2] == scored["bpb"]["trained"]
+    seconds = scored["seconds"]
+    assert seconds["subset"] > 0 and "subset" not in plain["seconds"]
+    assert seconds["train"] == pytest.approx(sum(seconds[name] for name in ("steps", "calibrate", "quantize")))
+    log = (tmp_path / "with/train.log").read_text()
+    told = [
+        f"step {step:6d}: {bpb:.4f} BPB of the first validation documents\n" for step, _, bpb in scored["val_curve"]
+    ]
+    assert all(line in log for line in told)
+
+
+def test_loops_are_scored_as_they_are_trained(tmp_path):
+    """Before they switch on, the network without them; afterwards with them."""
+    never = main(
+        {**SCORED, "num_loops": 0, "iterations": 3, "val_every_steps": 1, "max_wallclock_seconds": 0}, tmp_path / "0"
+    )
+    late = main({**SCORED, "enable_looping_at": 0.6, "iterations": 3, "val_every_steps": 1}, tmp_path / "late")
+    never.ok(), late.ok()
+    curves = [[bpb for *_, bpb in result(tmp_path / name)["val_curve"]] for name in ("0", "late")]
+    assert curves[0][:2] == curves[1][:2] and curves[0][2] != curves[1][2]
+
+
+def test_scores_on_the_way_are_of_the_first_documents(monkeypatch, tmp_path):
+    """Of whole documents: those that begin within SUBSET. One that begins behind it has no part."""
+    calls = []
+    score = train_gpt.score_documents
+    monkeypatch.setattr(train_gpt, "score_documents", lambda s, a, b: calls.append((s.ledger, a, b)) or score(s, a, b))
+    monkeypatch.setattr(train_gpt, "SUBSET", 60)
+    main({**SCORED, "iterations": 2, "ttt_enabled": False}, tmp_path).ok()
+    (ledger, first, last), (whole, *_), *_ = calls
+    starts = np.flatnonzero(train_gpt.ValidationStream(config(RUN, data_path=str(data()))).tokens == BOS)
+    assert ledger.name == "subset" and first == 0 and starts[last - 1] < 60 <= starts[last]
+    assert len(ledger.nats) == starts[last] < len(whole.nats)
+    assert (ledger.nats == whole.nats[: len(ledger.nats)]).all()
+
+
+def test_scores_on_the_way_take_no_time_of_training(monkeypatch, tmp_path):
+    """Of neither clock nor phase, whatever they take: here an hour, by a clock that else moves a little a reading."""
+    now = [0.0]
+
+    def reading() -> float:
+        now[0] += 2.0**-10
+        return now[0]
+
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(**vars(time) | {"perf_counter": reading}))
+    score = train_gpt.score_documents
+
+    def slow(scoring, *documents):
+        now[0] += 3600 * (scoring.ledger.name == "subset")
+        score(scoring, *documents)
+
+    monkeypatch.setattr(train_gpt, "score_documents", slow)
+    main({**SCORED, "max_wallclock_seconds": 600}, tmp_path).ok()
+    found = result(tmp_path)
+    assert 7200 <= found["seconds"]["subset"] < 7201 and 0 < found["seconds"]["steps"] < found["seconds"]["train"] < 1
+    assert found["training"]["seconds"] < 1 and [seconds < 1 for _, seconds, _ in found["val_curve"]] == [True, True]
+    assert found["training"]["steps"] == 4 and found["verdicts"]["train_budget"]["verdict"] == "PASS"
+
+
+def test_scores_on_the_way_are_those_of_all_ranks(tmp_path):
+    def run(rank, world, folder):
+        outcome = main({**SCORED, "rank": rank, "local_rank": rank, "world_size": world}, folder / str(world))
+        assert outcome.code == 0, outcome.err
+
+    for world in (1, 2):
+        forked(run, world, tmp_path)
+    one, two = (result(tmp_path / str(world)) for world in (1, 2))
+    assert [step for step, *_ in two["val_curve"]] == [2, 4]
+    assert [bpb for *_, bpb in two["val_curve"]] == pytest.approx([bpb for *_, bpb in one["val_curve"]], abs=1e-5)
+    assert two["val_curve"][-1][2] == two["bpb"]["trained"]
 
 
 CLOCK = "model.bin holds wall-clock seconds: meta['seconds'] and the times in meta['training']['curve']"

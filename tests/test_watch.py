@@ -40,6 +40,15 @@ def test_the_lines_are_those_that_train_gpt_writes():
     assert run.ended and "val_bpb" in run.state
 
 
+def test_the_latest_bpb_of_a_run_that_scores_meanwhile(tmp_path):
+    lines = (
+        "step     10: 2.5000 BPB of the first validation documents\nstep    100: 1.2345 BPB of the first validation\n"
+    )
+    log(tmp_path / "a", [9, 5], lines + LINE.format(110, 1, 3.2, 9))
+    run = watch.read_run(tmp_path / "a", "step")
+    assert run.state.startswith("1.2345 BPB at step 100 | step    110") and len(run.points) == 3
+
+
 @pytest.mark.parametrize("end", ["val_bpb 1.234567\nwhat to do next\n", "no val_bpb: C3 failed\n"])
 def test_a_run_that_ended(tmp_path, end):
     log(tmp_path / "a", [5, 4], end)

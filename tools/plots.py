@@ -27,6 +27,7 @@ PHASE_COLOURS = {
     "prepare": "#fdba74",
     "read": "#fed7aa",
     "diagnostic": "#374151",
+    "subset": "#4b5563",
     "warmup": "#6b7280",
     "setup": "#9ca3af",
     "save": "#c3c8d0",
@@ -101,7 +102,8 @@ def smoothed(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 def plot_loss(runs: list[Run], narrow: bool = False) -> bytes | None:
     """Training loss over steps and over seconds: what was logged as points, their running mean as a line. Events of the
-    first run's log (loops on, a new attention span) are dotted lines."""
+    first run's log (loops on, a new attention span) are dotted lines. BPB of VAL_EVERY_STEPS, where runs have it, as
+    joined diamonds on an axis of its own at the right."""
     empty = np.zeros((0, 4))
     # step, seconds, loss, learning-rate factor
     curves = [np.array(run.result["training"].get("curve") or empty, dtype=float) for run in runs]
@@ -123,10 +125,23 @@ def plot_loss(runs: list[Run], narrow: bool = False) -> bytes | None:
         axis.set(xlabel=label, xlim=(0, None), ylabel="loss (nats per token)")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(axis="y")
+        plot_val_curves(runs, column, axis)
     how = "points: as logged" + (f"; line: mean of {window} in a row" if window > 1 else ", joined")
     box = {"frameon": True, "facecolor": "white", "edgecolor": "white", "framealpha": 1}  # no event shines through
     axes[1].legend(fontsize=8, title=how, title_fontsize=8, loc="upper right", alignment="left", **box)
     return as_png(figure)
+
+
+def plot_val_curves(runs: list[Run], column: int, axis) -> None:
+    """BPB of the first validation documents over steps (column 0) or seconds (1)."""
+    curves = [np.array(run.result.get("val_curve") or np.zeros((0, 3)), dtype=float) for run in runs]
+    if not any(len(curve) for curve in curves):
+        return
+    right = axis.twinx()
+    for (run, colour), curve in zip(coloured(runs), curves):
+        right.plot(curve[:, column], curve[:, 2], "D--", color=colour, linewidth=0.8, markersize=4, label=run.name)
+    right.set_ylabel("dashed: BPB of the first validation documents")
+    right.spines["right"].set_visible(True)
 
 
 def mark_events(run: Run, curve: np.ndarray, column: int, axis) -> None:

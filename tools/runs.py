@@ -37,7 +37,7 @@ STAGES = {
 }
 TRAIN_PHASES = ("steps", "calibrate", "quantize")  # what counts against the training budget
 # In neither budget; every other phase is evaluation.
-OUTSIDE_PHASES = ("setup", "warmup", "save", "diagnostic", "write")
+OUTSIDE_PHASES = ("setup", "warmup", "save", "subset", "diagnostic", "write")
 ARTIFACT = ("train_gpt.py", "model.bin")
 # How much newer than its result a file may be: copying a folder gives new times, in any order. A run takes longer.
 COPY_SECONDS = 2.0
@@ -188,11 +188,12 @@ def odd_entries(result: dict, required: dict[str, type]) -> Iterator[str]:
         numbers = {name: training[name] for name in ("steps", "tokens", "epochs", "seconds") if name in training}
         numbers |= {name: settings[name] for name in ("max_wallclock_seconds", "artifact_cap") if name in settings}
         yield from (f"its {name} is {value!r}, no number" for name, value in numbers.items() if not finite(value))
-        curve = training.get("curve", [])
-        if not isinstance(curve, list) or not all(
-            isinstance(row, list) and len(row) == 4 and all(map(finite, row)) for row in curve
-        ):
-            yield "its training curve is not rows of four numbers"
+        curves = {"curve": (training.get("curve", []), 4), "val_curve": (result.get("val_curve", []), 3)}
+        for name, (curve, width) in curves.items():
+            if not isinstance(curve, list) or not all(
+                isinstance(row, list) and len(row) == width and all(map(finite, row)) for row in curve
+            ):
+                yield f"its {name} is not rows of {width} numbers"
     if "data" in required:
         counts = {name: value for name, value in result["data"].items() if name in DATA_COUNTS}
         yield from (

@@ -530,6 +530,11 @@ def verify_run(run: Run) -> list[str]:
         for step, _, loss, _ in result["training"].get("curve", ())
         if not re.search(rf"^step +{step}  .*loss {loss:.4f} ", run.log, re.M)
     ]
+    faults += [
+        f"{at}: step {step} has {bpb:.4f} BPB, its train.log does not"
+        for step, _, bpb in result.get("val_curve", ())
+        if not re.search(rf"^step +{step}: {bpb:.4f} BPB ", run.log, re.M)
+    ]
     return faults + inner_faults(run, failed)
 
 

@@ -23,6 +23,7 @@ if not __package__:  # run as a file
 from tools.runs import show_all_text, shown
 
 STEP = re.compile(r"^step +(\d+) +[\d.]+ % +loss ([\d.]+) .* ([\d.,]+) s(?:,|$)", re.M)
+BPB = re.compile(r"^step +(\d+): ([\d.]+ BPB) of the first", re.M)  # of VAL_EVERY_STEPS
 END = re.compile(r"^(no )?val_bpb\b.*", re.M)
 COLOURS = (34, 33, 32, 35, 36, 31)  # of terminals: blue, yellow, green, magenta, cyan, red
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of a braille character, by row and column
@@ -61,8 +62,9 @@ def read_run(run: Path, by: str) -> Watched:
     if ended:
         return Watched(name, points, ended[0], True)
     silent = time.time() - log.stat().st_mtime
+    scored = "".join(f"{bpb} at step {step} | " for step, bpb in BPB.findall(text)[-1:])
     since = f"no line for {silent / 60:.0f} min, the last: " if silent > 120 else ""
-    return Watched(name, points, since + (lines[-1] if lines else "nothing in its log yet"), False)
+    return Watched(name, points, scored + since + (lines[-1] if lines else "nothing in its log yet"), False)
 
 
 class Canvas:
