@@ -897,12 +897,16 @@ class Log:
             self.file = open(path, mode, encoding="utf-8", errors="backslashreplace")
             self.file.write(early)
 
-    def __call__(self, line: str, console: bool = True):
+    def __call__(self, line: str, console: bool = True, fleeting: bool = False):
+        """On a terminal, the next line takes the place of a fleeting one, whose end may be cut off there."""
         if self.main:
             line = line.replace(os.path.expanduser("~") + os.sep, "~/")  # logs are published: no private paths
             self.file.write(line + "\n")
             self.file.flush()
-            if console:
+            if console and sys.stdout.isatty():
+                width = shutil.get_terminal_size().columns - 1 if fleeting else None
+                say(f"{line[:width]}\033[K", end="\r" if fleeting else "\n")
+            elif console:
                 say(line)
 
 
@@ -4022,7 +4026,8 @@ class Trainer:
         self.log(
             f"step {step:6d}  {100 * progress:5.1f} %  loss {loss:.4f}  lr x {lr_scale:.3f}  "
             f"{1e3 * rate:7.1f} ms/step  {self.cfg.train_batch_tokens / rate:11,.0f} tokens/s  "
-            f"{seconds:6.1f} s, {max(left, 0):.0f} s left"
+            f"{seconds:6.1f} s, {max(left, 0):.0f} s left",
+            fleeting=True,
         )
 
 
@@ -5708,7 +5713,8 @@ class Progress:
         rate = done / (now - self.begun)
         left = max(len(ledger.nats) - done, 0) / max(rate, 1)
         bpb = nats / math.log(2) / max(size, 1)
-        self.log(f"  {100 * share:5.1f} %  BPB so far {bpb:.4f}  {rate:,.0f} targets/s  {left:.0f} s left")
+        line = f"  {100 * share:5.1f} %  BPB so far {bpb:.4f}  {rate:,.0f} targets/s  {left:.0f} s left"
+        self.log(line, fleeting=True)
 
 
 def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> ndarray:
@@ -6550,8 +6556,6 @@ sys.excepthook=traceback.print_exception
 linecache.cache[__file__]=len(PACKED_SOURCE),None,io.StringIO(PACKED_SOURCE).readlines(),__file__
 exec(compile(PACKED_SOURCE,__file__,"exec"))
 """
-# The string, in one or more pieces, at the beginning of a setting's second line: --help alone reads it.
-MEANING = r'(: \w+ = setting\([^\n]*,\n *)("(?:[^"\\\n]|\\.)*"\s*)+'
 MOST_SOURCE = 1 << 25  # bytes that --unpack prints
 ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", "\0": "\\x00", '"': '\\"'})
 
@@ -6560,17 +6564,21 @@ def pack_script(source: str) -> bytes:
     """Self-extracting script: the stripped source in a latin-1 string (3 % overhead where base85 has 25 %), by bz2,
     which takes 2 % less than LZMA for text of this length."""
     stripped = strip_source(source)
-    if without_prose(stripped) != without_prose(source):
+    if without_docstrings(stripped) != without_docstrings(source):  # a string with a blank line in it
         raise RuntimeError("stripping comments would change the program")
-    text = bz2.compress(stripped.encode()).decode("latin-1").translate(ESCAPES)
+    text = bz2.compress(without_meanings(stripped).encode()).decode("latin-1").translate(ESCAPES)
     return (BOOTSTRAP % text).encode("latin-1")
 
 
+def without_meanings(source: str) -> str:
+    """Empties the text with which the second line of a setting begins, in one or more pieces: --help alone reads it."""
+    return re.sub(r'(: \w+ = setting\([^\n]*,\n *)("(?:[^"\\\n]|\\.)*"\s*)+(?=[,)])', r'\1""', source)
+
+
 def strip_source(source: str) -> str:
-    """The source without comments, docstrings, blank lines and what settings mean.
+    """The source without comments, docstrings and blank lines.
 
     Names, annotations and layout stay, since Triton and torch read them."""
-    source = re.sub(MEANING, r'\1""', source)
     lines = source.split("\n")
     docstrings = set()  # numbers of lines that hold nothing but a docstring
     for node in documented(ast.parse(source)):
@@ -6593,15 +6601,11 @@ def strip_source(source: str) -> str:
     return "\n".join(remaining) + "\n"
 
 
-def without_prose(source: str) -> str:
-    """The syntax tree as text, docstrings and meanings of settings left out."""
+def without_docstrings(source: str) -> str:
+    """The syntax tree as text, docstrings left out."""
     tree = ast.parse(source)
     for node in documented(tree):
         del node.body[0]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setting":
-            for meaning in node.args[1:2]:
-                meaning.value = ""  # of a constant; another expression stays as it is
     return ast.dump(tree)
 
 
@@ -6681,7 +6685,7 @@ class Run:
         if ranks.cuda:
             hardware = f"{ranks.world} x {torch.cuda.get_device_name()}"
         fused = use_kernels(torch.bfloat16, ranks.device, self.cfg.model_dim // self.cfg.num_heads)
-        source = SOURCE if PACKED else strip_source(SOURCE)
+        source = SOURCE if PACKED else without_meanings(strip_source(SOURCE))
         return {
             "hardware": hardware,
             "attention": self.attention_backend,
@@ -7175,6 +7179,7 @@ def execute(cfg: Config):
             e.line = run.interrupted()
             raise
         finally:
+            say("\033[K" * sys.stdout.isatty(), end="")  # what a fleeting line leaves beside an error
             run.ranks.close()
 
 

@@ -89,7 +89,7 @@ class Silent(train_gpt.Log):
     def __init__(self):
         self.lines = []
 
-    def __call__(self, line: str = ""):
+    def __call__(self, line: str = "", fleeting: bool = False):
         self.lines.append(line)
 
 

@@ -444,6 +444,65 @@ def test_a_tool_s_table_whose_reader_leaves_early(words):
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
+class Terminal(io.StringIO):
+    """What a run writes, and what a terminal then shows of it."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def shown(self) -> list[str]:
+        rows = []
+        for line in self.getvalue().split("\n"):
+            row = ""
+            for part in line.split("\r"):  # each begins at the left again; \033[K erases what stands behind it
+                text, erases, behind = part.partition("\033[K")
+                row = text + behind if erases else text + row[len(text) :]
+            rows.append(row)
+        return rows
+
+
+def test_a_terminal_shows_one_line_of_progress_that_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    log = train_gpt.Log(train_gpt.Ranks(config(device="cpu")))
+    log.open(tmp_path / "log", "w")
+    lines = [
+        ("begins", False),
+        ("one " * 20, True),
+        ("two", True),
+        ("a long line that stays " * 3, False),
+        ("six", True),
+    ]
+    terminal, pipe = Terminal(), io.StringIO()
+    for console in (terminal, pipe):
+        with contextlib.redirect_stdout(console):
+            for line, fleeting in lines:
+                log(line, fleeting=fleeting)
+    assert terminal.shown() == ["begins", lines[3][0], "six"]
+    assert ("one " * 20)[:39] + "\033[K\r" in terminal.getvalue()  # one more column would begin another row
+    plain = "".join(f"{line}\n" for line, _ in lines)
+    assert pipe.getvalue() == plain and (tmp_path / "log").read_text() == 2 * plain
+
+
+def test_an_error_on_a_terminal_stands_alone(monkeypatch, tmp_path):
+    """Not among what is left of a line of progress."""
+    terminal = Terminal()
+
+    def fails(run, model):
+        run.log("step 1, and so on", fleeting=True)
+        raise UserError("no")
+
+    monkeypatch.setattr(train_gpt, "train", fails)
+    with replaced_environ(environment({**RUN, "ttt_enabled": False}, tmp_path)):
+        with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+            assert train_gpt.main([]) == 2
+    assert terminal.shown()[-2:] == ["error: no", ""]
+
+
+def test_steps_and_scores_in_a_file_are_plain_lines():
+    log = (base_run() / "train.log").read_text()
+    assert not re.search(r"[\r\033]", log) and len(re.findall("^step ", log, re.M)) >= RUN["iterations"]
+
+
 def test_the_log_s_file_is_whole_without_a_console(tmp_path):
     log = train_gpt.Log(train_gpt.Ranks(config(device="cpu")))
     log.open(tmp_path / "log", "w")

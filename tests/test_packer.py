@@ -21,18 +21,15 @@ import pytest
 from helpers import ROOT, RUN, base_run, clean_environ, environment, main, result
 
 import train_gpt
-from train_gpt import UserError, pack_script, strip_source, unpack_script
+from train_gpt import UserError, pack_script, strip_source, unpack_script, without_meanings
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
 
 
 def bare(source: str) -> str:
-    """The syntax tree without docstrings and what settings mean."""
+    """The syntax tree without docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
-            if ast.unparse(node.value.func) == "setting":
-                node.value.args[1] = ast.Constant("")
         if (
             isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
             and ast.get_docstring(node) is not None
@@ -75,11 +72,6 @@ HOSTILE = {
     "joined lines": "x = (1 +  # one\n     # two\n\n     2)\ny = 1 + \\\n    2\n",
     "async": 'async def f():\n    """Doc."""\n    return 1\n',
     "unusual white space": 'x = "a\x0cb"\ny = "c\u2028d"  # e\n\x0c\nz = 1  # f\n',
-    "meanings of settings": (
-        'é: str = setting("è", "à" ",", "a, b")  # ü\nb: int = setting(1,  # one\n    "two "  # three\n\n    "four")\n'
-    ),
-    "two settings on a line": 'a: int = setting(1, "one"); b: int = setting(2, "two")\nx = "one"; y = "two"\n',
-    "meanings of nothing": 'x = setting(1)\ny = self.setting(1, "stays")\nz = other(1, "stays")\n',
     "escapes": 'x = "\\\\ \\" \\n"\ny = r"\\n"\nz = b"\\x00\\xff"\n',
 }
 
@@ -90,37 +82,48 @@ def test_stripping_keeps_any_program(name):
     assert bare(stripped) == bare(HOSTILE[name]) and strip_source(stripped) == stripped
 
 
-def test_stripping_drops_what_settings_mean_and_nothing_else(tmp_path, monkeypatch):
-    class Blank(ast.NodeTransformer):
-        def visit_Constant(self, node):
-            return ast.Constant(node.value.replace("what it means", "")) if isinstance(node.value, str) else node
+@pytest.mark.parametrize(
+    "source, packed",
+    [
+        ('a: str = setting("x, y",\n    "è: (\\"b\\"), "\n    "c",\n  "what, means")\n', '"",\n  "what, means")\n'),
+        ('a: int = setting(1,  # why\n    # so\n    "b "  # two\n    "c")\n', '"")\n'),
+        ('a: int = setting(1, "one", "[0, 1]")\n', '"one", "[0, 1]")\n'),  # of another form: all of it stays
+        ('a: int = setting(1,\n    "b" + c)\n', '"b" + c)\n'),
+        ('a: int = setting(1,\n    "b".c())\n', '"b".c())\n'),
+        ('fail(1,\n    "b")\nraise UserError(\n    "c")\nx: int = other.setting(1,\n    "d")\n', '"d")\n'),
+    ],
+)
+def test_a_packed_script_has_no_meanings_of_settings(source, packed, tmp_path):
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(pack_script(source))
+    there = unpack_script(path)
+    assert there.endswith(packed) and there.count("\n") <= source.count("\n")
+    assert there[: -len(packed)].split() == strip_source(source)[: len(there) - len(packed)].split()
+    assert pack_script(there) == path.read_bytes()
 
-    source = 'a: str = setting("what it is", "what it means", "what it is, else")\nfail("a error of a, what it is")\n'
-    want = ast.unparse(Blank().visit(ast.parse(source)))
-    assert ast.unparse(ast.parse(strip_source(source))) == want
-    meanings = [f.metadata["meaning"] for f in dataclasses.fields(train_gpt.Config)]
-    stripped = strip_source(SOURCE)
-    assert not [text for text in meanings if text in stripped]
-    # What decides a run stays: names, types, defaults and limits; so do the texts of all errors.
-    (tmp_path / "stripped.py").write_text(stripped)
+
+def test_nothing_but_the_meanings_is_gone(tmp_path, monkeypatch):
+    """What decides a run stays: names, types, defaults and limits; so does all else, the texts of errors among it."""
+    shipped = without_meanings(strip_source(SOURCE))
+    fields = dataclasses.fields(train_gpt.Config)
+    assert not [f.name for f in fields if f.metadata["meaning"] in shipped]
+    (tmp_path / "shipped.py").write_text(shipped)
     monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module("stripped")
-    facts = lambda cls: [(f.name, f.type, f.default, f.metadata["within"]) for f in dataclasses.fields(cls)]
-    assert facts(module.Config) == facts(train_gpt.Config)
-    assert not any(f.metadata["meaning"] for f in dataclasses.fields(module.Config))
-
-
-@pytest.mark.parametrize("meaning", ("name", "name.value", '"a" + b', "make()"))
-def test_only_a_text_can_be_dropped(meaning):
-    """Dropping a meaning that is computed could change the program."""
-    with pytest.raises(RuntimeError, match="would change the program"):
-        pack_script(f"a: int = setting(1, {meaning})\n")
+    there = dataclasses.fields(importlib.import_module("shipped").Config)
+    facts = lambda f: (f.name, f.type, f.default, f.metadata["within"])
+    assert list(map(facts, there)) == list(map(facts, fields)) and not any(f.metadata["meaning"] for f in there)
+    trees = [ast.parse(text) for text in (shipped, SOURCE)]
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "setting":
+                node.args[1] = ast.Constant("")
+    assert bare(ast.unparse(trees[0])) == bare(ast.unparse(trees[1]))
 
 
 def test_unpack_prints_what_packs_to_the_shipped_bytes():
     shipped = (base_run() / "train_gpt.py").read_bytes()
     out = main({}, argv=["--unpack", str(base_run() / "train_gpt.py")]).ok()
-    assert bare(out.out) == bare(SOURCE) and pack_script(out.out) == shipped
+    assert out.out == without_meanings(strip_source(SOURCE)) and pack_script(out.out) == shipped
 
 
 NOT_PACKED = {
