@@ -33,6 +33,8 @@ demo: $(READY)
 		&& cp eval_result.json "$(CURDIR)/runs/demo/"
 	@echo
 	$(PY) tools/report.py runs/demo --baselines data/demo --check
+	@echo; echo "What the model makes of three beginnings:"; echo
+	$(PY) tools/sample.py runs/demo --tokenizer data/demo/tokenizer.model --tokens 60 --prompt "Once upon a time" "def " "class "
 
 ## run all tests, some 26 minutes on two cores
 test: $(READY)

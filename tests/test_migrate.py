@@ -125,6 +125,7 @@ def test_notes_name_settings_that_exist():
         ("DATA_DIR=./d/ VOCAB_SIZE=1024", None),
         ("TRAIN_FILES=d/fineweb_train_*.bin VAL_FILES=d/fineweb_val_*.bin", {"DATA_PATH": "d"}),
         ("VAL_BATCH_SIZE=524288 VAL_BATCH_TOKENS=524288 VAL_LOSS_EVERY=0", {}),
+        ("VAL_LOSS_EVERY=4000", {"VAL_EVERY_STEPS": "4000"}),
         ("WARMDOWN_ITERS=100 ITERATIONS=400 MAX_WALLCLOCK_SECONDS=0", None),
         ("COMPRESSOR=lrzip CASEOPS_ENABLED=1 TIE_EMBEDDINGS=1 HEAD_LR=0 SWA_ENABLED=0 SWA_EVERY=50", {}),
         ("MUON_BACKEND_STEPS=5 LN_SCALE=1 XSA_LAST_N=11", {}),

@@ -450,6 +450,29 @@ def test_every_setting_is_in_the_table():
     assert all(f"| `{name.upper()}` |" in table for name in Config.__dataclass_fields__)
 
 
+def test_the_table_of_settings_has_what_recipes_change():
+    """Every value of every recipe that is not the default, under its short name, and nothing else."""
+    from tools.sweep import read_recipe
+    from train_gpt import Config, parse_setting
+
+    table = submission.settings_table()
+    short = dict(re.findall(r"(\w{3,}) `(\w+)`", table.split("\n")[0]))
+    assert len(set(short.values())) == len(short) > 4 and not {"best", "scale_demo"} & set(short.values())
+    want = set()
+    for key, recipe in short.items():
+        for name, text in read_recipe(submission.ROOT / "recipes" / f"{recipe}.env").items():
+            default = getattr(Config(), name.lower())
+            value = parse_setting(name, text, type(default))
+            if value != default:
+                want.add((name, key, submission.as_code(value) or "empty"))
+    found = set()
+    for name, others in re.findall(r"^\| `(\w+)` \|.* \| (.*) \|$", table, re.M):
+        for part in filter(None, others.split("; ")):
+            value, *keys = part.split(" ")
+            found |= {(name, key, value) for key in (short if keys == ["all"] else keys)}
+    assert found == want and len(want) > 100
+
+
 def test_generated_results_of_two_configurations_have_no_mean(runs):
     edit(runs[1] / "result.json", lambda result: result["settings"].__setitem__("matrix_lr", 0.1))
     loaded = [load_run(run) for run in runs]

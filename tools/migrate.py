@@ -131,7 +131,6 @@ IDLE = {
     "USE_COMPILE": "nothing goes through torch.compile",
     "USE_ZSTD": "model.bin has an entropy coder of its own",
     "VAL_BATCH_SIZE": "batches change no score; VAL_BATCH_TOKENS bounds their memory",
-    "VAL_LOSS_EVERY": "training does not read validation data; tools/watch.py draws the training loss",
     "ZSTD_LEVEL": "model.bin has an entropy coder of its own",
     "CHURN_LOG_EVERY": "no weight here flips its sign by being rounded in training",
     "COMPILE_MODE": "nothing goes through torch.compile",
@@ -399,6 +398,12 @@ def symbol_range(value: str, given: dict[str, str]) -> Fate:
     return becomes("as bits", MATRIX_BITS=int(bits))
 
 
+def score_every(value: str, given: dict[str, str]) -> Fate:
+    if number(value) == 0:
+        return no_effect("none are made unless VAL_EVERY_STEPS asks for them")
+    return becomes("of the first documents, while the clock stands", VAL_EVERY_STEPS=int(value))
+
+
 def xsa_layers(value: str, given: dict[str, str]) -> Fate:
     if number(value) >= number(given.get("NUM_LAYERS", str(Config().num_layers))):
         return no_effect("XSA runs in every layer, always")
@@ -428,6 +433,7 @@ COMPUTED: dict[str, Rule] = {
     "USE_POLAR_EXPRESS": polar_express,
     "VAL_BATCH_TOKENS": scoring_tokens,
     "VAL_FILES": folder_of_files,
+    "VAL_LOSS_EVERY": score_every,
     "WARMDOWN_ITERS": share_of_steps("WARMDOWN_FRAC"),
     "WEIGHT_DECAY": lambda value, given: becomes("its Muon had 0.04", EMBED_WD=value, ADAM_WD=value),
     "XSA_LAST_N": xsa_layers,

@@ -291,25 +291,51 @@ def verdict_table(runs: list[Run]) -> str:
     return markdown(rows)
 
 
+def as_code(value: object) -> str:
+    """A value as a variable of the environment has it; nothing for an empty text."""
+    return f"`{int(value) if isinstance(value, bool) else value}`" if value != "" else ""
+
+
+def recipe_values() -> tuple[dict[str, str], dict[str, dict[str, list[str]]]]:
+    """The recipes of published systems by a short name that no other begins with; and of each setting that some of them
+    change, value -> short names."""
+    from tools.sweep import read_recipe
+    from train_gpt import Config, parse_setting
+
+    paths = [path for path in sorted((ROOT / "recipes").glob("*.env")) if not path.stem.startswith(("best", "scale_"))]
+    width = next(n for n in range(3, 99) if len({path.stem[:n] for path in paths}) == len(paths))
+    defaults, values = Config(), {}
+    for path in paths:
+        for name, text in read_recipe(path).items():
+            default = getattr(defaults, name.lower(), None)
+            value = parse_setting(name, text, type(default)) if default is not None else None
+            if value != default:
+                values.setdefault(name, {}).setdefault(as_code(value) or "empty", []).append(path.stem[:width])
+    return {path.stem[:width]: path.stem for path in paths}, values
+
+
 def settings_table() -> str:
-    """Every setting of train_gpt.py by group, from its source."""
+    """Every setting of train_gpt.py by group, from its source; and what the recipes have in place of its default."""
     from train_gpt import SOURCE, Config
 
+    recipes, values = recipe_values()
+    spelt = lambda names: "all" if len(names) == len(recipes) > 1 else " ".join(names)
     rows, group, defaults = [], "", Config()
     body = SOURCE[SOURCE.index("class Config:") : SOURCE.index("@classmethod", SOURCE.index("class Config:"))]
     for line in body.splitlines():
         if found := re.match(r"    # (.*)", line):
             group = found[1]
         elif found := re.match(r"    (\w+): \w+ = setting\(", line):
-            default = getattr(defaults, found[1])
-            shown = f"`{int(default) if isinstance(default, bool) else default}`" if default != "" else ""
+            name = found[1].upper()
             meaning = Config.__dataclass_fields__[found[1]].metadata["meaning"].replace("|", "\\|")
-            rows.append((group, [f"`{found[1].upper()}`", shown, meaning]))
-    parts = []
+            others = "; ".join(f"{value} {spelt(names)}" for value, names in values.get(name, {}).items())
+            rows.append((group, [f"`{name}`", as_code(getattr(defaults, found[1])), meaning, others]))
+    legend = ", ".join(f"{short} `{name}`" for short, name in recipes.items())
+    parts = [f"Recipes, where they differ from the defaults: {legend}.\n"]
     for group in dict.fromkeys(group for group, _ in rows):
         parts.append(
             f"**{group[0].upper()}{group[1:]}**\n\n"
-            + markdown([["setting", "default", "meaning"], *(row for g, row in rows if g == group)])
+            + markdown([["setting", "default", "meaning", "in recipes"], *(row for g, row in rows if g == group)])
         )
     return "\n".join(parts)
 
