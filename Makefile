@@ -51,10 +51,11 @@ audit: $(READY)
 	$(PY) tools/audit.py runs/demo --data data/demo
 
 # The limits stand in tools/shape.py.
-## run ruff, its formatter's check and the limits that train_gpt.py is held to
+## run ruff, its formatter's check, the type checker and the limits that train_gpt.py is held to
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) tools/shape.py --check *.py tools/*.py tools/*/*.py
 
 # On a GPU at the settings of the environment, DATA_PATH among them; on a CPU at the demo's.
@@ -76,7 +77,7 @@ bench: $(READY)
 
 ## remove the environment, the demo's data and run, and caches
 clean:
-	rm -rf $(VENV) data/demo runs/demo .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) data/demo runs/demo .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A system Python without ensurepip (Debian's without python3-venv) still has pip, which fills the environment from outside.

@@ -139,7 +139,7 @@ def piece_bytes(surfaces: Sequence[str], form: str = NAME) -> list[int]:
     try:
         return [*map(_surface_bytes.__getitem__, surfaces)]
     except UnicodeEncodeError:
-        position = re.search("[\ud800-\udfff]", text).start()
+        position = re.search("[\ud800-\udfff]", text).start()  # type: ignore[union-attr]
         raise CaseOpsError("a lone surrogate has no UTF-8 form", position) from None
 
 

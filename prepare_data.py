@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, compress, islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -294,7 +294,7 @@ class Source:
         return {"kind": self.kind} | ({"repo": self.name} if self.name else {}) | {"files": files}
 
 
-def open_compressed(path: Path, raw: io.BufferedReader):
+def open_compressed(path: Path, raw: BinaryIO):
     if path.suffix == ".xz":
         return lzma.open(raw)
     if path.suffix == ".gz":
@@ -340,7 +340,7 @@ def file_lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
         try:
             for number, line in enumerate(file, 1):
                 yield number, line, raw.tell()
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, *zstd_errors()) as error:
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, *zstd_errors()) as error:  # type: ignore[misc]
             raise DataError(
                 f"{path}: truncated or corrupt after line {number} ({error}); fetch the file again"
             ) from None
@@ -447,7 +447,7 @@ def encode_pieces(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[
     if hasattr(sp, "encode_as_offset_mapping"):  # 0.2.2 and later
         pieces = sp.encode_as_offset_mapping(text)
         return pieces["ids"], [text[start:end] for start, end in pieces["offsets"]]
-    pieces = sp.encode_as_immutable_proto(text).pieces
+    pieces = sp.encode_as_immutable_proto(text).pieces  # type: ignore[attr-defined]
     return [piece.id for piece in pieces], [piece.surface for piece in pieces]
 
 
@@ -648,7 +648,7 @@ def encode_chunk(model: str, form: str | None, chunk: Chunk) -> Encoded:
     return Encoded(
         chunk.is_val,
         np.concatenate(tokens or [nothing]),
-        np.concatenate(sizes or [nothing]) if chunk.is_val else None,
+        np.concatenate(sizes or [nothing]) if chunk.is_val else None,  # type: ignore[arg-type]
         lengths,
         hashes,
         utf8,
@@ -811,7 +811,8 @@ def init_worker() -> None:
     """Leaves Ctrl-C to the parent, and ends a worker whose parent was killed: it would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None  # this is a child
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # type: ignore[func-returns-value]
 
 
 def encode_all(batches: Iterable[Chunk], model: Path, form: str | None, workers: int) -> Iterator[Encoded]:
@@ -872,7 +873,7 @@ def without_documents(chunk: Encoded, hashes: set[bytes]) -> Encoded:
         return chunk
     return chunk._replace(
         tokens=chunk.tokens[np.repeat(keep, chunk.lengths)],
-        **{field: list(compress(getattr(chunk, field), keep)) for field in ("lengths", "hashes", "utf8")},
+        **{field: list(compress(getattr(chunk, field), keep)) for field in ("lengths", "hashes", "utf8")},  # type: ignore[arg-type]
     )
 
 

@@ -86,7 +86,7 @@ from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 
 def on_signals(handler):
@@ -894,7 +894,7 @@ class Log:
         """Only now is an earlier log replaced: a run that fails its checks leaves it alone."""
         if self.main:
             early = self.file.getvalue()
-            self.file = open(path, mode, encoding="utf-8", errors="backslashreplace")
+            self.file = open(path, mode, encoding="utf-8", errors="backslashreplace")  # type: ignore[assignment]
             self.file.write(early)
 
     def __call__(self, line: str, console: bool = True, fleeting: bool = False):
@@ -1334,7 +1334,7 @@ class TrainStream:
         lengths = np.array([len(tokens) for _, tokens in self.blocks], np.int64)
         self.ends = np.cumsum(lengths - count_pairs(cfg) if self.joins else lengths)  # of each block, in the stream
         self.tokens = int(self.ends[-1]) if self.blocks else 0
-        self.block = functools.lru_cache(2)(self.block)  # a block serves several micro-batches
+        self.block = functools.lru_cache(2)(self.block)  # type: ignore[method-assign]  # a block serves several batches
         require(
             self.tokens > cfg.micro_batch_tokens,
             f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
@@ -1384,7 +1384,7 @@ class Prefetch:
 
     def __init__(self, stream: TrainStream, ranks: Ranks):
         thread = ThreadPoolExecutor(1)
-        self.submit = functools.partial(thread.submit, stream.step, rank=ranks.rank, world=ranks.world)
+        self.submit = functools.partial(thread.submit, stream.step, rank=ranks.rank, world=ranks.world)  # type: Any  # type: ignore[call-arg]
         self.device = ranks.device
         self.waiting = {}  # (step, span) -> future of its batches
 
@@ -3069,7 +3069,7 @@ FOLDED = {"attn_scale": "o", "mlp_scale": "down"}  # sublayer scales, and the ma
 class Visit(NamedTuple):
     """One stop of the trunk. A layer in the loop is visited several times."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     layer: int
     source: int | None  # index of the visit whose output is merged in; None: nothing is
     keep: bool  # whether a later visit merges the stream that this one finds, the output of the visit before
@@ -3214,10 +3214,10 @@ class Residual:
         self.lanes = []  # where there are two: both, without what was written since
         # Without lanes the stream is the sum of these; at first it is x0, which `mixes` accounts for. With lanes, these
         # are what attention and the MLP wrote.
-        self.terms = ()
-        self.shares = None  # (3, 2): in each lane's new value the weights of the lane, of attention and of the MLP
+        self.terms = ()  # type: tuple[Tensor, ...]
+        self.shares = None  # type: Tensor | None  # (3, 2): weights of lane, attention and MLP in each new lane
         self.outputs = {}  # index of a visit -> (stream after it,), where a later visit merges it
-        self.mlp_input = None  # where the MLP reads nothing of what attention writes
+        self.mlp_input = None  # type: Tensor | None  # where the MLP reads nothing of what attention writes
 
     def read(self, visit: Visit) -> Tensor:
         """Mix x0 and the skip into the stream, or into lane 0 -> what attention reads (T, d)."""
@@ -3225,7 +3225,7 @@ class Residual:
         skip = self.outputs.get(visit.source, ())
         streams = [(self.x0,), self.terms, skip, ()]  # the last is for lane 1
         sums = [
-            Sum((ROW.embedding, ROW.stream, ROW.skip, ABSENT), visit.norm_scale, keep=not visit.lanes),
+            Sum((ROW.embedding, ROW.stream, ROW.skip, ABSENT), visit.norm_scale, keep=not visit.lanes),  # type: ignore[arg-type]
             Sum((ONE, ABSENT, ABSENT, ABSENT)),
         ]
         if visit.keep:
@@ -3234,7 +3234,7 @@ class Residual:
             first, second = self.read_lanes(visit.norm_scale)
             streams = [(self.x0,), (first.sum,), skip, (second.sum,)]
             own = ONE if visit.source is None else ROW.lane_stream
-            sums += [Sum((ABSENT, own, ROW.lane_skip, ABSENT)), Sum((ABSENT, ABSENT, ABSENT, ONE))]
+            sums += [Sum((ABSENT, own, ROW.lane_skip, ABSENT)), Sum((ABSENT, ABSENT, ABSENT, ONE))]  # type: ignore[arg-type]
         mixed, x0, *others = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
         self.x0 = x0.sum
         self.terms = (mixed.sum,)
@@ -3457,11 +3457,11 @@ class GPT(nn.Module):
         lora: "LoRA | None" = None,
         tap: Callable = no_tap,
         cache: Cache | None = None,
-    ) -> Tensor | tuple[Tensor, Cache]:
+    ) -> Any:  # Tensor; with a cache (Tensor, Cache)
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens'.
         With lora or cache, tokens are rows of one length, flattened. The tap sees the input of every product."""
         residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
-        angle = seq.positions[:, None] * self.rope_frequency
+        angle = seq.positions[:, None] * self.rope_frequency  # type: ignore[operator]
         rope = angle.cos(), angle.sin()
         weights = self.layer_weights()
         new = []  # keys and values of each visit
@@ -3514,7 +3514,7 @@ class GPT(nn.Module):
         y = xsa_gate(y, own_v, z, self.gate_slope, self.gate_top).flatten(1)
         site.tap("o", layer, y)
         # The adapter "o" reads the sublayer's input and not that of the product, as #1855's does.
-        return site.adapted("o", F.linear(y, weights.o), n), *new
+        return site.adapted("o", F.linear(y, weights.o), n), *new  # type: ignore[return-value]
 
     def mlp_sublayer(self, n: Tensor, site: Site) -> Tensor:
         """n (T, d) -> (T, d)."""
@@ -3826,7 +3826,7 @@ class Optimizer:
                 block = Block(p, slice(low, low + height))
                 shapes.setdefault((height, p.size(2)), []).append(block)
                 low += height
-        groups = [MuonGroup(*shape, blocks, ranks, model.dtype) for shape, blocks in shapes.items()]
+        groups = [MuonGroup(*shape, blocks, ranks, model.dtype) for shape, blocks in shapes.items()]  # type: ignore[call-arg]
         # Largest first: its communication overlaps the others' work.
         self.muon = sorted(groups, key=lambda group: -group.momentum.numel())
         self.adam = torch.optim.AdamW(
@@ -3872,7 +3872,7 @@ class Optimizer:
         for p in self.parameters:
             p.grad = None
         if self.average:
-            torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)
+            torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)  # type: ignore[arg-type]
 
     def muon_momentum(self, step: int) -> float:
         """Muon's momentum after its linear warm-up or on the way there."""
@@ -4409,7 +4409,7 @@ class StackModel:
         exact = np.float32 if np.abs(chunk).max() <= 128 else np.float64
         for member, moments in enumerate(self.moments):
             x = chunk[:, member].astype(exact)
-            moments += x @ x.T
+            moments += x @ x.T  # type: ignore[arg-type, operator]
         self.seen += rows
 
     def code(self, coder, pools: dict[int, ndarray]):
@@ -4890,7 +4890,7 @@ def refine_salient_columns(steps: dict[str, StepSizes], saliency: dict[str, Tens
     if sums:
         name = max(sums, key=lambda name: sums[name].max())
         finer = AWQ_BITS - getattr(cfg, MATRICES[name].bits)
-        layer, group = divmod(sums[name].argmax().item(), sums[name].size(1))
+        layer, group = divmod(int(sums[name].argmax()), sums[name].size(1))
         groups = steps[name].column_codes[layer].unfold(0, AWQ_GROUP, AWQ_GROUP)  # a view
         groups[group] = -finer * COLUMN_STEPS
 
@@ -5215,7 +5215,7 @@ def unflatten(arrays: dict[str, ndarray]) -> Quantized:
             sizes |= {"lqer_a": (rows, rank), "lqer_b": (groups, LQER_GROUP), "lqer_scales": (1 + groups,)}
         if {part: array.shape for part, array in parts.items()} != sizes:  # numpy would broadcast some others
             raise ValueError(f"the parts of {name} do not fit together")
-        matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)
+        matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)  # type: ignore[call-arg]
         matrices.setdefault(name.split(".")[0], []).append(matrix)
     return Quantized(matrices, parameters, parameters.pop("logit_calibration", None))
 
@@ -5559,7 +5559,7 @@ class NGram:
         segment = np.repeat(np.arange(len(sizes)), sizes)[document]
         stream = [torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (val.tokens, document, segment)]
         hint = torch.full((val.targets,), -1, dtype=torch.int32, device=self.device)
-        for known in continuations(*stream, cfg.ngram_order, cfg.vocab_size):
+        for known in continuations(*stream, cfg.ngram_order, cfg.vocab_size):  # type: ignore[call-arg, arg-type]
             if known.order < cfg.ngram_min_order:
                 continue
             share = known.top.double() / known.total
@@ -5686,7 +5686,7 @@ class Ledger:
         _, nats, size = self.sums(slice(None))
         return float(nats / math.log(2) / max(size, 1))
 
-    def check(self, holds: bool, fault: str):
+    def check(self, holds, fault: str):
         if not holds:
             raise RuntimeError(f"ledger {self.name}: {fault}")
 
@@ -5826,7 +5826,7 @@ class Shape(NamedTuple):
     rows: int  # documents run together
     older: int  # cached tokens that may be attended to
     back: int  # scored tokens run again, so that gradients reach back through them
-    count: int  # tokens of the chunk
+    count: int  # type: ignore[assignment]  # tokens of the chunk
 
     @property
     def work(self) -> int:
@@ -6199,7 +6199,7 @@ class GlobalSGD:
     def __init__(self, scoring: ScoringPass):
         self.scoring = scoring
         momentum = scoring.cfg.global_ttt_momentum
-        self.optimizer = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)
+        self.optimizer = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)  # type: Any
 
     def learn(self, chunks: list[tuple[int, int]], progress: float, progress_after: float):
         """A step on the targets low..high of each chunk, all of them scored.
@@ -6234,7 +6234,7 @@ class GlobalMuon(GlobalSGD):
         self.scoring = scoring
         still = dict.fromkeys(("muon_wd", "adam_wd", "embed_wd", "ema_decay", "grad_clip_norm"), 0.0)
         momentum = scoring.cfg.global_ttt_momentum
-        cfg = dataclasses.replace(scoring.cfg, **still, muon_momentum=momentum, muon_momentum_warmup_steps=0)
+        cfg = dataclasses.replace(scoring.cfg, **still, muon_momentum=momentum, muon_momentum_warmup_steps=0)  # type: ignore[arg-type]
         self.optimizer = Optimizer(scoring.model, cfg, scoring.ranks)
 
     def step(self, lr: float):
@@ -6271,7 +6271,7 @@ def sgd_seconds(scoring: ScoringPass) -> float:
     if not ranks.cuda:  # slow, and about in proportion to the tokens
         count = min(count, 512)
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=count + 1)
-    scoring = scoring._replace(val=SimpleNamespace(tokens=tokens))
+    scoring = scoring._replace(val=SimpleNamespace(tokens=tokens))  # type: ignore[arg-type]
     model.requires_grad_(True)
     seconds = seconds_of(lambda: base_gradients(scoring, 0, count), ranks)
     model.requires_grad_(False)
@@ -6488,7 +6488,7 @@ class TestTimeTraining:
             return
         changes = [("segment_docs", cfg.segment_docs << doublings) for doublings in range(1, 6)]
         for name, value in (*changes, ("phased_ttt_num_phases", 0), ("ttt_enabled", 0)):
-            if self.planned_seconds(dataclasses.replace(cfg, **{name: value})) <= left:
+            if self.planned_seconds(dataclasses.replace(cfg, **{name: value})) <= left:  # type: ignore[arg-type]
                 break  # else the last is named
         raise UserError(
             f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:.0f} leaves {left:.0f} s for test-time training, which "
@@ -6645,8 +6645,8 @@ class Run:
         self.log = Log(self.ranks)
         self.phases = Phases(self.ranks)
         self.verdicts = Verdicts()
-        self.result = {"bpb": {}}  # what result.json will hold
-        self.training_hashes = None  # on rank 0, where training data is read
+        self.result = {"bpb": {}}  # type: dict[str, Any]  # what result.json will hold
+        self.training_hashes = None  # type: TrainingHashes | None  # on rank 0, where training data is read
         self.output = output_folder(cfg)
         # What moves the output elsewhere.
         self.place = "ARTIFACT_DIR" if self.output == self.folder else "the working directory"
@@ -6740,7 +6740,7 @@ class Run:
         """BPB of the documents that begin within SUBSET, by the weights in memory, while the training clock stands."""
         stands = clock.stop()
         with self.phases("subset"):
-            last = np.searchsorted(self.val.starts, SUBSET)
+            last = int(np.searchsorted(self.val.starts, SUBSET))
             scoring = self.scoring(model, "subset", np.append(self.val.starts, self.val.targets)[last])
             cfg = self.cfg if looped else dataclasses.replace(self.cfg, num_loops=0)
             score_documents(scoring._replace(cfg=cfg), 0, last)
@@ -6852,7 +6852,7 @@ def train(run: Run, model: GPT):
             meta = run.origin() | {"training": training, "seconds": seconds}
             arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
             with whole_file(run.folder / "trained.npz") as f:
-                np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
+                np.savez(f, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
 
 
 def read_trained(path: Path) -> tuple[dict[str, ndarray], dict]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
 from tools import submission
@@ -317,6 +318,25 @@ def test_the_readmes_figures_are_those_of_the_logs():
 def test_the_table_of_settings_is_up_to_date():
     """After a change of settings: python tools/report.py --settings."""
     assert submission.verify_generated(ROOT / "docs" / "SETTINGS.md") == []
+
+
+def test_the_lock_satisfies_the_requirements():
+    """Every line of requirements.txt, on every system and Python that its markers know; and one version of each."""
+    read = lambda name: [
+        Requirement(line) for text in (ROOT / name).read_text().splitlines() if (line := text.split("#")[0].strip())
+    ]
+    locked = read("requirements.lock")
+    assert len(locked) > 40 and all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in locked)
+    for python, system in itertools.product(("3.11", "3.12", "3.14"), ("linux", "darwin", "win32")):
+        name = {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}[system]
+        machine = {"python_version": python, "python_full_version": f"{python}.1", "sys_platform": system}
+        machine["platform_system"] = name
+        here = [pin for pin in locked if not pin.marker or pin.marker.evaluate(machine)]
+        versions = {pin.name: str(pin.specifier)[2:] for pin in here}
+        assert len(versions) == len(here)
+        for wanted in read("requirements.txt"):
+            if not wanted.marker or wanted.marker.evaluate(machine):
+                assert wanted.specifier.contains(versions[wanted.name]), wanted
 
 
 def test_make_help_lists_every_target():

@@ -25,9 +25,10 @@ from typing import NamedTuple
 #   + 4,700   faults of the environment, of data and of strangers' files, each shown by a test (docs/FAULTS.md)
 #   + 1,000   CaseOps' second form and JOIN_OPERATORS
 #   + 1,400   a plan over the whole stream, its time estimated before the first score
+#   + 500     scores on the way (VAL_EVERY_STEPS), a changing line of progress, names of other scripts; no help packed
 LIMITS = {
     "train_gpt.py": {
-        "nodes": 59_100,
+        "nodes": 59_600,
         "nodes_per_line": 12.0,
         "tuple_percent": 3.0,
         "widest": 120,
@@ -47,6 +48,7 @@ TITLES = {
     "longest": "lines of the longest function",
     "packed": "packed bytes",
 }
+PRAGMA = re.compile(r"  # type: ignore\[[^]]*\]$")  # counts for no width, as with ruff
 DIRECTIVE = re.compile(r"#\s*(noqa|fmt:|type:|ruff:|pragma|-{4,}|={4,})")
 
 
@@ -131,7 +133,7 @@ def shape(path: Path) -> Shape:
     nodes = list(ast.walk(tree))
     statements = [node for node in nodes if isinstance(node, ast.stmt)]
     longest, longest_name = max(functions(tree), default=(0, ""))
-    widest, widest_at = max(((len(line), number) for number, line in enumerate(lines, 1)), default=(0, 0))
+    widest, widest_at = max(((len(PRAGMA.sub("", line)), n) for n, line in enumerate(lines, 1)), default=(0, 0))
     return Shape(
         lines=len(lines),
         code_lines=code_lines,
