@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, RUN, base_run, environment, replaced_environ, result
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 LEASE = TOOLS / "lease.py"
@@ -205,3 +206,14 @@ def test_differences():
     assert lease_report.over_documents(a, np.full(50, 10.0), size) == pytest.approx(
         a.std(ddof=1) / math.sqrt(50) / 10, rel=1e-6
     )
+
+
+def test_trained_weights_are_scored_by_the_script_itself(tmp_path: Path):
+    """`score` calls into train_gpt.py, so a renaming there must fail here."""
+    folder = base_run()
+    with replaced_environ(environment(RUN, folder)):
+        lease.score(ROOT / "train_gpt.py", tmp_path / "nats.npy")
+    nats, val = np.load(tmp_path / "nats.npy"), result(folder)["data"]
+    assert len(nats) == val["val_targets"]
+    bpb = nats.sum() / math.log(2) / val["val_bytes"]
+    assert bpb == pytest.approx(result(folder)["bpb"]["trained"], abs=1e-6)

@@ -450,19 +450,14 @@ def score(script: Path, out: Path) -> None:
     ours = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = ours
     spec.loader.exec_module(ours)
-    import torch
-
     cfg = ours.configure(os.environ | {"QUANTIZE_ONLY": "1"})
     run = ours.Run(cfg)
-    kind = torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32
-    if hasattr(run, "prepare"):  # since the refactoring of 2026-11-27
-        run.prepare()
-    backend = run.attention_backend if hasattr(run, "attention_backend") else run.attention
-    model = ours.GPT(cfg, backend, kind).to(run.ranks.device)
+    run.prepare()
+    model = run.new_model()
     ours.load_trained(run, model)
-    ledger = run.ledger("trained")
-    print(f"trained: {ours.Scorer(model, cfg, run.ranks, run.log).score(run.val, ledger, cfg.eval_stride):.6f} BPB")
-    np.save(out, ledger.nats)
+    scoring = run.scoring(model, "trained")
+    print(f"trained: {ours.score_stream(scoring):.6f} BPB")
+    np.save(out, scoring.ledger.nats)
 
 
 def main(argv: list[str] | None = None) -> int:
