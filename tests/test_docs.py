@@ -272,10 +272,10 @@ def test_a_wrong_link_is_found(tmp_path):
     assert link_faults(good, tmp_path) == []
     bad = "[a](others.md) [b](other.md#no-heading) ![c](none.png) [d](#there)"
     assert [fault.split(":")[0] for fault in link_faults(bad, tmp_path)] == re.findall(r"\((.*?)\)", bad)
-    assert path_faults("`logs/README.md` `logs/h200_best_seed{42,314}/` `logs/h200_*.log`", "logs") == []
-    assert path_faults("`logs/none.log` `logs/h200_best_seed{42,5}/`", "logs") == [
+    assert path_faults("`logs/README.md` `logs/runs/h200_best_seed{42,314}/` `logs/bench/h200_*.log`", "logs") == []
+    assert path_faults("`logs/none.log` `logs/runs/h200_best_seed{42,5}/`", "logs") == [
         "logs/none.log",
-        "logs/h200_best_seed{42,5}/",
+        "logs/runs/h200_best_seed{42,5}/",
     ]
 
 
@@ -301,13 +301,34 @@ def test_the_readme_names_sections_of_the_script():
     assert set(named) == known
 
 
+def listed_logs(folder: Path) -> set[Path]:
+    """What the first column of the table of a folder's README names in backticks, a path each."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert link_faults(text, folder) == []
+    cells = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    named = [each for cell in cells for span in re.findall(r"`([^`]+)`", cell) for each in expanded(span.rstrip("/"))]
+    assert [each for each in named if not any(folder.glob(each))] == []
+    return {path for each in named for path in folder.glob(each)}
+
+
+def test_every_log_is_in_the_index_and_in_the_table_of_its_theme():
+    logs = ROOT / "logs"
+    assert (logs / "README.md").read_text(encoding="utf-8").count("\n| `") <= 20
+    themes = [path for path in logs.iterdir() if path.is_dir()]
+    assert {path.name for path in themes} == {"runs", "bench", "ttt", "quant", "retired"}
+    there = {path for theme in themes for path in theme.iterdir() if path.name != "README.md"}
+    assert listed_logs(logs) == there
+    own = {path for path in there if (path / "README.md").exists()}  # a folder that has its own table
+    assert set().union(*map(listed_logs, themes)) | own == there
+
+
 def test_the_readmes_figures_are_those_of_the_logs():
     text = README.read_text(encoding="utf-8")
-    runs = [json.loads((ROOT / f"logs/h200_best_seed{seed}/result.json").read_text()) for seed in (42, 314, 1337)]
+    runs = [json.loads((ROOT / f"logs/runs/h200_best_seed{seed}/result.json").read_text()) for seed in (42, 314, 1337)]
     adapted = [run["bpb"]["adapted"] for run in runs]
-    third = json.loads((ROOT / "logs/third/lease_2/runs.json").read_text())["runs"]
+    third = json.loads((ROOT / "logs/runs/third/lease_2/runs.json").read_text())["runs"]
     ours, public = third["ours_s1337"], third["1855_s42"]
-    earlier = (ROOT / "logs/third/ours_72a935b_seed42.log").read_text()  # all that is left of that run
+    earlier = (ROOT / "logs/runs/third/ours_72a935b_seed42.log").read_text()  # all that is left of that run
     first = {name: float(re.search(rf"{name} BPB +(\S+)", earlier)[1]) for name in ("trained", "quantized")}
     quantized = statistics.fmean((first["quantized"], ours["bpb"]["quantized"]))
     figures = [
