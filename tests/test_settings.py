@@ -184,7 +184,7 @@ def tried(cfg: Config):
     model = train_gpt.GPT(cfg, "reference", torch.float32)
     model.init_weights(cfg.seed)
     log, group = Silent(), ranks(cfg)
-    trainer = train_gpt.Trainer(model, cfg, group, log)
+    trainer = train_gpt.Trainer(model, cfg, group, log, lambda *_: None)
     trainer.warm_up()
     trainer.run()
     hessians = train_gpt.collect_hessians(model, trainer.stream, cfg, group)
@@ -291,6 +291,7 @@ def test_settings_hash_covers_what_decides_the_result_and_nothing_else():
         "world_size",
         "rendezvous_seconds",
         "train_log_every",
+        "val_every_steps",
     }
 
 
