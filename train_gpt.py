@@ -374,8 +374,8 @@ class Config:
     train_log_every: int = setting(100,
         "training steps between log lines", "(0, inf)")
     val_every_steps: int = setting(0,
-        "training steps between scores of the first validation documents, some 500,000 tokens, by the weights as they are "
-        "then: shown in the log, never val_bpb, and training goes on as without; 0: none")
+        "training steps between scores of the first validation documents, some 500,000 tokens, by the weights as they "
+        "are then: shown in the log, never val_bpb, and training goes on as without; 0: none")
 
     # Optimizers
     matrix_lr: float = setting(0.026,
