@@ -888,13 +888,13 @@ class Log:
 
     def __init__(self, ranks: Ranks):
         self.main = ranks.main
-        self.file = io.StringIO()  # until there is a file
+        self.file: Any = io.StringIO()  # until there is a file
 
     def open(self, path: Path, mode: str):
         """Only now is an earlier log replaced: a run that fails its checks leaves it alone."""
         if self.main:
             early = self.file.getvalue()
-            self.file = open(path, mode, encoding="utf-8", errors="backslashreplace")  # type: ignore[assignment]
+            self.file = open(path, mode, encoding="utf-8", errors="backslashreplace")
             self.file.write(early)
 
     def __call__(self, line: str, console: bool = True, fleeting: bool = False):
@@ -1334,7 +1334,7 @@ class TrainStream:
         lengths = np.array([len(tokens) for _, tokens in self.blocks], np.int64)
         self.ends = np.cumsum(lengths - count_pairs(cfg) if self.joins else lengths)  # of each block, in the stream
         self.tokens = int(self.ends[-1]) if self.blocks else 0
-        self.block = functools.lru_cache(2)(self.block)  # type: ignore[method-assign]  # a block serves several batches
+        self.block = functools.lru_cache(2)(self.block)  # a block serves several micro-batches
         require(
             self.tokens > cfg.micro_batch_tokens,
             f"DATA_PATH={cfg.data_path}: {self.tokens} training tokens are fewer than one micro-batch; "
@@ -1384,7 +1384,7 @@ class Prefetch:
 
     def __init__(self, stream: TrainStream, ranks: Ranks):
         thread = ThreadPoolExecutor(1)
-        self.submit = functools.partial(thread.submit, stream.step, rank=ranks.rank, world=ranks.world)  # type: Any  # type: ignore[call-arg]
+        self.submit = lambda step, span: thread.submit(stream.step, step, span, ranks.rank, ranks.world)
         self.device = ranks.device
         self.waiting = {}  # (step, span) -> future of its batches
 
@@ -3136,7 +3136,7 @@ class Mix(NamedTuple):
 
 
 # A visit's coefficients are stacked to (5, d) in the order of Mix; this names the row of each.
-ROW = Mix(*range(5))
+ROW: Any = Mix(*range(5))
 
 
 class LayerWeights(NamedTuple):
@@ -3214,10 +3214,10 @@ class Residual:
         self.lanes = []  # where there are two: both, without what was written since
         # Without lanes the stream is the sum of these; at first it is x0, which `mixes` accounts for. With lanes, these
         # are what attention and the MLP wrote.
-        self.terms = ()  # type: tuple[Tensor, ...]
-        self.shares = None  # type: Tensor | None  # (3, 2): weights of lane, attention and MLP in each new lane
+        self.terms: tuple[Tensor, ...] = ()
+        self.shares: Tensor | None = None  # (3, 2): in each lane's new value the weights of lane, attention and MLP
         self.outputs = {}  # index of a visit -> (stream after it,), where a later visit merges it
-        self.mlp_input = None  # type: Tensor | None  # where the MLP reads nothing of what attention writes
+        self.mlp_input: Tensor | None = None  # where the MLP reads nothing of what attention writes
 
     def read(self, visit: Visit) -> Tensor:
         """Mix x0 and the skip into the stream, or into lane 0 -> what attention reads (T, d)."""
@@ -3225,7 +3225,7 @@ class Residual:
         skip = self.outputs.get(visit.source, ())
         streams = [(self.x0,), self.terms, skip, ()]  # the last is for lane 1
         sums = [
-            Sum((ROW.embedding, ROW.stream, ROW.skip, ABSENT), visit.norm_scale, keep=not visit.lanes),  # type: ignore[arg-type]
+            Sum((ROW.embedding, ROW.stream, ROW.skip, ABSENT), visit.norm_scale, keep=not visit.lanes),
             Sum((ONE, ABSENT, ABSENT, ABSENT)),
         ]
         if visit.keep:
@@ -3234,7 +3234,7 @@ class Residual:
             first, second = self.read_lanes(visit.norm_scale)
             streams = [(self.x0,), (first.sum,), skip, (second.sum,)]
             own = ONE if visit.source is None else ROW.lane_stream
-            sums += [Sum((ABSENT, own, ROW.lane_skip, ABSENT)), Sum((ABSENT, ABSENT, ABSENT, ONE))]  # type: ignore[arg-type]
+            sums += [Sum((ABSENT, own, ROW.lane_skip, ABSENT)), Sum((ABSENT, ABSENT, ABSENT, ONE))]
         mixed, x0, *others = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
         self.x0 = x0.sum
         self.terms = (mixed.sum,)
@@ -3461,7 +3461,7 @@ class GPT(nn.Module):
         """tokens (T,) int64 -> final hidden states (T, d) in the compute dtype; with a cache also the new tokens'.
         With lora or cache, tokens are rows of one length, flattened. The tap sees the input of every product."""
         residual = Residual(self, self.embed(tokens, seq.positions, cache), looped)
-        angle = seq.positions[:, None] * self.rope_frequency  # type: ignore[operator]
+        angle = seq.positions[:, None] * self.rope_frequency
         rope = angle.cos(), angle.sin()
         weights = self.layer_weights()
         new = []  # keys and values of each visit
@@ -3478,7 +3478,7 @@ class GPT(nn.Module):
         keys, values = (torch.stack([cache.by_row(t) for t in visits]) for visits in zip(*new))
         return hidden, Cache(keys, values, cache.by_row(tokens)[:, -1])
 
-    def attention_sublayer(self, n: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_sublayer(self, n: Tensor, site: Site) -> tuple[Tensor, ...]:
         """n (T, d) -> output (T, d), and the new tokens' keys and values: (T, KV, D) with a cache, else (T, H, D).
 
         q, k = rope(norm(q)) q_gain, rope(norm(k))
@@ -3514,7 +3514,7 @@ class GPT(nn.Module):
         y = xsa_gate(y, own_v, z, self.gate_slope, self.gate_top).flatten(1)
         site.tap("o", layer, y)
         # The adapter "o" reads the sublayer's input and not that of the product, as #1855's does.
-        return site.adapted("o", F.linear(y, weights.o), n), *new  # type: ignore[return-value]
+        return site.adapted("o", F.linear(y, weights.o), n), *new
 
     def mlp_sublayer(self, n: Tensor, site: Site) -> Tensor:
         """n (T, d) -> (T, d)."""
@@ -3736,7 +3736,7 @@ def clip_factor(shards: list[Tensor], small: list[Tensor], limit: float, ranks: 
 class Block(NamedTuple):
     """Some rows of a parameter (layers, all rows, cols): one matrix in each layer."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     rows: slice
 
 
@@ -3806,7 +3806,7 @@ class Optimizer:
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.cfg = cfg
         self.ranks = ranks
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.small = []  # Adam's parameters
         adam_groups = {}  # rule -> the group of those of `small` that share it
         shapes = {}  # (rows, cols) -> Muon's blocks of that shape: q and o together, k and v together
@@ -3826,7 +3826,7 @@ class Optimizer:
                 block = Block(p, slice(low, low + height))
                 shapes.setdefault((height, p.size(2)), []).append(block)
                 low += height
-        groups = [MuonGroup(*shape, blocks, ranks, model.dtype) for shape, blocks in shapes.items()]  # type: ignore[call-arg]
+        groups = [MuonGroup(rows, cols, blocks, ranks, model.dtype) for (rows, cols), blocks in shapes.items()]
         # Largest first: its communication overlaps the others' work.
         self.muon = sorted(groups, key=lambda group: -group.momentum.numel())
         self.adam = torch.optim.AdamW(
@@ -3872,7 +3872,7 @@ class Optimizer:
         for p in self.parameters:
             p.grad = None
         if self.average:
-            torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)  # type: ignore[arg-type]
+            torch._foreach_lerp_(self.average, self.parameters, 1 - cfg.ema_decay)
 
     def muon_momentum(self, step: int) -> float:
         """Muon's momentum after its linear warm-up or on the way there."""
@@ -4408,8 +4408,8 @@ class StackModel:
         # Sums of products are exact, see MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them.
         exact = np.float32 if np.abs(chunk).max() <= 128 else np.float64
         for member, moments in enumerate(self.moments):
-            x = chunk[:, member].astype(exact)
-            moments += x @ x.T  # type: ignore[arg-type, operator]
+            x: Any = chunk[:, member].astype(exact)
+            moments += x @ x.T
         self.seen += rows
 
     def code(self, coder, pools: dict[int, ndarray]):
@@ -5215,7 +5215,7 @@ def unflatten(arrays: dict[str, ndarray]) -> Quantized:
             sizes |= {"lqer_a": (rows, rank), "lqer_b": (groups, LQER_GROUP), "lqer_scales": (1 + groups,)}
         if {part: array.shape for part, array in parts.items()} != sizes:  # numpy would broadcast some others
             raise ValueError(f"the parts of {name} do not fit together")
-        matrix = QuantizedMatrix(*[parts[part] for part in MATRIX_PARTS], correction)  # type: ignore[call-arg]
+        matrix = QuantizedMatrix._make([*(parts[part] for part in MATRIX_PARTS), correction])
         matrices.setdefault(name.split(".")[0], []).append(matrix)
     return Quantized(matrices, parameters, parameters.pop("logit_calibration", None))
 
@@ -5557,9 +5557,11 @@ class NGram:
         # Document and segment of each target: 0 for the first lengths[0] targets, then 1, ...
         document = np.repeat(np.arange(len(val.lengths)), val.lengths)
         segment = np.repeat(np.arange(len(sizes)), sizes)[document]
-        stream = [torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (val.tokens, document, segment)]
+        tokens, document, segment = (
+            torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (val.tokens, document, segment)
+        )
         hint = torch.full((val.targets,), -1, dtype=torch.int32, device=self.device)
-        for known in continuations(*stream, cfg.ngram_order, cfg.vocab_size):  # type: ignore[call-arg, arg-type]
+        for known in continuations(tokens, document, segment, cfg.ngram_order, cfg.vocab_size):
             if known.order < cfg.ngram_min_order:
                 continue
             share = known.top.double() / known.total
@@ -6199,7 +6201,7 @@ class GlobalSGD:
     def __init__(self, scoring: ScoringPass):
         self.scoring = scoring
         momentum = scoring.cfg.global_ttt_momentum
-        self.optimizer = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)  # type: Any
+        self.optimizer: Any = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)
 
     def learn(self, chunks: list[tuple[int, int]], progress: float, progress_after: float):
         """A step on the targets low..high of each chunk, all of them scored.
@@ -6232,9 +6234,9 @@ class GlobalMuon(GlobalSGD):
 
     def __init__(self, scoring: ScoringPass):
         self.scoring = scoring
-        still = dict.fromkeys(("muon_wd", "adam_wd", "embed_wd", "ema_decay", "grad_clip_norm"), 0.0)
+        still: dict[str, Any] = dict.fromkeys(("muon_wd", "adam_wd", "embed_wd", "ema_decay", "grad_clip_norm"), 0.0)
         momentum = scoring.cfg.global_ttt_momentum
-        cfg = dataclasses.replace(scoring.cfg, **still, muon_momentum=momentum, muon_momentum_warmup_steps=0)  # type: ignore[arg-type]
+        cfg = dataclasses.replace(scoring.cfg, **still, muon_momentum=momentum, muon_momentum_warmup_steps=0)
         self.optimizer = Optimizer(scoring.model, cfg, scoring.ranks)
 
     def step(self, lr: float):
@@ -6271,7 +6273,8 @@ def sgd_seconds(scoring: ScoringPass) -> float:
     if not ranks.cuda:  # slow, and about in proportion to the tokens
         count = min(count, 512)
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=count + 1)
-    scoring = scoring._replace(val=SimpleNamespace(tokens=tokens))  # type: ignore[arg-type]
+    val: Any = SimpleNamespace(tokens=tokens)
+    scoring = scoring._replace(val=val)
     model.requires_grad_(True)
     seconds = seconds_of(lambda: base_gradients(scoring, 0, count), ranks)
     model.requires_grad_(False)
@@ -6486,9 +6489,9 @@ class TestTimeTraining:
         left = self.scoring.ranks.agree(left)
         if self.estimated <= left:
             return
-        changes = [("segment_docs", cfg.segment_docs << doublings) for doublings in range(1, 6)]
+        changes: list[tuple[str, Any]] = [("segment_docs", cfg.segment_docs << doublings) for doublings in range(1, 6)]
         for name, value in (*changes, ("phased_ttt_num_phases", 0), ("ttt_enabled", 0)):
-            if self.planned_seconds(dataclasses.replace(cfg, **{name: value})) <= left:  # type: ignore[arg-type]
+            if self.planned_seconds(dataclasses.replace(cfg, **{name: value})) <= left:
                 break  # else the last is named
         raise UserError(
             f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:.0f} leaves {left:.0f} s for test-time training, which "
@@ -6645,8 +6648,8 @@ class Run:
         self.log = Log(self.ranks)
         self.phases = Phases(self.ranks)
         self.verdicts = Verdicts()
-        self.result = {"bpb": {}}  # type: dict[str, Any]  # what result.json will hold
-        self.training_hashes = None  # type: TrainingHashes | None  # on rank 0, where training data is read
+        self.result: dict[str, Any] = {"bpb": {}}  # what result.json will hold
+        self.training_hashes: TrainingHashes | None = None  # on rank 0, where training data is read
         self.output = output_folder(cfg)
         # What moves the output elsewhere.
         self.place = "ARTIFACT_DIR" if self.output == self.folder else "the working directory"
@@ -6850,9 +6853,9 @@ def train(run: Run, model: GPT):
         if run.ranks.main:
             seconds = {"steps": run.phases.seconds["steps"]}
             meta = run.origin() | {"training": training, "seconds": seconds}
-            arrays = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+            arrays: Any = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
             with whole_file(run.folder / "trained.npz") as f:
-                np.savez(f, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
+                np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
 
 
 def read_trained(path: Path) -> tuple[dict[str, ndarray], dict]:
