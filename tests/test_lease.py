@@ -208,6 +208,31 @@ def test_differences():
     )
 
 
+def test_a_curve_has_one_point_for_each_budget(tmp_path: Path):
+    def run(curve: str, seconds: float, bpb: float) -> dict:
+        entry = {"curve": curve} if curve else {}
+        steps = int(seconds * 5)
+        about = {"seconds": {"steps": seconds}, "steps": steps, "tokens": steps * 1000, "bpb": {"trained": bpb}}
+        return {"entry": entry, "gpus": [0, 1]} | about
+
+    runs = {
+        "a": run("ours@400", 388.0, 1.25),
+        "b": run("ours@100", 88.0, 1.30),
+        "c": run("ours@400", 387.0, 1.27),
+        "d": run("1855@400", 399.0, 1.28),
+        "e": run("", 10.0, 3.0),
+    }
+    curves = lease_report.points(runs, 10_000)
+    assert set(curves) == {"ours", "1855"} and curves["1855"] == [(798.0, 1995, 199.5, 1.28, 0.0)]
+    short, long = curves["ours"]
+    assert short == (176.0, 440, 44.0, 1.30, 0.0)
+    assert long == pytest.approx((775.0, 1937.5, 193.75, 1.26, 0.01))
+    lease_report.draw_curves(runs, 10_000, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="no run names a curve"):
+        lease_report.draw_curves({}, 10_000, tmp_path / "none.png")
+
+
 def test_trained_weights_are_scored_by_the_script_itself(tmp_path: Path):
     """`score` calls into train_gpt.py, so a renaming there must fail here."""
     folder = base_run()

@@ -23,6 +23,7 @@ to be compared), a `script`, and optionally
     shares      true: runs beside whatever is there
     continues   a run whose ARTIFACT_DIR it uses; its score is that run's `pass` (adapted)
     command     words to run in place of the script
+    curve       NAME@BUDGET: its trained BPB belongs to that point of that curve (tools/lease_report.py --curve)
 """
 
 import argparse

@@ -1,13 +1,14 @@
 """Tables of what tools/lease.py collected: counts and seconds of each run, BPB on the halves of the validation
 documents, and differences between groups of runs (GROUP_sSEED) with their standard errors.
 
-    lease_report.py FOLDER...
+    lease_report.py FOLDER... [--curve PNG]         a picture of the runs whose queue entry names a `curve`
 
 A document belongs to half A or B by a hash of its tokens: A chooses, B is reported. Only documents that every pass
 scored whole are compared. The standard error over seeds says what other seeds might give, that over documents what
 other documents might, with these weights.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -77,7 +78,69 @@ def print_runs(runs: dict, tokens: int) -> None:
         print(f"| {name} ({run['state']}) | {' | '.join(cells)} | {run['bytes'] or 0:,} | {seconds} |")
 
 
-def report(folders: list[Path]) -> None:
+def points(runs: dict, tokens: int) -> dict[str, list[tuple[float, ...]]]:
+    """Of each curve (GPU-seconds of steps, steps, passes over the data, trained BPB, half its range), one a budget.
+
+    Runs of one NAME@BUDGET are seeds of one point, which is their mean."""
+    seeds = {}
+    for run in runs.values():
+        if run["entry"].get("curve") and run["bpb"].get("trained"):
+            seconds = run["seconds"]["steps"] * len(run["gpus"])
+            values = seconds, run["steps"], run["tokens"] / tokens, run["bpb"]["trained"]
+            seeds.setdefault(run["entry"]["curve"], []).append(values)
+    curves = {}
+    for key, point in sorted(seeds.items(), key=lambda item: item[1][0][0]):
+        columns = list(zip(*point))
+        reach = (max(columns[-1]) - min(columns[-1])) / 2
+        curves.setdefault(key.split("@")[0], []).append((*map(statistics.mean, columns), reach))
+    return curves
+
+
+def draw_curves(runs: dict, tokens: int, out: Path) -> None:
+    """Trained BPB against what it took, one line a curve; bars are the range over seeds."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from matplotlib import ticker
+
+    from tools import plots
+
+    curves = points(runs, tokens)
+    if not curves:
+        raise SystemExit("no run names a curve")
+    title, subtitle = "BPB of the trained weights", "each point is a run of its own with its whole schedule"
+    figure, axes = plots.new_figure(title, subtitle, narrow=False, widths=(1, 1, 1))
+    labels = "GPU-seconds of training steps", "steps", "passes over the training data"
+    for column, (axis, label) in enumerate(zip(axes, labels)):
+        for (name, curve), colour in zip(curves.items(), plots.RUN_COLOURS):
+            x, bpb, reach = ([point[i] for point in curve] for i in (column, -2, -1))
+            axis.errorbar(x, bpb, reach, marker="o", markersize=5, linewidth=1.6, color=colour, label=name, capsize=2)
+        axis.set(xlabel=label, xscale="log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.grid(axis="y")
+    axes[0].set_ylabel("bits per byte")
+    axes[-1].legend()
+    part = out.with_name(out.name + ".part")
+    part.write_bytes(plots.as_png(figure))
+    part.replace(out)
+
+
+def print_printed(runs: dict) -> None:
+    """Differences of what the scripts themselves print, where ledgers of a pass did not come back on both sides."""
+    sides = {}  # by pass and group: BPB of each seed
+    for name, run in runs.items():
+        group, seed, _ = split_key(f"{name}/")
+        for which, value in run["bpb"].items():
+            if seed:
+                sides.setdefault((which, group), {})[seed] = value
+    for a, b in itertools.combinations(sides, 2):
+        if a[0] == b[0]:
+            gap, error, how = difference(sides[a], sides[b])
+            over = "" if error is None else f" +- {error:.5f}"
+            print(f"{a[0]}, as printed: {a[1]} less {b[1]} {gap:+.5f}{over} ({how})")
+
+
+def report(folders: list[Path], curve: Path | None = None) -> None:
     runs, bits, data = load(folders)
     size, keys = bits["bytes"], [key for key in bits if "/" in key]
     whole = np.ones(len(size), bool)
@@ -108,8 +171,16 @@ def report(folders: list[Path]) -> None:
             gap, error, how = difference(*values)
             over = "" if error is None else f" +- {error:.5f}"
             print(f"  {half:3s} {gap:+.5f}{over} ({how}; +- {over_documents(*means, size[mask]):.5f} over documents)")
+    print()
+    print_printed(runs)
+    if curve:
+        draw_curves(runs, train["tokens"], curve)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader like `head` may leave before the end
-    report([Path(word) for word in sys.argv[1:]])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", help="what tools/lease.py collected")
+    parser.add_argument("--curve", type=Path, metavar="PNG", help="draw trained BPB against seconds, steps and passes")
+    args = parser.parse_args()
+    report(args.folders, args.curve)

@@ -37,8 +37,8 @@ PHASE_COLOURS = {
 WIDE, NARROW = (11, 4.6), (4.6, 3.9)  # inches: of a figure whose panels lie side by side, of each panel of a narrow one
 
 
-def new_figure(title: str, subtitle: str, narrow: bool, widths: tuple[float, float] = (1, 1)):
-    """A figure of two panels: side by side, or narrow, one above the other."""
+def new_figure(title: str, subtitle: str, narrow: bool, widths: tuple[float, ...] = (1, 1)):
+    """A figure of panels side by side, one for each width; narrow: of two, one above the other."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,7 +62,7 @@ def new_figure(title: str, subtitle: str, narrow: bool, widths: tuple[float, flo
     if narrow:  # the page has title and subtitle as text
         size = (NARROW[0], 2 * NARROW[1])
         return pyplot.subplots(2, 1, figsize=size, dpi=170, layout="constrained")
-    figure, axes = pyplot.subplots(1, 2, figsize=WIDE, dpi=150, width_ratios=widths, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(widths), figsize=WIDE, dpi=150, width_ratios=widths, layout="constrained")
     figure.suptitle(f"{title}\n", fontsize=13, fontweight="bold", x=0.01, ha="left")
     figure.text(0.01, 0.925, subtitle, fontsize=9, color=QUIET, ha="left", va="center")
     return figure, axes
