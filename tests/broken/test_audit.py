@@ -124,6 +124,12 @@ def test_a_script_that_unpacks_to_gigabytes_is_refused(pack):
         unpack(f"import lzma,base64\nexec(lzma.decompress(base64.b85decode({blob!r})))".encode())
 
 
+def test_text_that_reads_as_an_empty_stream_is_no_packed_source():
+    """As raw LZMA, the first letter of this list ends the stream."""
+    script = f"NAMES = {'ACTIVATION ADAM_LR ' * 40!r}"
+    assert unpack(script.encode()) == script
+
+
 def test_the_shipped_script_is_read():
     assert "class Ledger" in unpack((artifact() / "train_gpt.py").read_bytes())
 

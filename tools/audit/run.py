@@ -218,7 +218,8 @@ def unpack(script: bytes) -> str:
     for decode in (bytes, base64.b85decode, base64.a85decode, base64.b64decode):
         for decompressor in (lzma.LZMADecompressor, bz2.BZ2Decompressor, zlib.decompressobj, raw_lzma):
             try:
-                return inflate(decompressor(), decode(blob)).decode("utf-8")
+                if source := inflate(decompressor(), decode(blob)).decode("utf-8"):  # else a beginning of nothing
+                    return source
             except Broken:
                 raise
             except Exception:  # another coding, or no code at all
