@@ -1813,7 +1813,7 @@ class MLPTile(NamedTuple):
     programs: int  # per multiprocessor
 
 
-# The fastest of those that `tools/bench_kernels.py` measured on an H200 (logs/bench/h200_tiles.log).
+# The fastest of those that `python -m tools.bench kernels` measured on an H200 (logs/bench/h200_tiles.log).
 MLP_TILES = {
     "forward": MLPTile(128, 128, 64, warps=8, stages=3, programs=2),
     "backward": MLPTile(128, 128, 32, warps=4, stages=5, programs=2),

@@ -15,10 +15,15 @@ import math
 import re
 import signal
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
+
+if not __package__:  # run as a file
+    import anywhere  # noqa: F401
+
+from prepare_data import write_file
+from tools import plots
 
 
 def load(folders: list[Path]) -> tuple[dict, dict, dict]:
@@ -51,6 +56,10 @@ def difference(a: dict[str, float], b: dict[str, float]) -> tuple[float, float |
         return mean, statistics.stdev(pairs) / math.sqrt(len(pairs)), f"{len(pairs)} pairs of seeds"
     error = math.sqrt(sum(statistics.variance(side.values()) / len(side) for side in (a, b)))
     return mean, error, f"{len(a)} against {len(b)}, Welch"
+
+
+def signed(gap: float, error: float | None) -> str:
+    return f"{gap:+.5f}" + ("" if error is None else f" +- {error:.5f}")
 
 
 def over_documents(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> float:
@@ -98,10 +107,7 @@ def points(runs: dict, tokens: int) -> dict[str, list[tuple[float, ...]]]:
 
 def draw_curves(runs: dict, tokens: int, out: Path) -> None:
     """Trained BPB against what it took, one line a curve; bars are the range over seeds."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from matplotlib import ticker
-
-    from tools import plots
 
     curves = points(runs, tokens)
     if not curves:
@@ -120,9 +126,7 @@ def draw_curves(runs: dict, tokens: int, out: Path) -> None:
         axis.grid(axis="y")
     axes[0].set_ylabel("bits per byte")
     axes[-1].legend()
-    part = out.with_name(out.name + ".part")
-    part.write_bytes(plots.as_png(figure))
-    part.replace(out)
+    write_file(out, plots.as_png(figure))
 
 
 def print_printed(runs: dict) -> None:
@@ -136,8 +140,7 @@ def print_printed(runs: dict) -> None:
     for a, b in itertools.combinations(sides, 2):
         if a[0] == b[0]:
             gap, error, how = difference(sides[a], sides[b])
-            over = "" if error is None else f" +- {error:.5f}"
-            print(f"{a[0]}, as printed: {a[1]} less {b[1]} {gap:+.5f}{over} ({how})")
+            print(f"{a[0]}, as printed: {a[1]} less {b[1]} {signed(gap, error)} ({how})")
 
 
 def report(folders: list[Path], curve: Path | None = None) -> None:
@@ -169,8 +172,8 @@ def report(folders: list[Path], curve: Path | None = None) -> None:
             values = [{seed: bpb[key][half] for seed, key in sides[side].items()} for side in (a, b)]
             means = [np.mean([bits[key][mask] for key in sides[side].values()], axis=0) for side in (a, b)]
             gap, error, how = difference(*values)
-            over = "" if error is None else f" +- {error:.5f}"
-            print(f"  {half:3s} {gap:+.5f}{over} ({how}; +- {over_documents(*means, size[mask]):.5f} over documents)")
+            over = over_documents(*means, size[mask])
+            print(f"  {half:3s} {signed(gap, error)} ({how}; +- {over:.5f} over documents)")
     print()
     print_printed(runs)
     if curve:
