@@ -4182,10 +4182,13 @@ FREQUENCIES = frequency_tables()
 # Of every cell: frequency << PROB_BITS | sum of its table's frequencies before it.
 CELL_STARTS = FREQUENCIES << PROB_BITS | (FREQUENCIES.cumsum(1) - FREQUENCIES) & SLOT_MASK
 CELL_STARTS = CELL_STARTS.astype(np.uint32)
+ESCAPED = FREQUENCIES[0] == 0  # cells that cannot be coded: every mixture has its zeros in the same places
+ESCAPED[ESCAPE::256] = True
 # Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
 COST_BITS = (PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))).astype(np.float32)
 # Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
-LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
+LOG2_EDGES = np.array([*binary_roots(2 * LOG2_STEPS)[1::2], 2**61], np.float64) / 2**61
+LOG2_PASSED = np.searchsorted(LOG2_EDGES, np.arange(512) / 512, side="right")  # between two of these is one edge at most
 
 
 # --- Symbols to rANS states and back ---
@@ -4194,18 +4197,25 @@ LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
 def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
     """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
     state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
-    with."""
-    states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
+    with.
+
+    States are float64 here, which divides fast, and exactly: state < 2**32, freq <= 2**14."""
+    states = np.frombuffer(rider, "<u2") + 65536.0
     words = []
-    for start in reversed(steps):
-        state = states[: len(start)]  # a view
-        freq = start >> PROB_BITS
-        full = state >= freq << (32 - PROB_BITS)
-        words.append(state[full].astype("<u2").tobytes())
-        state[full] >>= 16
-        times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
-        rest = state - times * freq
-        state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
+    for first in reversed(range(0, len(steps), REFRESH_COLUMNS)):  # what needs no state, for many steps at once
+        some = steps[first : first + REFRESH_COLUMNS]
+        starts = np.concatenate(some)
+        freqs = (starts >> PROB_BITS).astype(np.float64)
+        befores = (starts & SLOT_MASK).astype(np.float64)
+        parts = [np.split(a, np.cumsum([*map(len, some)])[:-1]) for a in (freqs, befores)]
+        for freq, before in zip(*map(reversed, parts)):
+            state = states[: len(freq)]  # a view
+            full = (state >= freq * 2.0 ** (32 - PROB_BITS)).nonzero()[0]
+            out = state[full].astype(np.uint32)
+            words.append(out.astype("<u2").tobytes())
+            state[full] = out >> 16
+            state += np.floor(state / freq) * (2.0**PROB_BITS - freq)
+            state += before
     return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
@@ -4216,17 +4226,16 @@ class SymbolWriter:
         self.cells = []  # arrays int32 (G * rows,), one for every step
         self.escaped = []  # bytes of raw int16
 
-    def column(self, table, floor, values):
-        """Take one step: a column of all rows of a chunk. Arrays (G, rows): the table of each symbol and the whole part
-        of its mean, int64, and its value, int32."""
+    def columns(self, table, floor, values):
+        """Take some steps: columns of all rows of a chunk, arrays (steps, G, rows): the table of each symbol and its
+        value, int32, and the whole part of its mean, or 0 for all."""
         code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
-        cell = (table * 256 + code).ravel()
-        frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
-        escaped = (frequency == 0) | (code.ravel() == ESCAPE)
+        cell = (table << 8 | code).reshape(len(table), -1)
+        escaped = ESCAPED.take(cell)
         if escaped.any():
             cell[escaped] |= ESCAPE
-            self.escaped.append(values.ravel()[escaped].astype("<i2").tobytes())
-        self.cells.append(cell.astype(np.int32))
+            self.escaped.append(values.reshape(cell.shape)[escaped].astype("<i2").tobytes())
+        self.cells.extend(cell)
 
     def best_mixture(self) -> int:
         """The tail shape that codes every fifth column best."""
@@ -4245,7 +4254,7 @@ class SymbolReader:
     """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
 
     def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
-        self.states = states.copy()
+        self.states = states.astype(np.int64)
         self.words = words
         self.escaped = escaped
 
@@ -4254,35 +4263,43 @@ class SymbolReader:
         frequencies = FREQUENCIES[mixture]
         codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
         self.codes = np.repeat(codes, frequencies)  # of every slot of every table
-        self.starts = CELL_STARTS[mixture]
+        self.before = (CELL_STARTS[mixture] & SLOT_MASK).astype(np.int64)
+        self.others = (1 << PROB_BITS) - frequencies
 
-    def column(self, table, floor, values):
-        """As SymbolWriter.column, but fills in the values."""
-        state = self.states[: table.size]  # a view: the states advance in place
-        table = table.ravel()
-        slot = state & SLOT_MASK
-        code = self.codes.take((table << PROB_BITS) + slot)
-        start = self.starts.take((table << 8) + code)
-        before = start & SLOT_MASK
-        state[:] = (start >> PROB_BITS) * (state >> PROB_BITS) + (slot - before)  # stays below 2**32
-        low = np.flatnonzero(state < 1 << 16)
-        taken, self.words = take(self.words, len(low))
-        state[low] = state[low] << 16 | taken
-        decoded = code + (floor.ravel() - MAX_SYMBOL)
-        is_escaped = code == ESCAPE
+    def columns(self, table, floor, values):
+        """As SymbolWriter.columns, but fills in the values."""
+        codes = np.empty((len(table), table[0].size), np.uint8)
+        state = self.states[: codes.shape[1]]  # a view: the states advance in place
+        cells = table.reshape(codes.shape).astype(np.int64) << 8
+        slots = cells << PROB_BITS - 8
+        for code, cell, slot in zip(codes, cells, slots):  # cell, slot: the first of their table
+            slot += state & SLOT_MASK
+            self.codes.take(slot, out=code, mode="clip")  # in range; without a mode, numpy would copy `code`
+            cell += code
+            # freq (s div 2**14) + s mod 2**14 - before
+            times = state >> PROB_BITS
+            times *= self.others.take(cell)
+            state -= times
+            state -= self.before.take(cell)
+            low = (state < 1 << 16).nonzero()[0]
+            taken, self.words = take(self.words, len(low))
+            state[low] = state[low] << 16 | taken
+        codes = codes.reshape(values.shape)
+        np.subtract(codes, np.int32(MAX_SYMBOL) - floor, out=values)
+        is_escaped = codes == ESCAPE
         if count := np.count_nonzero(is_escaped):
-            decoded[is_escaped], self.escaped = take(self.escaped, count)
-        values[:] = decoded.reshape(values.shape)
+            values[is_escaped], self.escaped = take(self.escaped, count)
 
 
 # --- The model ---
 
 
 def log2_fixed(x: ndarray) -> ndarray:
-    """round(LOG2_STEPS * log2(x)), int64, equal on every machine."""
+    """round(LOG2_STEPS * log2(x)), int32, equal on every machine."""
     mantissa, exponent = np.frexp(x)
-    octaves = exponent.astype(np.int64) - 1
-    return octaves * LOG2_STEPS + np.searchsorted(LOG2_EDGES, mantissa, side="right")
+    passed = LOG2_PASSED.take((mantissa * len(LOG2_PASSED)).astype(np.int64))
+    passed += mantissa >= LOG2_EDGES.take(passed)
+    return (exponent - 1) * LOG2_STEPS + passed.astype(np.int32)
 
 
 def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
@@ -4296,18 +4313,17 @@ def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
     d_q22 = np.empty(c.shape[:2])
     for first in range(0, c.shape[1], 16):
         panel = slice(first, first + 16)
-        known_q42 = low_q20[:, first:, :first] @ ld_q22[:, panel, :first].mT
-        rest = ld_q22[:, first:, panel] - np.rint(known_q42 * 2.0**-20)
-        for i in range(rest.shape[2]):
+        known_q42 = ld_q22[:, panel, :first] @ low_q20[:, first:, :first].mT
+        rest = ld_q22[:, panel, first:] - np.rint(known_q42 * 2.0**-20)  # c is symmetric: columns in the place of rows
+        for i in range(rest.shape[1]):
             j = first + i
             d_q22[:, j] = np.maximum(rest[:, i, i], MIN_D_Q22)
             inverse = 2.0**20 / d_q22[:, j, None]
-            column = np.rint(rest[:, i + 1 :, i] * inverse)
+            column = np.rint(rest[:, i, i + 1 :] * inverse)
             low_q20[:, j + 1 :, j] = column
-            later = rest[:, i + 1 :, i + 1 :]
-            row = rest[:, None, i + 1 : rest.shape[2], i] * 2.0**-20
-            later -= np.rint(column[:, :, None] * row)
-        ld_q22[:, first:, panel] = rest
+            row = rest[:, i, i + 1 : rest.shape[1], None] * 2.0**-20
+            rest[:, i + 1 :, i + 1 :] -= np.rint(column[:, None] * row)
+        ld_q22[:, first:, panel] = rest.mT
     return low_q20, d_q22
 
 
@@ -4323,6 +4339,31 @@ def blend(a, b, weight):
     return a * (1 - weight) + b * weight
 
 
+def add_moments(moments, columns):
+    """Add x x^T of the rows of every member, columns (n, G, R), to moments (G, n, n). Sums of products are exact, see
+    MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them."""
+    for first in range(0, columns.shape[2], MAX_CHUNK_ROWS):
+        part = columns[:, :, first : first + MAX_CHUNK_ROWS]
+        exact = np.float32 if np.abs(part).max() <= 128 else np.float64
+        for member, total in enumerate(moments):
+            x: Any = part[:, member].astype(exact)
+            total += x @ x.T
+
+
+def at_unit_variance(sums, variance):
+    """Sums over rows of each member, (G, ...), added up over the members, each at unit variance: (1, ...)."""
+    return sum(m / v for m, v in zip(sums, variance))[None]
+
+
+def add_to_pool(pools: dict[int, ndarray], columns: ndarray, header: StackHeader):
+    """Let the correlations of a stack, columns (n, G, R), guide later ones of its width. pools: n -> (1, n, n)."""
+    width, members, _ = columns.shape
+    moments = np.zeros((members, width, width))
+    add_moments(moments, columns)
+    own = correlation(at_unit_variance(moments, np.exp2(np.array(header.log2_variance, np.float64))))
+    pools[width] = blend(pools.get(width, own), own, 0.5)
+
+
 class StackModel:
     """The distribution of every symbol of a stack, given those before it. Rows go in chunks, and in them columns."""
 
@@ -4333,23 +4374,20 @@ class StackModel:
         self.variance = np.exp2(np.array(header.log2_variance, np.float64))  # of integers: exact
         self.prior = CORRELATION_PRIORS[header.prior]
         self.row_trust, self.column_trust = header.trust
-        self.moments = np.zeros((members, width, width))  # sums of x x^T of the rows seen
+        self.squares = np.zeros((members, width))  # sums of x^2 of the rows seen
+        self.moments = np.zeros((members, width, width)) if self.prior.rows else None  # sums of x x^T
         self.seen = 0
         self.gain_sum_q8 = np.full(members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
 
-    def shared_moments(self):
-        """Moments summed over the members, each at unit variance, (1, n, n)."""
-        return sum(m / v for m, v in zip(self.moments, self.variance))[None]
-
-    def column_variances(self, shared):
+    def column_variances(self):
         """Of x (G, n): a column's own variance, drawn to that of all members."""
-        total = UNIT_VARIANCE_ROWS + self.seen * len(self.moments)
-        common = (UNIT_VARIANCE_ROWS + np.linalg.diagonal(shared)) / total * self.variance[:, None]
-        own = np.linalg.diagonal(self.moments)
-        variance = (self.column_trust * common + own) / (self.column_trust + self.seen)
+        total = UNIT_VARIANCE_ROWS + self.seen * len(self.squares)
+        shared = at_unit_variance(self.squares, self.variance)
+        common = (UNIT_VARIANCE_ROWS + shared) / total * self.variance[:, None]
+        variance = (self.column_trust * common + self.squares) / (self.column_trust + self.seen)
         return np.maximum(variance, MIN_VARIANCE)
 
-    def correlations(self, shared, pool):
+    def correlations(self, pool):
         """Correlations (G, n, n) to code with. With more rows, weight moves from identity and pool to those of all
         members, then to the matrix's own."""
         identity = np.eye(len(self.columns))
@@ -4357,74 +4395,71 @@ class StackModel:
         common = self.prior.pool_weight * rows / (rows + SHARED_CORRELATION_ROWS)
         own = self.seen / (self.seen + self.prior.rows)
         c = blend(identity, pool, self.prior.pool_weight)
-        c = blend(c, correlation(shared), common)
+        c = blend(c, correlation(at_unit_variance(self.moments, self.variance)), common)
         c = blend(c, correlation(self.moments), own)
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
     def predictor(self, pool):
-        """L_q12 (G, n, n), integers in float64, of x = e + L e, or None for L = 0; and the variance of e (G, n)."""
-        shared = self.shared_moments()
-        variance = self.column_variances(shared)
+        """L (G, n, n), whole multiples of 2**-12 in float64, of x = e + L e, or None for L = 0; and the variance of e
+        (G, n)."""
+        variance = self.column_variances()
         if not self.prior.rows:
             return None, variance
-        low_q20, d_q22 = ldl(self.correlations(shared, pool))
+        low_q20, d_q22 = ldl(self.correlations(pool))
         scale = np.sqrt(np.minimum(variance, MAX_SCALED_VARIANCE))
         ratio = scale[:, :, None] / scale[:, None, :]  # from unit variances to those of x
         low_q12 = np.rint(low_q20 * (ratio * 2.0**-8))
-        return low_q12, d_q22 * 2.0**-22 * variance
+        return low_q12 * 2.0**-12, d_q22 * 2.0**-22 * variance
 
     def code_chunk(self, size: int, coder, pool):
         """Code the next `size` rows of every member, or what is left, then learn from them."""
-        low_q12, variance = self.predictor(pool)
-        sigma = np.sqrt(variance)
-        log2_variance = log2_fixed(variance)
+        low, variance = self.predictor(pool)
+        sigma = np.sqrt(variance).T[:, :, None]
+        log2_variance = log2_fixed(variance).T[:, :, None]
         chunk = self.columns[:, :, self.seen : self.seen + size]
         width, members, rows = chunk.shape
-        e_q8 = np.zeros((members, width, rows))
-        mean_q8 = np.zeros((members, rows))
-        square_q8 = np.zeros_like(mean_q8)  # sums of the rows' squared e / sigma
+        e_q8 = np.empty(chunk.shape)
+        e_by_member = e_q8.transpose(1, 0, 2)  # a view
+        square_q8 = np.zeros((members, rows))  # sums of the rows' squared e / sigma
         gain = self.gain_sum_q8 / (256.0 * (UNIT_GAIN_SYMBOLS + width * self.seen))
         prior_q8 = gain[:, None] * (self.row_trust * 256)
         for a in range(0, width, REFRESH_COLUMNS):
-            b = min(a + REFRESH_COLUMNS, width)
+            here = slice(a, min(a + REFRESH_COLUMNS, width))
             per_symbol = 1 / (256 * (a + self.row_trust))
             log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
-            table = first_tables(log2_variance[:, a:b, None] + log2_gain[:, None])
-            if low_q12 is not None:  # what all columns before a say of the next ones, in one product
-                known_q20 = low_q12[:, a:b, :a] @ e_q8[:, :a]
-            for j in range(a, b):
-                if low_q12 is not None:
-                    recent_q20 = low_q12[:, j, None, a:j] @ e_q8[:, a:j]
-                    mean_q20 = known_q20[:, j - a] + recent_q20[:, 0]
-                    mean_q8 = np.rint(mean_q20 * 2.0**-12).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
-                rounded_q8 = (mean_q8 + 128 // MEAN_FRACTIONS).astype(np.int64)  # to the nearest fraction, once cut
-                fraction = (rounded_q8 & 255) * MEAN_FRACTIONS >> 8
-                coder.column(table[:, j - a] + fraction, rounded_q8 >> 8, chunk[j])
-                innovation_q8 = chunk[j] * 256 - mean_q8
-                e_q8[:, j] = innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
-            white_q8 = np.rint(e_q8[:, a:b] / sigma[:, a:b, None])
-            square_q8 += np.rint(white_q8 * white_q8 / 256).sum(1)
+            table = first_tables(log2_variance[here] + log2_gain)
+            if low is None:
+                coder.columns(table, 0, chunk[here])
+                np.multiply(chunk[here], 256.0, out=e_q8[here])
+                e_q8[here].clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[here])
+            else:
+                known_q8 = low[:, here, :a] @ e_by_member[:, :a]  # what all columns before say of these, in one product
+                for j in range(here.start, here.stop):
+                    recent_q8 = low[:, j, None, a:j] @ e_by_member[:, a:j]
+                    mean_q8 = np.rint(known_q8[:, j - a] + recent_q8[:, 0]).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
+                    rounded_q8 = (mean_q8 + 128 // MEAN_FRACTIONS).astype(np.int32)  # to the nearest fraction, once cut
+                    of_mean = table[j - a] + (rounded_q8 >> 5 & MEAN_FRACTIONS - 1)
+                    coder.columns(of_mean[None], rounded_q8 >> 8, chunk[j, None])
+                    np.subtract(chunk[j] * 256, mean_q8, out=e_q8[j])
+                    e_q8[j].clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[j])
+            white_q4 = np.rint(e_q8[here] / sigma[here]) * 2.0**-4
+            white_q4 *= white_q4
+            square_q8 += np.rint(white_q4, out=white_q4).sum(0)
         self.gain_sum_q8 += square_q8.sum(1)
-        # Sums of products are exact, see MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them.
-        exact = np.float32 if np.abs(chunk).max() <= 128 else np.float64
-        for member, moments in enumerate(self.moments):
-            x: Any = chunk[:, member].astype(exact)
-            moments += x @ x.T
+        self.squares += np.square(chunk, dtype=np.float64).sum(2).T
+        if self.moments is not None:
+            add_moments(self.moments, chunk)
         self.seen += rows
 
-    def code(self, coder, pools: dict[int, ndarray]):
-        """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
-
-        pools: width n -> correlations (1, n, n) that earlier stacks have left as prior; this stack adds its own."""
-        width, members, rows = self.columns.shape
-        pool = pools.get(width, np.eye(width))
+    def code(self, coder, pool):
+        """Code all rows through `coder`, a SymbolWriter or a SymbolReader. pool: correlations (1, n, n) that earlier
+        stacks have left as prior; unused where there is no predictor."""
+        members, rows = self.columns.shape[1:]
         most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
         size = min(FIRST_CHUNK_ROWS, most)
         while self.seen < rows:
             self.code_chunk(size, coder, pool)
             size = min(2 * size, most)
-        own = correlation(self.shared_moments())
-        pools[width] = blend(pools.get(width, own), own, 0.5)
 
 
 def first_tables(log2_variance: ndarray) -> ndarray:
@@ -4438,12 +4473,12 @@ def first_tables(log2_variance: ndarray) -> ndarray:
 
 
 def choose_prior(q: ndarray, pool: ndarray) -> int:
-    """Index into CORRELATION_PRIORS for q (G, R, n) float64, by Gaussian code length of odd rows given the correlation
+    """Index into CORRELATION_PRIORS for q (G, R, n), by Gaussian code length of odd rows given the correlation
     of even ones, on at most two members."""
     members, rows, width = q.shape
     if rows * members < 64 or width < 8:
         return len(CORRELATION_PRIORS) - 1
-    q = q[:: max(members - 1, 1)]  # the first and the last
+    q = q[:: max(members - 1, 1)].astype(np.float64)  # the first and the last
     square = (q**2).mean(1, keepdims=True)
     z = q / np.sqrt(np.maximum(square, MIN_VARIANCE))
     even = z[:, ::2]
@@ -4455,19 +4490,18 @@ def choose_prior(q: ndarray, pool: ndarray) -> int:
         own = even.shape[1] / (even.shape[1] + prior.rows)
         c = blend(blend(identity, pool, prior.pool_weight), known, own)
         low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
-        e = np.linalg.solve(low, odd.mT)
+        e = torch.linalg.solve_triangular(torch.from_numpy(low), torch.from_numpy(odd).mT, upper=False)
         determinant = np.log(np.linalg.diagonal(low)).mean()
-        energy = (e * e).mean() - (odd * odd).mean()
+        energy = float(e.square().mean()) - (odd * odd).mean()
         nats.append(determinant + 0.5 * energy + CORRELATION_COST)
     return int(np.argmin([*nats, 0.0]))
 
 
-def common_weight(q: ndarray, axis: int) -> int:
+def common_weight(squares: ndarray, axis: int) -> int:
     """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how
-    far theirs lie apart."""
-    square = (q**2).mean(axis)
-    spread = np.log(square + 1 / 12).var(1).mean()
-    spread -= 2 / q.shape[axis]  # what chance alone would give
+    far theirs lie apart. squares (G, R, n) of the values."""
+    spread = np.log(squares.mean(axis) + 1 / 12).var(1).mean()
+    spread -= 2 / squares.shape[axis]  # what chance alone would give
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
 
 
@@ -4491,38 +4525,58 @@ def residual_width(stacks: list[ndarray]) -> int:
 # --- Stacks to bytes and back ---
 
 
+def prepared(q: ndarray, residual: int, pools: dict[int, ndarray]) -> tuple[ndarray, StackHeader, ndarray]:
+    """What StackModel codes of a stack (G, R, C), its header, and the pool of correlations that it begins with, to
+    which the stack then adds its own; pools: see add_to_pool. A matrix that writes to or reads from the
+    residual stream is turned so that vectors of that width are its rows."""
+    copies = repeated_rows(q)
+    q = np.delete(q, list(copies), axis=1) if copies else q
+    rows, width = q.shape[1:]
+    turned = width != residual and (rows == residual or rows < width)
+    q = q.mT if turned else q
+    width = q.shape[2]
+    squares = np.square(q, dtype=np.float64)
+    variance = np.maximum(squares.mean((1, 2)), MIN_VARIANCE)
+    pool = pools.get(width, np.eye(width))
+    header = StackHeader(
+        shape=list(q.shape),
+        log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
+        turned=int(turned),
+        prior=choose_prior(q, pool),
+        trust=[common_weight(squares, 2), common_weight(squares, 1)],
+        copies=[list(copies), list(copies.values())],
+    )
+    columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int32)
+    add_to_pool(pools, columns, header)
+    return columns, header, pool
+
+
+def restored(columns: ndarray, header: StackHeader) -> ndarray:
+    """The stack (G, R, C) of which `prepared` made columns and header."""
+    q = columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
+    copies, sources = np.array(header.copies, int)
+    if len(copies):
+        q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
+        q[:, copies] = q[:, sources]
+    return q
+
+
 def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int]:
     """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of `rider` travel in
-    it for nothing. A matrix that writes to or reads from the residual stream is turned so that vectors of that width
-    are its rows."""
-    residual = residual_width(stacks)
+    it for nothing."""
     headers = []
     pools = {}
     steps = []  # CELL_STARTS of every column of every chunk
     escaped = []
-    for q in stacks:
-        copies = repeated_rows(q)
-        q = np.delete(q, list(copies), axis=1)
-        rows, width = q.shape[1:]
-        turned = width != residual and (rows == residual or rows < width)
-        q = (q.mT if turned else q).astype(np.float64)
-        width = q.shape[2]
-        variance = np.maximum((q**2).mean((1, 2)), MIN_VARIANCE)
-        header = StackHeader(
-            shape=list(q.shape),
-            log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
-            turned=int(turned),
-            prior=choose_prior(q, pools.get(width, np.eye(width))),
-            trust=[common_weight(q, 2), common_weight(q, 1)],
-            copies=[list(copies), list(copies.values())],
-        )
-        columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int32)
-        writer = SymbolWriter()
-        StackModel(columns, header).code(writer, pools)
-        header = header._replace(mixture=writer.best_mixture())
-        steps += [CELL_STARTS[header.mixture][cells] for cells in writer.cells]
-        escaped += writer.escaped
-        headers.append(header._asdict())
+    with ThreadPoolExecutor(1) as worker:  # prepares the next stacks meanwhile
+        for stack in worker.map(prepared, stacks, itertools.repeat(residual_width(stacks)), itertools.repeat(pools)):
+            columns, header, pool = stack
+            writer = SymbolWriter()
+            StackModel(columns, header).code(writer, pool)
+            header = header._replace(mixture=writer.best_mixture())
+            steps += [CELL_STARTS[header.mixture].take(cells) for cells in writer.cells]
+            escaped += writer.escaped
+            headers.append(header._asdict())
     count = max(map(len, steps), default=0)
     ridden = min(len(rider), 2 * count)
     states, words = rans_encode(steps, rider[:ridden].ljust(2 * count, b"\0"))
@@ -4546,23 +4600,25 @@ def decode_stacks(code: bytes, most: int = 1 << 27) -> tuple[list[ndarray], byte
     reader = SymbolReader(states, np.frombuffer(parts.read(), "<u2"), escaped)
     stacks = []
     pools = {}
+    learning = []  # what `pools` waits for
     left = most
-    for entry in headers:
-        header = StackHeader(**entry)
-        members, rows, width = header.shape
-        left -= members * (rows + len(header.copies[0])) * width
-        moments = 4 * members * width * width  # float64, and copied a few times
-        sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
-        if not sound or left < 0 or moments > most:
-            raise ValueError(f"a stack of shape {header.shape} is too large")
-        columns = np.empty((width, members, rows), np.int32)
-        reader.begin(header.mixture)
-        StackModel(columns, header).code(reader, pools)
-        q = columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
-        copies, sources = np.array(header.copies, int)
-        q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
-        q[:, copies] = q[:, sources]
-        stacks.append(q)
+    with ThreadPoolExecutor(1) as worker:  # adds up correlations meanwhile
+        for entry in headers:
+            header = StackHeader(**entry)
+            members, rows, width = header.shape
+            left -= members * (rows + len(header.copies[0])) * width
+            moments = 4 * members * width * width  # float64, and copied a few times
+            sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
+            sound = sound and all(abs(x) <= 30 for x in header.log2_variance)  # of int16
+            if not sound or left < 0 or moments > most:
+                raise ValueError(f"a stack of shape {header.shape} is too large")
+            columns = np.empty((width, members, rows), np.int32)
+            reader.begin(header.mixture)
+            if CORRELATION_PRIORS[header.prior].rows:
+                [future.result() for future in learning]
+            StackModel(columns, header).code(reader, pools.get(width, np.eye(width)))
+            learning.append(worker.submit(add_to_pool, pools, columns, header))
+            stacks.append(restored(columns, header))
     if len(reader.words) or len(reader.escaped):
         raise ValueError("words or escaped values are left over")
     return stacks, (reader.states - (1 << 16)).astype("<u2").tobytes()
@@ -5271,10 +5327,11 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     stacks = []
     for (_, shape, dtype), names in groups.items():
         # The coder expects values around 0, so codes of step sizes lose their median.
-        stack = np.stack([tensors[name] for name in names]).astype(np.int64)
-        centres = [round(np.median(a)) for a in stack]
+        arrays = [tensors[name] for name in names]
+        centres = [round(np.median(a)) for a in arrays]
         coded.append([dtype, shape, names, centres])
-        stacks.append(np.stack([as_matrix(a - centre) for a, centre in zip(stack, centres)]))
+        centred = [(a.astype(np.int64) - centre).astype(np.int32) for a, centre in zip(arrays, centres)]
+        stacks.append(np.stack([*map(as_matrix, centred)]))
     plain = []
     raw = b""
     for dtype, names in rest.items():
@@ -5302,9 +5359,9 @@ def unpack_tensors(header: dict, code: bytes, rest: bytes, most: int) -> dict[st
     tensors = {}
     for (dtype, shape, names, centres), stack in zip(header["coded"], stacks, strict=True):
         for name, q, centre in zip(names, stack, centres, strict=True):
-            values = q.ravel()[: math.prod(shape)]
-            values = values.astype(np.int64) + centre
-            tensors[name] = values.astype(dtype).reshape(shape)
+            values = q.astype(dtype).ravel()[: math.prod(shape)]
+            values += np.int64(centre).astype(dtype)  # modulo 2**bits, as the symbols are
+            tensors[name] = values.reshape(shape)
     raw = rider[: header["ridden"]] + rest
     raw = inflate(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA), raw, 8 * most)
     for dtype, members in header["plain"]:
