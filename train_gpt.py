@@ -4185,7 +4185,7 @@ CELL_STARTS = CELL_STARTS.astype(np.uint32)
 ESCAPED = FREQUENCIES[0] == 0  # cells that cannot be coded: every mixture has its zeros in the same places
 ESCAPED[ESCAPE::256] = True
 # Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
-COST_BITS = (PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))).astype(np.float32)
+COST_BITS = PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))
 # Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
 LOG2_EDGES = np.array([*binary_roots(2 * LOG2_STEPS)[1::2], 2**61], np.float64) / 2**61
 LOG2_PASSED = np.searchsorted(LOG2_EDGES, np.arange(512) / 512, side="right")  # between two of these is one edge at most
@@ -4202,20 +4202,26 @@ def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
     States are float64 here, which divides fast, and exactly: state < 2**32, freq <= 2**14."""
     states = np.frombuffer(rider, "<u2") + 65536.0
     words = []
-    for first in reversed(range(0, len(steps), REFRESH_COLUMNS)):  # what needs no state, for many steps at once
+    for first in reversed(range(0, len(steps), REFRESH_COLUMNS)):
         some = steps[first : first + REFRESH_COLUMNS]
         starts = np.concatenate(some)
+        end = len(starts)
         freqs = (starts >> PROB_BITS).astype(np.float64)
         befores = (starts & SLOT_MASK).astype(np.float64)
-        parts = [np.split(a, np.cumsum([*map(len, some)])[:-1]) for a in (freqs, befores)]
-        for freq, before in zip(*map(reversed, parts)):
-            state = states[: len(freq)]  # a view
-            full = (state >= freq * 2.0 ** (32 - PROB_BITS)).nonzero()[0]
+        fulls = freqs * 2.0 ** (32 - PROB_BITS)
+        others = 2.0**PROB_BITS - freqs
+        for step in reversed(some):
+            here = slice(end - len(step), end)
+            end = here.start
+            state = states[: len(step)]  # a view
+            full = (state >= fulls[here]).nonzero()[0]
             out = state[full].astype(np.uint32)
             words.append(out.astype("<u2").tobytes())
             state[full] = out >> 16
-            state += np.floor(state / freq) * (2.0**PROB_BITS - freq)
-            state += before
+            times = np.floor(state / freqs[here])
+            times *= others[here]
+            state += times
+            state += befores[here]
     return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
@@ -4239,8 +4245,8 @@ class SymbolWriter:
 
     def best_mixture(self) -> int:
         """The tail shape that codes every fifth column best."""
-        sample = np.concatenate(self.cells[::5])
-        return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
+        counts = np.bincount(np.concatenate(self.cells[::5]), minlength=len(ESCAPED))
+        return int(np.argmin(COST_BITS @ counts))
 
 
 def take(values, count: int):
@@ -5310,6 +5316,14 @@ def from_planes(raw: bytes, dtype: str, count: int) -> ndarray:
     return planes[::-1].T.copy().view(dtype).ravel()
 
 
+def rounded_median(a: ndarray) -> int:
+    """round(np.median(a)) of integers less than 2**15 apart, by counting them."""
+    least = int(a.min())
+    counts = np.bincount(a.ravel().astype(np.int64) - least).cumsum()
+    middle = np.searchsorted(counts, [(a.size - 1) // 2, a.size // 2], side="right")
+    return round(least + middle.mean())
+
+
 def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     """Arrays (any numpy dtype) and `meta` (JSON) as the bytes of a model file. Integer arrays of LEAST_CODED values or
     more are entropy-coded. Arrays whose names differ only in numbers, of one shape, are coded together, so many small
@@ -5328,7 +5342,7 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     for (_, shape, dtype), names in groups.items():
         # The coder expects values around 0, so codes of step sizes lose their median.
         arrays = [tensors[name] for name in names]
-        centres = [round(np.median(a)) for a in arrays]
+        centres = [*map(rounded_median, arrays)]
         coded.append([dtype, shape, names, centres])
         centred = [(a.astype(np.int64) - centre).astype(np.int32) for a, centre in zip(arrays, centres)]
         stacks.append(np.stack([*map(as_matrix, centred)]))
