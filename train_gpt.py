@@ -4232,10 +4232,10 @@ class SymbolWriter:
         self.cells = []  # arrays int32 (G * rows,), one for every step
         self.escaped = []  # bytes of raw int16
 
-    def columns(self, table, floor, values):
-        """Take some steps: columns of all rows of a chunk, arrays (steps, G, rows): the table of each symbol and its
-        value, int32, and the whole part of its mean, or 0 for all."""
-        code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
+    def columns(self, table, least, values):
+        """Take some steps: columns of all rows of a chunk, int32 (steps, G, rows): the table of each symbol, the value
+        of its code 0, which may be one for all, and its value."""
+        code = (values - least).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
         cell = (table << 8 | code).reshape(len(table), -1)
         escaped = ESCAPED.take(cell)
         if escaped.any():
@@ -4272,11 +4272,11 @@ class SymbolReader:
         self.before = (CELL_STARTS[mixture] & SLOT_MASK).astype(np.int64)
         self.others = (1 << PROB_BITS) - frequencies
 
-    def columns(self, table, floor, values):
+    def columns(self, table, least, values):
         """As SymbolWriter.columns, but fills in the values."""
         codes = np.empty((len(table), table[0].size), np.uint8)
         state = self.states[: codes.shape[1]]  # a view: the states advance in place
-        cells = table.reshape(codes.shape).astype(np.int64) << 8
+        cells = table.reshape(codes.shape) << np.int64(8)
         slots = cells << PROB_BITS - 8
         for code, cell, slot in zip(codes, cells, slots):  # cell, slot: the first of their table
             slot += state & SLOT_MASK
@@ -4291,7 +4291,7 @@ class SymbolReader:
             taken, self.words = take(self.words, len(low))
             state[low] = state[low] << 16 | taken
         codes = codes.reshape(values.shape)
-        np.subtract(codes, np.int32(MAX_SYMBOL) - floor, out=values)
+        np.add(codes, least, out=values)
         is_escaped = codes == ESCAPE
         if count := np.count_nonzero(is_escaped):
             values[is_escaped], self.escaped = take(self.escaped, count)
@@ -4321,14 +4321,16 @@ def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
         panel = slice(first, first + 16)
         known_q42 = ld_q22[:, panel, :first] @ low_q20[:, first:, :first].mT
         rest = ld_q22[:, panel, first:] - np.rint(known_q42 * 2.0**-20)  # c is symmetric: columns in the place of rows
+        lows = np.zeros_like(rest)
         for i in range(rest.shape[1]):
             j = first + i
             d_q22[:, j] = np.maximum(rest[:, i, i], MIN_D_Q22)
             inverse = 2.0**20 / d_q22[:, j, None]
-            column = np.rint(rest[:, i, i + 1 :] * inverse)
-            low_q20[:, j + 1 :, j] = column
+            column = lows[:, i, i + 1 :]
+            np.rint(rest[:, i, i + 1 :] * inverse, out=column)
             row = rest[:, i, i + 1 : rest.shape[1], None] * 2.0**-20
             rest[:, i + 1 :, i + 1 :] -= np.rint(column[:, None] * row)
+        low_q20[:, first:, panel] = lows.mT
         ld_q22[:, first:, panel] = rest.mT
     return low_q20, d_q22
 
@@ -4350,7 +4352,7 @@ def add_moments(moments, columns):
     MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them."""
     for first in range(0, columns.shape[2], MAX_CHUNK_ROWS):
         part = columns[:, :, first : first + MAX_CHUNK_ROWS]
-        exact = np.float32 if np.abs(part).max() <= 128 else np.float64
+        exact = np.float32 if max(part.max(), -part.min()) <= 128 else np.float64
         for member, total in enumerate(moments):
             x: Any = part[:, member].astype(exact)
             total += x @ x.T
@@ -4435,7 +4437,7 @@ class StackModel:
             log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
             table = first_tables(log2_variance[here] + log2_gain)
             if low is None:
-                coder.columns(table, 0, chunk[here])
+                coder.columns(table, np.int32(-MAX_SYMBOL), chunk[here])
                 np.multiply(chunk[here], 256.0, out=e_q8[here])
                 e_q8[here].clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[here])
             else:
@@ -4443,9 +4445,10 @@ class StackModel:
                 for j in range(here.start, here.stop):
                     recent_q8 = low[:, j, None, a:j] @ e_by_member[:, a:j]
                     mean_q8 = np.rint(known_q8[:, j - a] + recent_q8[:, 0]).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
-                    rounded_q8 = (mean_q8 + 128 // MEAN_FRACTIONS).astype(np.int32)  # to the nearest fraction, once cut
-                    of_mean = table[j - a] + (rounded_q8 >> 5 & MEAN_FRACTIONS - 1)
-                    coder.columns(of_mean[None], rounded_q8 >> 8, chunk[j, None])
+                    # To the nearest fraction, once cut; of code 0.
+                    least_q8 = (mean_q8 + (128 // MEAN_FRACTIONS - MAX_SYMBOL * 256)).astype(np.int32)
+                    of_mean = table[j - a] + (least_q8 >> 5 & MEAN_FRACTIONS - 1)
+                    coder.columns(of_mean[None], least_q8 >> 8, chunk[j, None])
                     np.subtract(chunk[j] * 256, mean_q8, out=e_q8[j])
                     e_q8[j].clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[j])
             white_q4 = np.rint(e_q8[here] / sigma[here]) * 2.0**-4
