@@ -4179,49 +4179,36 @@ def frequency_tables() -> ndarray:
 
 
 FREQUENCIES = frequency_tables()
-# Of every cell: frequency << PROB_BITS | sum of its table's frequencies before it.
-CELL_STARTS = FREQUENCIES << PROB_BITS | (FREQUENCIES.cumsum(1) - FREQUENCIES) & SLOT_MASK
-CELL_STARTS = CELL_STARTS.astype(np.uint32)
+BEFORE = FREQUENCIES.cumsum(1) - FREQUENCIES & SLOT_MASK  # of every cell: the sum of those before it in its table
 ESCAPED = FREQUENCIES[0] == 0  # cells that cannot be coded: every mixture has its zeros in the same places
 ESCAPED[ESCAPE::256] = True
 # Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
 COST_BITS = PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))
 # Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
-LOG2_EDGES = np.array([*binary_roots(2 * LOG2_STEPS)[1::2], 2**61], np.float64) / 2**61
-LOG2_PASSED = np.searchsorted(LOG2_EDGES, np.arange(512) / 512, side="right")  # between two of these is one edge at most
+LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
 
 
 # --- Symbols to rANS states and back ---
 
 
-def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
-    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
-    state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
-    with.
+def rans_encode(steps: list[tuple[int, ndarray]], rider: bytes) -> tuple[bytes, bytes]:
+    """steps: mixture and cells, in the order of decoding. Returns states uint32 and words uint16. A state begins with
+    16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends with.
 
-    States are float64 here, which divides fast, and exactly: state < 2**32, freq <= 2**14."""
+    In float64, which divides fast, and exactly: state < 2**32, freq <= 2**14."""
+    frequencies = FREQUENCIES.astype(np.float64)
+    befores = BEFORE.astype(np.float64)
     states = np.frombuffer(rider, "<u2") + 65536.0
     words = []
-    for first in reversed(range(0, len(steps), REFRESH_COLUMNS)):
-        some = steps[first : first + REFRESH_COLUMNS]
-        starts = np.concatenate(some)
-        end = len(starts)
-        freqs = (starts >> PROB_BITS).astype(np.float64)
-        befores = (starts & SLOT_MASK).astype(np.float64)
-        fulls = freqs * 2.0 ** (32 - PROB_BITS)
-        others = 2.0**PROB_BITS - freqs
-        for step in reversed(some):
-            here = slice(end - len(step), end)
-            end = here.start
-            state = states[: len(step)]  # a view
-            full = (state >= fulls[here]).nonzero()[0]
-            out = state[full].astype(np.uint32)
-            words.append(out.astype("<u2").tobytes())
-            state[full] = out >> 16
-            times = np.floor(state / freqs[here])
-            times *= others[here]
-            state += times
-            state += befores[here]
+    for mixture, cells in reversed(steps):
+        state = states[: len(cells)]  # a view
+        freq = frequencies[mixture].take(cells)
+        full = (state >= freq * 2.0 ** (32 - PROB_BITS)).nonzero()[0]
+        out = state[full].astype(np.uint32)
+        words.append(out.astype("<u2").tobytes())
+        state[full] = out >> 16
+        state += np.floor(state / freq) * (2.0**PROB_BITS - freq)
+        state += befores[mixture].take(cells)
     return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
@@ -4269,7 +4256,7 @@ class SymbolReader:
         frequencies = FREQUENCIES[mixture]
         codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
         self.codes = np.repeat(codes, frequencies)  # of every slot of every table
-        self.before = (CELL_STARTS[mixture] & SLOT_MASK).astype(np.int64)
+        self.before = BEFORE[mixture]
         self.others = (1 << PROB_BITS) - frequencies
 
     def columns(self, table, least, values):
@@ -4303,9 +4290,8 @@ class SymbolReader:
 def log2_fixed(x: ndarray) -> ndarray:
     """round(LOG2_STEPS * log2(x)), int32, equal on every machine."""
     mantissa, exponent = np.frexp(x)
-    passed = LOG2_PASSED.take((mantissa * len(LOG2_PASSED)).astype(np.int64))
-    passed += mantissa >= LOG2_EDGES.take(passed)
-    return (exponent - 1) * LOG2_STEPS + passed.astype(np.int32)
+    octaves = exponent - 1
+    return octaves * LOG2_STEPS + np.searchsorted(LOG2_EDGES, mantissa, side="right").astype(np.int32)
 
 
 def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
@@ -4321,16 +4307,14 @@ def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
         panel = slice(first, first + 16)
         known_q42 = ld_q22[:, panel, :first] @ low_q20[:, first:, :first].mT
         rest = ld_q22[:, panel, first:] - np.rint(known_q42 * 2.0**-20)  # c is symmetric: columns in the place of rows
-        lows = np.zeros_like(rest)
         for i in range(rest.shape[1]):
             j = first + i
             d_q22[:, j] = np.maximum(rest[:, i, i], MIN_D_Q22)
             inverse = 2.0**20 / d_q22[:, j, None]
-            column = lows[:, i, i + 1 :]
-            np.rint(rest[:, i, i + 1 :] * inverse, out=column)
+            column = np.rint(rest[:, i, i + 1 :] * inverse)
+            low_q20[:, j + 1 :, j] = column
             row = rest[:, i, i + 1 : rest.shape[1], None] * 2.0**-20
             rest[:, i + 1 :, i + 1 :] -= np.rint(column[:, None] * row)
-        low_q20[:, first:, panel] = lows.mT
         ld_q22[:, first:, panel] = rest.mT
     return low_q20, d_q22
 
@@ -4347,29 +4331,23 @@ def blend(a, b, weight):
     return a * (1 - weight) + b * weight
 
 
-def add_moments(moments, columns):
-    """Add x x^T of the rows of every member, columns (n, G, R), to moments (G, n, n). Sums of products are exact, see
+def second_moments(columns: ndarray) -> ndarray:
+    """Sums of x x^T over the rows of every member, columns (n, G, R) -> (G, n, n). Sums of products are exact, see
     MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them."""
-    for first in range(0, columns.shape[2], MAX_CHUNK_ROWS):
+    width, members, rows = columns.shape
+    moments = np.zeros((members, width, width))
+    for first in range(0, rows, MAX_CHUNK_ROWS):
         part = columns[:, :, first : first + MAX_CHUNK_ROWS]
         exact = np.float32 if max(part.max(), -part.min()) <= 128 else np.float64
         for member, total in enumerate(moments):
             x: Any = part[:, member].astype(exact)
             total += x @ x.T
+    return moments
 
 
 def at_unit_variance(sums, variance):
     """Sums over rows of each member, (G, ...), added up over the members, each at unit variance: (1, ...)."""
     return sum(m / v for m, v in zip(sums, variance))[None]
-
-
-def add_to_pool(pools: dict[int, ndarray], columns: ndarray, header: StackHeader):
-    """Let the correlations of a stack, columns (n, G, R), guide later ones of its width. pools: n -> (1, n, n)."""
-    width, members, _ = columns.shape
-    moments = np.zeros((members, width, width))
-    add_moments(moments, columns)
-    own = correlation(at_unit_variance(moments, np.exp2(np.array(header.log2_variance, np.float64))))
-    pools[width] = blend(pools.get(width, own), own, 0.5)
 
 
 class StackModel:
@@ -4383,7 +4361,7 @@ class StackModel:
         self.prior = CORRELATION_PRIORS[header.prior]
         self.row_trust, self.column_trust = header.trust
         self.squares = np.zeros((members, width))  # sums of x^2 of the rows seen
-        self.moments = np.zeros((members, width, width)) if self.prior.rows else None  # sums of x x^T
+        self.moments = np.zeros((members, width, width))  # sums of x x^T, which a predictor needs
         self.seen = 0
         self.gain_sum_q8 = np.full(members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
 
@@ -4428,37 +4406,43 @@ class StackModel:
         width, members, rows = chunk.shape
         e_q8 = np.empty(chunk.shape)
         e_by_member = e_q8.transpose(1, 0, 2)  # a view
+        mean_q8 = np.zeros((1, 1, 1))
         square_q8 = np.zeros((members, rows))  # sums of the rows' squared e / sigma
         gain = self.gain_sum_q8 / (256.0 * (UNIT_GAIN_SYMBOLS + width * self.seen))
         prior_q8 = gain[:, None] * (self.row_trust * 256)
+        at_once = REFRESH_COLUMNS if low is None else 1  # columns whose tables do not depend on each other
         for a in range(0, width, REFRESH_COLUMNS):
-            here = slice(a, min(a + REFRESH_COLUMNS, width))
+            block = slice(a, a + REFRESH_COLUMNS)
             per_symbol = 1 / (256 * (a + self.row_trust))
             log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
-            table = first_tables(log2_variance[here] + log2_gain)
-            if low is None:
-                coder.columns(table, np.int32(-MAX_SYMBOL), chunk[here])
-                np.multiply(chunk[here], 256.0, out=e_q8[here])
-                e_q8[here].clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[here])
-            else:
-                known_q8 = low[:, here, :a] @ e_by_member[:, :a]  # what all columns before say of these, in one product
-                for j in range(here.start, here.stop):
-                    recent_q8 = low[:, j, None, a:j] @ e_by_member[:, a:j]
-                    mean_q8 = np.rint(known_q8[:, j - a] + recent_q8[:, 0]).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
-                    # To the nearest fraction, once cut; of code 0.
-                    least_q8 = (mean_q8 + (128 // MEAN_FRACTIONS - MAX_SYMBOL * 256)).astype(np.int32)
-                    of_mean = table[j - a] + (least_q8 >> 5 & MEAN_FRACTIONS - 1)
-                    coder.columns(of_mean[None], least_q8 >> 8, chunk[j, None])
-                    np.subtract(chunk[j] * 256, mean_q8, out=e_q8[j])
-                    e_q8[j].clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[j])
-            white_q4 = np.rint(e_q8[here] / sigma[here]) * 2.0**-4
-            white_q4 *= white_q4
-            square_q8 += np.rint(white_q4, out=white_q4).sum(0)
+            table = first_tables(log2_variance[block] + log2_gain)
+            if low is not None:  # what all columns before say of the next ones, in one product
+                known_q8 = low[:, block, :a] @ e_by_member[:, :a]
+            for j in range(0, len(table), at_once):
+                here = slice(a + j, a + j + at_once)
+                if low is not None:
+                    recent_q8 = low[:, here, a : a + j] @ e_by_member[:, a : a + j]
+                    mean_q8 = np.rint(known_q8[None, :, j] + recent_q8[:, 0]).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
+                # To the nearest fraction, once cut; less the values between code 0 and the mean.
+                least_q8 = (mean_q8 + (128 // MEAN_FRACTIONS - MAX_SYMBOL * 256)).astype(np.int32)
+                of_mean = table[j : j + at_once] + (least_q8 >> 5 & MEAN_FRACTIONS - 1)
+                coder.columns(of_mean, least_q8 >> 8, chunk[here])
+                innovation_q8 = chunk[here] * 256 - mean_q8
+                innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[here])
+            white_q8 = np.rint(e_q8[block] / sigma[block])
+            white_q8 *= white_q8
+            square_q8 += np.rint(white_q8 / 256).sum(0)
         self.gain_sum_q8 += square_q8.sum(1)
         self.squares += np.square(chunk, dtype=np.float64).sum(2).T
-        if self.moments is not None:
-            add_moments(self.moments, chunk)
+        if low is not None:
+            self.moments += second_moments(chunk)
         self.seen += rows
+
+    def teach(self, pools: dict[int, ndarray]):
+        """Let the correlations of all rows guide later stacks of this width. pools: n -> (1, n, n)."""
+        width = len(self.columns)
+        own = correlation(at_unit_variance(second_moments(self.columns), self.variance))
+        pools[width] = blend(pools.get(width, own), own, 0.5)
 
     def code(self, coder, pool):
         """Code all rows through `coder`, a SymbolWriter or a SymbolReader. pool: correlations (1, n, n) that earlier
@@ -4534,10 +4518,10 @@ def residual_width(stacks: list[ndarray]) -> int:
 # --- Stacks to bytes and back ---
 
 
-def prepared(q: ndarray, residual: int, pools: dict[int, ndarray]) -> tuple[ndarray, StackHeader, ndarray]:
-    """What StackModel codes of a stack (G, R, C), its header, and the pool of correlations that it begins with, to
-    which the stack then adds its own; pools: see add_to_pool. A matrix that writes to or reads from the
-    residual stream is turned so that vectors of that width are its rows."""
+def prepared(residual: int, pools: dict[int, ndarray], q: ndarray) -> tuple[StackHeader, StackModel, ndarray]:
+    """What the encoder chooses for a stack (G, R, C), a model to code it with, and the pool of correlations to begin
+    with; see StackModel.teach for pools. A matrix that writes to or reads from the residual stream is turned so that
+    vectors of that width are its rows."""
     copies = repeated_rows(q)
     q = np.delete(q, list(copies), axis=1) if copies else q
     rows, width = q.shape[1:]
@@ -4555,19 +4539,9 @@ def prepared(q: ndarray, residual: int, pools: dict[int, ndarray]) -> tuple[ndar
         trust=[common_weight(squares, 2), common_weight(squares, 1)],
         copies=[list(copies), list(copies.values())],
     )
-    columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int32)
-    add_to_pool(pools, columns, header)
-    return columns, header, pool
-
-
-def restored(columns: ndarray, header: StackHeader) -> ndarray:
-    """The stack (G, R, C) of which `prepared` made columns and header."""
-    q = columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
-    copies, sources = np.array(header.copies, int)
-    if len(copies):
-        q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
-        q[:, copies] = q[:, sources]
-    return q
+    model = StackModel(np.ascontiguousarray(q.transpose(2, 0, 1), np.int32), header)
+    model.teach(pools)
+    return header, model, pool
 
 
 def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int]:
@@ -4575,18 +4549,17 @@ def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int
     it for nothing."""
     headers = []
     pools = {}
-    steps = []  # CELL_STARTS of every column of every chunk
+    steps = []  # mixture and cells of every column of every chunk
     escaped = []
     with ThreadPoolExecutor(1) as worker:  # prepares the next stacks meanwhile
-        for stack in worker.map(prepared, stacks, itertools.repeat(residual_width(stacks)), itertools.repeat(pools)):
-            columns, header, pool = stack
+        for header, model, pool in worker.map(functools.partial(prepared, residual_width(stacks), pools), stacks):
             writer = SymbolWriter()
-            StackModel(columns, header).code(writer, pool)
+            model.code(writer, pool)
             header = header._replace(mixture=writer.best_mixture())
-            steps += [CELL_STARTS[header.mixture].take(cells) for cells in writer.cells]
+            steps += [(header.mixture, cells) for cells in writer.cells]
             escaped += writer.escaped
             headers.append(header._asdict())
-    count = max(map(len, steps), default=0)
+    count = max((len(cells) for _, cells in steps), default=0)
     ridden = min(len(rider), 2 * count)
     states, words = rans_encode(steps, rider[:ridden].ljust(2 * count, b"\0"))
     side = zlib.compress(json.dumps(headers, separators=(",", ":")).encode(), 9)
@@ -4609,7 +4582,6 @@ def decode_stacks(code: bytes, most: int = 1 << 27) -> tuple[list[ndarray], byte
     reader = SymbolReader(states, np.frombuffer(parts.read(), "<u2"), escaped)
     stacks = []
     pools = {}
-    learning = []  # what `pools` waits for
     left = most
     with ThreadPoolExecutor(1) as worker:  # adds up correlations meanwhile
         for entry in headers:
@@ -4618,16 +4590,20 @@ def decode_stacks(code: bytes, most: int = 1 << 27) -> tuple[list[ndarray], byte
             left -= members * (rows + len(header.copies[0])) * width
             moments = 4 * members * width * width  # float64, and copied a few times
             sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
-            sound = sound and all(abs(x) <= 30 for x in header.log2_variance)  # of int16
             if not sound or left < 0 or moments > most:
                 raise ValueError(f"a stack of shape {header.shape} is too large")
             columns = np.empty((width, members, rows), np.int32)
             reader.begin(header.mixture)
-            if CORRELATION_PRIORS[header.prior].rows:
-                [future.result() for future in learning]
-            StackModel(columns, header).code(reader, pools.get(width, np.eye(width)))
-            learning.append(worker.submit(add_to_pool, pools, columns, header))
-            stacks.append(restored(columns, header))
+            model = StackModel(columns, header)
+            pool = model.prior.rows and worker.submit(pools.get, width, np.eye(width)).result()  # after earlier stacks
+            model.code(reader, pool)
+            worker.submit(model.teach, pools)
+            q = columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
+            copies, sources = np.array(header.copies, int)
+            if len(copies):
+                q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
+                q[:, copies] = q[:, sources]
+            stacks.append(q)
     if len(reader.words) or len(reader.escaped):
         raise ValueError("words or escaped values are left over")
     return stacks, (reader.states - (1 << 16)).astype("<u2").tobytes()
@@ -5319,14 +5295,6 @@ def from_planes(raw: bytes, dtype: str, count: int) -> ndarray:
     return planes[::-1].T.copy().view(dtype).ravel()
 
 
-def rounded_median(a: ndarray) -> int:
-    """round(np.median(a)) of integers less than 2**15 apart, by counting them."""
-    least = int(a.min())
-    counts = np.bincount(a.ravel().astype(np.int64) - least).cumsum()
-    middle = np.searchsorted(counts, [(a.size - 1) // 2, a.size // 2], side="right")
-    return round(least + middle.mean())
-
-
 def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     """Arrays (any numpy dtype) and `meta` (JSON) as the bytes of a model file. Integer arrays of LEAST_CODED values or
     more are entropy-coded. Arrays whose names differ only in numbers, of one shape, are coded together, so many small
@@ -5345,10 +5313,10 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     for (_, shape, dtype), names in groups.items():
         # The coder expects values around 0, so codes of step sizes lose their median.
         arrays = [tensors[name] for name in names]
-        centres = [*map(rounded_median, arrays)]
+        centres = [round(np.median(a)) for a in arrays]
         coded.append([dtype, shape, names, centres])
-        centred = [(a.astype(np.int64) - centre).astype(np.int32) for a, centre in zip(arrays, centres)]
-        stacks.append(np.stack([*map(as_matrix, centred)]))
+        centred = [as_matrix(a.astype(np.int64) - centre).astype(np.int32) for a, centre in zip(arrays, centres)]
+        stacks.append(np.stack(centred))
     plain = []
     raw = b""
     for dtype, names in rest.items():
