@@ -4182,8 +4182,6 @@ FREQUENCIES = frequency_tables()
 BEFORE = FREQUENCIES.cumsum(1) - FREQUENCIES & SLOT_MASK  # of every cell: the sum of those before it in its table
 ESCAPED = FREQUENCIES[0] == 0  # cells that cannot be coded: every mixture has its zeros in the same places
 ESCAPED[ESCAPE::256] = True
-# Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
-COST_BITS = PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))
 # Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
 LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
 
@@ -4193,22 +4191,18 @@ LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
 
 def rans_encode(steps: list[tuple[int, ndarray]], rider: bytes) -> tuple[bytes, bytes]:
     """steps: mixture and cells, in the order of decoding. Returns states uint32 and words uint16. A state begins with
-    16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends with.
-
-    In float64, which divides fast, and exactly: state < 2**32, freq <= 2**14."""
-    frequencies = FREQUENCIES.astype(np.float64)
-    befores = BEFORE.astype(np.float64)
-    states = np.frombuffer(rider, "<u2") + 65536.0
+    16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends with."""
+    states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
     words = []
     for mixture, cells in reversed(steps):
         state = states[: len(cells)]  # a view
-        freq = frequencies[mixture].take(cells)
-        full = (state >= freq * 2.0 ** (32 - PROB_BITS)).nonzero()[0]
-        out = state[full].astype(np.uint32)
-        words.append(out.astype("<u2").tobytes())
-        state[full] = out >> 16
-        state += np.floor(state / freq) * (2.0**PROB_BITS - freq)
-        state += befores[mixture].take(cells)
+        freq = FREQUENCIES[mixture].take(cells)
+        full = np.flatnonzero(state >= freq << (32 - PROB_BITS))
+        words.append(state[full].astype("<u2").tobytes())
+        state[full] >>= 16
+        times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
+        state += times * ((1 << PROB_BITS) - freq)
+        state += BEFORE[mixture].take(cells)
     return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
@@ -4233,7 +4227,8 @@ class SymbolWriter:
     def best_mixture(self) -> int:
         """The tail shape that codes every fifth column best."""
         counts = np.bincount(np.concatenate(self.cells[::5]), minlength=len(ESCAPED))
-        return int(np.argmin(COST_BITS @ counts))
+        gains = np.log2(np.maximum(FREQUENCIES, 1)) @ counts  # nothing is coded with them, so libm may be used
+        return int(np.argmax(gains))
 
 
 def take(values, count: int):
@@ -4300,13 +4295,13 @@ def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
 
     L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. By Cauchy-Schwarz
     sum_k |L_ik d_k L_jk| <= 1, so partial sums stay below 2**53 in any order."""
-    ld_q22 = np.rint(c * 2.0**22)  # begins as c, becomes L d column by column
+    ld_q22 = np.rint(np.ascontiguousarray(c.mT) * 2.0**22)  # begins as c^T, becomes L d column by column
     low_q20 = np.zeros_like(ld_q22)
     d_q22 = np.empty(c.shape[:2])
     for first in range(0, c.shape[1], 16):
         panel = slice(first, first + 16)
         known_q42 = ld_q22[:, panel, :first] @ low_q20[:, first:, :first].mT
-        rest = ld_q22[:, panel, first:] - np.rint(known_q42 * 2.0**-20)  # c is symmetric: columns in the place of rows
+        rest = ld_q22[:, panel, first:] - np.rint(known_q42 * 2.0**-20)  # columns as rows: each is read at once
         for i in range(rest.shape[1]):
             j = first + i
             d_q22[:, j] = np.maximum(rest[:, i, i], MIN_D_Q22)
@@ -4338,16 +4333,11 @@ def second_moments(columns: ndarray) -> ndarray:
     moments = np.zeros((members, width, width))
     for first in range(0, rows, MAX_CHUNK_ROWS):
         part = columns[:, :, first : first + MAX_CHUNK_ROWS]
-        exact = np.float32 if max(part.max(), -part.min()) <= 128 else np.float64
+        exact = np.float32 if np.abs(part).max() <= 128 else np.float64
         for member, total in enumerate(moments):
             x: Any = part[:, member].astype(exact)
             total += x @ x.T
     return moments
-
-
-def at_unit_variance(sums, variance):
-    """Sums over rows of each member, (G, ...), added up over the members, each at unit variance: (1, ...)."""
-    return sum(m / v for m, v in zip(sums, variance))[None]
 
 
 class StackModel:
@@ -4365,10 +4355,14 @@ class StackModel:
         self.seen = 0
         self.gain_sum_q8 = np.full(members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
 
+    def shared(self, sums):
+        """Sums over the rows of each member, (G, ...), added up over the members, each at unit variance, (1, ...)."""
+        return sum(m / v for m, v in zip(sums, self.variance))[None]
+
     def column_variances(self):
         """Of x (G, n): a column's own variance, drawn to that of all members."""
         total = UNIT_VARIANCE_ROWS + self.seen * len(self.squares)
-        shared = at_unit_variance(self.squares, self.variance)
+        shared = self.shared(self.squares)
         common = (UNIT_VARIANCE_ROWS + shared) / total * self.variance[:, None]
         variance = (self.column_trust * common + self.squares) / (self.column_trust + self.seen)
         return np.maximum(variance, MIN_VARIANCE)
@@ -4381,7 +4375,7 @@ class StackModel:
         common = self.prior.pool_weight * rows / (rows + SHARED_CORRELATION_ROWS)
         own = self.seen / (self.seen + self.prior.rows)
         c = blend(identity, pool, self.prior.pool_weight)
-        c = blend(c, correlation(at_unit_variance(self.moments, self.variance)), common)
+        c = blend(c, correlation(self.shared(self.moments)), common)
         c = blend(c, correlation(self.moments), own)
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
@@ -4423,7 +4417,7 @@ class StackModel:
                 if low is not None:
                     recent_q8 = low[:, here, a : a + j] @ e_by_member[:, a : a + j]
                     mean_q8 = np.rint(known_q8[None, :, j] + recent_q8[:, 0]).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
-                # To the nearest fraction, once cut; less the values between code 0 and the mean.
+                # To the nearest fraction, once cut, and from the mean down to the value of code 0.
                 least_q8 = (mean_q8 + (128 // MEAN_FRACTIONS - MAX_SYMBOL * 256)).astype(np.int32)
                 of_mean = table[j : j + at_once] + (least_q8 >> 5 & MEAN_FRACTIONS - 1)
                 coder.columns(of_mean, least_q8 >> 8, chunk[here])
@@ -4441,7 +4435,7 @@ class StackModel:
     def teach(self, pools: dict[int, ndarray]):
         """Let the correlations of all rows guide later stacks of this width. pools: n -> (1, n, n)."""
         width = len(self.columns)
-        own = correlation(at_unit_variance(second_moments(self.columns), self.variance))
+        own = correlation(self.shared(second_moments(self.columns)))
         pools[width] = blend(pools.get(width, own), own, 0.5)
 
     def code(self, coder, pool):
