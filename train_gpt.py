@@ -3349,7 +3349,8 @@ class GPT(nn.Module):
         # scales and gates of the sublayers
         self.attn_scale = parameter(layers, d, value=1)  # (L, d)
         self.mlp_scale = parameter(layers, d, value=1)  # (L, d)
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(layers, 1, d))  # (L, 2, d)
+        # On "meta", `repeat` and a division would import the compiler: seconds, wherever an artifact is loaded.
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).expand(layers, 2, d).contiguous())  # (L, 2, d)
         self.q_gain = parameter(layers, heads, value=cfg.qk_gain_init)  # (L, H)
         gated = cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled
         self.attn_gate = parameter(layers, heads, channels) if gated else None  # (L, H, channels)
@@ -3371,7 +3372,7 @@ class GPT(nn.Module):
         self.caps = parameter(2, value=cfg.logit_softcap) if cfg.asym_logit_rescale else cfg.logit_softcap
 
         # constants of each layer
-        pairs = torch.arange(0, cfg.rope_dims, 2)
+        pairs = torch.arange(0, cfg.rope_dims, 2, device="cpu")
         frequency = cfg.rope_base ** -(pairs / cfg.rope_dims)
         self.register_buffer("rope_frequency", frequency, persistent=False)  # (rope_dims / 2,)
         window = cfg.attn_window or -1
@@ -4130,11 +4131,15 @@ def binary_roots(n: int) -> list[int]:
 def half_gaussian() -> ndarray:
     """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, up to 9 sigma, int64 (9 * GAUSS_STEPS + 1,), by the
     trapezoid rule."""
-    twice_variance = 2 * GAUSS_STEPS**2
-    density = []
-    for i in range(9 * GAUSS_STEPS + 1):
-        exponent = Decimal(-i * i) / twice_variance
-        density.append(int(exponent.exp() * 2**64))
+    exponent = Decimal(-1) / (2 * GAUSS_STEPS**2)
+    ratio = int(exponent.exp() * 2**90)  # of the density at one place to that at the place before, in 2**-90
+    change = ratio * ratio >> 90
+    density = [1 << 64]
+    density_q90 = 1 << 90
+    for _ in range(9 * GAUSS_STEPS):
+        density_q90 = density_q90 * ratio >> 90
+        ratio = ratio * change >> 90
+        density.append(density_q90 >> 26)
     trapezoids = map(sum, itertools.pairwise(density))
     area = list(itertools.accumulate(trapezoids, initial=0))
     return np.array([(a << 29) // area[-1] for a in area])
