@@ -4562,8 +4562,8 @@ def decode_stacks(code: bytes, most: int = 1 << 27) -> tuple[list[ndarray], byte
         left -= members * (rows + len(header.copies[0])) * width
         moments = 4 * members * width * width  # float64, and copied a few times
         sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
-        if not sound or left < 0 or moments > most:
-            raise ValueError(f"a stack of shape {header.shape} is too large")
+        if not sound or left < 0 or moments > most or header.trellis not in (0, 1):
+            raise ValueError(f"a stack of shape {header.shape} and trellis {header.trellis} is none of this script")
         columns = np.empty((width, members, rows), np.int32)
         reader.begin(header.mixture)
         StackModel(columns, header).code(reader, pools)
@@ -5372,9 +5372,11 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     coded = []
     stacks = []
     for (_, shape, dtype), names in groups.items():
-        # The coder expects values around 0, so codes of step sizes lose their median.
+        # The coder expects values around 0, so codes of step sizes lose their median. Symbols stay the same modulo 4,
+        # which keeps them on the trellis.
         stack = np.stack([tensors[name] for name in names]).astype(np.int64)
-        centres = [round(np.median(a)) for a in stack]
+        unit = 4 if dtype == "|i1" else 1
+        centres = [unit * round(np.median(a) / unit) for a in stack]
         coded.append([dtype, shape, names, centres])
         stacks.append(np.stack([as_matrix(a - centre) for a, centre in zip(stack, centres)]))
     plain = []
