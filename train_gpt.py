@@ -4018,8 +4018,8 @@ class Trainer:
 #   tables      x_j is a Gaussian, or a mixture with heavier tails, integrated over unit bins. There is a table for each
 #               eighth of an octave of variance and each eighth of the mean. The mean's whole part shifts the symbol:
 #                   code = x_j - floor(mean_j) + MAX_SYMBOL, or ESCAPE, and x_j follows as a raw int16
-#   trellis     In a stack whose rows follow the trellis (see there), x_j is odd just where the row's state is, which the
-#               values before it tell. So only (x_j - state mod 2) / 2 is coded, of half the mean and sigma.
+#   trellis     In a stack whose rows follow the trellis (see there), x_j is odd just where the row's state is, and the
+#               values before it tell that. So only (x_j - state mod 2) / 2 is coded, of half the mean and sigma.
 #   rANS        A state s holds 2**16 <= s < 2**32. For a symbol of frequency f, out of 2**14, after others of sum c:
 #                   decode   slot = s mod 2**14 names the symbol
 #                            s <- f (s div 2**14) + slot - c
@@ -4406,8 +4406,7 @@ class StackModel:
                 symbols = chunk[j] - odd >> self.trellis
                 coder.column(table[:, j - a] + fraction, rounded_q8 >> 8, symbols)
                 chunk[j] = (symbols << self.trellis) + odd
-                if self.trellis:
-                    state = next_state(state, chunk[j])
+                state = next_state(state, chunk[j]) * self.trellis
                 innovation_q8 = chunk[j] * 256 - mean_q8
                 e_q8[:, j] = innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
             white_q8 = np.rint(e_q8[:, a:b] / sigma[:, a:b, None])
@@ -4717,17 +4716,16 @@ class Columns(NamedTuple):
     upper: Tensor  # (n, columns, columns), see ErrorFeedback
     size: Tensor  # (n, columns, rows): step sizes
     limit: Tensor  # (n, columns, 1): largest symbols
-    state: Tensor  # (n, rows) int64: of the trellis, before the first column
 
 
-def round_columns(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
-    """Symbols and errors, fp32, both like columns.w, and the state behind them. For every column j, and then every later column k:
+def round_columns(columns: Columns, down: bool = False) -> tuple[Tensor, Tensor]:
+    """Symbols and errors, fp32, both like columns.w. For every column j, and then every later column k:
 
         symbol_j = round(w_j / size_j),  error_j = (w_j - symbol_j size_j) / U_jj,  w_k <- w_k - error_j U_jk
 
     Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
-    them."""
-    w, upper, size, high, state = columns
+    them. `down`: symbols are on a trellis down each column, for a matrix that the coder turns; about 90 kernels."""
+    w, upper, size, high = columns
     w = w.clone()
     low = -high
     pivot = upper.diagonal(dim1=1, dim2=2)[:, :, None]
@@ -4738,16 +4736,19 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
         symbol = symbols[:, one]
         error = errors[:, one]
         torch.div(w[:, one], size[:, one], out=symbol)
-        symbol.round_().clamp_(low[:, one], high[:, one])
+        if down:
+            symbols[:, j] = nearest_path(symbols[:, j])
+        else:
+            symbol.round_().clamp_(low[:, one], high[:, one])
         torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
         error.div_(pivot[:, one])
         later = upper[:, j, j + 1 :, None]
         w[:, j + 1 :].addcmul_(error, later, value=-1)
-    return symbols, errors, state
+    return symbols, errors
 
 
 def subsets(device: torch.device) -> Tensor:
-    """(8, 8) int64: a value modulo 4 that leads from one state to another; 4: none does."""
+    """(8, 8) int64: a value modulo 4 that leads from one state of the trellis to another; 4: none does."""
     state = torch.arange(TRELLIS_STATES, device=device)
     subset = torch.stack((state & 1, (state & 1) + 2))
     leads = next_state(state, subset)[..., None] == state
@@ -4759,41 +4760,15 @@ def nearest(x: Tensor, subset: Tensor) -> Tensor:
     return ((x - subset) / 4).round().clamp(-31, 30) * 4 + subset
 
 
-def trellis_along(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
-    """As round_columns, on a trellis along the rows.
-
-    For every state the best path into it survives, with weights of its own, since each path has fed back its own
-    errors: the sum of squared errors decides. At the end of the columns one path is left."""
-    w, upper, size, _, state = columns
-    subset, source = (of_two[:2].mT.flatten() for of_two in subsets(w.device).sort(0))  # of two paths into each state
-    subset = subset[:, None]
-    states = torch.arange(TRELLIS_STATES, device=w.device)[:, None]
-    paths = w[:, None].repeat(1, TRELLIS_STATES, 1, 1)  # errors of rounded columns, weights of the others
-    cost = torch.where(states == state[:, None], 0.0, torch.inf)
-    for j in range(w.size(1)):
-        one = slice(j, j + 1)
-        x = (paths[:, :, j] / size[:, one])[:, source]
-        error = (x - nearest(x, subset)) * (size[:, one] / upper[:, one, one].diagonal(dim1=1, dim2=2)[..., None])
-        total = cost[:, source] + error.square()
-        cost, second = total.unflatten(1, (TRELLIS_STATES, 2)).min(2)
-        chosen = 2 * states + second
-        paths = paths.take_along_dim(source[chosen][:, :, None], 1)
-        paths[:, :, j] = error.take_along_dim(chosen, 1)
-        later = upper[:, None, j, j + 1 :, None]
-        paths[:, :, j + 1 :].addcmul_(paths[:, :, one.start : one.stop], later, value=-1)
-    state = cost.argmin(1, keepdim=True)
-    errors = paths.take_along_dim(state[:, :, None], 1)[:, 0]
-    rounded = w - upper.mT.double() @ errors.double()  # TF32 would not tell one value from the next
-    return (rounded / size).round().float(), errors, state[:, 0]
-
-
-def cheapest_path(cost: Tensor) -> Tensor:
-    """cost (n, rows, 4) of a value of each subset in each row -> the subsets (n, rows) of the path of least sum.
+def nearest_path(x: Tensor) -> Tensor:
+    """x (n, rows) -> values on a trellis down the rows of least squared distance.
 
     Instead of walking down the rows it joins two neighbouring runs of rows at a time: the cost between any two states
     is the least over the state in the middle. Then it finds the states in the middle, longest runs first."""
-    rows = cost.size(1)
-    subset = subsets(cost.device)
+    rows = x.size(1)
+    subset = subsets(x.device)
+    values = nearest(x[..., None], torch.arange(4, device=x.device))
+    cost = (x[..., None] - values).square()
     cost = F.pad(cost, (0, 0, 0, (1 << (rows - 1).bit_length()) - rows))  # rows behind the last cost nothing
     runs = [F.pad(cost, (0, 1), value=torch.inf)[..., subset]]  # (n, runs, states before, states behind)
     while runs[-1].size(1) > 1:
@@ -4803,29 +4778,43 @@ def cheapest_path(cost: Tensor) -> Tensor:
     begin = torch.zeros_like(end)
     for run in reversed(runs):
         above, below = run.unflatten(1, (-1, 2)).unbind(2)
-        through = above.take_along_dim(begin[..., None, None], 2)[:, :, 0]
-        through = through + below.take_along_dim(end[..., None, None], 3)[..., 0]
-        middle = through.argmin(2)
+        above = above.take_along_dim(begin[..., None, None], 2)[:, :, 0]
+        below = below.take_along_dim(end[..., None, None], 3)[..., 0]
+        middle = (above + below).argmin(2)
         begin = torch.stack((begin, middle), 2).flatten(1)
         end = torch.stack((middle, end), 2).flatten(1)
-    return subset[begin, end][:, :rows]
+    return values.take_along_dim(subset[begin, end][:, :rows, None], 2)[..., 0]
 
 
-def trellis_down(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
-    """As round_columns, on a trellis down each column, for a matrix that the coder turns."""
-    w, upper, size, _, state = columns
-    w = w.clone()
-    symbols = torch.empty_like(w)
-    errors = torch.empty_like(w)
-    every_subset = torch.arange(4, device=w.device)
+def trellis_along(columns: Columns) -> tuple[Tensor, Tensor]:
+    """As round_columns, with every row on the trellis.
+
+    For every state the best path into it survives, with weights of its own, since each path has fed back its own
+    errors. The sum of squared errors decides."""
+    w, upper, size, _ = columns
+    subset, source = (of_two[:2] for of_two in subsets(w.device).sort(0))  # (2, states) of the two ways into each
+    scale = size / upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    paths = w[:, None].repeat(1, TRELLIS_STATES, 1, 1)
+    cost = torch.full_like(paths[:, :, 0], torch.inf)
+    cost[:, 0] = 0
+    steps = []  # of every column: the state before each state, and the error on the way, (n, states, rows)
     for j in range(w.size(1)):
-        x = (w[:, j] / size[:, j])[..., None]
-        values = nearest(x, every_subset)
-        path = cheapest_path((x - values).square())
-        symbols[:, j] = values.take_along_dim(path[..., None], 2)[..., 0]
-        errors[:, j] = (w[:, j] - symbols[:, j] * size[:, j]) / upper[:, j, j, None]
-        w[:, j + 1 :].addcmul_(errors[:, j, None], upper[:, j, j + 1 :, None], value=-1)
-    return symbols, errors, state
+        x = (paths[:, :, 0] / size[:, None, j])[:, source]
+        error = (x - nearest(x, subset[..., None])) * scale[:, None, None, j]
+        cost, way = (cost[:, source] + error.square()).min(1)
+        error = error.take_along_dim(way[:, None], 1)[:, 0]
+        before = torch.where(way > 0, *source.flip(0)[..., None])
+        steps.append((before, error))
+        paths = paths[:, :, 1:].take_along_dim(before[:, :, None], 1)
+        paths.addcmul_(error[:, :, None], upper[:, None, j, j + 1 :, None], value=-1)
+    state = cost.argmin(1, keepdim=True)
+    errors = []
+    for before, error in reversed(steps):
+        errors.insert(0, error.take_along_dim(state, 1))
+        state = before.take_along_dim(state, 1)
+    errors = torch.cat(errors, 1)
+    values = (w - upper.mT.double() @ errors.double()) / size  # TF32 would not tell one value from the next
+    return values.round().float(), errors
 
 
 def replayed(function: Callable, example: NamedTuple) -> Callable:
@@ -4859,16 +4848,17 @@ def gptq(
     size = steps.row[:, None] * scale
     limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
     symbols = torch.empty_like(w, dtype=torch.int8)
-    state = torch.zeros_like(w[:, 0], dtype=torch.int64)
+    if rounding is trellis_along:  # whose paths feed back errors of their own, from the first column to the last
+        block = w.size(1)
     round_block = rounding
     for start in range(0, w.size(1), block):
         here = slice(start, start + block)
         rest = slice(start + block, None)
-        columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here], state)
+        columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here])
         is_full = start + block <= w.size(1)
         if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
             round_block = replayed(rounding, columns)
-        symbols[:, here], errors, state = round_block(columns) if is_full else rounding(columns)
+        symbols[:, here], errors = round_block(columns) if is_full else rounding(columns)
         w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
     return symbols.take_along_dim(order.argsort(dim=1)[:, :, None], 1).mT.contiguous()
 
@@ -5142,7 +5132,7 @@ class Quantizer:
             w = self.parameters.pop(name)
             w = w if w.ndim == 3 else w[None]
             along = trellis and w.size(2) == cfg.model_dim  # the coder does not turn it, and codes columns in order
-            self.rounding[name] = trellis_along if along else trellis_down if trellis else round_columns
+            self.rounding[name] = trellis_along if along else functools.partial(round_columns, down=trellis)
             feedback = error_feedback(hessians[kind.hessian], cfg.gptq_damping, sort=not along)
             self.weights[name] = w
             self.feedback[name] = feedback

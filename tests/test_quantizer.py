@@ -1,6 +1,7 @@
 """GPTQ against a plain solver, the Hessians it weighs errors with, and the way from weights to arrays and back."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -172,7 +173,7 @@ def test_gptq_leaves_its_inputs_alone():
 
 
 def every_path(rows):
-    """Values modulo 4 of all paths of the trellis: the parity is the state's, either value of that parity may follow."""
+    """Values modulo 4 of all paths of the trellis: the parity is the state's, and either value of it may follow."""
     for turns in itertools.product((0, 2), repeat=rows):
         state, path = 0, []
         for turn in turns:
@@ -182,10 +183,11 @@ def every_path(rows):
 
 
 @pytest.mark.parametrize("rows", (1, 2, 5, 9))
-def test_cheapest_path_is_the_cheapest_of_all(rows):
-    cost = torch.rand(4, rows, 4, generator=torch.Generator().manual_seed(rows))
-    wanted = [min(every_path(rows), key=lambda path: c[range(rows), path].sum().item()) for c in cost]
-    assert train_gpt.cheapest_path(cost).tolist() == wanted
+def test_the_nearest_path_is_the_nearest_of_all(rows):
+    x = torch.randn(4, rows, generator=torch.Generator().manual_seed(rows)) * 5
+    near = train_gpt.nearest(x[:, None], torch.tensor([*every_path(rows)]))
+    wanted = ((x[:, None] - near) ** 2).sum(2).argmin(1)
+    assert train_gpt.nearest_path(x).tolist() == near[range(4), wanted].tolist()
 
 
 def test_a_trellis_along_the_rows_finds_the_best_path():
@@ -200,28 +202,27 @@ def test_a_trellis_along_the_rows_finds_the_best_path():
     near = train_gpt.nearest(w[:, :, None], paths)
     best = ((w[:, :, None] - near) ** 2 * weight[:, :, None]).sum(3).amin(2)
     assert torch.allclose(error, best, rtol=1e-4)
-    in_blocks = train_gpt.gptq(w, error_feedback(h, 0.0, sort=False), steps, block=3, rounding=train_gpt.trellis_along)
-    for symbols in (found, in_blocks):
-        assert train_gpt.follows_trellis(symbols.permute(2, 0, 1).int().numpy())
+    assert train_gpt.follows_trellis(found.permute(2, 0, 1).int().numpy())
 
 
 @pytest.mark.parametrize("down", (False, True))
 def test_the_trellis_has_less_error_at_equal_bytes(down):
-    """Feedback, the choice of steps and the coder included; the code comes back."""
-    w, h, _ = problem(n=1, rows=96, cols=160 if down else 96, seed=4)
-    other = np.zeros((1, 96, 1000), np.int64)  # tells the coder which side is the residual stream's
+    """Feedback, the columns' step sizes and the coder included; the code comes back."""
+    w, h, _ = problem(n=1, rows=96 if down else 256, cols=160 if down else 128, seed=4)
+    other = np.zeros((1, 96 if down else 128, 3000), np.int64)  # tells the coder which side is the residual stream's
 
-    def errors_and_bytes(step, rounding, sort):
-        steps = train_gpt.StepSizes(torch.full((1, 96), step), torch.zeros_like(w[:, 0]), 127)
-        q = train_gpt.gptq(w, error_feedback(h, 0.01, sort), steps, rounding=rounding)
-        e = w - q * step
+    def errors_and_bytes(level, rounding, sort):
+        feedback = error_feedback(h, 0.01, sort)
+        steps = train_gpt.rate_curve(w, feedback, torch.ones(w.shape[:2]), 1.0, 1.0).step_sizes_at(level)
+        q = train_gpt.gptq(w, feedback, steps, rounding=rounding)
+        e = w - q * steps.row[..., None] * steps.column_scale[:, None]
         code, _ = train_gpt.encode_stacks([other, q.numpy().astype(np.int64)])
         assert (train_gpt.decode_stacks(code)[0][1] == q.numpy()).all()
         return ((e @ h) * e).sum().item(), len(code)
 
-    error, size = errors_and_bytes(0.35, train_gpt.round_columns, True)
-    rounding = train_gpt.trellis_down if down else train_gpt.trellis_along
-    finer, smaller = errors_and_bytes(0.35 / 2, rounding, down)
+    error, size = errors_and_bytes(-5.0, train_gpt.round_columns, True)
+    rounding = functools.partial(train_gpt.round_columns, down=True) if down else train_gpt.trellis_along
+    finer, smaller = errors_and_bytes(-6.0, rounding, down)
     assert finer * 4 ** ((smaller - size) * 8 / w.numel()) < 0.87 * error  # a bit a weight is a factor of 4
 
 
@@ -454,7 +455,11 @@ def test_steps_have_equal_slopes_and_spend_the_budget():
             )
             slopes.append(slope.log2().flatten())
             bits += (
-                (0.5 * h.size(1) * (1 + 2 * math.pi * math.e * (weights[name][layer].std(1) / (2 * row[layer])) ** 2).log2())
+                (
+                    0.5
+                    * h.size(1)
+                    * (1 + 0.5 * math.pi * math.e * (weights[name][layer].std(1) / row[layer]) ** 2).log2()
+                )
                 .sum()
                 .item()
             )
