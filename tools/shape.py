@@ -25,9 +25,10 @@ from typing import NamedTuple
 #   + 4,700   faults of the environment, of data and of strangers' files, each shown by a test (docs/FAULTS.md)
 #   + 1,000   CaseOps' second form and JOIN_OPERATORS
 #   + 1,400   a plan over the whole stream, its time estimated before the first score
+#   + 1,450   dependent quantisation on a trellis: 0.80 of the rounding error at equal bytes
 LIMITS = {
     "train_gpt.py": {
-        "nodes": 59_100,
+        "nodes": 60_550,
         "nodes_per_line": 12.0,
         "tuple_percent": 3.0,
         "widest": 120,
