@@ -4756,8 +4756,8 @@ def subsets(device: torch.device) -> Tensor:
 
 
 def nearest(x: Tensor, subset: Tensor) -> Tensor:
-    """The values nearest to x that are `subset` modulo 4 and fit into a byte."""
-    return ((x - subset) / 4).round().clamp(-31, 30) * 4 + subset
+    """The values nearest to x that are `subset` modulo 4, from -248 to 247."""
+    return ((x - subset) / 4).round().clamp(-62, 61) * 4 + subset
 
 
 def nearest_path(x: Tensor) -> Tensor:
@@ -4839,15 +4839,16 @@ def gptq(
     """Round w (n, rows, cols) to multiples of its step sizes, feeding each column's error to the columns that are not
     yet rounded (arXiv 2210.17323).
 
-    Returns symbols int8 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1. Columns go
-    in the order of `feedback`. One whose input never fires is zero."""
+    Returns symbols int16 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1; on a
+    trellis twice as much. Columns go in the order of `feedback`. One whose input never fires is zero, but on a trellis.
+    """
     order, upper, diagonal = feedback
     silent = (diagonal == 0)[:, :, None]
     w = w.mT.masked_fill(silent, 0.0).take_along_dim(order[:, :, None], 1)
     scale = steps.column_scale.gather(1, order)[:, :, None]
     size = steps.row[:, None] * scale
     limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
-    symbols = torch.empty_like(w, dtype=torch.int8)
+    symbols = torch.empty_like(w, dtype=torch.int16)
     if rounding is trellis_along:  # whose paths feed back errors of their own, from the first column to the last
         block = w.size(1)
     round_block = rounding
@@ -4899,7 +4900,7 @@ class Correction(NamedTuple):
 class QuantizedMatrix(NamedTuple):
     """One matrix: symbol (row, column) * 2**(row code / ROW_STEPS) * 2**(column code / COLUMN_STEPS) + correction."""
 
-    symbols: ndarray  # int8 (rows, cols)
+    symbols: ndarray  # int8, or int16 for some on a trellis, (rows, cols)
     row_codes: ndarray  # int16 (rows,)
     column_codes: ndarray  # int8 (cols,)
     correction: Correction | None = None
@@ -4944,8 +4945,9 @@ def quantize_stack(
         row = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
         symbols = gptq(w, feedback, steps._replace(row=row), rounding=rounding)
     else:
-        symbols = torch.empty_like(w, dtype=torch.int8)
-    symbols = ranks.broadcast_(symbols, owner).cpu().numpy()
+        symbols = torch.empty_like(w, dtype=torch.int16)
+    symbols = ranks.broadcast_(symbols.view(torch.int8), owner).view(torch.int16).cpu().numpy()  # NCCL has no int16
+    symbols = symbols.astype(np.int8 if np.abs(symbols).max() <= MAX_SYMBOL else np.int16)
     column_codes = steps.column_codes.to(torch.int8).cpu().numpy()
     return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
 
@@ -5141,8 +5143,9 @@ class Quantizer:
                 if name in scales:  # gradients are of the model's own matrix: chain rule for the folded one
                     g = g / scales[name].square().clamp_min(1e-6)
                 curve = rate_curve(w, feedback, g, getattr(cfg, kind.rows), cfg.rate_columns)
-                # Values on the trellis take the bits of steps twice as wide.
-                self.curves[name] = curve._replace(sigma=curve.sigma / (1 + trellis))
+                # Values on the trellis take the bits of steps twice as wide, and may be twice as large.
+                parts = 1 + trellis
+                self.curves[name] = curve._replace(finest=curve.finest / parts, sigma=curve.sigma / parts)
             elif cfg.awq_lite_enabled:
                 mean_square = feedback.diagonal / (1 if name == "tok_emb" else visits[:, None])
                 self.saliency[name] = mean_square.sqrt() * w.abs().mean(1)
@@ -5365,7 +5368,7 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
         # The coder expects values around 0, so codes of step sizes lose their median. Symbols stay the same modulo 4,
         # which keeps them on the trellis.
         stack = np.stack([tensors[name] for name in names]).astype(np.int64)
-        unit = 4 if dtype == "|i1" else 1
+        unit = 4 if names[0].endswith(".symbols") else 1
         centres = [unit * round(np.median(a) / unit) for a in stack]
         coded.append([dtype, shape, names, centres])
         stacks.append(np.stack([as_matrix(a - centre) for a, centre in zip(stack, centres)]))

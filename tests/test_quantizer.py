@@ -106,7 +106,7 @@ def test_gptq_against_the_definition(block, fine, device):
     column = torch.ones(2, 24)
     column[0, 8:16] = fine
     symbols = gptq(*(t.to(device) for t in (w, h, step)), 7, 0.01, column.to(device), block=block).cpu()
-    assert symbols.dtype == torch.int8 and symbols[1].abs().max() <= 7 and not symbols[1, :, 3].any()
+    assert symbols.dtype == torch.int16 and symbols[1].abs().max() <= 7 and not symbols[1, :, 3].any()
     for i in range(2):
         limit = np.where(column[i] < 1, 127, 7)
         wanted = plain_gptq(w[i].numpy(), h[i].numpy(), step[i, :, None].numpy() * column[i].numpy(), limit, 0.01)
@@ -241,6 +241,22 @@ def test_matrices_of_a_model_go_on_the_trellis(tmp_path):
 
     assert followed() == len(MATRICES)
     assert followed(trellis=False) == followed(rate_distortion=False) == 0
+
+
+def test_the_trellis_has_steps_as_fine_as_the_uniform_grid(tmp_path):
+    """Where bytes are no limit, too: values are then above a byte, stay on the trellis and come back."""
+    cfg = config(RUN, artifact_cap=1_000_000, artifact_margin=0)
+    model = gpt(cfg)
+    state = folded_state(model)
+    sizes, errors = [], []
+    for trellis in (False, True):
+        changed = dataclasses.replace(cfg, trellis=trellis)
+        arrays = quantize(model, random_hessians(model), changed, ranks(changed))
+        sizes.append(round_trip(arrays, tmp_path / "x.bin"))
+        found = dequantize(arrays)
+        errors.append(sum(((found[name] - state[name]) ** 2).sum().item() for name in MATRICES))
+    assert max(np.abs(a).max() for name, a in arrays.items() if name.endswith(".symbols")) > 127
+    assert sizes[1] < 1.01 * sizes[0] and errors[1] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize("trellis", (2, -1, 1e30, "1", None, [1]))
