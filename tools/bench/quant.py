@@ -30,6 +30,7 @@ METHODS = {  # the first gives the size that all must have
         PUBLISHED, lqer_enabled=True, lqer_top_k=3, lqer_rank=4, awq_lite_enabled=True
     ),
     "ours": {},
+    "ours, uniform grid": dict(trellis=False),
     "ours, rows alike": dict(rate_rows=0.0, rate_embed_rows=0.0),
     "ours, columns alike": dict(rate_columns=0.0),
     "ours, matrices only": dict(rate_rows=0.0, rate_embed_rows=0.0, rate_columns=0.0),
