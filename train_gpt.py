@@ -4437,7 +4437,6 @@ class StackModel:
         chunk = self.columns[:, :, self.seen : self.seen + size]
         width, members, rows = chunk.shape
         e_q8 = np.empty(chunk.shape)
-        e_by_member = e_q8.transpose(1, 0, 2)  # a view
         mean_q8 = np.zeros((1, 1, 1))
         square_q8 = np.zeros((members, rows))  # sums of the rows' squared e / sigma
         gain = self.gain_sum_q8 / (256.0 * (UNIT_GAIN_SYMBOLS + width * self.seen))
@@ -4451,12 +4450,13 @@ class StackModel:
             log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
             table = first_tables(log2_variance[block] + log2_gain - 2 * LOG2_STEPS * self.trellis)
             if low is not None:  # what all columns before say of the next ones, in one product
-                known_q8 = low[:, block, :a] @ e_by_member[:, :a]
+                known_q8 = low[:, block, :a] @ e_q8[:a].transpose(1, 0, 2)
             for j in range(0, len(table), at_once):
                 here = slice(a + j, a + j + at_once)
                 if low is not None:
-                    recent_q8 = low[:, here, a : a + j] @ e_by_member[:, a : a + j]
-                    mean_q8 = np.rint(known_q8[None, :, j] + recent_q8[:, 0]).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
+                    # No BLAS: its threads would begin and end at every column, which takes seconds on a busy machine.
+                    recent_q8 = np.einsum("gk,kgr->gr", low[:, a + j, a : a + j], e_q8[a : a + j])
+                    mean_q8 = np.rint(known_q8[None, :, j] + recent_q8).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
                 odd = state & self.trellis
                 of_symbol_q8 = (mean_q8 - odd * 256) / 2 if self.trellis else mean_q8
                 # To the nearest fraction, once cut, and from the mean down to the value of code 0.
