@@ -4460,7 +4460,7 @@ class StackModel:
                 odd = state & self.trellis
                 of_symbol_q8 = (mean_q8 - odd * 256) / 2 if self.trellis else mean_q8
                 # To the nearest fraction, once cut, and from the mean down to the value of code 0.
-                least_q8 = (of_symbol_q8 + (128 // MEAN_FRACTIONS - MAX_SYMBOL * 256)).astype(np.int32)
+                least_q8 = (of_symbol_q8 + 128 // MEAN_FRACTIONS).astype(np.int32) - MAX_SYMBOL * 256
                 of_mean = table[j : j + at_once] + (least_q8 >> 5 & MEAN_FRACTIONS - 1)
                 if self.trellis:
                     symbols = chunk[here] - odd >> 1
