@@ -526,7 +526,7 @@ class Config:
         "0: none, the whole stream teaches")
     global_ttt_optimizer: str = setting("sgd",
         "what moves the base weights; muon: the optimizer of training, its rates times GLOBAL_TTT_LR", "sgd, muon")
-    global_ttt_lr: float = setting(0.05,
+    global_ttt_lr: float = setting(0.1,
         "learning rate of the SGD that teaches the base weights; a cosine leads to zero over each phase "
         "(TTT_METHOD=sgd: over the stream)",
         "[0, 1e6]")
@@ -534,7 +534,7 @@ class Config:
         "momentum of the SGD that teaches the base weights; it begins at zero in each phase", "[0, 1)")
     global_ttt_epochs: int = setting(1,
         "passes of the base weights' SGD over the text of each phase (TTT_METHOD=sgd: over each chunk)", "[0, 1000]")
-    global_ttt_replay: float = setting(0.1,
+    global_ttt_replay: float = setting(0.5,
         "share of the text of earlier phases that a phase learns from again, other chunks each time; 1: all", "[0, 1]")
     global_ttt_chunk_tokens: int = setting(32768,
         "tokens, over all GPUs, of one step of the SGD that teaches the base weights (TTT_METHOD=sgd: about; a chunk "
