@@ -7103,10 +7103,10 @@ def finish(run: Run):
         run.log(f"  {condition:24s} {verdict:9s} {reason}")
     run.log(outcome)
     folder = run.output
-    run.log(
-        f"files are in {folder}; next: python tools/report.py {folder}, python tools/audit.py {folder} --data "
-        f"{cfg.data_path}, or again: TTT_EVAL_ONLY=1 ARTIFACT_DIR={folder} python train_gpt.py"
-    )
+    run.log(f"files are in {folder}")
+    if not cfg.ttt_eval_only:
+        run.log(f"next: python tools/report.py {folder}; python tools/audit.py {folder} --data {cfg.data_path}")
+        run.log(f"to score it again: TTT_EVAL_ONLY=1 ARTIFACT_DIR={folder} python train_gpt.py")
 
 
 def configure(env) -> Config:

@@ -503,6 +503,28 @@ def test_counts_stand_at_their_bins(tmp_path, monkeypatch):
     assert labels == [["64\n12.3k", "1,024\n12.3k", "8,192\n12.3k"], ["64\n1.23M", "1,024\n1.23M", "8,192\n1.23M"]]
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_no_name_hides_what_is_drawn(tmp_path, monkeypatch, narrow):
+    """Names of baselines beside the points, even where a stage is at one; the legend of the loss below its panels."""
+    run = curved_run(tmp_path)
+    run.baselines = {"bpb": {"gzip -9": run.stages["trained"], "token bigram": list(run.stages.values())[-1]}}
+    figure = figures(monkeypatch, plots.plot_phases, [run], narrow)
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    places = [
+        place
+        for line in axis.lines
+        for place in axis.transData.transform(line.get_xydata())
+        if len(line.get_xdata()) == len(run.stages)
+    ]
+    names = [text.get_window_extent() for text in axis.texts if text.get_text().startswith(("gzip", "token"))]
+    assert len(places) >= 2 and len(names) == 2
+    assert not any(box.padded(5).contains(*place) for box in names for place in places)
+    loss = figures(monkeypatch, plots.plot_loss, [run], narrow)
+    assert [axis.get_legend() for axis in loss.axes] == [None, None]
+    assert [text.get_text() for text in loss.legends[0].get_texts()] == [f"{run.name}, seed {run.result['seed']}"]
+
+
 def test_every_phase_has_a_colour_of_its_own(tmp_path, monkeypatch):
     assert set(train_gpt.Phases.BUDGET) <= set(plots.PHASE_COLOURS)
     assert len(set(plots.PHASE_COLOURS.values())) == len(plots.PHASE_COLOURS)
