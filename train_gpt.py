@@ -7,8 +7,8 @@
     python train_gpt.py --help                        every setting, its default and its meaning
     python train_gpt.py --unpack FILE                 print the source inside a packed script
 
-Settings are environment variables. The same file runs on a CPU, one GPU, eight GPUs or several nodes. prepare_data.py
-makes the data folder; shards that others made in the same format load as they are.
+The same file runs on a CPU, one GPU, eight GPUs or several nodes. prepare_data.py makes the data folder; shards that
+others made in the same format load as they are.
 
 Sections, each using only those above it: Hyperparameters, Runtime, Data, Kernels, Attention, Model, Adapters,
 Optimizers, Training, Entropy coder, Quantizer, Artifact, N-gram, Scoring, Test-time training, Packer, Main.
@@ -770,7 +770,8 @@ def context_schedule(cfg: Config) -> list[Stage]:
 def help_text() -> str:
     """The table of --help."""
     lines = [
-        "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf))"
+        "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf)).\n"
+        "What the recipes in recipes/ set instead stands beside them in docs/SETTINGS.md."
     ]
     if PACKED:
         lines.append("A packed script has no meanings: docs/SETTINGS.md of its repository has them, and --help there")

@@ -1313,7 +1313,7 @@ def test_the_headline_is_the_adapted_pass(shipped):
     )
     assert len(nats) == found["data"]["val_targets"] and np.isfinite(nats).all()
     log = (shipped / "train.log").read_text()
-    assert "5 segment(s) of [3, 1, 2, 2, 2] documents" in log
+    assert "scoring adapted: 5 segment(s) of [3, 1, 2, 2, 2] documents" in log
     assert log.count("base weights learnt from") == 2
     times = found["adapt_seconds"]
     assert times["estimated"] > 0 and times["measured"] == found["seconds"]["adapt"]
