@@ -1248,7 +1248,7 @@ def find_export(repo: str, variant: str) -> Export:
 
 
 def download_shards(repo: str, variant: str, train_shards: int, out: Path) -> tuple[dict, dict[str, list[str]]]:
-    """Fetch shards, sidecar and tokenizer of one published export into OUT; returns its counts in the publisher's
+    """Fetch shards, sidecar and tokenizer of one published export into OUT; return its counts in the publisher's
     manifest and the file names of each split."""
     export = find_export(repo, variant)
     counts = {"val": export.stats["files_val"], "train": min(train_shards, export.stats["files_train"])}
