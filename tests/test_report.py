@@ -520,6 +520,8 @@ def test_no_name_hides_what_is_drawn(tmp_path, monkeypatch, narrow):
     names = [text.get_window_extent() for text in axis.texts if text.get_text().startswith(("gzip", "token"))]
     assert len(places) >= 2 and len(names) == 2
     assert not any(box.padded(5).contains(*place) for box in names for place in places)
+    sums = [text for text in figure.axes[1].texts if "limit" not in text.get_text()]
+    assert len(sums) == 3 and all(text.get_bbox_patch() for text in sums)  # no line of the limit runs through them
     loss = figures(monkeypatch, plots.plot_loss, [run], narrow)
     assert [axis.get_legend() for axis in loss.axes] == [None, None]
     assert [text.get_text() for text in loss.legends[0].get_texts()] == [f"{run.name}, seed {run.result['seed']}"]

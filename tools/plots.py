@@ -240,7 +240,17 @@ def plot_budgets(run: Run, axis) -> None:
             bar = axis.barh(y, value, left=at, height=0.5, color=colour, label=f"{name} {value:,.1f} s")
             handles += [bar] if value >= 0.05 else []  # below, nothing is seen of it
             at += value
-        axis.text(at, y, f"  {at:,.1f} s", fontsize=9, va="center", fontweight="bold")
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # the line of the limit ends behind it
+        axis.annotate(
+            f"{at:,.1f} s",
+            (at, y),
+            xytext=(6, 0),
+            textcoords="offset points",
+            fontsize=9,
+            va="center",
+            fontweight="bold",
+            bbox=white,
+        )
     longest = max([limit, *(sum(value for _, value in parts) for parts in bars.values())])
     if limit:
         axis.plot([limit, limit], [-0.4, 1.4], color=LIMIT, linewidth=1.4)
