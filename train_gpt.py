@@ -7,8 +7,8 @@
     python train_gpt.py --help                        every setting, its default and its meaning
     python train_gpt.py --unpack FILE                 print the source inside a packed script
 
-Settings are environment variables. The same file runs on a CPU, one GPU, eight GPUs or several nodes. prepare_data.py
-makes the data folder; shards that others made in the same format load as they are.
+The same file runs on a CPU, one GPU, eight GPUs or several nodes. prepare_data.py makes the data folder; shards that
+others made in the same format load as they are.
 
 Sections, each using only those above it: Hyperparameters, Runtime, Data, Kernels, Attention, Model, Adapters,
 Optimizers, Training, Entropy coder, Quantizer, Artifact, N-gram, Scoring, Test-time training, Packer, Main.
@@ -774,7 +774,8 @@ def context_schedule(cfg: Config) -> list[Stage]:
 def help_text() -> str:
     """The table of --help."""
     lines = [
-        "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf))"
+        "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf)).\n"
+        "What the recipes in recipes/ set instead stands beside them in docs/SETTINGS.md."
     ]
     if PACKED:
         lines.append("A packed script has no meanings: docs/SETTINGS.md of its repository has them, and --help there")
@@ -5833,7 +5834,7 @@ class Progress:
         self.begun = time.perf_counter()
         self.shown = self.begun  # time of the last line
 
-    def show(self, ledger: Ledger):
+    def show(self, ledger: Ledger, doing: str = ""):
         """Call before each forward. The other ranks are taken to have scored as this one has since the last merge."""
         now = time.perf_counter()
         if now - self.shown <= self.EVERY:
@@ -5844,7 +5845,7 @@ class Progress:
         rate = done / (now - self.begun)
         left = max(len(ledger.nats) - done, 0) / max(rate, 1)
         bpb = nats / math.log(2) / max(size, 1)
-        line = f"  {100 * share:5.1f} %  BPB so far {bpb:.4f}  {rate:,.0f} targets/s  {left:.0f} s left"
+        line = f"  {100 * share:5.1f} %  BPB so far {bpb:.4f}  {rate:,.0f} targets/s  {left:.0f} s left{doing}"
         self.log(line, fleeting=True)
 
 
@@ -6344,7 +6345,7 @@ class GlobalSGD:
             ledger.may_train(slice(low, high))
         model.requires_grad_(True)
         for i, (low, high) in enumerate(chunks):
-            self.scoring.progress.show(ledger)
+            self.scoring.progress.show(ledger, ", base weights learning")
             base_gradients(self.scoring, low, high)
             # Written so that progress 0 to 1 gives exactly i / len(chunks), and equal ends give exactly progress.
             x = progress + (progress_after - progress) * (i / len(chunks))
@@ -6584,7 +6585,7 @@ class TestTimeTraining:
         self.segments = strategy.plan(scoring.val.lengths, cfg)
         sizes = [segment.last - segment.first for segment in self.segments]
         shown = sizes if len(sizes) < 30 else f"{min(sizes)}..{max(sizes)}"
-        scoring.log(f"{strategy.__name__}: {len(sizes)} segment(s) of {shown} documents")
+        scoring.log(f"scoring {scoring.ledger.name}: {len(sizes)} segment(s) of {shown} documents")
         if cfg.ngram_enabled:
             scoring = scoring._replace(ngram=NGram(scoring, sizes))
         scoring.model.requires_grad_(False)  # only adapters learn, until global SGD asks for more
@@ -7092,7 +7093,7 @@ def search_rate(run: Run, model: GPT, code_bytes: int) -> bytes:
         with run.phases("write"):
             data = encode_artifact(flatten(quantized), run.origin()) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
-        run.log(f"model.bin of {size:,} bytes, {search.room - size:,} left")
+        run.log(f"attempt {len(search.sizes)}: model.bin of {size:,} bytes, {search.room - size:,} left")
         search.observe(data, size)
         if search.done():
             return search.best
@@ -7214,6 +7215,8 @@ def finish(run: Run):
     result["seconds"] = budgets | run.phases.seconds
     failed = run.verdicts.failed()
     outcome = f"no val_bpb: {', '.join(failed)} failed"
+    if "train_budget" in failed:
+        outcome += "; a larger GPTQ_RESERVE_SECONDS ends the steps earlier"
     if not failed:  # the one place that makes a number the result
         result["val_bpb"] = run.headline
         outcome = f"val_bpb {run.headline:.6f} on all {run.val.targets:,} targets, dataset {result['dataset']}"
@@ -7230,7 +7233,10 @@ def finish(run: Run):
         run.log(f"  {condition:24s} {verdict:9s} {reason}")
     run.log(outcome)
     folder = run.output
-    run.log(f"files are in {folder}; next: tools/report.py {folder}, tools/audit.py {folder} --data DATA_PATH")
+    run.log(f"files are in {folder}")
+    if not cfg.ttt_eval_only:
+        run.log(f"next: python tools/report.py {folder}; python tools/audit.py {folder} --data {cfg.data_path}")
+        run.log(f"to score it again: TTT_EVAL_ONLY=1 ARTIFACT_DIR={folder} python train_gpt.py")
 
 
 def configure(env) -> Config:
