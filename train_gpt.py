@@ -6169,13 +6169,10 @@ def base_gradients(scoring: ScoringPass, begin: int, end: int):
     for p in parameters:
         if p.grad is None:  # a rank without a piece, or a parameter outside the loss
             p.grad = torch.zeros_like(p)
-    # Clipped after the sum over the ranks, so that all take the same step.
-    grads = ranks.all_reduce_flat([p.grad for p in parameters])
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
-    factor = cfg.global_ttt_grad_clip / (norm + 1e-6)
-    torch._foreach_mul_(grads, factor.clamp(max=1.0))
-    for p, grad in zip(parameters, grads):
+    for p, grad in zip(parameters, ranks.all_reduce_flat([p.grad for p in parameters])):
         p.grad = grad
+    # Clipped after the sum over the ranks, so that all take the same step.
+    nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
 
 
 def sgd_chunks(begin: int, fresh: int, end: int, turn: int, cfg: Config) -> list[tuple[int, int]]:
