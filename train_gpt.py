@@ -1916,12 +1916,16 @@ def softcap(z: Tensor, cap: float | Tensor) -> Tensor:
     return torch.where(z > 0, above, below)
 
 
+def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    """From each row of logits (T, V) that of its token: (T,)."""
+    return logits.gather(1, tokens[:, None])[:, 0]
+
+
 def softcap_nll_reference(z, targets, cap):
     """`softcap_nll` in plain PyTorch."""
     logits = softcap(z, cap)
     lse = logits.logsumexp(-1)
-    nats = lse - logits.gather(1, targets[:, None])[:, 0]
-    return nats, lse.detach()
+    return lse - of_tokens(logits, targets), lse.detach()
 
 
 @triton.jit
@@ -3169,10 +3173,8 @@ def calibrated_scores(
     """Scores of targets (T,) and hint (T,), both int64, from z (T, V), the logits before the softcap."""
     logits = calibration.scale * softcap(z, caps) + calibration.bias
     log_total = logits.logsumexp(-1)
-    nats = log_total - logits.gather(1, targets[:, None])[:, 0]
-    if hint is None:
-        return Scores(nats)
-    return Scores(nats, logits.gather(1, hint[:, None])[:, 0] - log_total)
+    nats = log_total - of_tokens(logits, targets)
+    return Scores(nats, None if hint is None else of_tokens(logits, hint) - log_total)
 
 
 def no_tap(kind: str, layer: int, x: Tensor):
@@ -3534,10 +3536,7 @@ class GPT(nn.Module):
         if self.logit_calibration is not None:
             return calibrated_scores(z, targets, self.caps, self.logit_calibration, hint)
         nats, log_total = softcap_nll(z, targets, self.caps)
-        if hint is None:
-            return Scores(nats)
-        hinted = z.gather(1, hint[:, None])[:, 0]
-        return Scores(nats, softcap(hinted, self.caps) - log_total)
+        return Scores(nats, None if hint is None else softcap(of_tokens(z, hint), self.caps) - log_total)
 
 
 @torch.no_grad()
@@ -5492,6 +5491,7 @@ def continuations(
     """
     targets = tokens[:-1].sort(stable=True).indices  # by context, and in the stream's order where contexts agree
     context = tokens[targets].long()
+    document = F.pad(document, (0, 1), value=-1)  # behind the last target there is no document
     for order in range(2, orders + 1):
         starts = run_starts(context)
         ends = F.pad(starts[1:], (0, 1), value=True)
@@ -5524,12 +5524,9 @@ def continuations(
         # A pair is a context of the next order; it predicts the next target, if that is in the same document.
         targets = targets[by_pair] + 1
         context = run_starts(pair).cumsum(0)
-        inside = targets < len(document)
-        targets = targets[inside]
-        context = context[inside]
-        same = document[targets] == document[targets - 1]
-        targets = targets[same]
-        context = context[same]
+        goes_on = document[targets] == document[targets - 1]
+        targets = targets[goes_on]
+        context = context[goes_on]
 
 
 class NGram:
