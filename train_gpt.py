@@ -5695,25 +5695,24 @@ class Progress:
 
     EVERY = 5.0  # seconds
 
-    def __init__(self, ranks: Ranks, log: Log):
-        self.ranks = ranks
-        self.log = log
+    def __init__(self):
         self.begun = time.perf_counter()
         self.shown = self.begun  # time of the last line
 
-    def show(self, ledger: Ledger):
+    def show(self, scoring: ScoringPass):
         """Call before each forward. The other ranks are taken to have scored as this one has since the last merge."""
         now = time.perf_counter()
         if now - self.shown <= self.EVERY:
             return
         self.shown = now
-        done, nats, size = ledger.shared + self.ranks.world * ledger.own
-        share = done / len(ledger.nats)
+        ledger = scoring.ledger
+        targets = len(ledger.nats)
+        done, nats, size = ledger.shared + scoring.ranks.world * ledger.own
         rate = done / (now - self.begun)
-        left = max(len(ledger.nats) - done, 0) / max(rate, 1)
+        left = max(targets - done, 0) / max(rate, 1)
         bpb = nats / math.log(2) / max(size, 1)
-        line = f"  {100 * share:5.1f} %  BPB so far {bpb:.4f}  {rate:,.0f} targets/s  {left:.0f} s left"
-        self.log(line, fleeting=True)
+        line = f"  {100 * done / targets:5.1f} %  BPB so far {bpb:.4f}  {rate:,.0f} targets/s  {left:.0f} s left"
+        scoring.log(line, fleeting=True)
 
 
 def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> ndarray:
@@ -5790,22 +5789,24 @@ def score_documents(scoring: ScoringPass, first: int, last: int):
 
     Windows never cross a document's start, and each target is scored once, whatever the number of ranks.
     """
-    model, cfg, ranks, _, val, ledger, progress, ngram = scoring
+    cfg = scoring.cfg
+    ranks = scoring.ranks
+    val = scoring.val
     stride = cfg.eval_stride or cfg.eval_seq_len
     end = int(np.append(val.starts, val.targets)[last])
     windows = plan_windows(val.starts[first:last], end, cfg.eval_seq_len, stride)
     buffers = group_windows(windows, cfg.val_batch_tokens)
     for buffer in buffers[ranks.rank :: ranks.world]:  # dealt to the ranks in turn
-        progress.show(ledger)
+        scoring.progress.show(scoring)
         batch, places, targets = window_batch(val, buffer, cfg)
         batch = to_device(batch, ranks.device)
         hint = None
-        if ngram is not None:  # places that are not scored ask for token 0, and nobody looks
+        if scoring.ngram is not None:  # places that are not scored ask for token 0, and nobody looks
             hint = torch.zeros_like(batch.targets)
-            hint[torch.from_numpy(places)] = ngram.hints(targets)
-        scores = score_batch(model, batch, cfg.looped, hint)
+            hint[torch.from_numpy(places)] = scoring.ngram.hints(targets)
+        scores = score_batch(scoring.model, batch, cfg.looped, hint)
         book(scoring, targets, scores, places)
-    ledger.merge(ranks, int(val.starts[first]), end)
+    scoring.ledger.merge(ranks, int(val.starts[first]), end)
 
 
 def score_stream(scoring: ScoringPass) -> float:
@@ -6010,13 +6011,15 @@ class DocumentTTT:
         self.drift = [torch.zeros_like(p) for p in self.lockstep.start]
         self.drift_tokens = 0  # sum of those weights
 
+    def plan(self, documents: ndarray) -> Iterator[tuple[int, Shape]]:
+        """plan_lockstep() of `documents` (indices). A CPU has no graphs, so no shape needs to serve twice."""
+        return plan_lockstep(self.scoring.val.lengths[documents], self.scoring.cfg, exact=not self.scoring.ranks.cuda)
+
     def capture(self, batches: list[ndarray]):
         """Capture the CUDA graphs that these batches need. No validation token is read, only lengths are."""
         begun = time.perf_counter()
-        shapes = set()
-        for batch in batches:
-            plan = plan_lockstep(self.scoring.val.lengths[batch], self.scoring.cfg, exact=False)
-            shapes.update(shape for _, shape in plan)
+        plans = itertools.chain(*map(self.plan, batches))
+        shapes = {shape for _, shape in plans}
         lockstep = self.lockstep
         pool = torch.cuda.graph_pool_handle()
         for shape in sorted(shapes, reverse=True):  # the largest first: smaller ones find their memory in the pool
@@ -6072,12 +6075,12 @@ class DocumentTTT:
     def run(self, documents: ndarray):
         """Score every target of `documents` (indices, at most TTT_BATCH_SIZE, in any order), learning in between."""
         val = self.scoring.val
-        falling = np.argsort(-val.lengths[documents], kind="stable")
-        starts = val.starts[documents[falling]]
-        lengths = val.lengths[documents[falling]]
+        documents = documents[np.argsort(-val.lengths[documents], kind="stable")]
+        starts = val.starts[documents]
+        lengths = val.lengths[documents]
         self.seat(starts, lengths)
-        for begin, shape in plan_lockstep(lengths, self.scoring.cfg, exact=not self.scoring.ranks.cuda):
-            self.scoring.progress.show(self.scoring.ledger)
+        for begin, shape in self.plan(documents):
+            self.scoring.progress.show(self.scoring)
             self.step(self.scoring, begin, shape, starts, lengths)
         self.remember(lengths)
 
@@ -6143,7 +6146,9 @@ def base_gradients(scoring: ScoringPass, begin: int, end: int):
     Its norm is at most GLOBAL_TTT_GRAD_CLIP. The targets are cut every TTT_EVAL_SEQ_LEN and each rank takes
     neighbouring pieces, so the pieces are the same for any number of ranks.
     """
-    model, cfg, ranks, _, val, *_ = scoring
+    cfg = scoring.cfg
+    ranks = scoring.ranks
+    tokens = scoring.val.tokens
     span = cfg.ttt_eval_seq_len
 
     def rank_share(targets: int) -> int:
@@ -6156,13 +6161,13 @@ def base_gradients(scoring: ScoringPass, begin: int, end: int):
     last = min(first + share, end)
     for low in range(first, last, micro_batch):
         high = min(low + micro_batch, last)
-        inputs = val.tokens[low:high]
-        targets = val.tokens[low + 1 : high + 1]
+        inputs = tokens[low:high]
+        targets = tokens[low + 1 : high + 1]
         document_starts = np.flatnonzero(inputs == cfg.bos_id)
         starts = np.union1d(document_starts, np.arange(0, len(inputs), span))
         batch = pack_documents(inputs, targets, starts, span, span, len(inputs), "val")
-        batch_loss(model, to_device(batch, ranks.device), end - begin, cfg.looped).backward()
-    parameters = list(model.parameters())
+        batch_loss(scoring.model, to_device(batch, ranks.device), end - begin, cfg.looped).backward()
+    parameters = list(scoring.model.parameters())
     for p in parameters:
         if p.grad is None:  # a rank without a piece, or a parameter outside the loss
             p.grad = torch.zeros_like(p)
@@ -6202,21 +6207,18 @@ class GlobalSGD:
 
         Progress rises evenly from `progress` to `progress_after`, which it does not reach.
         """
-        model = self.scoring.model
-        cfg = self.scoring.cfg
-        ledger = self.scoring.ledger
+        scoring = self.scoring
         for low, high in chunks:
-            ledger.may_train(slice(low, high))
-        model.requires_grad_(True)
+            scoring.ledger.may_train(slice(low, high))
+        scoring.model.requires_grad_(True)
         for i, (low, high) in enumerate(chunks):
-            self.scoring.progress.show(ledger)
-            base_gradients(self.scoring, low, high)
+            scoring.progress.show(scoring)
+            base_gradients(scoring, low, high)
             # Written so that progress 0 to 1 gives exactly i / len(chunks), and equal ends give exactly progress.
             x = progress + (progress_after - progress) * (i / len(chunks))
-            cosine = math.cos(math.pi * x)
-            self.step(cfg.global_ttt_lr * 0.5 * (1 + cosine))
-            model.zero_grad()  # to None: the next chunk starts anew
-        model.requires_grad_(False)
+            self.step(scoring.cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * x)))
+            scoring.model.zero_grad()  # to None: the next chunk starts anew
+        scoring.model.requires_grad_(False)
 
     def step(self, lr: float):
         self.optimizer.param_groups[0]["lr"] = lr
@@ -6262,18 +6264,16 @@ def seconds_of(work: Callable, ranks: Ranks) -> float:
 
 def sgd_seconds(scoring: ScoringPass) -> float:
     """What the gradients of a step of global SGD take, on random tokens. No weight moves."""
-    model, cfg, ranks, *_ = scoring
-    count = cfg.global_ttt_chunk_tokens
-    if not ranks.cuda:  # slow, and about in proportion to the tokens
-        count = min(count, 512)
-    tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=count + 1)
+    step_tokens = scoring.cfg.global_ttt_chunk_tokens
+    count = step_tokens if scoring.ranks.cuda else min(step_tokens, 512)  # a CPU is slow, and the time in proportion
+    tokens = np.random.default_rng(0).integers(scoring.cfg.vocab_size, size=count + 1)
     val: Any = SimpleNamespace(tokens=tokens)
     scoring = scoring._replace(val=val)
-    model.requires_grad_(True)
-    seconds = seconds_of(lambda: base_gradients(scoring, 0, count), ranks)
-    model.requires_grad_(False)
-    model.zero_grad()
-    return seconds * cfg.global_ttt_chunk_tokens / count
+    scoring.model.requires_grad_(True)
+    seconds = seconds_of(lambda: base_gradients(scoring, 0, count), scoring.ranks)
+    scoring.model.requires_grad_(False)
+    scoring.model.zero_grad()
+    return seconds * step_tokens / count
 
 
 def plan_lessons(segments: list[Segment], starts: ndarray, cfg: Config) -> dict[int, list[tuple[int, int]]]:
@@ -6289,117 +6289,6 @@ def plan_lessons(segments: list[Segment], starts: ndarray, cfg: Config) -> dict[
             lessons[i] = sgd_chunks(begin, fresh, end, len(lessons), cfg)
             fresh = end
     return lessons
-
-
-class Windows:
-    """TTT_ENABLED=0: windows alone; nothing learns but the n-grams, which count between segments."""
-
-    @staticmethod
-    def plan(lengths: ndarray, cfg: Config) -> list[Segment]:
-        return plan_segments(lengths, cfg)
-
-    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
-        self.scoring = scoring
-        self.segments = segments
-        self.lessons = plan_lessons(segments, scoring.val.starts, scoring.cfg)
-
-    def score(self, i: int):
-        """Score segment i; returns once all ranks have its scores."""
-        first, last, _ = self.segments[i]
-        score_documents(self.scoring, first, last)
-
-    def learn(self, i: int):
-        """Learn from what is scored, after segment i."""
-
-    def scoring_seconds(self, segments: list[Segment], windows_seconds: float) -> float:
-        """About how long it takes to score these segments, where windows alone take `windows_seconds`."""
-        return windows_seconds
-
-
-class LearnBehindWindows(Windows):
-    """TTT_METHOD=sgd: the base weights learn from each segment behind its scores (#549). One momentum and one half
-    cosine span the stream."""
-
-    @staticmethod
-    def plan(lengths: ndarray, cfg: Config) -> list[Segment]:
-        return plan_sgd_segments(lengths, cfg)
-
-    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
-        super().__init__(scoring, segments)
-        self.optimizer = GLOBAL_OPTIMIZERS[scoring.cfg.global_ttt_optimizer](scoring)
-
-    def learn(self, i: int):
-        progress = i / len(self.segments)  # constant in a segment
-        self.optimizer.learn(self.lessons[i], progress, progress)
-
-
-class AdaptDocuments(Windows):
-    """TTT_METHOD=lora: adapters learn inside each document, and the base weights in phases from what is scored."""
-
-    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
-        super().__init__(scoring, segments)
-        ranks = scoring.ranks
-        self.documents = DocumentTTT(scoring)
-        self.batches = []  # of each segment, this rank's
-        serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
-        for first, last, _ in segments:
-            lengths = scoring.val.lengths[first:last]
-            dealt = deal_batches(lengths, first, scoring.cfg, ranks.world)
-            self.batches.append(dealt[ranks.rank])
-            serial += len(chunk_ends(int(lengths.max()), scoring.cfg))
-        scoring.log(f"  critical path {serial:,} chunks, one after the other: the longest documents of the segments")
-        if ranks.cuda:
-            with self.documents.random_tokens():
-                self.documents.capture(list(itertools.chain(*self.batches)))
-
-    def score(self, i: int):
-        for batch in self.batches[i]:
-            self.documents.run(batch)
-        self.documents.next_segment()
-        first, last, _ = self.segments[i]
-        begin = int(self.scoring.val.starts[first])
-        end = begin + int(self.scoring.val.lengths[first:last].sum())
-        self.scoring.ledger.merge(self.scoring.ranks, begin, end)
-
-    def learn(self, i: int):
-        """A phase of global SGD, with a half cosine and a momentum of its own."""
-        chunks = self.lessons[i]
-        GLOBAL_OPTIMIZERS[self.scoring.cfg.global_ttt_optimizer](self.scoring).learn(chunks, 0.0, 1.0)
-        count = sum(high - low for low, high in chunks)
-        self.scoring.log(f"  base weights learnt from {count:,} of {chunks[-1][1]:,} scored targets")
-
-    def steps(self, segments: list[Segment]) -> list[list[list[Shape]]]:
-        """The steps of each segment, of each rank."""
-        cfg = self.scoring.cfg
-        ranks = self.scoring.ranks
-        steps = []
-        for first, last, _ in segments:
-            of_ranks = []
-            for batches in deal_batches(self.scoring.val.lengths[first:last], first, cfg, ranks.world):
-                plans = [plan_lockstep(self.scoring.val.lengths[batch], cfg, not ranks.cuda) for batch in batches]
-                of_ranks.append([shape for _, shape in itertools.chain(*plans)])
-            steps.append(of_ranks)
-        return steps
-
-    @functools.cached_property
-    def times(self) -> dict[Shape, float]:
-        """Seconds of a step, of each Shape that has graphs; without graphs of the one of least and of most work."""
-        shapes = self.documents.graphs
-        if not shapes:
-            every = list(itertools.chain(*itertools.chain(*self.steps(self.segments))))
-            shapes = {pick(every, key=lambda shape: shape.work) for pick in (min, max)}
-        with self.documents.random_tokens():
-            return {shape: self.documents.step_seconds(shape) for shape in shapes}
-
-    def scoring_seconds(self, segments: list[Segment], windows_seconds: float) -> float:
-        work, seconds = zip(*sorted((shape.work, seconds) for shape, seconds in self.times.items()))
-        total = 0.0
-        for of_ranks in self.steps(segments):
-            rank_seconds = []
-            for shapes in of_ranks:
-                rank_seconds.append(sum(self.times.get(s) or np.interp(s.work, work, seconds) for s in shapes))
-            total += max(rank_seconds)  # a segment waits for the rank with the most to do
-        return total
 
 
 def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
@@ -6435,6 +6324,106 @@ def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
     """
     cuts = greedy_cuts(lengths, cfg.global_ttt_chunk_tokens, overfull=True)
     return [Segment(first, last, last < len(lengths)) for first, last in itertools.pairwise(cuts)]
+
+
+class Windows:
+    """TTT_ENABLED=0: windows alone; nothing learns but the n-grams, which count between segments."""
+
+    plan = staticmethod(plan_segments)
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        self.scoring = scoring
+        self.segments = segments
+        self.lessons = plan_lessons(segments, scoring.val.starts, scoring.cfg)
+
+    def score(self, i: int):
+        """Score segment i; returns once all ranks have its scores."""
+        first, last, _ = self.segments[i]
+        score_documents(self.scoring, first, last)
+
+    def learn(self, i: int):
+        """Learn from what is scored, after segment i."""
+
+    def scoring_seconds(self, segments: list[Segment], windows_seconds: float) -> float:
+        """About how long it takes to score these segments, where windows alone take `windows_seconds`."""
+        return windows_seconds
+
+
+class LearnBehindWindows(Windows):
+    """TTT_METHOD=sgd: the base weights learn from each segment behind its scores (#549). One momentum and one half
+    cosine span the stream."""
+
+    plan = staticmethod(plan_sgd_segments)
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        super().__init__(scoring, segments)
+        self.optimizer = GLOBAL_OPTIMIZERS[scoring.cfg.global_ttt_optimizer](scoring)
+
+    def learn(self, i: int):
+        progress = i / len(self.segments)  # constant in a segment
+        self.optimizer.learn(self.lessons[i], progress, progress)
+
+
+class AdaptDocuments(Windows):
+    """TTT_METHOD=lora: adapters learn inside each document, and the base weights in phases from what is scored."""
+
+    def __init__(self, scoring: ScoringPass, segments: list[Segment]):
+        super().__init__(scoring, segments)
+        self.documents = DocumentTTT(scoring)
+        self.batches = [self.deal(segment)[scoring.ranks.rank] for segment in segments]  # of each, this rank's
+        longest = [int(scoring.val.lengths[first:last].max()) for first, last, _ in segments]
+        # With ever more ranks a pass takes as long as these documents.
+        serial = sum(len(chunk_ends(length, scoring.cfg)) for length in longest)
+        scoring.log(f"  critical path {serial:,} chunks, one after the other: the longest documents of the segments")
+        if scoring.ranks.cuda:
+            with self.documents.random_tokens():
+                self.documents.capture(list(itertools.chain(*self.batches)))
+
+    def deal(self, segment: Segment) -> list[list[ndarray]]:
+        """For each rank its batches of the segment's documents."""
+        lengths = self.scoring.val.lengths[segment.first : segment.last]
+        return deal_batches(lengths, segment.first, self.scoring.cfg, self.scoring.ranks.world)
+
+    def score(self, i: int):
+        for batch in self.batches[i]:
+            self.documents.run(batch)
+        self.documents.next_segment()
+        first, last, _ = self.segments[i]
+        begin = int(self.scoring.val.starts[first])
+        end = begin + int(self.scoring.val.lengths[first:last].sum())
+        self.scoring.ledger.merge(self.scoring.ranks, begin, end)
+
+    def learn(self, i: int):
+        """A phase of global SGD, with a half cosine and a momentum of its own."""
+        chunks = self.lessons[i]
+        GLOBAL_OPTIMIZERS[self.scoring.cfg.global_ttt_optimizer](self.scoring).learn(chunks, 0.0, 1.0)
+        count = sum(high - low for low, high in chunks)
+        self.scoring.log(f"  base weights learnt from {count:,} of {chunks[-1][1]:,} scored targets")
+
+    def steps(self, segment: Segment) -> list[list[Shape]]:
+        """For each rank its steps of the segment."""
+        plans = [itertools.chain(*map(self.documents.plan, batches)) for batches in self.deal(segment)]
+        return [[shape for _, shape in plan] for plan in plans]
+
+    @functools.cached_property
+    def times(self) -> dict[Shape, float]:
+        """Seconds of a step, of each Shape that has graphs; without graphs of the one of least and of most work."""
+        shapes = self.documents.graphs
+        if not shapes:
+            of_ranks = itertools.chain(*map(self.steps, self.segments))
+            every = list(itertools.chain(*of_ranks))
+            shapes = {pick(every, key=lambda shape: shape.work) for pick in (min, max)}
+        with self.documents.random_tokens():
+            return {shape: self.documents.step_seconds(shape) for shape in shapes}
+
+    def scoring_seconds(self, segments: list[Segment], windows_seconds: float) -> float:
+        work, seconds = zip(*sorted((shape.work, seconds) for shape, seconds in self.times.items()))
+
+        def rank_seconds(steps: list[Shape]) -> float:
+            return sum(self.times.get(shape) or np.interp(shape.work, work, seconds) for shape in steps)
+
+        # A segment waits for the rank with the most to do.
+        return sum(max(map(rank_seconds, self.steps(segment))) for segment in segments)
 
 
 class TestTimeTraining:
@@ -6705,8 +6694,7 @@ class Run:
     def scoring(self, model: GPT, name: str, end: int | None = None) -> ScoringPass:
         """A pass over the validation stream, up to target `end`, with a ledger of its own."""
         ledger = Ledger(name, self.val.target_bytes[:end], self.verdicts)
-        progress = Progress(self.ranks, self.log)
-        return ScoringPass(model, self.cfg, self.ranks, self.log, self.val, ledger, progress)
+        return ScoringPass(model, self.cfg, self.ranks, self.log, self.val, ledger, Progress())
 
     def new_model(self, logit_calibration: LogitCalibration | None = None) -> GPT:
         """A GPT on the run's device, its weights not set yet."""

@@ -179,8 +179,7 @@ class Lab:
         ours.load_state(model, state, "memory")
         ledger = ours.Ledger("bench", self.val.target_bytes, ours.Verdicts())
         log = lambda *_, **__: None
-        progress = ours.Progress(self.ranks, log)
-        scoring = ours.ScoringPass(model, self.cfg, self.ranks, log, self.val, ledger, progress)
+        scoring = ours.ScoringPass(model, self.cfg, self.ranks, log, self.val, ledger, ours.Progress())
         return ours.score_stream(scoring)
 
     def fitted(self, settings: dict, target: int) -> tuple["ours.Quantized", int, float]:
