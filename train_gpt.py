@@ -565,11 +565,11 @@ class Config:
     # fmt: on
 
     @classmethod
-    def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
+    def from_env(cls, env, stored: dict | None = None) -> "Config":
         """Each setting from the mapping `env`, else from `stored` (an artifact's settings), else its default.
 
-        Raises one UserError for all unknown names and unreadable texts and, with `check`, for all values out of range,
-        else for those in conflict. A run that continues from a file is checked once its settings are `stored`."""
+        Raises one UserError for all unknown names, unreadable texts and values out of range, else for those in
+        conflict. Values of a run that continues from a file are checked once its settings are `stored`."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         wrong = wrong_names(env, fields, warn=stored is None)
         values = dict(stored or {})
@@ -579,7 +579,7 @@ class Config:
             except UserError as e:
                 wrong.append(str(e))
         cfg = cls(**values)
-        if check and (stored or not (cfg.ttt_eval_only or cfg.quantize_only)):
+        if stored or not (cfg.ttt_eval_only or cfg.quantize_only):
             unset = ", ".join(sorted(LAUNCHED - env.keys()))
             if unset and cfg.world_size > 1:
                 wrong.append(f"WORLD_SIZE={cfg.world_size} without {unset}: start with torchrun, or set them, too")
@@ -703,19 +703,17 @@ def wrong_names(env, fields, warn: bool) -> list[str]:
     for name in sorted(set(env) - set(fields)):
         fixed = RETIRED.get(name.lower())
         if fixed is not None:
-            same = False
             with contextlib.suppress(UserError):
-                same = parse_setting(name, env[name], type(fixed)) == fixed
-            if not same:
-                wrong.append(f"{name} is no longer a setting: its value is always {fixed}")
+                if parse_setting(name, env[name], type(fixed)) == fixed:
+                    continue
+            wrong.append(f"{name} is no longer a setting: its value is always {fixed}")
             continue
         # MODLE_DIM, NUMLAYERS; short names may have a setting's letters by chance
         misspelt = len(name) > 6 and letters(name) in map(letters, fields)
-        ours = misspelt or name.startswith(OUR_PREFIXES)
         # Close enough for a slip of the hand: TTT_LR of other scripts is not TTT_LORA_LR.
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if misspelt else 0.88)
         question = f"; did you mean {nearest[0]}?" if nearest else ""
-        if ours:
+        if misspelt or name.startswith(OUR_PREFIXES):
             wrong.append(f"{name} is not a setting{question}")
         elif name.startswith(FOREIGN):
             foreign.append(name)
@@ -2772,9 +2770,12 @@ def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: flo
 
 
 # --- A matrix product, and the attention gate's product with the first channels of the same input ---
+
+
 class GatedLinear(torch.autograd.Function):
-    """`gated_linear`. For x[:, :c] autograd would make a zero-padded (T, d) gradient and add it to dx; this adds in
-    place."""
+    """x (T, d), w (n, d), gate (H, c) -> x @ w.T (T, n), and of its leading channels x[:, :c] @ gate.T (T, H).
+
+    For x[:, :c] autograd would make a zero-padded (T, d) gradient and add it to dx; this adds in place."""
 
     @staticmethod
     def forward(ctx, x, w, gate):
@@ -2795,9 +2796,7 @@ class GatedLinear(torch.autograd.Function):
         return dx, dw, d_gate
 
 
-def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, d), w (n, d), gate (H, c) -> x @ w.T (T, n), and of its leading channels x[:, :c] @ gate.T (T, H)."""
-    return GatedLinear.apply(x, w, gate)
+gated_linear = GatedLinear.apply
 
 
 # ======== Attention backends: one function, in the order FlashAttention 3, FlashAttention 4, torch's own, reference ===
@@ -5397,17 +5396,12 @@ class Continuations(NamedTuple):
 
 
 def run_starts(*keys: Tensor) -> Tensor:
-    """bool (n,): True at place 0 and wherever any key differs from the place before."""
-    first = torch.zeros_like(keys[0], dtype=torch.bool)
-    first[:1] = True
+    """For each place the one at which its run begins, in which no key (n,) changes: (n,) int64."""
+    begins = torch.zeros_like(keys[0], dtype=torch.bool)
+    begins[:1] = True
     for key in keys:
-        first[1:] |= key[1:] != key[:-1]
-    return first
-
-
-def latest(flags: Tensor) -> Tensor:
-    """Index (n,) int64 of the last True at or before each place; flags[0] is True."""
-    return flags.nonzero()[:, 0][flags.cumsum(0) - 1]
+        begins[1:] |= key[1:] != key[:-1]
+    return begins.nonzero()[:, 0][begins.cumsum(0) - 1]
 
 
 def running_max(x: Tensor) -> Tensor:
@@ -5440,10 +5434,7 @@ class Runs(NamedTuple):
     @classmethod
     def of(cls, key: Tensor, segment: Tensor, document: Tensor) -> "Runs":
         """key, segment and document of each place (n,); key is sorted, the others rise where it is constant."""
-        group_starts = run_starts(key)
-        segment_starts = run_starts(key, segment)
-        document_starts = run_starts(key, document)
-        return cls(latest(group_starts), latest(segment_starts), latest(document_starts))
+        return cls(run_starts(key), run_starts(key, segment), run_starts(key, document))
 
     def seen_before(self, place: Tensor) -> Tensor:
         """How many members of its group the target at each place may know, (n,) int64; place: 0, 1, ..., n - 1."""
@@ -5460,7 +5451,7 @@ def leader(start: Tensor, end: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     start rises. It grows exactly at the places that reach a higher count than those before them in the run.
     """
     highest = running_max((start << 32) + counts)
-    reached = latest(run_starts(highest))
+    reached = run_starts(highest)
     last = (end - 1).clamp(min=0)
     count = highest[last] & 0xFFFFFFFF
     return torch.where(end > start, count, 0), reached[last]
@@ -5476,9 +5467,9 @@ def continuations(
     """Yield Continuations of order 2, 3, ..., `orders`.
 
     A target sees the targets of earlier segments and the earlier ones of its own document, whose contexts lie inside
-    their documents. Counts are exact: a context is known by its rank among the sorted pairs (context one token shorter,
-    its last token), never by a hash. One stable sort by (context, what follows) serves an order, and shifted by one
-    place it lists the contexts of the next. Two documents, a segment each:
+    their documents. Counts are exact: a context is known by its place among the sorted pairs (context one token
+    shorter, its last token), never by a hash. One stable sort by (context, what follows) serves an order, and shifted
+    by one place it lists the contexts of the next. Two documents, a segment each:
 
         target    0 1 2 3 4   5 6          Sorted by contexts of one token; 6 and 7 occur once and are left out:
         context   1 5 6 5 7   1 5
@@ -5493,11 +5484,10 @@ def continuations(
     context = tokens[targets].long()
     document = F.pad(document, (0, 1), value=-1)  # behind the last target there is no document
     for order in range(2, orders + 1):
-        starts = run_starts(context)
-        ends = F.pad(starts[1:], (0, 1), value=True)
-        alone = starts & ends  # met once: this context and every longer one that ends in it know nothing
-        targets = targets[~alone]
-        context = context[~alone]
+        _, group, size = context.unique_consecutive(return_inverse=True, return_counts=True)
+        again = size[group] > 1  # a context met once, and every longer one that ends in it, know nothing
+        targets = targets[again]
+        context = context[again]
         if not len(targets):
             return
         place = torch.arange(len(targets), device=targets.device)
@@ -5523,7 +5513,7 @@ def continuations(
 
         # A pair is a context of the next order; it predicts the next target, if that is in the same document.
         targets = targets[by_pair] + 1
-        context = run_starts(pair).cumsum(0)
+        context = pairs.group
         goes_on = document[targets] == document[targets - 1]
         targets = targets[goes_on]
         context = context[goes_on]
@@ -6510,10 +6500,8 @@ def train_on_validation_set(scoring: ScoringPass):
     chunk = cfg.global_ttt_chunk_tokens
     epochs = cfg.prequant_ttt_epochs
     adam = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    by_layer = []  # the parameters that are stacked by layer
-    for name, p in model.named_parameters():
-        if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):
-            by_layer.append(p)
+    not_by_layer = ("skip_", "tok_emb")
+    by_layer = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(not_by_layer)]
     for epoch in range(epochs):
         cosine = math.cos(math.pi * epoch / max(epochs - 1, 1))
         adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * cosine)
@@ -7179,19 +7167,17 @@ def main(argv: list[str]) -> int:
             require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
             execute(configure(os.environ))
         return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        where = e.filename or "a file"
-        print(f"error: {where}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
-        return 2
-    except (MemoryError, torch.OutOfMemoryError):
-        print("error: out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE", file=sys.stderr)
-        return 2
     except Interrupted as e:
         print(e.line, end="\n" * bool(e.line), file=sys.stderr)
         return 128 + e.args[0]
+    except UserError as e:
+        fault = str(e)
+    except OSError as e:
+        fault = f"{e.filename or 'a file'}: {e.strerror or e}; free space there or name another folder"
+    except (MemoryError, torch.OutOfMemoryError):
+        fault = "out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE"
+    print(f"error: {fault}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
