@@ -2091,9 +2091,9 @@ def qkv_heads_reference(qkv, gain, cos, sin, kv_heads, copies, eps):
 
 @triton.jit
 def head_and_tokens(HEADS: constexpr, BLOCK: constexpr):
-    """-> the head and the tokens (BLOCK,) of this program. Neighbouring programs take heads of the same tokens."""
+    """-> the head and the tokens (BLOCK, 1) of this program. Neighbouring programs take heads of the same tokens."""
     pid = tl.program_id(0)
-    return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)
+    return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)[:, None]
 
 
 @triton.jit
@@ -2127,10 +2127,9 @@ def qkv_heads_kernel(
 ):
     """One head of BLOCK tokens per program: y = g R n for q and k, v as it is."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_tokens(HEADS, BLOCK)
+    head, token = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
-    token = row[:, None]
     ok = token < T
     col = columns(D)
     pair = columns(N)
@@ -2203,10 +2202,9 @@ def qkv_heads_gradient_kernel(
 ):
     """One head of BLOCK tokens per program: dx from y and dy; dv sums the gradients of v's copies and of its view."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_tokens(HEADS, BLOCK)
+    head, token = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
-    token = row[:, None]
     ok = token < T
     col = columns(D)
     pair = columns(N)
@@ -2217,7 +2215,7 @@ def qkv_heads_gradient_kernel(
         dv = load_sum(dv_ptr + offset * COPIES, col, ok, COPIES, D) + d_own
         tl.store(dx_ptr + col, dv, mask=ok)
     else:
-        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)[:, None]
+        rstd = load_fp32(rstd_ptr + token * (H + KV) + head, ok)
         cos = load_fp32(cos_ptr + token * N + pair, ok)
         sin = load_fp32(sin_ptr + token * N + pair, ok)
         if is_query:
