@@ -617,7 +617,6 @@ class Config:
         size = r"[1-9]\d{0,8}"
         chunk_list = re.fullmatch(f"{size}(,{size})*", self.ttt_chunks)
         chunks_fit = chunk_list and max(map(int, self.ttt_chunks.split(","))) <= self.ttt_eval_seq_len
-        masked = set(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
         kinds = set(ADAPTER_KINDS)
         return {
             "NUM_HEADS must divide MODEL_DIM": self.model_dim % self.num_heads == 0,
@@ -634,14 +633,19 @@ class Config:
             "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
             "VAL_BATCH_TOKENS must be at least EVAL_SEQ_LEN": self.val_batch_tokens >= self.eval_seq_len,
             "TTT_CHUNKS must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN": chunks_fit,
-            "TTT_MASK may name no_qv, q, k, v, o, mlp and head": masked <= kinds,
-            "TTT_MASK leaves no adapter to learn; set TTT_ENABLED=0": masked != kinds,
+            "TTT_MASK may name no_qv, q, k, v, o, mlp and head": self.masked_adapters <= kinds,
+            "TTT_MASK leaves no adapter to learn; set TTT_ENABLED=0": self.masked_adapters != kinds,
             "NGRAM_MIN_ORDER must be at most NGRAM_ORDER": self.ngram_min_order <= self.ngram_order,
             "DATA_PATH must name a folder": self.data_path,
             "LEDGER_PATH must end in .npy": not self.ledger_path or self.ledger_path.endswith(".npy"),
             f"RANK must be below WORLD_SIZE={self.world_size}": self.rank < self.world_size,
             f"LOCAL_RANK must be below WORLD_SIZE={self.world_size}": self.local_rank < self.world_size,
         }
+
+    @property
+    def masked_adapters(self) -> frozenset:
+        """The kinds of adapters that TTT_MASK switches off."""
+        return frozenset(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
 
     @property
     def looped(self) -> bool:
@@ -5849,8 +5853,7 @@ class Lockstep:
         ring = (2, visits, rows, cfg.ttt_eval_seq_len, cfg.num_kv_heads, model.head_dim)
         self.ring = torch.zeros(ring, dtype=model.dtype, device=device)
 
-        masked = frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(","))
-        self.lora = new_lora(model, rows, masked, cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
+        self.lora = new_lora(model, rows, cfg.masked_adapters, cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
         # Adapters of the first rows: the same leaves at every call, so that learn() finds those of score().
         self.first = functools.cache(self.lora.first)
         leaves = self.lora.leaves()
