@@ -995,10 +995,6 @@ class Phases:
         self.ranks.synchronize()  # what the block launched belongs to it
         self.seconds[name] += time.perf_counter() - start
 
-    def charge(self, name: str, to: str):
-        """Move what was timed as phase `name` to phase `to`."""
-        self.seconds[to] += self.seconds.pop(name)
-
     def budget(self, which: str) -> float:
         """Seconds of all phases that count towards the budget "train" or "eval"."""
         return sum(s for name, s in self.seconds.items() if self.BUDGET[name] == which)
@@ -1603,9 +1599,8 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
             require(
                 path.name in promised["files"], f"{path}: not in manifest.json; move it away or prepare the data again"
             )
-        made_by = promised["tokenizer"]["sha256"]
         require(
-            facts["tokenizer_sha256"] == made_by,
+            facts["tokenizer_sha256"] == promised["tokenizer"]["sha256"],
             f"TOKENIZER_PATH={tokenizer_path(cfg)}: not the tokenizer that made these shards ({manifest})",
         )
         transform = promised["transform"]
@@ -3564,12 +3559,6 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
         )
         require(state[name].isfinite().all(), f"{origin}: {name} holds a value that is not finite; write it anew")
     model.load_state_dict(state)
-
-
-def score_batch(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None) -> Scores:
-    """Scores of every target of the batch (tokens,), and of hints (tokens,) int64."""
-    hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
-    return model.nll(hidden, batch.targets.clamp(min=0), hint=hint)
 
 
 def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
@@ -5796,7 +5785,8 @@ def score_documents(scoring: ScoringPass, first: int, last: int):
         if scoring.ngram is not None:  # places that are not scored ask for token 0, and nobody looks
             hint = torch.zeros_like(batch.targets)
             hint[torch.from_numpy(places)] = scoring.ngram.hints(targets)
-        scores = score_batch(scoring.model, batch, cfg.looped, hint)
+        hidden = scoring.model.trunk(batch.tokens, batch.seq, looped=cfg.looped)
+        scores = scoring.model.nll(hidden, batch.targets.clamp(min=0), hint=hint)
         book(scoring, targets, scores, places)
     scoring.ledger.merge(ranks, int(val.starts[first]), end)
 
@@ -6190,8 +6180,7 @@ class GlobalSGD:
 
     def __init__(self, scoring: ScoringPass):
         self.scoring = scoring
-        momentum = scoring.cfg.global_ttt_momentum
-        self.optimizer: Any = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)
+        self.optimizer: Any = torch.optim.SGD(scoring.model.parameters(), momentum=scoring.cfg.global_ttt_momentum)
 
     def learn(self, chunks: list[tuple[int, int]], progress: float, progress_after: float):
         """A step on the targets low..high of each chunk, all of them scored.
@@ -6427,7 +6416,7 @@ class TestTimeTraining:
         cfg = scoring.cfg
         strategy = self.STRATEGIES[cfg.ttt_method] if cfg.ttt_enabled else Windows
         self.segments = strategy.plan(scoring.val.lengths, cfg)
-        sizes = [segment.last - segment.first for segment in self.segments]
+        sizes = self.sizes = [segment.last - segment.first for segment in self.segments]  # documents of each
         shown = sizes if len(sizes) < 30 else f"{min(sizes)}..{max(sizes)}"
         scoring.log(f"{strategy.__name__}: {len(sizes)} segment(s) of {shown} documents")
         if cfg.ngram_enabled:
@@ -6481,12 +6470,14 @@ class TestTimeTraining:
             if segment.then_learn:
                 self.strategy.learn(i)
         seconds = time.perf_counter() - begun
-        targets = self.scoring.val.targets
-        world = self.scoring.ranks.world
+        scoring = self.scoring
+        targets = scoring.val.targets
         rate = targets / seconds
-        self.scoring.log(f"  {targets:,} targets in {seconds:.1f} s: {rate:,.0f} targets/s over {world} rank(s)")
-        self.scoring.log(f"  {self.estimated:.1f} s by estimate")
-        return self.scoring.ledger.bpb()
+        scoring.log(
+            f"  {targets:,} targets in {seconds:.1f} s: {rate:,.0f} targets/s over {scoring.ranks.world} rank(s)"
+        )
+        scoring.log(f"  {self.estimated:.1f} s by estimate")
+        return scoring.ledger.bpb()
 
 
 def train_on_validation_set(scoring: ScoringPass):
@@ -6677,8 +6668,9 @@ class Run:
 
     def origin(self) -> dict:
         """What weights must know of the run that made them."""
-        known = {name: self.result["data"].get(name) for name in ("tokenizer_sha256", "transform")}
-        return {"settings": self.cfg.settings()} | known
+        data = self.result["data"]
+        known = {name: data.get(name) for name in ("tokenizer_sha256", "transform")}
+        return {"settings": self.cfg.settings(), **known}
 
     def scoring(self, model: GPT, name: str, end: int | None = None) -> ScoringPass:
         """A pass over the validation stream, up to target `end`, with a ledger of its own."""
@@ -6888,9 +6880,11 @@ class RateSearch:
 
     def propose(self) -> float:
         """Bits to save per weight in the next attempt."""
-        cap = self.cfg.artifact_cap
-        failure = f"ARTIFACT_CAP={cap}: the model does not fit with any step; shrink the model or raise the cap"
-        require(len(self.sizes) <= self.ATTEMPTS, failure)
+        require(
+            len(self.sizes) <= self.ATTEMPTS,
+            f"ARTIFACT_CAP={self.cfg.artifact_cap}: the model does not fit with any step; "
+            "shrink the model or raise the cap",
+        )
         return self.saved
 
     def observe(self, data: bytes, size: int):
@@ -6938,7 +6932,8 @@ def search_rate(run: Run, model: GPT, code_bytes: int) -> bytes:
         search.observe(data, size)
         if search.done():
             return search.best
-        run.phases.charge("write", to="quantize")  # encoding that only steers the search is part of it: training time
+        # Encoding that only steers the search is part of it: training time.
+        run.phases.seconds["quantize"] += run.phases.seconds.pop("write")
 
 
 def write_artifact(run: Run, model: GPT):
@@ -7026,7 +7021,7 @@ def score_artifact(run: Run):
         with run.phases("adapt"):
             bpb = adaptation.score()
         run.result["adapt_seconds"] = {"estimated": estimated, "measured": run.phases.seconds["adapt"]}
-        sizes = [segment.last - segment.first for segment in adaptation.segments]
+        sizes = adaptation.sizes
     else:
         with run.phases("score"):
             bpb = score_stream(scoring)
