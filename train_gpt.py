@@ -3229,8 +3229,8 @@ class Residual:
         if visit.keep:
             sums.append(Sum((ABSENT, ONE, ABSENT, ABSENT)))
         if visit.lanes:
-            first, second = self.read_lanes(visit.norm_scale)
-            streams = [(self.x0,), (first.sum,), skip, (second.sum,)]
+            lane_0, lane_1 = self.read_lanes(visit.norm_scale)
+            streams = [(self.x0,), (lane_0.sum,), skip, (lane_1.sum,)]
             own = ONE if visit.source is None else ROW.lane_stream
             sums += [Sum((ABSENT, own, ROW.lane_skip, ABSENT)), Sum((ABSENT, ABSENT, ABSENT, ONE))]
         mixed, x0, *others = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
@@ -3242,9 +3242,9 @@ class Residual:
         if visit.lanes:
             self.lanes = [lane.sum for lane in others]
             self.terms = ()
-            self.mlp_input = second.normed
-            kept = self.model.parallel_resid[visit.layer, None]
-            self.shares = torch.cat((kept, self.model.parallel_post[visit.layer]))
+            self.mlp_input = lane_1.normed
+            of_lane = self.model.parallel_resid[visit.layer, None]
+            self.shares = torch.cat((of_lane, self.model.parallel_post[visit.layer]))
         return mixed.normed
 
     def read_lanes(self, scale: float):
@@ -5921,8 +5921,8 @@ class Lockstep:
 class CapturedStep(NamedTuple):
     """The CUDA graphs of a Shape, and the memory in which the first leaves its scores."""
 
-    scoring: torch.cuda.CUDAGraph
-    learning: torch.cuda.CUDAGraph
+    score: torch.cuda.CUDAGraph
+    learn: torch.cuda.CUDAGraph
     scores: Scores
 
 
@@ -6007,15 +6007,15 @@ class DocumentTTT:
             with torch.cuda.stream(torch.cuda.Stream()):
                 lockstep.learn(shape, lockstep.score(shape).nats)  # libraries and Triton set themselves up before
             torch.cuda.synchronize()
-            scoring = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(scoring, pool=pool):
+            score = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(score, pool=pool):
                 scores = lockstep.score(shape)
-            learning = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(learning, pool=pool):
+            learn = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(learn, pool=pool):
                 lockstep.learn(shape, scores.nats)
             # Detached, so that what autograd kept for learn() is free for the next capture.
             detached = [None if t is None else t.detach() for t in scores]
-            self.graphs[shape] = CapturedStep(scoring, learning, Scores(*detached))
+            self.graphs[shape] = CapturedStep(score, learn, Scores(*detached))
         seconds = time.perf_counter() - begun
         self.scoring.log(f"  captured {len(self.graphs)} graphs in {seconds:.1f} s")
 
@@ -6073,7 +6073,7 @@ class DocumentTTT:
         self.lockstep.begin.fill_(begin)
         graphs = self.graphs[shape] if self.graphs else None  # once captured, every shape is
         if graphs:
-            graphs.scoring.replay()
+            graphs.score.replay()
             scores = graphs.scores
         else:
             scores = self.lockstep.score(shape)
@@ -6088,7 +6088,7 @@ class DocumentTTT:
             return
         scoring.ledger.may_train(learnt.ravel())
         if graphs:
-            graphs.learning.replay()
+            graphs.learn.replay()
         else:
             self.lockstep.learn(shape, scores.nats)
 
