@@ -6271,45 +6271,12 @@ def plan_lessons(segments: list[Segment], starts: ndarray, cfg: Config) -> dict[
     return lessons
 
 
-def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
-    """Segments of documents of these lengths; what counts is how many there are.
-
-    Without a prefix, a segment has SEGMENT_GROWTH times the documents before it, at least SEGMENT_FIRST_DOCS and at
-    most SEGMENT_DOCS, however many follow. The base weights learn after each but the last:
-
-        64, 64, 64, 64, 64, 80, 100, 125, ...      SEGMENT_FIRST_DOCS = 64, SEGMENT_GROWTH = 0.25
-
-    With a prefix, phase p = 1, 2, ... of global SGD follows document PHASED_TTT_PREFIX_DOCS p / PHASED_TTT_NUM_PHASES,
-    never the last one. A segment ends there and otherwise every SEGMENT_DOCS.
-    """
-    documents = len(lengths)
-    phases = cfg.phased_ttt_num_phases
-    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
-    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)}
-    cuts = {0, documents, *phase_ends, *range(0, documents, cfg.segment_docs)}
-    if not prefix:
-        cuts = {documents}
-        end = 0
-        while end < documents:
-            cuts.add(end)
-            end += min(max(int(cfg.segment_growth * end), cfg.segment_first_docs), cfg.segment_docs)
-        phase_ends = cuts - {documents} if phases else set()
-    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(sorted(cuts))]
-
-
-def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
-    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
-
-    All segments but the last are learnt from.
-    """
-    cuts = greedy_cuts(lengths, cfg.global_ttt_chunk_tokens, overfull=True)
-    return [Segment(first, last, last < len(lengths)) for first, last in itertools.pairwise(cuts)]
-
-
 class Windows:
     """TTT_ENABLED=0: windows alone; nothing learns but the n-grams, which count between segments."""
 
-    plan = staticmethod(plan_segments)
+    @staticmethod
+    def plan(lengths: ndarray, cfg: Config) -> list[Segment]:
+        return plan_segments(lengths, cfg)
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         self.scoring = scoring
@@ -6333,7 +6300,9 @@ class LearnBehindWindows(Windows):
     """TTT_METHOD=sgd: the base weights learn from each segment behind its scores (#549). One momentum and one half
     cosine span the stream."""
 
-    plan = staticmethod(plan_sgd_segments)
+    @staticmethod
+    def plan(lengths: ndarray, cfg: Config) -> list[Segment]:
+        return plan_sgd_segments(lengths, cfg)
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         super().__init__(scoring, segments)
@@ -6404,6 +6373,41 @@ class AdaptDocuments(Windows):
 
         # A segment waits for the rank with the most to do.
         return sum(max(map(rank_seconds, self.steps(segment))) for segment in segments)
+
+
+def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
+    """Segments of documents of these lengths; what counts is how many there are.
+
+    Without a prefix, a segment has SEGMENT_GROWTH times the documents before it, at least SEGMENT_FIRST_DOCS and at
+    most SEGMENT_DOCS, however many follow. The base weights learn after each but the last:
+
+        64, 64, 64, 64, 64, 80, 100, 125, ...      SEGMENT_FIRST_DOCS = 64, SEGMENT_GROWTH = 0.25
+
+    With a prefix, phase p = 1, 2, ... of global SGD follows document PHASED_TTT_PREFIX_DOCS p / PHASED_TTT_NUM_PHASES,
+    never the last one. A segment ends there and otherwise every SEGMENT_DOCS.
+    """
+    documents = len(lengths)
+    phases = cfg.phased_ttt_num_phases
+    prefix = min(cfg.phased_ttt_prefix_docs, documents - 1)
+    phase_ends = {prefix * phase // phases for phase in range(1, phases + 1)}
+    cuts = {0, documents, *phase_ends, *range(0, documents, cfg.segment_docs)}
+    if not prefix:
+        cuts = {documents}
+        end = 0
+        while end < documents:
+            cuts.add(end)
+            end += min(max(int(cfg.segment_growth * end), cfg.segment_first_docs), cfg.segment_docs)
+        phase_ends = cuts - {documents} if phases else set()
+    return [Segment(first, last, last in phase_ends) for first, last in itertools.pairwise(sorted(cuts))]
+
+
+def plan_sgd_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
+    """Segments of as many documents, of these lengths, as hold GLOBAL_TTT_CHUNK_TOKENS targets.
+
+    All segments but the last are learnt from.
+    """
+    cuts = greedy_cuts(lengths, cfg.global_ttt_chunk_tokens, overfull=True)
+    return [Segment(first, last, last < len(lengths)) for first, last in itertools.pairwise(cuts)]
 
 
 class TestTimeTraining:
