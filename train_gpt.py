@@ -6134,7 +6134,7 @@ def base_gradients(scoring: ScoringPass, begin: int, end: int):
 
     def rank_share(targets: int) -> int:
         """Of so many targets, those of one rank: whole pieces."""
-        return -(-targets // (span * ranks.world)) * span
+        return math.ceil(targets / (span * ranks.world)) * span
 
     share = rank_share(end - begin)
     micro_batch = rank_share(cfg.global_ttt_chunk_tokens)
@@ -6764,7 +6764,7 @@ def preflight(run: Run):
         run.training_hashes = TrainingHashes(cfg)
     if not (cfg.ttt_eval_only or cfg.quantize_only):
         tokens = TrainStream(cfg).tokens
-        micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
+        micro_batches = math.ceil(cfg.train_batch_tokens / cfg.micro_batch_tokens)
         run.log(f"checks passed: {tokens:,} training tokens, {micro_batches} micro-batch(es) a step")
         if micro_batches < run.ranks.world:
             run.log(f"warning: only {micro_batches} of {run.ranks.world} ranks will work; lower MICRO_BATCH_TOKENS")
@@ -6962,9 +6962,10 @@ def check_hashes(run: Run):
     """What is scored is what this run wrote, the same on every rank; result.json names it by its SHA-256."""
     paths = [run.folder / name for name in ("train_gpt.py", "model.bin")]
     found = {path.name: sha256(path.read_bytes()) for path in paths if path.is_file()}
-    start = int(found["model.bin"][:12], 16)
+    expected = run.result.setdefault("artifact_sha256", found)  # a run that only scores expects what it finds
+    start = int(found["model.bin"][:12], 16)  # 48 bits, which agree() sends exactly
     require(
-        found == run.result.setdefault("artifact_sha256", found) and start == run.ranks.agree(start),
+        found == expected and start == run.ranks.agree(start),
         f"{run.folder}: another run has written to it meanwhile; give each an ARTIFACT_DIR of its own and run again",
     )
 
@@ -7152,7 +7153,8 @@ def execute(cfg: Config):
             e.line = run.interrupted()
             raise
         finally:
-            say("\033[K" * sys.stdout.isatty(), end="")  # what a fleeting line leaves beside an error
+            if sys.stdout.isatty():
+                say("\033[K", end="")  # what a fleeting line would leave beside an error
             run.ranks.close()
 
 
@@ -7168,7 +7170,8 @@ def main(argv: list[str]) -> int:
             execute(configure(os.environ))
         return 0
     except Interrupted as e:
-        print(e.line, end="\n" * bool(e.line), file=sys.stderr)
+        if e.line:
+            print(e.line, file=sys.stderr)
         return 128 + e.args[0]
     except UserError as e:
         fault = str(e)
