@@ -5529,16 +5529,16 @@ class NGram:
         """
         cfg = scoring.cfg
         val = scoring.val
-        self.device = scoring.ranks.device
+        device = scoring.ranks.device
         self.boost = cfg.ngram_boost
-        self.gold = val.tokens[1:]  # uint16 (targets,): the realised tokens
+        self.tokens = val.tokens  # uint16 (targets + 1,)
         # Document and segment of each target: 0 for the first lengths[0] targets, then 1, ...
         document = np.repeat(np.arange(len(val.lengths)), val.lengths)
         segment = np.repeat(np.arange(len(sizes)), sizes)[document]
         tokens, document, segment = (
-            torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (val.tokens, document, segment)
+            torch.from_numpy(x.astype(np.int32)).to(device) for x in (val.tokens, document, segment)
         )
-        hint = torch.full((val.targets,), -1, dtype=torch.int32, device=self.device)
+        hint = torch.full((val.targets,), -1, dtype=torch.int32, device=device)
         for known in continuations(tokens, document, segment, cfg.ngram_order, cfg.vocab_size):
             if known.order < cfg.ngram_min_order:
                 continue
@@ -5547,21 +5547,18 @@ class NGram:
             clears = often & (share >= cfg.ngram_threshold)
             hint[known.targets[clears]] = known.hint[clears]  # a longer order comes later and replaces a shorter one
         self.hint = hint.cpu().numpy()  # int32 (targets,): -1 where no order clears
+        # The tokens whose log-probabilities `tilted` asks for, int64 (targets,) on the device: 0 where no order clears.
+        self.asked = hint.clamp(min=0).long()
         hinted = 100 * (self.hint >= 0).mean()
         scoring.log(
             f"n-grams of order {cfg.ngram_min_order}..{cfg.ngram_order}: hints at {hinted:.2f} % of the targets"
         )
 
-    def hints(self, targets: ndarray) -> Tensor:
-        """The tokens whose log-probabilities `tilted` asks for, int64 on the device; 0 where there is no hint."""
-        tokens = np.maximum(self.hint[targets], 0)
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
-
     def tilted(self, targets: ndarray, nats: ndarray, hint_log_prob: ndarray) -> ndarray:
         """The network's nats of `targets` (n,) and its log-probabilities of their hints -> nats of p', float64 (n,)."""
         hint = self.hint[targets]
         boost = np.where(hint >= 0, self.boost, 0.0)
-        hit = hint == self.gold[targets]
+        hit = hint == self.tokens[targets + 1]
         divisor = np.exp(hint_log_prob) * np.expm1(boost)  # less 1
         return nats - boost * hit + np.log1p(divisor)
 
@@ -5784,7 +5781,7 @@ def score_documents(scoring: ScoringPass, first: int, last: int):
         hint = None
         if scoring.ngram is not None:  # places that are not scored ask for token 0, and nobody looks
             hint = torch.zeros_like(batch.targets)
-            hint[torch.from_numpy(places)] = scoring.ngram.hints(targets)
+            hint[torch.from_numpy(places)] = scoring.ngram.asked[torch.from_numpy(targets)]
         hidden = scoring.model.trunk(batch.tokens, batch.seq, looped=cfg.looped)
         scores = scoring.model.nll(hidden, batch.targets.clamp(min=0), hint=hint)
         book(scoring, targets, scores, places)
@@ -5830,9 +5827,7 @@ class Lockstep:
         self.model = model
         self.cfg = cfg
         self.tokens = torch.from_numpy(scoring.val.tokens.astype(np.int64)).to(device)  # of the whole stream
-        self.hints = None  # int64 (targets,), if there are n-grams
-        if scoring.ngram is not None:
-            self.hints = scoring.ngram.hints(np.arange(scoring.val.targets))
+        self.hints = None if scoring.ngram is None else scoring.ngram.asked  # int64 (targets,)
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # position at which the chunk begins
         self.row_starts = torch.zeros(rows, dtype=torch.int64, device=device)  # of the documents in the stream
         self.row_lengths = torch.zeros_like(self.row_starts)  # 0 where a row has no document
