@@ -3396,7 +3396,7 @@ class GPT(nn.Module):
             attn_gate=self.attn_gate,
         )
         columns = [itertools.repeat(None) if stack is None else stack.to(self.dtype).unbind() for stack in stacks]
-        return [LayerWeights(*layer) for layer in zip(*columns)]
+        return list(map(LayerWeights, *columns))
 
     def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         """tokens (T,) -> x0 (T, d), normed."""
