@@ -708,7 +708,7 @@ def test_progress_shows_inside_a_batch(monkeypatch):
     ledger = Ledger("test", np.ones(40, np.uint16), Verdicts())
     ledger.write(np.arange(4), np.full(4, math.log(2)))
     ledger.shared += 8, 4 * math.log(2), 8  # of all ranks, before the last merge
-    scoring.progress.show(ledger)
+    scoring.progress.show(scoring._replace(ledger=ledger))
     assert "50.0 %  BPB so far 0.8000" in scoring.log.lines[-1]
 
 
@@ -1236,10 +1236,10 @@ def test_replayed_graphs_give_the_same_scores(monkeypatch, mode, ngrams):
     adaptation = TestTimeTraining(scoring)
     adapted = adaptation.strategy.documents
     tokens = adapted.lockstep.tokens.clone()
-    adapted.capture([batch for batches in adaptation.strategy.batches for batch in batches])
-    assert torch.equal(adapted.lockstep.tokens, tokens)
     lockstep = train_gpt.plan_lockstep
     monkeypatch.setattr(train_gpt, "plan_lockstep", lambda lengths, cfg, exact: lockstep(lengths, cfg, False))
+    adapted.capture([batch for batches in adaptation.strategy.batches for batch in batches])
+    assert torch.equal(adapted.lockstep.tokens, tokens)
     called = []
     monkeypatch.setattr(
         GlobalSGD, "learn", lambda self, *rest, learn=GlobalSGD.learn: called.append(learn(self, *rest))

@@ -200,8 +200,7 @@ class Lab:
         ours.load_state(model, state, "memory")
         ledger = ours.Ledger("bench", self.val.target_bytes, ours.Verdicts())
         log = lambda *_, **__: None
-        progress = ours.Progress(self.ranks, log)
-        scoring = ours.ScoringPass(model, self.cfg, self.ranks, log, self.val, ledger, progress)
+        scoring = ours.ScoringPass(model, self.cfg, self.ranks, log, self.val, ledger, ours.Progress())
         ours.score_stream(scoring)
         bits, size, in_b = self.documents.bits(ledger.nats), self.documents.bytes, self.documents.in_b
         whole = ~np.isnan(bits)
