@@ -185,7 +185,7 @@ def every_path(rows):
 @pytest.mark.parametrize("rows", (1, 2, 5, 9))
 def test_the_nearest_path_is_the_nearest_of_all(rows):
     x = torch.randn(4, rows, generator=torch.Generator().manual_seed(rows)) * 5
-    near = train_gpt.nearest(x[:, None], torch.tensor([*every_path(rows)]))
+    near = train_gpt.nearest_in_subset(x[:, None], torch.tensor([*every_path(rows)]))
     wanted = ((x[:, None] - near) ** 2).sum(2).argmin(1)
     assert train_gpt.nearest_path(x).tolist() == near[range(4), wanted].tolist()
 
@@ -199,7 +199,7 @@ def test_a_trellis_along_the_rows_finds_the_best_path():
     weight = h.diagonal(dim1=1, dim2=2)[:, None]
     error = ((w - found) ** 2 * weight).sum(2)
     paths = torch.tensor([*every_path(8)])
-    near = train_gpt.nearest(w[:, :, None], paths)
+    near = train_gpt.nearest_in_subset(w[:, :, None], paths)
     best = ((w[:, :, None] - near) ** 2 * weight[:, :, None]).sum(3).amin(2)
     assert torch.allclose(error, best, rtol=1e-4)
     assert train_gpt.follows_trellis(found.permute(2, 0, 1).int().numpy())
