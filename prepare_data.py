@@ -105,7 +105,7 @@ def explain(error: OSError) -> str:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names `path` in an OSError of the block: a failed read or write (a full disk) does not know its file."""
+    """Name `path` in an OSError of the block: a failed read or write (a full disk) does not know its file."""
     try:
         yield
     except OSError as error:
@@ -115,7 +115,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> str:
-    """Writes `path` whole, by rename, and returns its SHA-256."""
+    """Write `path` whole, by rename, and return its SHA-256."""
     digest = hashlib.sha256()
     part_path = path.with_name(path.name + ".part")
     with naming(path), open(part_path, "wb") as file:
@@ -167,7 +167,7 @@ def portable(path: Path) -> str:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Memory-maps the uint16 tokens of a shard after checking magic, version and size."""
+    """Memory-map the uint16 tokens of a shard after checking magic, version and size."""
     with open(path, "rb") as file:
         data = file.read(HEADER_BYTES)
     header = np.frombuffer(data, "<i4") if len(data) == HEADER_BYTES else np.zeros(3, "<i4")
@@ -334,7 +334,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
 
 
 def file_lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """Yields (line number, line, compressed bytes read) of a plain or compressed file."""
+    """Yield (line number, line, compressed bytes read) of a plain or compressed file."""
     number = 0
     with naming(path), open(path, "rb", 1 << 20) as raw, open_compressed(path, raw) as file:
         try:
@@ -682,7 +682,7 @@ def tokenizer_text(source: Source, args: argparse.Namespace) -> Iterator[str]:
 
 
 def keeping(texts: Iterable[str], errors: list[BaseException]) -> Iterator[str]:
-    """Passes `texts` on and keeps what ends them early: SentencePiece hides it in an error of its own."""
+    """Pass `texts` on and keep what ends them early: SentencePiece hides it in an error of its own."""
     try:
         yield from texts
     except BaseException as error:
@@ -808,7 +808,7 @@ def chunks(source: Source, val_docs: int, max_train_docs: int | None) -> Iterato
 
 
 def init_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends a worker whose parent was killed: it would wait for work for ever."""
+    """Leave Ctrl-C to the parent, and end a worker whose parent was killed: it would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a child
@@ -816,7 +816,7 @@ def init_worker() -> None:
 
 
 def encode_all(batches: Iterable[Chunk], model: Path, form: str | None, workers: int) -> Iterator[Encoded]:
-    """Encodes chunks on `workers` processes and yields them in order; a few are in flight per worker, so memory stays
+    """Encode chunks on `workers` processes and yield them in order; a few are in flight per worker, so memory stays
     bounded."""
     load_encoder.cache_clear()  # the path may hold another model by now
     if workers == 1:
@@ -886,7 +886,7 @@ def too_few_documents(found: int, val_docs: int) -> DataError:
 
 
 def write_splits(source: Source, args: argparse.Namespace, out: Path) -> dict:
-    """Tokenises the source into OUT's shards; returns the manifest's counts and files."""
+    """Tokenise the source into OUT's shards; return the manifest's counts and files."""
     val = Split(out, ("val", "val_bytes"), 0, args.shard_tokens)
     train = Split(out, ("train",), args.val_docs, args.shard_tokens)
     val_hashes: set[bytes] = set()
@@ -1013,7 +1013,7 @@ def new_dataset(out: Path) -> Iterator[Path]:
 
 
 def move_in(work: Path, out: Path) -> None:
-    """Moves the finished files into OUT, the manifest last. The record is complete before the first one moves, so that
+    """Move the finished files into OUT, the manifest last. The record is complete before the first one moves, so that
     the next run can go on wherever this one is killed."""
     written = written_before(out)
     new = {path.name for path in work.iterdir()} - {LOCK, WRITTEN}
@@ -1190,7 +1190,7 @@ def hub_json(repo: str, path: str) -> dict:
 
 
 def install(source: Path, target: Path) -> None:
-    """Links a downloaded file into OUT, or copies it where the cache lies on another disk."""
+    """Link a downloaded file into OUT, or copy it where the cache lies on another disk."""
     part = target.with_name(target.name + ".part")
     try:
         os.link(source, part)
@@ -1248,7 +1248,7 @@ def find_export(repo: str, variant: str) -> Export:
 
 
 def download_shards(repo: str, variant: str, train_shards: int, out: Path) -> tuple[dict, dict[str, list[str]]]:
-    """Fetches shards, sidecar and tokenizer of one published export into OUT; returns its counts in the publisher's
+    """Fetch shards, sidecar and tokenizer of one published export into OUT; return its counts in the publisher's
     manifest and the file names of each split."""
     export = find_export(repo, variant)
     counts = {"val": export.stats["files_val"], "train": min(train_shards, export.stats["files_train"])}
@@ -1266,7 +1266,7 @@ def download_shards(repo: str, variant: str, train_shards: int, out: Path) -> tu
 
 
 def check_shards(repo: str, variant: str, vocab_size: int, shards: dict[str, list[np.ndarray]]) -> dict:
-    """Counts both splits and proves them disjoint; a DataError names what is wrong with the export."""
+    """Count both splits and prove them disjoint; a DataError names what is wrong with the export."""
     counts = {}
     for split in ("val", "train"):
         tokens = sum(map(len, shards[split]))
@@ -1314,7 +1314,7 @@ def check_shards(repo: str, variant: str, vocab_size: int, shards: dict[str, lis
 
 
 def prepare_shards(args: argparse.Namespace) -> None:
-    """Downloads published shards in place of making them."""
+    """Download published shards in place of making them."""
     repo = args.repo or CASEOPS_REPO
     variant = args.variant or DEFAULT_VARIANT.get(repo, "sp1024")
     source, options = {"kind": "shards", "repo": repo, "variant": variant}, {"train_shards": args.train_shards}

@@ -7,8 +7,8 @@
     python train_gpt.py --help                        every setting, its default and its meaning
     python train_gpt.py --unpack FILE                 print the source inside a packed script
 
-Settings are environment variables. The same file runs on a CPU, one GPU, eight GPUs or several nodes. prepare_data.py
-makes the data folder; shards that others made in the same format load as they are.
+The same file runs on a CPU, one GPU, eight GPUs or several nodes. prepare_data.py makes the data folder; shards that
+others made in the same format load as they are.
 
 Sections, each using only those above it: Hyperparameters, Runtime, Data, Kernels, Attention, Model, Adapters,
 Optimizers, Training, Entropy coder, Quantizer, Artifact, N-gram, Scoring, Test-time training, Packer, Main.
@@ -212,6 +212,7 @@ RETIRED = {
 # Settings that the artifact of an earlier script lacks, with what it did; it had a prefix, thus no growing segments.
 ADDED = {
     "join_operators": False,
+    "trellis": False,
     "segment_first_docs": 64,
     "segment_growth": 0.25,
     "global_ttt_replay": 1.0,
@@ -433,6 +434,9 @@ class Config:
     rate_columns: float = setting(1.0,
         "with RATE_DISTORTION: power to which the step sizes of columns follow the Hessian's Cholesky diagonal; 0: "
         "all alike", "[0, 4]")
+    trellis: bool = setting(True,
+        "with RATE_DISTORTION: dependent quantisation, on a trellis of 8 states; a fifth less rounding error at equal "
+        "bytes")
     matrix_bits: int = setting(6,
         "without RATE_DISTORTION: symbol range of matrices, +-(2^(bits-1) - 1)", "[2, 8]")
     embed_bits: int = setting(7,
@@ -522,7 +526,7 @@ class Config:
         "0: none, the whole stream teaches")
     global_ttt_optimizer: str = setting("sgd",
         "what moves the base weights; muon: the optimizer of training, its rates times GLOBAL_TTT_LR", "sgd, muon")
-    global_ttt_lr: float = setting(0.05,
+    global_ttt_lr: float = setting(0.1,
         "learning rate of the SGD that teaches the base weights; a cosine leads to zero over each phase "
         "(TTT_METHOD=sgd: over the stream)",
         "[0, 1e6]")
@@ -530,7 +534,7 @@ class Config:
         "momentum of the SGD that teaches the base weights; it begins at zero in each phase", "[0, 1)")
     global_ttt_epochs: int = setting(1,
         "passes of the base weights' SGD over the text of each phase (TTT_METHOD=sgd: over each chunk)", "[0, 1000]")
-    global_ttt_replay: float = setting(0.1,
+    global_ttt_replay: float = setting(0.5,
         "share of the text of earlier phases that a phase learns from again, other chunks each time; 1: all", "[0, 1]")
     global_ttt_chunk_tokens: int = setting(32768,
         "tokens, over all GPUs, of one step of the SGD that teaches the base weights (TTT_METHOD=sgd: about; a chunk "
@@ -565,11 +569,11 @@ class Config:
     # fmt: on
 
     @classmethod
-    def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
+    def from_env(cls, env, stored: dict | None = None) -> "Config":
         """Each setting from the mapping `env`, else from `stored` (an artifact's settings), else its default.
 
-        Raises one UserError for all unknown names and unreadable texts and, with `check`, for all values out of range,
-        else for those in conflict. A run that continues from a file is checked once its settings are `stored`."""
+        Raises one UserError for all unknown names, unreadable texts and values out of range, else for those in
+        conflict. Values of a run that continues from a file are checked once its settings are `stored`."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         wrong = wrong_names(env, fields, warn=stored is None)
         values = dict(stored or {})
@@ -579,7 +583,7 @@ class Config:
             except UserError as e:
                 wrong.append(str(e))
         cfg = cls(**values)
-        if check and (stored or not (cfg.ttt_eval_only or cfg.quantize_only)):
+        if stored or not (cfg.ttt_eval_only or cfg.quantize_only):
             unset = ", ".join(sorted(LAUNCHED - env.keys()))
             if unset and cfg.world_size > 1:
                 wrong.append(f"WORLD_SIZE={cfg.world_size} without {unset}: start with torchrun, or set them, too")
@@ -617,7 +621,6 @@ class Config:
         size = r"[1-9]\d{0,8}"
         chunk_list = re.fullmatch(f"{size}(,{size})*", self.ttt_chunks)
         chunks_fit = chunk_list and max(map(int, self.ttt_chunks.split(","))) <= self.ttt_eval_seq_len
-        masked = set(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
         kinds = set(ADAPTER_KINDS)
         return {
             "NUM_HEADS must divide MODEL_DIM": self.model_dim % self.num_heads == 0,
@@ -634,14 +637,19 @@ class Config:
             "EVAL_STRIDE must be at most EVAL_SEQ_LEN": self.eval_stride <= self.eval_seq_len,
             "VAL_BATCH_TOKENS must be at least EVAL_SEQ_LEN": self.val_batch_tokens >= self.eval_seq_len,
             "TTT_CHUNKS must be sizes like 8,8,16,32,64, none above TTT_EVAL_SEQ_LEN": chunks_fit,
-            "TTT_MASK may name no_qv, q, k, v, o, mlp and head": masked <= kinds,
-            "TTT_MASK leaves no adapter to learn; set TTT_ENABLED=0": masked != kinds,
+            "TTT_MASK may name no_qv, q, k, v, o, mlp and head": self.masked_adapters <= kinds,
+            "TTT_MASK leaves no adapter to learn; set TTT_ENABLED=0": self.masked_adapters != kinds,
             "NGRAM_MIN_ORDER must be at most NGRAM_ORDER": self.ngram_min_order <= self.ngram_order,
             "DATA_PATH must name a folder": self.data_path,
             "LEDGER_PATH must end in .npy": not self.ledger_path or self.ledger_path.endswith(".npy"),
             f"RANK must be below WORLD_SIZE={self.world_size}": self.rank < self.world_size,
             f"LOCAL_RANK must be below WORLD_SIZE={self.world_size}": self.local_rank < self.world_size,
         }
+
+    @property
+    def masked_adapters(self) -> frozenset:
+        """The kinds of adapters that TTT_MASK switches off."""
+        return frozenset(self.ttt_mask.replace("no_qv", "q,v").split(",")) - {""}
 
     @property
     def looped(self) -> bool:
@@ -703,19 +711,17 @@ def wrong_names(env, fields, warn: bool) -> list[str]:
     for name in sorted(set(env) - set(fields)):
         fixed = RETIRED.get(name.lower())
         if fixed is not None:
-            same = False
             with contextlib.suppress(UserError):
-                same = parse_setting(name, env[name], type(fixed)) == fixed
-            if not same:
-                wrong.append(f"{name} is no longer a setting: its value is always {fixed}")
+                if parse_setting(name, env[name], type(fixed)) == fixed:
+                    continue
+            wrong.append(f"{name} is no longer a setting: its value is always {fixed}")
             continue
         # MODLE_DIM, NUMLAYERS; short names may have a setting's letters by chance
         misspelt = len(name) > 6 and letters(name) in map(letters, fields)
-        ours = misspelt or name.startswith(OUR_PREFIXES)
         # Close enough for a slip of the hand: TTT_LR of other scripts is not TTT_LORA_LR.
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5 if misspelt else 0.88)
         question = f"; did you mean {nearest[0]}?" if nearest else ""
-        if ours:
+        if misspelt or name.startswith(OUR_PREFIXES):
             wrong.append(f"{name} is not a setting{question}")
         elif name.startswith(FOREIGN):
             foreign.append(name)
@@ -770,7 +776,8 @@ def context_schedule(cfg: Config) -> list[Stage]:
 def help_text() -> str:
     """The table of --help."""
     lines = [
-        "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf))"
+        "Settings are environment variables. Of each: name, default, meaning; limits (a number's are else [0, inf)).\n"
+        "What the recipes in recipes/ set instead stands beside them in docs/SETTINGS.md."
     ]
     if PACKED:
         lines.append("A packed script has no meanings: docs/SETTINGS.md of its repository has them, and --help there")
@@ -992,10 +999,6 @@ class Phases:
         yield
         self.ranks.synchronize()  # what the block launched belongs to it
         self.seconds[name] += time.perf_counter() - start
-
-    def charge(self, name: str, to: str):
-        """Move what was timed as phase `name` to phase `to`."""
-        self.seconds[to] += self.seconds.pop(name)
 
     def budget(self, which: str) -> float:
         """Seconds of all phases that count towards the budget "train" or "eval"."""
@@ -1601,9 +1604,8 @@ def check_manifest(cfg: Config, manifest: Path, facts: dict) -> dict:
             require(
                 path.name in promised["files"], f"{path}: not in manifest.json; move it away or prepare the data again"
             )
-        made_by = promised["tokenizer"]["sha256"]
         require(
-            facts["tokenizer_sha256"] == made_by,
+            facts["tokenizer_sha256"] == promised["tokenizer"]["sha256"],
             f"TOKENIZER_PATH={tokenizer_path(cfg)}: not the tokenizer that made these shards ({manifest})",
         )
         transform = promised["transform"]
@@ -1916,12 +1918,16 @@ def softcap(z: Tensor, cap: float | Tensor) -> Tensor:
     return torch.where(z > 0, above, below)
 
 
+def of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    """From each row of logits (T, V) that of its token: (T,)."""
+    return logits.gather(1, tokens[:, None])[:, 0]
+
+
 def softcap_nll_reference(z, targets, cap):
     """`softcap_nll` in plain PyTorch."""
     logits = softcap(z, cap)
     lse = logits.logsumexp(-1)
-    nats = lse - logits.gather(1, targets[:, None])[:, 0]
-    return nats, lse.detach()
+    return lse - of_tokens(logits, targets), lse.detach()
 
 
 @triton.jit
@@ -2089,9 +2095,9 @@ def qkv_heads_reference(qkv, gain, cos, sin, kv_heads, copies, eps):
 
 @triton.jit
 def head_and_tokens(HEADS: constexpr, BLOCK: constexpr):
-    """-> the head and the tokens (BLOCK,) of this program. Neighbouring programs take heads of the same tokens."""
+    """-> the head and the tokens (BLOCK, 1) of this program. Neighbouring programs take heads of the same tokens."""
     pid = tl.program_id(0)
-    return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)
+    return pid % HEADS, rows_from(pid // HEADS * BLOCK, BLOCK)[:, None]
 
 
 @triton.jit
@@ -2125,10 +2131,9 @@ def qkv_heads_kernel(
 ):
     """One head of BLOCK tokens per program: y = g R n for q and k, v as it is."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_tokens(HEADS, BLOCK)
+    head, token = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
-    token = row[:, None]
     ok = token < T
     col = columns(D)
     pair = columns(N)
@@ -2201,10 +2206,9 @@ def qkv_heads_gradient_kernel(
 ):
     """One head of BLOCK tokens per program: dx from y and dy; dv sums the gradients of v's copies and of its view."""
     HEADS: constexpr = H + 2 * KV
-    head, row = head_and_tokens(HEADS, BLOCK)
+    head, token = head_and_tokens(HEADS, BLOCK)
     is_query = head < H
     is_value = head >= H + KV
-    token = row[:, None]
     ok = token < T
     col = columns(D)
     pair = columns(N)
@@ -2215,7 +2219,7 @@ def qkv_heads_gradient_kernel(
         dv = load_sum(dv_ptr + offset * COPIES, col, ok, COPIES, D) + d_own
         tl.store(dx_ptr + col, dv, mask=ok)
     else:
-        rstd = load_fp32(rstd_ptr + row * (H + KV) + head, row < T)[:, None]
+        rstd = load_fp32(rstd_ptr + token * (H + KV) + head, ok)
         cos = load_fp32(cos_ptr + token * N + pair, ok)
         sin = load_fp32(sin_ptr + token * N + pair, ok)
         if is_query:
@@ -2768,9 +2772,12 @@ def combine(streams: list[tuple], sums: list[Sum], rows: Tensor | None, eps: flo
 
 
 # --- A matrix product, and the attention gate's product with the first channels of the same input ---
+
+
 class GatedLinear(torch.autograd.Function):
-    """`gated_linear`. For x[:, :c] autograd would make a zero-padded (T, d) gradient and add it to dx; this adds in
-    place."""
+    """x (T, d), w (n, d), gate (H, c) -> x @ w.T (T, n), and of its leading channels x[:, :c] @ gate.T (T, H).
+
+    For x[:, :c] autograd would make a zero-padded (T, d) gradient and add it to dx; this adds in place."""
 
     @staticmethod
     def forward(ctx, x, w, gate):
@@ -2791,9 +2798,7 @@ class GatedLinear(torch.autograd.Function):
         return dx, dw, d_gate
 
 
-def gated_linear(x: Tensor, w: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, d), w (n, d), gate (H, c) -> x @ w.T (T, n), and of its leading channels x[:, :c] @ gate.T (T, H)."""
-    return GatedLinear.apply(x, w, gate)
+gated_linear = GatedLinear.apply
 
 
 # ======== Attention backends: one function, in the order FlashAttention 3, FlashAttention 4, torch's own, reference ===
@@ -3169,10 +3174,8 @@ def calibrated_scores(
     """Scores of targets (T,) and hint (T,), both int64, from z (T, V), the logits before the softcap."""
     logits = calibration.scale * softcap(z, caps) + calibration.bias
     log_total = logits.logsumexp(-1)
-    nats = log_total - logits.gather(1, targets[:, None])[:, 0]
-    if hint is None:
-        return Scores(nats)
-    return Scores(nats, logits.gather(1, hint[:, None])[:, 0] - log_total)
+    nats = log_total - of_tokens(logits, targets)
+    return Scores(nats, None if hint is None else of_tokens(logits, hint) - log_total)
 
 
 def no_tap(kind: str, layer: int, x: Tensor):
@@ -3231,8 +3234,8 @@ class Residual:
         if visit.keep:
             sums.append(Sum((ABSENT, ONE, ABSENT, ABSENT)))
         if visit.lanes:
-            first, second = self.read_lanes(visit.norm_scale)
-            streams = [(self.x0,), (first.sum,), skip, (second.sum,)]
+            lane_0, lane_1 = self.read_lanes(visit.norm_scale)
+            streams = [(self.x0,), (lane_0.sum,), skip, (lane_1.sum,)]
             own = ONE if visit.source is None else ROW.lane_stream
             sums += [Sum((ABSENT, own, ROW.lane_skip, ABSENT)), Sum((ABSENT, ABSENT, ABSENT, ONE))]
         mixed, x0, *others = combine(streams, sums, self.mixes[visit.index], NORM_EPS)
@@ -3244,9 +3247,9 @@ class Residual:
         if visit.lanes:
             self.lanes = [lane.sum for lane in others]
             self.terms = ()
-            self.mlp_input = second.normed
-            kept = self.model.parallel_resid[visit.layer, None]
-            self.shares = torch.cat((kept, self.model.parallel_post[visit.layer]))
+            self.mlp_input = lane_1.normed
+            of_lane = self.model.parallel_resid[visit.layer, None]
+            self.shares = torch.cat((of_lane, self.model.parallel_post[visit.layer]))
         return mixed.normed
 
     def read_lanes(self, scale: float):
@@ -3399,7 +3402,7 @@ class GPT(nn.Module):
             attn_gate=self.attn_gate,
         )
         columns = [itertools.repeat(None) if stack is None else stack.to(self.dtype).unbind() for stack in stacks]
-        return [LayerWeights(*layer) for layer in zip(*columns)]
+        return list(map(LayerWeights, *columns))
 
     def embed(self, tokens: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         """tokens (T,) -> x0 (T, d), normed."""
@@ -3535,10 +3538,7 @@ class GPT(nn.Module):
         if self.logit_calibration is not None:
             return calibrated_scores(z, targets, self.caps, self.logit_calibration, hint)
         nats, log_total = softcap_nll(z, targets, self.caps)
-        if hint is None:
-            return Scores(nats)
-        hinted = z.gather(1, hint[:, None])[:, 0]
-        return Scores(nats, softcap(hinted, self.caps) - log_total)
+        return Scores(nats, None if hint is None else softcap(of_tokens(z, hint), self.caps) - log_total)
 
 
 @torch.no_grad()
@@ -3565,12 +3565,6 @@ def load_state(model: GPT, state: dict[str, Tensor], origin: Path):
         )
         require(state[name].isfinite().all(), f"{origin}: {name} holds a value that is not finite; write it anew")
     model.load_state_dict(state)
-
-
-def score_batch(model: GPT, batch: Batch, looped: bool, hint: Tensor | None = None) -> Scores:
-    """Scores of every target of the batch (tokens,), and of hints (tokens,) int64."""
-    hidden = model.trunk(batch.tokens, batch.seq, looped=looped)
-    return model.nll(hidden, batch.targets.clamp(min=0), hint=hint)
 
 
 def batch_loss(model: GPT, batch: Batch, total: int, looped: bool) -> Tensor:
@@ -4047,6 +4041,8 @@ class Trainer:
 #   tables      x_j is a Gaussian, or a mixture with heavier tails, integrated over unit bins. There is a table for each
 #               eighth of an octave of variance and each eighth of the mean. The mean's whole part shifts the symbol:
 #                   code = x_j - floor(mean_j) + MAX_SYMBOL, or ESCAPE, and x_j follows as a raw int16
+#   trellis     In a stack whose rows follow the trellis (see there), x_j is odd just where the row's state is, and the
+#               values before it tell that. So only (x_j - state mod 2) / 2 is coded, of half the mean and sigma.
 #   rANS        A state s holds 2**16 <= s < 2**32. For a symbol of frequency f, out of 2**14, after others of sum c:
 #                   decode   slot = s mod 2**14 names the symbol
 #                            s <- f (s div 2**14) + slot - c
@@ -4117,6 +4113,7 @@ class StackHeader(NamedTuple):
     trust: list  # observations that the common variance counts for beside a row's own, and beside a column's own
     copies: list  # rows that repeat an earlier row, and which
     mixture: int = 0  # index into TAIL_SHAPES
+    trellis: int = 0  # 1: all rows are paths of the trellis
 
 
 # --- Integer tables ---
@@ -4345,6 +4342,31 @@ def second_moments(columns: ndarray) -> ndarray:
     return moments
 
 
+# --- Trellis ---
+#
+# Dependent quantisation: a row begins in state 0 of 8, its next value must be as even or odd as the state, and the
+# value modulo 4 names the next state. Neighbouring values are two steps apart, as far as the code's length goes, but
+# over a whole row paths come closer to the weights than a grid of two steps does: the error is 0.79 of that grid's. Of
+# the codes with 8 states this has paths that lie furthest apart (Ungerboeck 1982, parity checks 13 and 04).
+
+TRELLIS_STATES = 8
+
+
+def next_state(state, value):
+    """The state behind a value; integer arrays or tensors."""
+    return state >> 1 ^ value & 2 ^ (value & 1) * 5
+
+
+def follows_trellis(columns: ndarray) -> bool:
+    """Whether every row of columns (n, ...) is a path."""
+    state = np.zeros_like(columns[0])
+    for column in columns:
+        if ((column ^ state) & 1).any():
+            return False
+        state = next_state(state, column)
+    return True
+
+
 class StackModel:
     """The distribution of every symbol of a stack, given those before it. Rows go in chunks, and in them columns."""
 
@@ -4355,6 +4377,7 @@ class StackModel:
         self.variance = np.exp2(np.array(header.log2_variance, np.float64))  # of integers: exact
         self.prior = CORRELATION_PRIORS[header.prior]
         self.row_trust, self.column_trust = header.trust
+        self.trellis = header.trellis
         self.squares = np.zeros((members, width))  # sums of x^2 of the rows seen
         self.moments = np.zeros((members, width, width))  # sums of x x^T, which a predictor needs
         self.seen = 0
@@ -4408,12 +4431,14 @@ class StackModel:
         square_q8 = np.zeros((members, rows))  # sums of the rows' squared e / sigma
         gain = self.gain_sum_q8 / (256.0 * (UNIT_GAIN_SYMBOLS + width * self.seen))
         prior_q8 = gain[:, None] * (self.row_trust * 256)
-        at_once = REFRESH_COLUMNS if low is None else 1  # columns whose tables do not depend on each other
+        # Columns whose tables do not depend on each other.
+        at_once = REFRESH_COLUMNS if low is None and not self.trellis else 1
+        state = np.zeros((members, rows), np.int32)
         for a in range(0, width, REFRESH_COLUMNS):
             block = slice(a, a + REFRESH_COLUMNS)
             per_symbol = 1 / (256 * (a + self.row_trust))
             log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
-            table = first_tables(log2_variance[block] + log2_gain)
+            table = first_tables(log2_variance[block] + log2_gain - 2 * LOG2_STEPS * self.trellis)
             if low is not None:  # what all columns before say of the next ones, in one product
                 known_q8 = low[:, block, :a] @ e_q8[:a].transpose(1, 0, 2)
             for j in range(0, len(table), at_once):
@@ -4422,10 +4447,18 @@ class StackModel:
                     # No BLAS: its threads would begin and end at every column, which takes seconds on a busy machine.
                     recent_q8 = np.einsum("gk,kgr->gr", low[:, a + j, a : a + j], e_q8[a : a + j])
                     mean_q8 = np.rint(known_q8[None, :, j] + recent_q8).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
+                odd = state & self.trellis
+                of_symbol_q8 = (mean_q8 - odd * 256) / 2 if self.trellis else mean_q8
                 # To the nearest fraction, once cut, and from the mean down to the value of code 0.
-                least_q8 = (mean_q8 + (128 // MEAN_FRACTIONS - MAX_SYMBOL * 256)).astype(np.int32)
+                least_q8 = (of_symbol_q8 + 128 // MEAN_FRACTIONS).astype(np.int32) - MAX_SYMBOL * 256
                 of_mean = table[j : j + at_once] + (least_q8 >> 5 & MEAN_FRACTIONS - 1)
-                coder.columns(of_mean, least_q8 >> 8, chunk[here])
+                if self.trellis:
+                    symbols = chunk[here] - odd >> 1
+                    coder.columns(of_mean, least_q8 >> 8, symbols)
+                    np.add(symbols << 1, odd, out=chunk[here])
+                    state = next_state(state, chunk[a + j])
+                else:
+                    coder.columns(of_mean, least_q8 >> 8, chunk[here])
                 innovation_q8 = chunk[here] * 256 - mean_q8
                 innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[here])
             white_q8 = np.rint(e_q8[block] / sigma[block])
@@ -4538,7 +4571,9 @@ def prepared(residual: int, pools: dict[int, ndarray], q: ndarray) -> tuple[Stac
         trust=[common_weight(squares, 2), common_weight(squares, 1)],
         copies=[list(copies), list(copies.values())],
     )
-    model = StackModel(np.ascontiguousarray(q.transpose(2, 0, 1), np.int32), header)
+    columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int32)
+    header = header._replace(trellis=int(follows_trellis(columns)))
+    model = StackModel(columns, header)
     model.teach(pools)
     return header, model, pool
 
@@ -4589,8 +4624,8 @@ def decode_stacks(code: bytes, most: int = 1 << 27) -> tuple[list[ndarray], byte
             left -= members * (rows + len(header.copies[0])) * width
             moments = 4 * members * width * width  # float64, and copied a few times
             sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
-            if not sound or left < 0 or moments > most:
-                raise ValueError(f"a stack of shape {header.shape} is too large")
+            if not sound or left < 0 or moments > most or header.trellis not in (0, 1):
+                raise ValueError(f"a stack of shape {header.shape} and trellis {header.trellis} is none of this script")
             columns = np.empty((width, members, rows), np.int32)
             reader.begin(header.mixture)
             model = StackModel(columns, header)
@@ -4697,21 +4732,21 @@ def collect_hessians(model: GPT, stream: TrainStream, cfg: Config, ranks: Ranks)
 class ErrorFeedback(NamedTuple):
     """A stack of Hessians as GPTQ uses them; they do not change between attempts at a size, so this is made once."""
 
-    order: Tensor  # (n, cols) int64: columns by falling diagonal
+    order: Tensor  # (n, cols) int64: columns as they are rounded, by falling diagonal
     upper: Tensor  # (n, cols, cols) fp32: U with U^T U = H^-1, columns in that order
     diagonal: Tensor  # (n, cols) fp32: of the Hessian, in the matrix's order; 0: an input that never fires
 
 
-def error_feedback(hessian: Tensor, damping: float) -> ErrorFeedback:
+def error_feedback(hessian: Tensor, damping: float, sort: bool = True) -> ErrorFeedback:
     """hessian (n, cols, cols) fp32. `damping` times the mean diagonal is added to it, in fp64; a silent input counts as
-    one of variance 1.
+    one of variance 1. Without `sort` columns keep their order.
 
     Activations span many orders of magnitude. Where rounding has made a Hessian indefinite, its damping grows tenfold
     until it is not."""
     h = hessian.double()
     diagonal = h.diagonal(dim1=1, dim2=2)
     diagonal.add_(diagonal == 0)  # a view: this writes into h
-    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    order = (diagonal * sort).argsort(dim=1, descending=True, stable=True)
     h = h.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
     mean = diagonal.mean(1)
     damp = torch.full_like(mean, damping)
@@ -4750,13 +4785,13 @@ class Columns(NamedTuple):
     limit: Tensor  # (n, columns, 1): largest symbols
 
 
-def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
+def round_columns(columns: Columns, down: bool = False) -> tuple[Tensor, Tensor]:
     """Symbols and errors, fp32, both like columns.w. For every column j, and then every later column k:
 
         symbol_j = round(w_j / size_j),  error_j = (w_j - symbol_j size_j) / U_jj,  w_k <- w_k - error_j U_jk
 
     Six small kernels for each column, which neither wait for the GPU nor depend on a value, so a CUDA graph can replay
-    them."""
+    them. `down`: symbols are on a trellis down each column, for a matrix that the coder turns; about 90 kernels."""
     w, upper, size, high = columns
     w = w.clone()
     low = -high
@@ -4768,12 +4803,88 @@ def round_columns(columns: Columns) -> tuple[Tensor, Tensor]:
         symbol = symbols[:, one]
         error = errors[:, one]
         torch.div(w[:, one], size[:, one], out=symbol)
-        symbol.round_().clamp_(low[:, one], high[:, one])
+        if down:
+            symbols[:, j] = nearest_path(symbols[:, j])
+        else:
+            symbol.round_().clamp_(low[:, one], high[:, one])
         torch.addcmul(w[:, one], symbol, size[:, one], value=-1, out=error)
         error.div_(pivot[:, one])
         later = upper[:, j, j + 1 :, None]
         w[:, j + 1 :].addcmul_(error, later, value=-1)
     return symbols, errors
+
+
+def subsets(device: torch.device) -> Tensor:
+    """(8, 8) int64: a value modulo 4 that leads from one state of the trellis to another; 4: none does."""
+    state = torch.arange(TRELLIS_STATES, device=device)
+    subset = torch.stack((state & 1, (state & 1) + 2))
+    leads = next_state(state, subset)[..., None] == state
+    return torch.where(leads, subset[..., None], 4).amin(0)
+
+
+def nearest_in_subset(x: Tensor, subset: Tensor) -> Tensor:
+    """The values nearest to x that are `subset` modulo 4, from -248 to 247."""
+    return ((x - subset) / 4).round().clamp(-62, 61) * 4 + subset
+
+
+def nearest_path(x: Tensor) -> Tensor:
+    """x (n, rows) -> values on a trellis down the rows of least squared distance.
+
+    Instead of walking down the rows it joins two neighbouring runs of rows at a time: the cost between any two states
+    is the least over the state in the middle. Then it finds the states in the middle, longest runs first."""
+    rows = x.size(1)
+    subset = subsets(x.device)
+    values = nearest_in_subset(x[..., None], torch.arange(4, device=x.device))
+    cost = (x[..., None] - values).square()
+    cost = F.pad(cost, (0, 0, 0, (1 << (rows - 1).bit_length()) - rows))  # rows behind the last cost nothing
+    runs = [F.pad(cost, (0, 1), value=torch.inf)[..., subset]]  # (n, runs, states before, states behind)
+    while runs[-1].size(1) > 1:
+        above, below = runs[-1].unflatten(1, (-1, 2)).unbind(2)
+        runs.append((above[..., None] + below[:, :, None]).amin(3))
+    end = runs.pop()[:, :, 0].argmin(2)
+    begin = torch.zeros_like(end)
+    for run in reversed(runs):
+        above, below = run.unflatten(1, (-1, 2)).unbind(2)
+        above = above.take_along_dim(begin[..., None, None], 2)[:, :, 0]
+        below = below.take_along_dim(end[..., None, None], 3)[..., 0]
+        middle = (above + below).argmin(2)
+        begin = torch.stack((begin, middle), 2).flatten(1)
+        end = torch.stack((middle, end), 2).flatten(1)
+    return values.take_along_dim(subset[begin, end][:, :rows, None], 2)[..., 0]
+
+
+def trellis_along(columns: Columns) -> tuple[Tensor, Tensor]:
+    """As round_columns, with every row on the trellis.
+
+    For every state the best path into it survives, with weights of its own, since each path has fed back its own
+    errors. The sum of squared errors decides."""
+    w, upper, size, _ = columns
+    by_subset, by_source = subsets(w.device).sort(0)
+    subset = by_subset[:2]  # of the two ways into each state, (2, states)
+    source = by_source[:2]
+    states = torch.arange(TRELLIS_STATES, device=w.device)[:, None]
+    scale = size / upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    paths = w[:, None].repeat(1, TRELLIS_STATES, 1, 1)
+    cost = torch.full_like(paths[:, :, 0], torch.inf)
+    cost[:, 0] = 0
+    steps = []  # of every column: the state before each state, and the error on the way, (n, states, rows)
+    for j in range(w.size(1)):
+        x = (paths[:, :, 0] / size[:, None, j])[:, source]
+        error = (x - nearest_in_subset(x, subset[..., None])) * scale[:, None, None, j]
+        cost, way = (cost[:, source] + error.square()).min(1)
+        error = error.take_along_dim(way[:, None], 1)[:, 0]
+        before = source[way, states]
+        steps.append((before, error))
+        paths = paths[:, :, 1:].take_along_dim(before[:, :, None], 1)
+        paths.addcmul_(error[:, :, None], upper[:, None, j, j + 1 :, None], value=-1)
+    state = cost.argmin(1, keepdim=True)
+    backwards = []
+    for before, error in reversed(steps):
+        backwards.append(error.take_along_dim(state, 1))
+        state = before.take_along_dim(state, 1)
+    errors = torch.cat(backwards[::-1], 1)
+    values = (w - upper.mT.double() @ errors.double()) / size  # TF32 would not tell one value from the next
+    return values.round().float(), errors
 
 
 def replayed(function: Callable, example: NamedTuple) -> Callable:
@@ -4792,28 +4903,33 @@ def replayed(function: Callable, example: NamedTuple) -> Callable:
     return replay
 
 
-def gptq(w: Tensor, feedback: ErrorFeedback, steps: StepSizes, block: int = 128) -> Tensor:
+def gptq(
+    w: Tensor, feedback: ErrorFeedback, steps: StepSizes, block: int = 128, rounding: Callable = round_columns
+) -> Tensor:
     """Round w (n, rows, cols) to multiples of its step sizes, feeding each column's error to the columns that are not
     yet rounded (arXiv 2210.17323).
 
-    Returns symbols int8 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1. Columns go
-    in the order of `feedback`. One whose input never fires is zero."""
+    Returns symbols int16 (n, rows, cols), at most steps.limit, or MAX_SYMBOL where column_scale is below 1; on a
+    trellis twice as much. Columns go in the order of `feedback`. One whose input never fires is zero, but on a trellis.
+    """
     order, upper, diagonal = feedback
     silent = (diagonal == 0)[:, :, None]
     w = w.mT.masked_fill(silent, 0.0).take_along_dim(order[:, :, None], 1)
     scale = steps.column_scale.gather(1, order)[:, :, None]
     size = steps.row[:, None] * scale
     limit = torch.where(scale < 1, MAX_SYMBOL, steps.limit).float()
-    symbols = torch.empty_like(w, dtype=torch.int8)
-    round_block = round_columns
+    symbols = torch.empty_like(w, dtype=torch.int16)
+    if rounding is trellis_along:  # whose paths feed back errors of their own, from the first column to the last
+        block = w.size(1)
+    round_block = rounding
     for start in range(0, w.size(1), block):
         here = slice(start, start + block)
         rest = slice(start + block, None)
         columns = Columns(w[:, here], upper[:, here, here], size[:, here], limit[:, here])
         is_full = start + block <= w.size(1)
         if w.is_cuda and is_full and start == block:  # the first block has loaded the kernels
-            round_block = replayed(round_columns, columns)
-        symbols[:, here], errors = round_block(columns) if is_full else round_columns(columns)
+            round_block = replayed(rounding, columns)
+        symbols[:, here], errors = round_block(columns) if is_full else rounding(columns)
         w[:, rest].baddbmm_(upper[:, here, rest].mT, errors, alpha=-1)
     return symbols.take_along_dim(order.argsort(dim=1)[:, :, None], 1).mT.contiguous()
 
@@ -4854,7 +4970,7 @@ class Correction(NamedTuple):
 class QuantizedMatrix(NamedTuple):
     """One matrix: symbol (row, column) * 2**(row code / ROW_STEPS) * 2**(column code / COLUMN_STEPS) + correction."""
 
-    symbols: ndarray  # int8 (rows, cols)
+    symbols: ndarray  # int8, or int16 for some on a trellis, (rows, cols)
     row_codes: ndarray  # int16 (rows,)
     column_codes: ndarray  # int8 (cols,)
     correction: Correction | None = None
@@ -4890,17 +5006,18 @@ class Quantized(NamedTuple):
 
 
 def quantize_stack(
-    w: Tensor, feedback: ErrorFeedback, steps: StepSizes, owner: int, ranks: Ranks
+    w: Tensor, feedback: ErrorFeedback, steps: StepSizes, rounding: Callable, owner: int, ranks: Ranks
 ) -> list[QuantizedMatrix]:
     """Matrices w (layers, rows, cols) of one kind, solved by one rank for all: the symbols do not depend on the number
     of ranks."""
     row_codes = quantize_scales(steps.row.cpu().numpy())
     if ranks.rank == owner:
         row = torch.from_numpy(dequantize_scales(row_codes)).to(w.device)
-        symbols = gptq(w, feedback, steps._replace(row=row))
+        symbols = gptq(w, feedback, steps._replace(row=row), rounding=rounding)
     else:
-        symbols = torch.empty_like(w, dtype=torch.int8)
-    symbols = ranks.broadcast_(symbols, owner).cpu().numpy()
+        symbols = torch.empty_like(w, dtype=torch.int16)
+    symbols = ranks.broadcast_(symbols.view(torch.int8), owner).view(torch.int16).cpu().numpy()  # NCCL has no int16
+    symbols = symbols.astype(np.int8 if np.abs(symbols).max() <= MAX_SYMBOL else np.int16)
     column_codes = steps.column_codes.to(torch.int8).cpu().numpy()
     return list(map(QuantizedMatrix, symbols, row_codes, column_codes))
 
@@ -5076,22 +5193,29 @@ class Quantizer:
         self.parameters = folded_state(model)
         self.weights = {}  # of matrices, (layers, rows, cols) fp32
         self.feedback = {}
+        self.rounding = {}  # the function that rounds columns
         self.curves = {}  # for RATE_DISTORTION
         self.saliency = {}  # for AWQ-lite: activation RMS * mean |w| of every column
         scales = {matrix: getattr(model, vector).detach() for vector, matrix in FOLDED.items()}
         visited = [visit.layer for visit in model.schedules[cfg.looped]]
         visits = torch.tensor(visited, device=model.tok_emb.device).bincount()
+        trellis = cfg.rate_distortion and cfg.trellis
         for name, kind in MATRICES.items():
             w = self.parameters.pop(name)
             w = w if w.ndim == 3 else w[None]
-            feedback = error_feedback(hessians[kind.hessian], cfg.gptq_damping)
+            along = trellis and w.size(2) == cfg.model_dim  # the coder does not turn it, and codes columns in order
+            self.rounding[name] = trellis_along if along else functools.partial(round_columns, down=trellis)
+            feedback = error_feedback(hessians[kind.hessian], cfg.gptq_damping, sort=not along)
             self.weights[name] = w
             self.feedback[name] = feedback
             if cfg.rate_distortion:
                 g = hessians[f"{name}.rows"].view(w.shape[:2])
                 if name in scales:  # gradients are of the model's own matrix: chain rule for the folded one
                     g = g / scales[name].square().clamp_min(1e-6)
-                self.curves[name] = rate_curve(w, feedback, g, getattr(cfg, kind.rows), cfg.rate_columns)
+                curve = rate_curve(w, feedback, g, getattr(cfg, kind.rows), cfg.rate_columns)
+                # Values on the trellis take the bits of steps twice as wide, and may be twice as large.
+                parts = 1 + trellis
+                self.curves[name] = curve._replace(finest=curve.finest / parts, sigma=curve.sigma / parts)
             elif cfg.awq_lite_enabled:
                 mean_square = feedback.diagonal / (1 if name == "tok_emb" else visits[:, None])
                 self.saliency[name] = mean_square.sqrt() * w.abs().mean(1)
@@ -5102,7 +5226,8 @@ class Quantizer:
         matrices = {}
         for i, (name, steps) in enumerate(self.step_sizes(saved).items()):
             owner = i % self.ranks.world
-            matrices[name] = quantize_stack(self.weights[name], self.feedback[name], steps, owner, self.ranks)
+            rounding = self.rounding[name]
+            matrices[name] = quantize_stack(self.weights[name], self.feedback[name], steps, rounding, owner, self.ranks)
         if self.cfg.lqer_enabled:
             add_corrections(matrices, self.weights, self.cfg)
         parameters = {}
@@ -5310,9 +5435,11 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     coded = []
     stacks = []
     for (_, shape, dtype), names in groups.items():
-        # The coder expects values around 0, so codes of step sizes lose their median.
+        # The coder expects values around 0, so codes of step sizes lose their median. Symbols stay the same modulo 4,
+        # which keeps them on the trellis.
         arrays = [tensors[name] for name in names]
-        centres = [round(np.median(a)) for a in arrays]
+        unit = 4 if names[0].endswith(".symbols") else 1
+        centres = [unit * round(np.median(a) / unit) for a in arrays]
         coded.append([dtype, shape, names, centres])
         centred = [as_matrix(a.astype(np.int64) - centre).astype(np.int32) for a, centre in zip(arrays, centres)]
         stacks.append(np.stack(centred))
@@ -5439,17 +5566,12 @@ class Continuations(NamedTuple):
 
 
 def run_starts(*keys: Tensor) -> Tensor:
-    """bool (n,): True at place 0 and wherever any key differs from the place before."""
-    first = torch.zeros_like(keys[0], dtype=torch.bool)
-    first[:1] = True
+    """For each place the one at which its run begins, in which no key (n,) changes: (n,) int64."""
+    begins = torch.zeros_like(keys[0], dtype=torch.bool)
+    begins[:1] = True
     for key in keys:
-        first[1:] |= key[1:] != key[:-1]
-    return first
-
-
-def latest(flags: Tensor) -> Tensor:
-    """Index (n,) int64 of the last True at or before each place; flags[0] is True."""
-    return flags.nonzero()[:, 0][flags.cumsum(0) - 1]
+        begins[1:] |= key[1:] != key[:-1]
+    return begins.nonzero()[:, 0][begins.cumsum(0) - 1]
 
 
 def running_max(x: Tensor) -> Tensor:
@@ -5482,10 +5604,7 @@ class Runs(NamedTuple):
     @classmethod
     def of(cls, key: Tensor, segment: Tensor, document: Tensor) -> "Runs":
         """key, segment and document of each place (n,); key is sorted, the others rise where it is constant."""
-        group_starts = run_starts(key)
-        segment_starts = run_starts(key, segment)
-        document_starts = run_starts(key, document)
-        return cls(latest(group_starts), latest(segment_starts), latest(document_starts))
+        return cls(run_starts(key), run_starts(key, segment), run_starts(key, document))
 
     def seen_before(self, place: Tensor) -> Tensor:
         """How many members of its group the target at each place may know, (n,) int64; place: 0, 1, ..., n - 1."""
@@ -5502,7 +5621,7 @@ def leader(start: Tensor, end: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     start rises. It grows exactly at the places that reach a higher count than those before them in the run.
     """
     highest = running_max((start << 32) + counts)
-    reached = latest(run_starts(highest))
+    reached = run_starts(highest)
     last = (end - 1).clamp(min=0)
     count = highest[last] & 0xFFFFFFFF
     return torch.where(end > start, count, 0), reached[last]
@@ -5518,9 +5637,9 @@ def continuations(
     """Yield Continuations of order 2, 3, ..., `orders`.
 
     A target sees the targets of earlier segments and the earlier ones of its own document, whose contexts lie inside
-    their documents. Counts are exact: a context is known by its rank among the sorted pairs (context one token shorter,
-    its last token), never by a hash. One stable sort by (context, what follows) serves an order, and shifted by one
-    place it lists the contexts of the next. Two documents, a segment each:
+    their documents. Counts are exact: a context is known by its place among the sorted pairs (context one token
+    shorter, its last token), never by a hash. One stable sort by (context, what follows) serves an order, and shifted
+    by one place it lists the contexts of the next. Two documents, a segment each:
 
         target    0 1 2 3 4   5 6          Sorted by contexts of one token; 6 and 7 occur once and are left out:
         context   1 5 6 5 7   1 5
@@ -5533,12 +5652,12 @@ def continuations(
     """
     targets = tokens[:-1].sort(stable=True).indices  # by context, and in the stream's order where contexts agree
     context = tokens[targets].long()
+    document = F.pad(document, (0, 1), value=-1)  # behind the last target there is no document
     for order in range(2, orders + 1):
-        starts = run_starts(context)
-        ends = F.pad(starts[1:], (0, 1), value=True)
-        alone = starts & ends  # met once: this context and every longer one that ends in it know nothing
-        targets = targets[~alone]
-        context = context[~alone]
+        _, group, size = context.unique_consecutive(return_inverse=True, return_counts=True)
+        again = size[group] > 1  # a context met once, and every longer one that ends in it, know nothing
+        targets = targets[again]
+        context = context[again]
         if not len(targets):
             return
         place = torch.arange(len(targets), device=targets.device)
@@ -5564,13 +5683,10 @@ def continuations(
 
         # A pair is a context of the next order; it predicts the next target, if that is in the same document.
         targets = targets[by_pair] + 1
-        context = run_starts(pair).cumsum(0)
-        inside = targets < len(document)
-        targets = targets[inside]
-        context = context[inside]
-        same = document[targets] == document[targets - 1]
-        targets = targets[same]
-        context = context[same]
+        context = pairs.group
+        goes_on = document[targets] == document[targets - 1]
+        targets = targets[goes_on]
+        context = context[goes_on]
 
 
 class NGram:
@@ -5592,16 +5708,16 @@ class NGram:
         """
         cfg = scoring.cfg
         val = scoring.val
-        self.device = scoring.ranks.device
+        device = scoring.ranks.device
         self.boost = cfg.ngram_boost
-        self.gold = val.tokens[1:]  # uint16 (targets,): the realised tokens
+        self.tokens = val.tokens  # uint16 (targets + 1,)
         # Document and segment of each target: 0 for the first lengths[0] targets, then 1, ...
         document = np.repeat(np.arange(len(val.lengths)), val.lengths)
         segment = np.repeat(np.arange(len(sizes)), sizes)[document]
         tokens, document, segment = (
-            torch.from_numpy(x.astype(np.int32)).to(self.device) for x in (val.tokens, document, segment)
+            torch.from_numpy(x.astype(np.int32)).to(device) for x in (val.tokens, document, segment)
         )
-        hint = torch.full((val.targets,), -1, dtype=torch.int32, device=self.device)
+        hint = torch.full((val.targets,), -1, dtype=torch.int32, device=device)
         for known in continuations(tokens, document, segment, cfg.ngram_order, cfg.vocab_size):
             if known.order < cfg.ngram_min_order:
                 continue
@@ -5610,21 +5726,18 @@ class NGram:
             clears = often & (share >= cfg.ngram_threshold)
             hint[known.targets[clears]] = known.hint[clears]  # a longer order comes later and replaces a shorter one
         self.hint = hint.cpu().numpy()  # int32 (targets,): -1 where no order clears
+        # The tokens whose log-probabilities `tilted` asks for, int64 (targets,) on the device: 0 where no order clears.
+        self.asked = hint.clamp(min=0).long()
         hinted = 100 * (self.hint >= 0).mean()
         scoring.log(
             f"n-grams of order {cfg.ngram_min_order}..{cfg.ngram_order}: hints at {hinted:.2f} % of the targets"
         )
 
-    def hints(self, targets: ndarray) -> Tensor:
-        """The tokens whose log-probabilities `tilted` asks for, int64 on the device; 0 where there is no hint."""
-        tokens = np.maximum(self.hint[targets], 0)
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
-
     def tilted(self, targets: ndarray, nats: ndarray, hint_log_prob: ndarray) -> ndarray:
         """The network's nats of `targets` (n,) and its log-probabilities of their hints -> nats of p', float64 (n,)."""
         hint = self.hint[targets]
         boost = np.where(hint >= 0, self.boost, 0.0)
-        hit = hint == self.gold[targets]
+        hit = hint == self.tokens[targets + 1]
         divisor = np.exp(hint_log_prob) * np.expm1(boost)  # less 1
         return nats - boost * hit + np.log1p(divisor)
 
@@ -5739,25 +5852,25 @@ class Progress:
 
     EVERY = 5.0  # seconds
 
-    def __init__(self, ranks: Ranks, log: Log):
-        self.ranks = ranks
-        self.log = log
+    def __init__(self):
         self.begun = time.perf_counter()
         self.shown = self.begun  # time of the last line
 
-    def show(self, ledger: Ledger):
+    def show(self, scoring: ScoringPass, doing: str = ""):
         """Call before each forward. The other ranks are taken to have scored as this one has since the last merge."""
         now = time.perf_counter()
         if now - self.shown <= self.EVERY:
             return
         self.shown = now
-        done, nats, size = ledger.shared + self.ranks.world * ledger.own
-        share = done / len(ledger.nats)
+        ledger = scoring.ledger
+        targets = len(ledger.nats)
+        done, nats, size = ledger.shared + scoring.ranks.world * ledger.own
         rate = done / (now - self.begun)
-        left = max(len(ledger.nats) - done, 0) / max(rate, 1)
+        left = max(targets - done, 0) / max(rate, 1)
         bpb = nats / math.log(2) / max(size, 1)
-        line = f"  {100 * share:5.1f} %  BPB so far {bpb:.4f}  {rate:,.0f} targets/s  {left:.0f} s left"
-        self.log(line, fleeting=True)
+        share = 100 * done / targets
+        line = f"  {share:5.1f} %  BPB so far {bpb:.4f}  {rate:,.0f} targets/s  {left:.0f} s left{doing}"
+        scoring.log(line, fleeting=True)
 
 
 def plan_windows(starts: ndarray, inputs: int, seq_len: int, stride: int) -> ndarray:
@@ -5834,22 +5947,25 @@ def score_documents(scoring: ScoringPass, first: int, last: int):
 
     Windows never cross a document's start, and each target is scored once, whatever the number of ranks.
     """
-    model, cfg, ranks, _, val, ledger, progress, ngram = scoring
+    cfg = scoring.cfg
+    ranks = scoring.ranks
+    val = scoring.val
     stride = cfg.eval_stride or cfg.eval_seq_len
     end = int(np.append(val.starts, val.targets)[last])
     windows = plan_windows(val.starts[first:last], end, cfg.eval_seq_len, stride)
     buffers = group_windows(windows, cfg.val_batch_tokens)
     for buffer in buffers[ranks.rank :: ranks.world]:  # dealt to the ranks in turn
-        progress.show(ledger)
+        scoring.progress.show(scoring)
         batch, places, targets = window_batch(val, buffer, cfg)
         batch = to_device(batch, ranks.device)
         hint = None
-        if ngram is not None:  # places that are not scored ask for token 0, and nobody looks
+        if scoring.ngram is not None:  # places that are not scored ask for token 0, and nobody looks
             hint = torch.zeros_like(batch.targets)
-            hint[torch.from_numpy(places)] = ngram.hints(targets)
-        scores = score_batch(model, batch, cfg.looped, hint)
+            hint[torch.from_numpy(places)] = scoring.ngram.asked[torch.from_numpy(targets)]
+        hidden = scoring.model.trunk(batch.tokens, batch.seq, looped=cfg.looped)
+        scores = scoring.model.nll(hidden, batch.targets.clamp(min=0), hint=hint)
         book(scoring, targets, scores, places)
-    ledger.merge(ranks, int(val.starts[first]), end)
+    scoring.ledger.merge(ranks, int(val.starts[first]), end)
 
 
 def score_stream(scoring: ScoringPass) -> float:
@@ -5891,9 +6007,7 @@ class Lockstep:
         self.model = model
         self.cfg = cfg
         self.tokens = torch.from_numpy(scoring.val.tokens.astype(np.int64)).to(device)  # of the whole stream
-        self.hints = None  # int64 (targets,), if there are n-grams
-        if scoring.ngram is not None:
-            self.hints = scoring.ngram.hints(np.arange(scoring.val.targets))
+        self.hints = None if scoring.ngram is None else scoring.ngram.asked  # int64 (targets,)
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # position at which the chunk begins
         self.row_starts = torch.zeros(rows, dtype=torch.int64, device=device)  # of the documents in the stream
         self.row_lengths = torch.zeros_like(self.row_starts)  # 0 where a row has no document
@@ -5904,8 +6018,7 @@ class Lockstep:
         ring = (2, visits, rows, cfg.ttt_eval_seq_len, cfg.num_kv_heads, model.head_dim)
         self.ring = torch.zeros(ring, dtype=model.dtype, device=device)
 
-        masked = frozenset(cfg.ttt_mask.replace("no_qv", "q,v").split(","))
-        self.lora = new_lora(model, rows, masked, cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
+        self.lora = new_lora(model, rows, cfg.masked_adapters, cfg.ttt_lora_rank, cfg.ttt_lora_alpha, cfg.seed)
         # Adapters of the first rows: the same leaves at every call, so that learn() finds those of score().
         self.first = functools.cache(self.lora.first)
         leaves = self.lora.leaves()
@@ -5983,8 +6096,8 @@ class Lockstep:
 class CapturedStep(NamedTuple):
     """The CUDA graphs of a Shape, and the memory in which the first leaves its scores."""
 
-    scoring: torch.cuda.CUDAGraph
-    learning: torch.cuda.CUDAGraph
+    score: torch.cuda.CUDAGraph
+    learn: torch.cuda.CUDAGraph
     scores: Scores
 
 
@@ -6054,28 +6167,30 @@ class DocumentTTT:
         self.drift = [torch.zeros_like(p) for p in self.lockstep.start]
         self.drift_tokens = 0  # sum of those weights
 
+    def plan(self, documents: ndarray) -> Iterator[tuple[int, Shape]]:
+        """plan_lockstep() of `documents` (indices). A CPU has no graphs, so no shape needs to serve twice."""
+        return plan_lockstep(self.scoring.val.lengths[documents], self.scoring.cfg, exact=not self.scoring.ranks.cuda)
+
     def capture(self, batches: list[ndarray]):
         """Capture the CUDA graphs that these batches need. No validation token is read, only lengths are."""
         begun = time.perf_counter()
-        shapes = set()
-        for batch in batches:
-            plan = plan_lockstep(self.scoring.val.lengths[batch], self.scoring.cfg, exact=False)
-            shapes.update(shape for _, shape in plan)
+        plans = itertools.chain(*map(self.plan, batches))
+        shapes = {shape for _, shape in plans}
         lockstep = self.lockstep
         pool = torch.cuda.graph_pool_handle()
         for shape in sorted(shapes, reverse=True):  # the largest first: smaller ones find their memory in the pool
             with torch.cuda.stream(torch.cuda.Stream()):
                 lockstep.learn(shape, lockstep.score(shape).nats)  # libraries and Triton set themselves up before
             torch.cuda.synchronize()
-            scoring = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(scoring, pool=pool):
+            score = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(score, pool=pool):
                 scores = lockstep.score(shape)
-            learning = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(learning, pool=pool):
+            learn = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(learn, pool=pool):
                 lockstep.learn(shape, scores.nats)
             # Detached, so that what autograd kept for learn() is free for the next capture.
             detached = [None if t is None else t.detach() for t in scores]
-            self.graphs[shape] = CapturedStep(scoring, learning, Scores(*detached))
+            self.graphs[shape] = CapturedStep(score, learn, Scores(*detached))
         seconds = time.perf_counter() - begun
         self.scoring.log(f"  captured {len(self.graphs)} graphs in {seconds:.1f} s")
 
@@ -6116,12 +6231,12 @@ class DocumentTTT:
     def run(self, documents: ndarray):
         """Score every target of `documents` (indices, at most TTT_BATCH_SIZE, in any order), learning in between."""
         val = self.scoring.val
-        falling = np.argsort(-val.lengths[documents], kind="stable")
-        starts = val.starts[documents[falling]]
-        lengths = val.lengths[documents[falling]]
+        documents = documents[np.argsort(-val.lengths[documents], kind="stable")]
+        starts = val.starts[documents]
+        lengths = val.lengths[documents]
         self.seat(starts, lengths)
-        for begin, shape in plan_lockstep(lengths, self.scoring.cfg, exact=not self.scoring.ranks.cuda):
-            self.scoring.progress.show(self.scoring.ledger)
+        for begin, shape in self.plan(documents):
+            self.scoring.progress.show(self.scoring)
             self.step(self.scoring, begin, shape, starts, lengths)
         self.remember(lengths)
 
@@ -6133,7 +6248,7 @@ class DocumentTTT:
         self.lockstep.begin.fill_(begin)
         graphs = self.graphs[shape] if self.graphs else None  # once captured, every shape is
         if graphs:
-            graphs.scoring.replay()
+            graphs.score.replay()
             scores = graphs.scores
         else:
             scores = self.lockstep.score(shape)
@@ -6148,7 +6263,7 @@ class DocumentTTT:
             return
         scoring.ledger.may_train(learnt.ravel())
         if graphs:
-            graphs.learning.replay()
+            graphs.learn.replay()
         else:
             self.lockstep.learn(shape, scores.nats)
 
@@ -6187,12 +6302,14 @@ def base_gradients(scoring: ScoringPass, begin: int, end: int):
     Its norm is at most GLOBAL_TTT_GRAD_CLIP. The targets are cut every TTT_EVAL_SEQ_LEN and each rank takes
     neighbouring pieces, so the pieces are the same for any number of ranks.
     """
-    model, cfg, ranks, _, val, *_ = scoring
+    cfg = scoring.cfg
+    ranks = scoring.ranks
+    tokens = scoring.val.tokens
     span = cfg.ttt_eval_seq_len
 
     def rank_share(targets: int) -> int:
         """Of so many targets, those of one rank: whole pieces."""
-        return -(-targets // (span * ranks.world)) * span
+        return math.ceil(targets / (span * ranks.world)) * span
 
     share = rank_share(end - begin)
     micro_batch = rank_share(cfg.global_ttt_chunk_tokens)
@@ -6200,23 +6317,20 @@ def base_gradients(scoring: ScoringPass, begin: int, end: int):
     last = min(first + share, end)
     for low in range(first, last, micro_batch):
         high = min(low + micro_batch, last)
-        inputs = val.tokens[low:high]
-        targets = val.tokens[low + 1 : high + 1]
+        inputs = tokens[low:high]
+        targets = tokens[low + 1 : high + 1]
         document_starts = np.flatnonzero(inputs == cfg.bos_id)
         starts = np.union1d(document_starts, np.arange(0, len(inputs), span))
         batch = pack_documents(inputs, targets, starts, span, span, len(inputs), "val")
-        batch_loss(model, to_device(batch, ranks.device), end - begin, cfg.looped).backward()
-    parameters = list(model.parameters())
+        batch_loss(scoring.model, to_device(batch, ranks.device), end - begin, cfg.looped).backward()
+    parameters = list(scoring.model.parameters())
     for p in parameters:
         if p.grad is None:  # a rank without a piece, or a parameter outside the loss
             p.grad = torch.zeros_like(p)
-    # Clipped after the sum over the ranks, so that all take the same step.
-    grads = ranks.all_reduce_flat([p.grad for p in parameters])
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
-    factor = cfg.global_ttt_grad_clip / (norm + 1e-6)
-    torch._foreach_mul_(grads, factor.clamp(max=1.0))
-    for p, grad in zip(parameters, grads):
+    for p, grad in zip(parameters, ranks.all_reduce_flat([p.grad for p in parameters])):
         p.grad = grad
+    # Clipped after the sum over the ranks, so that all take the same step.
+    nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
 
 
 def sgd_chunks(begin: int, fresh: int, end: int, turn: int, cfg: Config) -> list[tuple[int, int]]:
@@ -6241,29 +6355,25 @@ class GlobalSGD:
 
     def __init__(self, scoring: ScoringPass):
         self.scoring = scoring
-        momentum = scoring.cfg.global_ttt_momentum
-        self.optimizer: Any = torch.optim.SGD(scoring.model.parameters(), momentum=momentum)
+        self.optimizer: Any = torch.optim.SGD(scoring.model.parameters(), momentum=scoring.cfg.global_ttt_momentum)
 
     def learn(self, chunks: list[tuple[int, int]], progress: float, progress_after: float):
         """A step on the targets low..high of each chunk, all of them scored.
 
         Progress rises evenly from `progress` to `progress_after`, which it does not reach.
         """
-        model = self.scoring.model
-        cfg = self.scoring.cfg
-        ledger = self.scoring.ledger
+        scoring = self.scoring
         for low, high in chunks:
-            ledger.may_train(slice(low, high))
-        model.requires_grad_(True)
+            scoring.ledger.may_train(slice(low, high))
+        scoring.model.requires_grad_(True)
         for i, (low, high) in enumerate(chunks):
-            self.scoring.progress.show(ledger)
-            base_gradients(self.scoring, low, high)
+            scoring.progress.show(scoring, ", base weights learning")
+            base_gradients(scoring, low, high)
             # Written so that progress 0 to 1 gives exactly i / len(chunks), and equal ends give exactly progress.
             x = progress + (progress_after - progress) * (i / len(chunks))
-            cosine = math.cos(math.pi * x)
-            self.step(cfg.global_ttt_lr * 0.5 * (1 + cosine))
-            model.zero_grad()  # to None: the next chunk starts anew
-        model.requires_grad_(False)
+            self.step(scoring.cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * x)))
+            scoring.model.zero_grad()  # to None: the next chunk starts anew
+        scoring.model.requires_grad_(False)
 
     def step(self, lr: float):
         self.optimizer.param_groups[0]["lr"] = lr
@@ -6309,18 +6419,16 @@ def seconds_of(work: Callable, ranks: Ranks) -> float:
 
 def sgd_seconds(scoring: ScoringPass) -> float:
     """What the gradients of a step of global SGD take, on random tokens. No weight moves."""
-    model, cfg, ranks, *_ = scoring
-    count = cfg.global_ttt_chunk_tokens
-    if not ranks.cuda:  # slow, and about in proportion to the tokens
-        count = min(count, 512)
-    tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=count + 1)
+    step_tokens = scoring.cfg.global_ttt_chunk_tokens
+    count = step_tokens if scoring.ranks.cuda else min(step_tokens, 512)  # a CPU is slow, and the time in proportion
+    tokens = np.random.default_rng(0).integers(scoring.cfg.vocab_size, size=count + 1)
     val: Any = SimpleNamespace(tokens=tokens)
     scoring = scoring._replace(val=val)
-    model.requires_grad_(True)
-    seconds = seconds_of(lambda: base_gradients(scoring, 0, count), ranks)
-    model.requires_grad_(False)
-    model.zero_grad()
-    return seconds * cfg.global_ttt_chunk_tokens / count
+    scoring.model.requires_grad_(True)
+    seconds = seconds_of(lambda: base_gradients(scoring, 0, count), scoring.ranks)
+    scoring.model.requires_grad_(False)
+    scoring.model.zero_grad()
+    return seconds * step_tokens / count
 
 
 def plan_lessons(segments: list[Segment], starts: ndarray, cfg: Config) -> dict[int, list[tuple[int, int]]]:
@@ -6385,19 +6493,20 @@ class AdaptDocuments(Windows):
 
     def __init__(self, scoring: ScoringPass, segments: list[Segment]):
         super().__init__(scoring, segments)
-        ranks = scoring.ranks
         self.documents = DocumentTTT(scoring)
-        self.batches = []  # of each segment, this rank's
-        serial = 0  # chunks of the longest documents: with ever more ranks a pass takes as long as these
-        for first, last, _ in segments:
-            lengths = scoring.val.lengths[first:last]
-            dealt = deal_batches(lengths, first, scoring.cfg, ranks.world)
-            self.batches.append(dealt[ranks.rank])
-            serial += len(chunk_ends(int(lengths.max()), scoring.cfg))
+        self.batches = [self.deal(segment)[scoring.ranks.rank] for segment in segments]  # of each, this rank's
+        longest = [int(scoring.val.lengths[first:last].max()) for first, last, _ in segments]
+        # With ever more ranks a pass takes as long as these documents.
+        serial = sum(len(chunk_ends(length, scoring.cfg)) for length in longest)
         scoring.log(f"  critical path {serial:,} chunks, one after the other: the longest documents of the segments")
-        if ranks.cuda:
+        if scoring.ranks.cuda:
             with self.documents.random_tokens():
                 self.documents.capture(list(itertools.chain(*self.batches)))
+
+    def deal(self, segment: Segment) -> list[list[ndarray]]:
+        """For each rank its batches of the segment's documents."""
+        lengths = self.scoring.val.lengths[segment.first : segment.last]
+        return deal_batches(lengths, segment.first, self.scoring.cfg, self.scoring.ranks.world)
 
     def score(self, i: int):
         for batch in self.batches[i]:
@@ -6415,38 +6524,30 @@ class AdaptDocuments(Windows):
         count = sum(high - low for low, high in chunks)
         self.scoring.log(f"  base weights learnt from {count:,} of {chunks[-1][1]:,} scored targets")
 
-    def steps(self, segments: list[Segment]) -> list[list[list[Shape]]]:
-        """The steps of each segment, of each rank."""
-        cfg = self.scoring.cfg
-        ranks = self.scoring.ranks
-        steps = []
-        for first, last, _ in segments:
-            of_ranks = []
-            for batches in deal_batches(self.scoring.val.lengths[first:last], first, cfg, ranks.world):
-                plans = [plan_lockstep(self.scoring.val.lengths[batch], cfg, not ranks.cuda) for batch in batches]
-                of_ranks.append([shape for _, shape in itertools.chain(*plans)])
-            steps.append(of_ranks)
-        return steps
+    def steps(self, segment: Segment) -> list[list[Shape]]:
+        """For each rank its steps of the segment."""
+        plans = [itertools.chain(*map(self.documents.plan, batches)) for batches in self.deal(segment)]
+        return [[shape for _, shape in plan] for plan in plans]
 
     @functools.cached_property
     def times(self) -> dict[Shape, float]:
         """Seconds of a step, of each Shape that has graphs; without graphs of the one of least and of most work."""
         shapes = self.documents.graphs
         if not shapes:
-            every = list(itertools.chain(*itertools.chain(*self.steps(self.segments))))
+            of_ranks = itertools.chain(*map(self.steps, self.segments))
+            every = list(itertools.chain(*of_ranks))
             shapes = {pick(every, key=lambda shape: shape.work) for pick in (min, max)}
         with self.documents.random_tokens():
             return {shape: self.documents.step_seconds(shape) for shape in shapes}
 
     def scoring_seconds(self, segments: list[Segment], windows_seconds: float) -> float:
         work, seconds = zip(*sorted((shape.work, seconds) for shape, seconds in self.times.items()))
-        total = 0.0
-        for of_ranks in self.steps(segments):
-            rank_seconds = []
-            for shapes in of_ranks:
-                rank_seconds.append(sum(self.times.get(s) or np.interp(s.work, work, seconds) for s in shapes))
-            total += max(rank_seconds)  # a segment waits for the rank with the most to do
-        return total
+
+        def rank_seconds(steps: list[Shape]) -> float:
+            return sum(self.times.get(shape) or np.interp(shape.work, work, seconds) for shape in steps)
+
+        # A segment waits for the rank with the most to do.
+        return sum(max(map(rank_seconds, self.steps(segment))) for segment in segments)
 
 
 def plan_segments(lengths: ndarray, cfg: Config) -> list[Segment]:
@@ -6494,9 +6595,9 @@ class TestTimeTraining:
         cfg = scoring.cfg
         strategy = self.STRATEGIES[cfg.ttt_method] if cfg.ttt_enabled else Windows
         self.segments = strategy.plan(scoring.val.lengths, cfg)
-        sizes = [segment.last - segment.first for segment in self.segments]
+        sizes = self.sizes = [segment.last - segment.first for segment in self.segments]  # documents of each
         shown = sizes if len(sizes) < 30 else f"{min(sizes)}..{max(sizes)}"
-        scoring.log(f"{strategy.__name__}: {len(sizes)} segment(s) of {shown} documents")
+        scoring.log(f"scoring {scoring.ledger.name}: {len(sizes)} segment(s) of {shown} documents")
         if cfg.ngram_enabled:
             scoring = scoring._replace(ngram=NGram(scoring, sizes))
         scoring.model.requires_grad_(False)  # only adapters learn, until global SGD asks for more
@@ -6548,12 +6649,14 @@ class TestTimeTraining:
             if segment.then_learn:
                 self.strategy.learn(i)
         seconds = time.perf_counter() - begun
-        targets = self.scoring.val.targets
-        world = self.scoring.ranks.world
+        scoring = self.scoring
+        targets = scoring.val.targets
         rate = targets / seconds
-        self.scoring.log(f"  {targets:,} targets in {seconds:.1f} s: {rate:,.0f} targets/s over {world} rank(s)")
-        self.scoring.log(f"  {self.estimated:.1f} s by estimate")
-        return self.scoring.ledger.bpb()
+        scoring.log(
+            f"  {targets:,} targets in {seconds:.1f} s: {rate:,.0f} targets/s over {scoring.ranks.world} rank(s)"
+        )
+        scoring.log(f"  {self.estimated:.1f} s by estimate")
+        return scoring.ledger.bpb()
 
 
 def train_on_validation_set(scoring: ScoringPass):
@@ -6568,10 +6671,8 @@ def train_on_validation_set(scoring: ScoringPass):
     chunk = cfg.global_ttt_chunk_tokens
     epochs = cfg.prequant_ttt_epochs
     adam = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    by_layer = []  # the parameters that are stacked by layer
-    for name, p in model.named_parameters():
-        if p.ndim > 1 and not name.startswith(("skip_", "tok_emb")):
-            by_layer.append(p)
+    not_by_layer = ("skip_", "tok_emb")
+    by_layer = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith(not_by_layer)]
     for epoch in range(epochs):
         cosine = math.cos(math.pi * epoch / max(epochs - 1, 1))
         adam.param_groups[0]["lr"] = cfg.prequant_ttt_lr * (0.55 + 0.45 * cosine)
@@ -6746,14 +6847,14 @@ class Run:
 
     def origin(self) -> dict:
         """What weights must know of the run that made them."""
-        known = {name: self.result["data"].get(name) for name in ("tokenizer_sha256", "transform")}
-        return {"settings": self.cfg.settings()} | known
+        data = self.result["data"]
+        known = {name: data.get(name) for name in ("tokenizer_sha256", "transform")}
+        return {"settings": self.cfg.settings(), **known}
 
     def scoring(self, model: GPT, name: str, end: int | None = None) -> ScoringPass:
         """A pass over the validation stream, up to target `end`, with a ledger of its own."""
         ledger = Ledger(name, self.val.target_bytes[:end], self.verdicts)
-        progress = Progress(self.ranks, self.log)
-        return ScoringPass(model, self.cfg, self.ranks, self.log, self.val, ledger, progress)
+        return ScoringPass(model, self.cfg, self.ranks, self.log, self.val, ledger, Progress())
 
     def new_model(self, logit_calibration: LogitCalibration | None = None) -> GPT:
         """A GPT on the run's device, its weights not set yet."""
@@ -6838,7 +6939,7 @@ def preflight(run: Run):
         run.training_hashes = TrainingHashes(cfg)
     if not (cfg.ttt_eval_only or cfg.quantize_only):
         tokens = TrainStream(cfg).tokens
-        micro_batches = -(-cfg.train_batch_tokens // cfg.micro_batch_tokens)
+        micro_batches = math.ceil(cfg.train_batch_tokens / cfg.micro_batch_tokens)
         run.log(f"checks passed: {tokens:,} training tokens, {micro_batches} micro-batch(es) a step")
         if micro_batches < run.ranks.world:
             run.log(f"warning: only {micro_batches} of {run.ranks.world} ranks will work; lower MICRO_BATCH_TOKENS")
@@ -6958,9 +7059,11 @@ class RateSearch:
 
     def propose(self) -> float:
         """Bits to save per weight in the next attempt."""
-        cap = self.cfg.artifact_cap
-        failure = f"ARTIFACT_CAP={cap}: the model does not fit with any step; shrink the model or raise the cap"
-        require(len(self.sizes) <= self.ATTEMPTS, failure)
+        require(
+            len(self.sizes) <= self.ATTEMPTS,
+            f"ARTIFACT_CAP={self.cfg.artifact_cap}: the model does not fit with any step; "
+            "shrink the model or raise the cap",
+        )
         return self.saved
 
     def observe(self, data: bytes, size: int):
@@ -7004,11 +7107,12 @@ def search_rate(run: Run, model: GPT, code_bytes: int) -> bytes:
         with run.phases("write"):
             data = encode_artifact(flatten(quantized), run.origin()) if run.ranks.main else b""
             size = int(run.ranks.agree(len(data)))
-        run.log(f"model.bin of {size:,} bytes, {search.room - size:,} left")
+        run.log(f"attempt {len(search.sizes)}: model.bin of {size:,} bytes, {search.room - size:,} left")
         search.observe(data, size)
         if search.done():
             return search.best
-        run.phases.charge("write", to="quantize")  # encoding that only steers the search is part of it: training time
+        # Encoding that only steers the search is part of it: training time.
+        run.phases.seconds["quantize"] += run.phases.seconds.pop("write")
 
 
 def write_artifact(run: Run, model: GPT):
@@ -7033,9 +7137,10 @@ def check_hashes(run: Run):
     """What is scored is what this run wrote, the same on every rank; result.json names it by its SHA-256."""
     paths = [run.folder / name for name in ("train_gpt.py", "model.bin")]
     found = {path.name: sha256(path.read_bytes()) for path in paths if path.is_file()}
-    start = int(found["model.bin"][:12], 16)
+    expected = run.result.setdefault("artifact_sha256", found)  # a run that only scores expects what it finds
+    start = int(found["model.bin"][:12], 16)  # 48 bits, which agree() sends exactly
     require(
-        found == run.result.setdefault("artifact_sha256", found) and start == run.ranks.agree(start),
+        found == expected and start == run.ranks.agree(start),
         f"{run.folder}: another run has written to it meanwhile; give each an ARTIFACT_DIR of its own and run again",
     )
 
@@ -7096,7 +7201,7 @@ def score_artifact(run: Run):
         with run.phases("adapt"):
             bpb = adaptation.score()
         run.result["adapt_seconds"] = {"estimated": estimated, "measured": run.phases.seconds["adapt"]}
-        sizes = [segment.last - segment.first for segment in adaptation.segments]
+        sizes = adaptation.sizes
     else:
         with run.phases("score"):
             bpb = score_stream(scoring)
@@ -7126,6 +7231,8 @@ def finish(run: Run):
     result["seconds"] = budgets | run.phases.seconds
     failed = run.verdicts.failed()
     outcome = f"no val_bpb: {', '.join(failed)} failed"
+    if "train_budget" in failed:
+        outcome += "; a larger GPTQ_RESERVE_SECONDS ends the steps earlier"
     if not failed:  # the one place that makes a number the result
         result["val_bpb"] = run.headline
         outcome = f"val_bpb {run.headline:.6f} on all {run.val.targets:,} targets, dataset {result['dataset']}"
@@ -7142,7 +7249,10 @@ def finish(run: Run):
         run.log(f"  {condition:24s} {verdict:9s} {reason}")
     run.log(outcome)
     folder = run.output
-    run.log(f"files are in {folder}; next: tools/report.py {folder}, tools/audit.py {folder} --data DATA_PATH")
+    run.log(f"files are in {folder}")
+    if not cfg.ttt_eval_only:
+        run.log(f"next: python tools/report.py {folder}; python tools/audit.py {folder} --data {cfg.data_path}")
+        run.log(f"to score it again: TTT_EVAL_ONLY=1 ARTIFACT_DIR={folder} python train_gpt.py")
 
 
 def configure(env) -> Config:
@@ -7223,7 +7333,8 @@ def execute(cfg: Config):
             e.line = run.interrupted()
             raise
         finally:
-            say("\033[K" * sys.stdout.isatty(), end="")  # what a fleeting line leaves beside an error
+            if sys.stdout.isatty():
+                say("\033[K", end="")  # what a fleeting line would leave beside an error
             run.ranks.close()
 
 
@@ -7238,19 +7349,18 @@ def main(argv: list[str]) -> int:
             require(not argv, f"{' '.join(argv)}: not an option; settings are environment variables (--help)")
             execute(configure(os.environ))
         return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        where = e.filename or "a file"
-        print(f"error: {where}: {e.strerror or e}; free space there or name another folder", file=sys.stderr)
-        return 2
-    except (MemoryError, torch.OutOfMemoryError):
-        print("error: out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE", file=sys.stderr)
-        return 2
     except Interrupted as e:
-        print(e.line, end="\n" * bool(e.line), file=sys.stderr)
+        if e.line:
+            print(e.line, file=sys.stderr)
         return 128 + e.args[0]
+    except UserError as e:
+        fault = str(e)
+    except OSError as e:
+        fault = f"{e.filename or 'a file'}: {e.strerror or e}; free space there or name another folder"
+    except (MemoryError, torch.OutOfMemoryError):
+        fault = "out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE"
+    print(f"error: {fault}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Silent(train_gpt.Log):
 def scoring_pass(model, cfg, group, stream, ledger) -> "train_gpt.ScoringPass":
     """A pass over the stream whose log is silent."""
     log = Silent()
-    return train_gpt.ScoringPass(model, cfg, group, log, stream, ledger, train_gpt.Progress(group, log))
+    return train_gpt.ScoringPass(model, cfg, group, log, stream, ledger, train_gpt.Progress())
 
 
 def randomize(model, seed: int = 0):

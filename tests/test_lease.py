@@ -133,6 +133,22 @@ def test_four_at_once_then_one_over_four(root: Path):
     assert state["last"]["begun"] >= state["wide"]["ended"]
 
 
+def test_a_run_waits_until_its_memory_is_free(root: Path):
+    """Three sharers of 30 GiB on one GPU of 78: the third begins when one of the first two has ended."""
+    nap = ["bash", "-c", "sleep 0.8"]
+    sharer = {"shares": True, "memory": 30, "command": nap, "env": "CUDA_VISIBLE_DEVICES=1"}
+    runs = [sharer | {"name": f"on1_{i}"} for i in range(3)] + [
+        sharer | {"name": "on0", "env": "CUDA_VISIBLE_DEVICES=0"}
+    ]
+    queue = lease.Queue(root, {"gpus": 2, "runs": runs})
+    queue.run()
+    jobs = queue.jobs
+    assert {job.state for job in jobs.values()} == {"ended"}
+    first = min(jobs[name].ended for name in ("on1_0", "on1_1"))
+    assert jobs["on1_2"].begun >= first
+    assert max(jobs[name].begun for name in ("on1_0", "on1_1", "on0")) < first  # another GPU's run does not wait
+
+
 def test_limit_ends_what_runs(root: Path):
     """A run and its children end at the limit; what waits is left out."""
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
@@ -159,7 +175,13 @@ def test_another_machine_is_noticed_at_once(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "runs", [[{"name": "a", "after": ["b"]}], [{"name": "a", "continues": "b"}], [{"name": "a", "gpus": 5}]]
+    "runs",
+    [
+        [{"name": "a", "after": ["b"]}],
+        [{"name": "a", "continues": "b"}],
+        [{"name": "a", "gpus": 5}],
+        [{"name": "a", "memory": 90}],
+    ],
 )
 def test_a_bad_queue_is_refused(root: Path, runs: list[dict]):
     with pytest.raises(SystemExit):

@@ -1,9 +1,13 @@
 """GPTQ against a plain solver, the Hessians it weighs errors with, and the way from weights to arrays and back."""
 
+import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import shutil
+import struct
 import zlib
 
 import numpy as np
@@ -102,7 +106,7 @@ def test_gptq_against_the_definition(block, fine, device):
     column = torch.ones(2, 24)
     column[0, 8:16] = fine
     symbols = gptq(*(t.to(device) for t in (w, h, step)), 7, 0.01, column.to(device), block=block).cpu()
-    assert symbols.dtype == torch.int8 and symbols[1].abs().max() <= 7 and not symbols[1, :, 3].any()
+    assert symbols.dtype == torch.int16 and symbols[1].abs().max() <= 7 and not symbols[1, :, 3].any()
     for i in range(2):
         limit = np.where(column[i] < 1, 127, 7)
         wanted = plain_gptq(w[i].numpy(), h[i].numpy(), step[i, :, None].numpy() * column[i].numpy(), limit, 0.01)
@@ -166,6 +170,117 @@ def test_gptq_leaves_its_inputs_alone():
     copies = w.clone(), h.clone(), step.clone()
     gptq(w, h, step, 7, 0.01)
     assert all(torch.equal(a, b) for a, b in zip(copies, (w, h, step)))
+
+
+def every_path(rows):
+    """Values modulo 4 of all paths of the trellis: the parity is the state's, and either value of it may follow."""
+    for turns in itertools.product((0, 2), repeat=rows):
+        state, path = 0, []
+        for turn in turns:
+            path.append((state & 1) + turn)
+            state = train_gpt.next_state(state, path[-1])
+        yield path
+
+
+@pytest.mark.parametrize("rows", (1, 2, 5, 9))
+def test_the_nearest_path_is_the_nearest_of_all(rows):
+    x = torch.randn(4, rows, generator=torch.Generator().manual_seed(rows)) * 5
+    near = train_gpt.nearest_in_subset(x[:, None], torch.tensor([*every_path(rows)]))
+    wanted = ((x[:, None] - near) ** 2).sum(2).argmin(1)
+    assert train_gpt.nearest_path(x).tolist() == near[range(4), wanted].tolist()
+
+
+def test_a_trellis_along_the_rows_finds_the_best_path():
+    """Without feedback between columns nothing is lost by keeping one path into each state."""
+    w = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)) * 5
+    h = torch.diag_embed(torch.rand(2, 8, generator=torch.Generator().manual_seed(2)) + 0.1)
+    steps = train_gpt.StepSizes(torch.ones(2, 3), torch.zeros(2, 8), 127)
+    found = train_gpt.gptq(w, error_feedback(h, 0.0, sort=False), steps, rounding=train_gpt.trellis_along)
+    weight = h.diagonal(dim1=1, dim2=2)[:, None]
+    error = ((w - found) ** 2 * weight).sum(2)
+    paths = torch.tensor([*every_path(8)])
+    near = train_gpt.nearest_in_subset(w[:, :, None], paths)
+    best = ((w[:, :, None] - near) ** 2 * weight[:, :, None]).sum(3).amin(2)
+    assert torch.allclose(error, best, rtol=1e-4)
+    assert train_gpt.follows_trellis(found.permute(2, 0, 1).int().numpy())
+
+
+@pytest.mark.parametrize("down", (False, True))
+def test_the_trellis_has_less_error_at_equal_bytes(down):
+    """Feedback, the columns' step sizes and the coder included; the code comes back."""
+    w, h, _ = problem(n=1, rows=96 if down else 256, cols=160 if down else 128, seed=4)
+    other = np.zeros((1, 96 if down else 128, 3000), np.int64)  # tells the coder which side is the residual stream's
+
+    def errors_and_bytes(level, rounding, sort):
+        feedback = error_feedback(h, 0.01, sort)
+        steps = train_gpt.rate_curve(w, feedback, torch.ones(w.shape[:2]), 1.0, 1.0).step_sizes_at(level)
+        q = train_gpt.gptq(w, feedback, steps, rounding=rounding)
+        e = w - q * steps.row[..., None] * steps.column_scale[:, None]
+        code, _ = train_gpt.encode_stacks([other, q.numpy().astype(np.int64)])
+        assert (train_gpt.decode_stacks(code)[0][1] == q.numpy()).all()
+        return ((e @ h) * e).sum().item(), len(code)
+
+    error, size = errors_and_bytes(-5.0, train_gpt.round_columns, True)
+    rounding = functools.partial(train_gpt.round_columns, down=True) if down else train_gpt.trellis_along
+    finer, smaller = errors_and_bytes(-6.0, rounding, down)
+    assert finer * 4 ** ((smaller - size) * 8 / w.numel()) < 0.87 * error  # a bit a weight is a factor of 4
+
+
+def test_matrices_of_a_model_go_on_the_trellis(tmp_path):
+    """Every kind, in the direction in which the coder reads it; not without the setting, nor by the published rule."""
+    cfg = config(RUN, artifact_cap=25_000, artifact_margin=0)
+    model = gpt(cfg)
+
+    def followed(**settings):
+        changed = dataclasses.replace(cfg, **settings)
+        arrays = quantize(model, random_hessians(model), changed, ranks(changed))
+        round_trip(arrays, tmp_path / "x.bin")
+        _, code, _ = train_gpt.read_artifact(tmp_path / "x.bin")
+        headers = json.loads(zlib.decompress(code[16 : 16 + struct.unpack_from("<I", code)[0]]))
+        return sum(header["trellis"] for header in headers)
+
+    assert followed() == len(MATRICES)
+    assert followed(trellis=False) == followed(rate_distortion=False) == 0
+
+
+def test_the_trellis_has_steps_as_fine_as_the_uniform_grid(tmp_path):
+    """Where bytes are no limit, too: values are then above a byte, stay on the trellis and come back."""
+    cfg = config(RUN, artifact_cap=1_000_000, artifact_margin=0)
+    model = gpt(cfg)
+    state = folded_state(model)
+    sizes, errors = [], []
+    for trellis in (False, True):
+        changed = dataclasses.replace(cfg, trellis=trellis)
+        arrays = quantize(model, random_hessians(model), changed, ranks(changed))
+        sizes.append(round_trip(arrays, tmp_path / "x.bin"))
+        found = dequantize(arrays)
+        errors.append(sum(((found[name] - state[name]) ** 2).sum().item() for name in MATRICES))
+    assert max(np.abs(a).max() for name, a in arrays.items() if name.endswith(".symbols")) > 127
+    assert sizes[1] < 1.01 * sizes[0] and errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("trellis", (2, -1, 1e30, "1", None, [1]))
+def test_a_trellis_that_is_none_is_refused(trellis):
+    code, _ = train_gpt.encode_stacks([gaussian(70, 33, 3.0)[None].astype(np.int64)])
+    sizes = list(struct.unpack_from("<4I", code))
+    header = json.loads(zlib.decompress(code[16 : 16 + sizes[0]]))
+    header[0]["trellis"] = trellis
+    side = zlib.compress(json.dumps(header).encode())
+    rest = code[16 + sizes[0] :]
+    with pytest.raises(ValueError, match="trellis"):
+        train_gpt.decode_stacks(struct.pack("<4I", len(side), *sizes[1:]) + side + rest)
+
+
+def test_a_code_without_a_trellis_in_its_header_comes_back():
+    """What earlier scripts wrote."""
+    q = gaussian(70, 33, 3.0)[None].astype(np.int64)
+    code, _ = train_gpt.encode_stacks([q])
+    sizes = list(struct.unpack_from("<4I", code))
+    header = json.loads(zlib.decompress(code[16 : 16 + sizes[0]]))
+    del header[0]["trellis"]
+    side = zlib.compress(json.dumps(header).encode())
+    stacks, _ = train_gpt.decode_stacks(struct.pack("<4I", len(side), *sizes[1:]) + side + code[16 + sizes[0] :])
+    assert (stacks[0] == q).all()
 
 
 def test_hessians_are_mean_second_moments_of_the_inputs():
@@ -333,7 +448,8 @@ def test_steps_have_equal_slopes_and_spend_the_budget():
     model = gpt(cfg)
     state, hessians = folded_state(model), random_hessians(model)
     weights = {name: state[name] if state[name].ndim == 3 else state[name][None] for name in MATRICES}
-    plan = Quantizer(model, hessians, cfg, ranks(cfg)).step_sizes(0.0)
+    quantizer = Quantizer(model, hessians, cfg, ranks(cfg))
+    plan = quantizer.step_sizes(0.0)
     scales = {matrix: getattr(model, vector).detach() for vector, matrix in train_gpt.FOLDED.items()}
     slopes, bits = [], 0.0
     for name, kind in MATRICES.items():
@@ -341,7 +457,7 @@ def test_steps_have_equal_slopes_and_spend_the_budget():
         gradient = hessians[f"{name}.rows"].view(row.shape).double() / (scales[name] ** 2 if name in scales else 1)
         gradient = gradient + 0.1 * gradient.mean(1, keepdim=True)
         for layer in range(len(row)):
-            order = h[layer].diagonal().argsort(descending=True)
+            order = quantizer.feedback[name].order[layer]
             damped = h[layer] + cfg.gptq_damping * h[layer].diagonal().mean() * torch.eye(len(h[layer]))
             d = 1 / torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).diagonal() ** 2
             fine = (
@@ -355,7 +471,11 @@ def test_steps_have_equal_slopes_and_spend_the_budget():
             )
             slopes.append(slope.log2().flatten())
             bits += (
-                (0.5 * h.size(1) * (1 + 2 * math.pi * math.e * (weights[name][layer].std(1) / row[layer]) ** 2).log2())
+                (
+                    0.5
+                    * h.size(1)
+                    * (1 + 0.5 * math.pi * math.e * (weights[name][layer].std(1) / row[layer]) ** 2).log2()
+                )
                 .sum()
                 .item()
             )

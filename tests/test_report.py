@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from helpers import base_run
+from helpers import ROOT, base_run
 
 import lossless_caps
 import prepare_data
@@ -316,7 +316,10 @@ def test_check_demands_a_win_over_both_baselines(tmp_path, capsys, baselines, st
             json.dumps({"bpb": baselines, "fingerprint": {}, "text_bytes": 1, "bigram": ""})
         )
     assert report.main([str(run), "--check"]) == status
-    assert capsys.readouterr().err.count("check failed") == status
+    err = capsys.readouterr().err
+    assert err.count("check failed") == status
+    assert ("DEMO_SECONDS=" in err) == bool(status and baselines)  # the remedy, which the Makefile must know
+    assert "\nDEMO_SECONDS ?=" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_baselines(tmp_path, capsys, dataset):
@@ -498,6 +501,30 @@ def test_counts_stand_at_their_bins(tmp_path, monkeypatch):
     figure = figures(monkeypatch, plots.plot_documents, [curved_run(tmp_path)])
     labels = [[tick.get_text() for tick in axis.get_xticklabels()] for axis in figure.axes]
     assert labels == [["64\n12.3k", "1,024\n12.3k", "8,192\n12.3k"], ["64\n1.23M", "1,024\n1.23M", "8,192\n1.23M"]]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_no_name_hides_what_is_drawn(tmp_path, monkeypatch, narrow):
+    """Names of baselines beside the points, even where a stage is at one; the legend of the loss below its panels."""
+    run = curved_run(tmp_path)
+    run.baselines = {"bpb": {"gzip -9": run.stages["trained"], "token bigram": list(run.stages.values())[-1]}}
+    figure = figures(monkeypatch, plots.plot_phases, [run], narrow)
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    places = [
+        place
+        for line in axis.lines
+        for place in axis.transData.transform(line.get_xydata())
+        if len(line.get_xdata()) == len(run.stages)
+    ]
+    names = [text.get_window_extent() for text in axis.texts if text.get_text().startswith(("gzip", "token"))]
+    assert len(places) >= 2 and len(names) == 2
+    assert not any(box.padded(5).contains(*place) for box in names for place in places)
+    sums = [text for text in figure.axes[1].texts if "limit" not in text.get_text()]
+    assert len(sums) == 3 and all(text.get_bbox_patch() for text in sums)  # no line of the limit runs through them
+    loss = figures(monkeypatch, plots.plot_loss, [run], narrow)
+    assert [axis.get_legend() for axis in loss.axes] == [None, None]
+    assert [text.get_text() for text in loss.legends[0].get_texts()] == [f"{run.name}, seed {run.result['seed']}"]
 
 
 def test_every_phase_has_a_colour_of_its_own(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def test_every_setting_is_read_from_its_name():
         text = {bool: str(int(not f.default)), int: str(f.default), float: str(f.default), str: f.default}[
             type(f.default)
         ]
-        value = getattr(Config.from_env({f.name.upper(): text}, check=False), f.name)
+        value = getattr(Config.from_env({"TTT_EVAL_ONLY": "1", f.name.upper(): text}), f.name)
         assert type(value) is type(f.default) and value == (not f.default if type(f.default) is bool else f.default)
 
 
@@ -105,7 +105,7 @@ SHARED = (
 
 @pytest.mark.parametrize("name", SHARED.split())
 def test_a_word_that_others_use_is_no_error(name):
-    Config.from_env({name: "1"}, check=False)
+    Config.from_env({"TTT_EVAL_ONLY": "1", name: "1"})
 
 
 @pytest.mark.parametrize("name", train_gpt.RETIRED)
@@ -251,7 +251,7 @@ def attempt_all(rank: int, world: int, name: str, path):
     signal.signal(signal.SIGALRM, late)
     wrong = []
     for value in EXTREMES[name]:
-        signal.alarm(8)
+        signal.alarm(30)
         wrong.append(attempt(name, value))
         signal.alarm(0)
     path.write_text("\n".join(filter(None, wrong)))

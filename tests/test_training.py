@@ -2,6 +2,7 @@
 the same bytes from the same settings."""
 
 import math
+import re
 import time
 from types import SimpleNamespace
 
@@ -442,6 +443,29 @@ def test_scores_on_the_way_take_no_time_of_training(monkeypatch, tmp_path):
     assert 7200 <= found["seconds"]["subset"] < 7201 and 0 < found["seconds"]["steps"] < found["seconds"]["train"] < 1
     assert found["training"]["seconds"] < 1 and [seconds < 1 for _, seconds, _ in found["val_curve"]] == [True, True]
     assert found["training"]["steps"] == 4 and found["verdicts"]["train_budget"]["verdict"] == "PASS"
+
+
+def test_a_run_over_its_training_budget_names_the_setting(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def reading() -> float:
+        now[0] += 2.0**-10
+        return now[0]
+
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(**vars(time) | {"perf_counter": reading}))
+    collect = train_gpt.collect_hessians
+
+    def slow(*arguments):
+        now[0] += 3600
+        return collect(*arguments)
+
+    monkeypatch.setattr(train_gpt, "collect_hessians", slow)
+    main({**RUN, "max_wallclock_seconds": 600}, tmp_path).ok()
+    found, log = result(tmp_path), (tmp_path / "train.log").read_text()
+    assert found["verdicts"]["train_budget"]["verdict"] == "FAIL" and "val_bpb" not in found
+    assert re.search(r"^no val_bpb: train_budget failed; a larger GPTQ_RESERVE_SECONDS ", log, re.M)
+    assert log.endswith(f"TTT_EVAL_ONLY=1 ARTIFACT_DIR={tmp_path} python train_gpt.py\n")
+    assert f"python tools/audit.py {tmp_path} --data {data()}\n" in log
 
 
 def test_scores_on_the_way_are_those_of_all_ranks(tmp_path):

@@ -708,7 +708,7 @@ def test_progress_shows_inside_a_batch(monkeypatch):
     ledger = Ledger("test", np.ones(40, np.uint16), Verdicts())
     ledger.write(np.arange(4), np.full(4, math.log(2)))
     ledger.shared += 8, 4 * math.log(2), 8  # of all ranks, before the last merge
-    scoring.progress.show(ledger)
+    scoring.progress.show(scoring._replace(ledger=ledger))
     assert "50.0 %  BPB so far 0.8000" in scoring.log.lines[-1]
 
 
@@ -788,13 +788,17 @@ def slow_sgd(model, stream, end: int, cfg):
     ),
     ids=str,
 )
-def test_base_weights_learn_by_sgd(overrides):
-    """Five chunks of three pieces each, documents kept apart; every parameter that reaches the loss moves."""
+def test_base_weights_learn_by_sgd(overrides, monkeypatch):
+    """Five chunks of three pieces each, documents kept apart; every parameter that reaches the loss moves. Progress,
+    which stands meanwhile, says what goes on."""
+    monkeypatch.setattr(train_gpt.Progress, "EVERY", -1.0)
     cfg = ttt_config(ttt_eval_seq_len=16, ttt_chunks="4,8", global_ttt_chunk_tokens=40, **overrides)
     stream = Stream(random_documents([50, 1, 90, 59, 30]))
     ledger, found, wanted, start = stream.ledger(), network(cfg), network(cfg), network(cfg)
     ledger.write(np.arange(200), np.ones(200))
-    GlobalSGD(passing(cfg, stream, found, ledger)).learn(sgd_chunks(0, 0, 200, 0, cfg), 0.0, 1.0)
+    scoring = passing(cfg, stream, found, ledger)
+    GlobalSGD(scoring).learn(sgd_chunks(0, 0, 200, 0, cfg), 0.0, 1.0)
+    assert scoring.log.lines and all(line.endswith(" s left, base weights learning") for line in scoring.log.lines)
     slow_sgd(wanted, stream, 200, cfg)
     for (name, a), b, before in zip(found.named_parameters(), wanted.parameters(), start.parameters()):
         assert largest(a.detach(), b.detach()) < 2e-6 + 1e-3 * largest(b.detach(), before.detach()), name
@@ -1232,10 +1236,10 @@ def test_replayed_graphs_give_the_same_scores(monkeypatch, mode, ngrams):
     adaptation = TestTimeTraining(scoring)
     adapted = adaptation.strategy.documents
     tokens = adapted.lockstep.tokens.clone()
-    adapted.capture([batch for batches in adaptation.strategy.batches for batch in batches])
-    assert torch.equal(adapted.lockstep.tokens, tokens)
     lockstep = train_gpt.plan_lockstep
     monkeypatch.setattr(train_gpt, "plan_lockstep", lambda lengths, cfg, exact: lockstep(lengths, cfg, False))
+    adapted.capture([batch for batches in adaptation.strategy.batches for batch in batches])
+    assert torch.equal(adapted.lockstep.tokens, tokens)
     called = []
     monkeypatch.setattr(
         GlobalSGD, "learn", lambda self, *rest, learn=GlobalSGD.learn: called.append(learn(self, *rest))
@@ -1313,7 +1317,7 @@ def test_the_headline_is_the_adapted_pass(shipped):
     )
     assert len(nats) == found["data"]["val_targets"] and np.isfinite(nats).all()
     log = (shipped / "train.log").read_text()
-    assert "5 segment(s) of [3, 1, 2, 2, 2] documents" in log
+    assert "scoring adapted: 5 segment(s) of [3, 1, 2, 2, 2] documents" in log
     assert log.count("base weights learnt from") == 2
     times = found["adapt_seconds"]
     assert times["estimated"] > 0 and times["measured"] == found["seconds"]["adapt"]

@@ -20,7 +20,9 @@ to be compared), a `script`, and optionally
     seed, env_file, env     settings, NAME=value words; later ones win
     after       conditions to start: NAME (that run has ended) or NAME:PATTERN (its log says so)
     gate        conditions under which it may leave its start-up, where it waits for the file LEASE_GATE, using no GPU
-    shares      true: runs beside whatever is there
+    shares      true: runs beside whatever is there, as far as memory goes
+    memory      GiB it may take on each of its GPUs (48; 24 where it shares them; at its gate 6). It starts, and leaves
+                its gate, where the sum over the runs of each GPU stays within the queue's `memory` (78)
     continues   a run whose ARTIFACT_DIR it uses; its score is that run's `pass` (adapted)
     command     words to run in place of the script
     curve       NAME@BUDGET: its trained BPB belongs to that point of that curve (tools/lease_report.py --curve)
@@ -55,6 +57,7 @@ SCALES = {
 }
 WAITING = "lease: waiting at the gate"  # a script with a gate prints it
 PASSES = ("trained", "quantized", "adapted")
+CARD_MEMORY, ALONE_MEMORY, SHARED_MEMORY, GATED_MEMORY = 78, 48, 24, 6  # GiB: of an H100, and of runs on it
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
 
@@ -137,6 +140,15 @@ class Job:
     def gated(self) -> bool:
         closed = "gate" in self.entry and not (self.folder / "gate").exists()
         return self.state == "runs" and closed and self.says(WAITING)
+
+    @property
+    def memory(self) -> float:
+        return self.entry.get("memory", SHARED_MEMORY if self.entry.get("shares") else ALONE_MEMORY)
+
+    def cards(self, gpus: list[int]) -> list[int]:
+        """The GPUs that it will use, where its own settings name them."""
+        named = self.words().get("CUDA_VISIBLE_DEVICES")
+        return [int(gpu) for gpu in named.split(",")] if named else gpus
 
     @property
     def busy(self) -> bool:
@@ -227,6 +239,8 @@ class Queue:
                 raise SystemExit(f"{job.name}: no run is called {unknown[0].split(':')[0]}")
             if job.gpus_wanted > queue.get("gpus", 1):
                 raise SystemExit(f"{job.name}: wants {job.gpus_wanted} GPUs of {queue.get('gpus', 1)}")
+            if job.memory > queue.get("memory", CARD_MEMORY):
+                raise SystemExit(f"{job.name}: wants {job.memory} GiB of {queue.get('memory', CARD_MEMORY)}")
 
     def holds(self, conditions: list[str]) -> bool:
         return all(
@@ -238,21 +252,34 @@ class Queue:
         taken = {gpu for job in self.jobs.values() if job.busy for gpu in job.gpus}
         return [gpu for gpu in range(self.queue.get("gpus", 1)) if gpu not in taken]
 
+    def fits(self, job: Job, gpus: list[int]) -> bool:
+        """Whether the job would find its memory on all of these GPUs beside the others that are there."""
+        held = dict.fromkeys(gpus, job.memory)
+        for other in self.jobs.values():
+            if other.state == "runs" and other is not job:
+                for gpu in set(held) & set(other.cards(other.gpus)):
+                    held[gpu] += GATED_MEMORY if other.gated else other.memory
+        return max(held.values(), default=0) <= self.queue.get("memory", CARD_MEMORY)
+
     def turn(self) -> bool:
         """Starts and releases what may go on, in the queue's order; True while something is left to do."""
         for job in self.jobs.values():
             job.poll()
         for job in self.jobs.values():
-            if job.gated and self.holds(job.entry["gate"]) and set(job.gpus) <= set(self.free()):
+            ready = job.gated and self.holds(job.entry["gate"]) and set(job.gpus) <= set(self.free())
+            if ready and self.fits(job, job.gpus):
                 (job.folder / "gate").touch()
         for job in self.jobs.values():
             parent = [job.entry["continues"]] if "continues" in job.entry else []
             if job.state != "waits" or not self.holds(job.entry.get("after", []) + parent):
                 continue
             gpus = list(range(self.queue.get("gpus", 1))) if job.entry.get("shares") else self.free()
-            if len(gpus) < job.gpus_wanted:
+            gpus = gpus[: job.gpus_wanted]
+            if len(gpus) < job.gpus_wanted or not self.fits(job, job.cards(gpus)):
+                if job.entry.get("shares"):
+                    continue
                 break  # nothing behind it in the queue may take the GPUs that it waits for
-            job.start(self.root, self.queue, gpus[: job.gpus_wanted])
+            job.start(self.root, self.queue, gpus)
         state = {name: job.describe() for name, job in self.jobs.items()}
         left = any(job.state in ("waits", "runs") for job in self.jobs.values())
         part = self.root / "state.json.part"
@@ -402,16 +429,21 @@ def found_nats(folder: Path, entry: dict, bpb: dict) -> dict[str, Path]:
     return found
 
 
+def space_and_operators(model: Path) -> tuple[int, list[int]]:
+    """Ids of the space and of the operators that JOIN_OPERATORS joins to it."""
+    import sentencepiece
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    space, *operators = sp.piece_to_id(["\u2581", "\ue001", "\ue002"])
+    return space, operators
+
+
 def documents_of(run: Path, documents: Documents, model: Path) -> Documents:
     """The documents as this run has read them."""
     path = run / "result.json"
     if not path.exists() or not json.loads(path.read_text()).get("settings", {}).get("join_operators"):
         return documents
-    import sentencepiece
-
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    space, *operators = sp.piece_to_id(["\u2581", "\ue001", "\ue002"])
-    return documents.joined(space, operators)
+    return documents.joined(*space_and_operators(model))
 
 
 def collect(root: Path, out: Path, ledgers: bool) -> None:

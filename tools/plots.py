@@ -127,8 +127,10 @@ def plot_loss(runs: list[Run], narrow: bool = False) -> bytes | None:
         axis.grid(axis="y")
         plot_val_curves(runs, column, axis)
     how = "points: as logged" + (f"; line: mean of {window} in a row" if window > 1 else ", joined")
-    box = {"frameon": True, "facecolor": "white", "edgecolor": "white", "framealpha": 1}  # no event shines through
-    axes[1].legend(fontsize=8, title=how, title_fontsize=8, loc="upper right", alignment="left", **box)
+    # Below the panels: within them it would hide a curve or the name of an event.
+    marks = axes[0].get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": 1 if narrow else 3}
+    figure.legend(*marks, fontsize=8, title=how, title_fontsize=8, **place)
     return as_png(figure)
 
 
@@ -198,7 +200,8 @@ def plot_stages(runs: list[Run], axis) -> None:
                 fontweight="bold",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
             )
-    for name, value in (runs[0].baselines or {"bpb": {}})["bpb"].items():
+    baselines = (runs[0].baselines or {"bpb": {}})["bpb"]
+    for name, value in baselines.items():
         if name != "token unigram":  # far above the rest: it would flatten them
             axis.axhline(value, color=QUIET, linestyle="--", linewidth=1)
             axis.annotate(
@@ -212,7 +215,8 @@ def plot_stages(runs: list[Run], axis) -> None:
                 color=QUIET,
             )
     axis.margins(y=0.2)
-    axis.set(xlim=(-0.5, len(stages) - 0.5), ylabel="validation bits per byte (lower is better)")
+    names = 0.9 if baselines else 0.0  # room at the right, where no point hides the name of a baseline
+    axis.set(xlim=(-0.5, len(stages) - 0.5 + names), ylabel="validation bits per byte (lower is better)")
     axis.set_xticks(range(len(stages)), stages)
     axis.grid(axis="y")
     if len(runs) > 1:
@@ -236,7 +240,17 @@ def plot_budgets(run: Run, axis) -> None:
             bar = axis.barh(y, value, left=at, height=0.5, color=colour, label=f"{name} {value:,.1f} s")
             handles += [bar] if value >= 0.05 else []  # below, nothing is seen of it
             at += value
-        axis.text(at, y, f"  {at:,.1f} s", fontsize=9, va="center", fontweight="bold")
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # the line of the limit ends behind it
+        axis.annotate(
+            f"{at:,.1f} s",
+            (at, y),
+            xytext=(6, 0),
+            textcoords="offset points",
+            fontsize=9,
+            va="center",
+            fontweight="bold",
+            bbox=white,
+        )
     longest = max([limit, *(sum(value for _, value in parts) for parts in bars.values())])
     if limit:
         axis.plot([limit, limit], [-0.4, 1.4], color=LIMIT, linewidth=1.4)

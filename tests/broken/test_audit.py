@@ -58,6 +58,13 @@ def test_bad_arguments(tmp_path, capsys):
         run(artifact(), "--only", "no_such_check")
 
 
+def test_a_mistyped_data_folder_is_refused(tmp_path, capsys):
+    folder = copy_of(artifact(), tmp_path / "artifact")
+    assert main([str(folder), "--data", str(tmp_path / "dat"), "--only", "size"]) == 2
+    assert f"{tmp_path / 'dat'}: no file fineweb_val_*.bin there" in capsys.readouterr().err
+    assert not (folder / "audit.json").exists()
+
+
 def test_without_data_the_scorer_is_not_run(tmp_path):
     folder = copy_of(artifact(), tmp_path / "artifact")
     found = run_checks(

@@ -92,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     show_all_text()
     args = parse_args(argv)
     data = args.data or (Path(os.environ["DATA_PATH"]) if os.environ.get("DATA_PATH") else None)
+    if args.data and not any(args.data.glob("fineweb_val_*.bin")):  # a typo would leave most checks NOT RUN
+        print(f"audit.py: {shown(args.data)}: no file fineweb_val_*.bin there; name the data's folder", file=sys.stderr)
+        return 2
     names = [name for name in args.only or CHECKS if name not in args.skip]
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="golf_audit_") as work:

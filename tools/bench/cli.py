@@ -85,6 +85,10 @@ COMMANDS = {
             BUDGET,
         ),
     ),
+    "where": Command(
+        quant.where,
+        (path("--trained", "trained.npz of a run; DATA_PATH names its data", required=True, metavar="PATH"),),
+    ),
     "ttt": Command(
         ttt.ttt,
         (

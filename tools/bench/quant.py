@@ -10,12 +10,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import train_gpt as ours
 from tools.bench.table import Row
+from tools.lease import Documents, space_and_operators
 
 PUBLISHED = dict(
     rate_distortion=False,
@@ -29,7 +31,8 @@ METHODS = {  # the first gives the size that all must have
     "published: sigmas, LQER, AWQ": dict(
         PUBLISHED, lqer_enabled=True, lqer_top_k=3, lqer_rank=4, awq_lite_enabled=True
     ),
-    "ours": {},
+    "ours": dict(trellis=True),
+    "ours, uniform grid": dict(trellis=False),
     "ours, rows alike": dict(rate_rows=0.0, rate_embed_rows=0.0),
     "ours, columns alike": dict(rate_columns=0.0),
     "ours, matrices only": dict(rate_rows=0.0, rate_embed_rows=0.0, rate_columns=0.0),
@@ -143,6 +146,20 @@ def coded_sizes(path: Path) -> Iterator[tuple[str, int, float]]:
 # ---------------------------------------------------------------- quant
 
 
+class Score(NamedTuple):
+    """BPB of all validation documents that were scored whole, and of their halves A and B."""
+
+    all: float
+    a: float
+    b: float
+
+    def less(self, other: "Score") -> "Score":
+        return Score(*(mine - yours for mine, yours in zip(self, other, strict=True)))
+
+    def __str__(self):
+        return f"{self.all:+.5f} BPB (A {self.a:+.5f}, B {self.b:+.5f})"
+
+
 class Lab:
     """A run's trained weights, their Hessians, and scores of what quantisation makes of them."""
 
@@ -157,11 +174,15 @@ class Lab:
         self.model, self.scored = self.new_model(), self.new_model()
         ours.load_state(self.model, {name: torch.from_numpy(a) for name, a in arrays.items()}, trained)
         self.stream, self.val = ours.TrainStream(self.cfg), ours.ValidationStream(self.cfg)
+        self.documents = Documents(Path(self.cfg.data_path))
+        if self.cfg.join_operators:
+            self.documents = self.documents.joined(*space_and_operators(ours.tokenizer_path(self.cfg)))
         begun = self.now()
         self.hessians = ours.collect_hessians(self.model, self.stream, self.cfg, self.ranks)
         print(f"calibration {self.now() - begun:.1f} s", flush=True)
         self.weights = sum(p.numel() for p in self.model.parameters())
-        self.trained = self.bpb(dict(self.model.named_parameters()))
+        self.trained_state = {name: p.detach() for name, p in self.model.named_parameters()}
+        self.trained = self.score(self.trained_state)
 
     def now(self) -> float:
         self.ranks.synchronize()
@@ -171,7 +192,7 @@ class Lab:
         dtype = torch.bfloat16 if self.ranks.device.type == "cuda" else torch.float32
         return ours.GPT(self.cfg, self.backend, dtype, logit_calibration).to(self.ranks.device)
 
-    def bpb(self, state: dict, logit_values: np.ndarray | None = None) -> float:
+    def score(self, state: dict, logit_values: np.ndarray | None = None) -> Score:
         model, device = self.scored, self.ranks.device
         if logit_values is not None:
             values, features = torch.from_numpy(logit_values).to(device), ours.piece_features(self.cfg).to(device)
@@ -179,9 +200,11 @@ class Lab:
         ours.load_state(model, state, "memory")
         ledger = ours.Ledger("bench", self.val.target_bytes, ours.Verdicts())
         log = lambda *_, **__: None
-        progress = ours.Progress(self.ranks, log)
-        scoring = ours.ScoringPass(model, self.cfg, self.ranks, log, self.val, ledger, progress)
-        return ours.score_stream(scoring)
+        scoring = ours.ScoringPass(model, self.cfg, self.ranks, log, self.val, ledger, ours.Progress())
+        ours.score_stream(scoring)
+        bits, size, in_b = self.documents.bits(ledger.nats), self.documents.bytes, self.documents.in_b
+        whole = ~np.isnan(bits)
+        return Score(*(bits[part].sum() / size[part].sum() for part in (whole, whole & ~in_b, whole & in_b)))
 
     def fitted(self, settings: dict, target: int) -> tuple["ours.Quantized", int, float]:
         """A quantised model within 0.05 % of `target` bytes (0: as the settings say), its size, and seconds of one
@@ -210,21 +233,21 @@ def quant(args: argparse.Namespace) -> Iterator[Row]:
     Ratio: its loss over the published one's; of GPTQ, its seconds over those of our batched solver.
     """
     rows = list(losses(args.trained, args.budget))
-    published = next((lost for _, size, lost, _ in rows if size), 1.0)
+    published = next((lost.all for _, size, lost, _ in rows if size), 1.0)
     solver = rows[0][3]
     for method, size, lost, seconds in rows:
         if size:
-            yield Row(f"{size:,} bytes, {lost:+.5f} BPB", method, seconds, lost / published)
+            yield Row(f"{size:,} bytes, {lost}", method, seconds, lost.all / published)
         else:
             yield Row("solve", method, seconds, seconds / solver)
 
 
-def losses(trained: Path, budget: float) -> Iterator[tuple[str, int, float, float]]:
+def losses(trained: Path, budget: float) -> Iterator[tuple[str, int, Score, float]]:
     """Yields (method, bytes, BPB lost, seconds of quantisation). Methods that would begin after ``budget`` seconds are
     left out."""
     began, target = time.perf_counter(), 0
     lab = Lab(trained)
-    print(f"trained: {lab.trained:.5f} BPB", flush=True)
+    print(f"trained: {lab.trained.all:.5f} BPB (A {lab.trained.a:.5f}, B {lab.trained.b:.5f})", flush=True)
     yield from solve_times(lab)
     for name, settings in METHODS.items():
         if time.perf_counter() - began > budget:
@@ -232,9 +255,42 @@ def losses(trained: Path, budget: float) -> Iterator[tuple[str, int, float, floa
             break
         quantized, size, seconds = lab.fitted(settings, target)
         target = target or size
-        lost = lab.bpb(quantized.state(), quantized.logit_calibration) - lab.trained
-        print(f"{name:36s} {size:,} bytes  {lost:+.5f} BPB", flush=True)
+        lost = lab.score(quantized.state(), quantized.logit_calibration).less(lab.trained)
+        print(f"{name:36s} {size:,} bytes  {lost}  {seconds:.1f} s", flush=True)
         yield name, size, lost, seconds
+
+
+def where(args: argparse.Namespace) -> Iterator[Row]:
+    """BPB that quantisation loses by kind, by layer and by both, everything else left as it was trained.
+
+    Ratio: of the loss of all together."""
+    lab = Lab(args.trained)
+    begun = lab.now()
+    quantized = ours.Quantizer(lab.model, lab.hessians, lab.cfg, lab.ranks).quantize(0.0)
+    seconds = lab.now() - begun
+    rounded = {name: tensor.to(lab.ranks.device) for name, tensor in quantized.state().items()}
+    whole = lab.score(rounded).less(lab.trained)
+    yield Row(f"{whole}", "all", seconds, 1.0)
+    layers = range(len(rounded["down"]))
+    kinds = [name for name in ours.MATRICES if name != "tok_emb"]
+    parts = {name: [(name, slice(None))] for name in ours.MATRICES}
+    parts |= {f"layer {layer}": [(name, [layer]) for name in kinds] for layer in layers}
+    parts |= {f"{name} of layer {layer}": [(name, [layer])] for name in kinds for layer in layers}
+    for part, places in parts.items():
+        lost = lab.score(partly_rounded(lab.trained_state, rounded, places)).less(lab.trained)
+        print(f"{part:20s} {lost}", flush=True)
+        yield Row(f"{lost}", part, 0.0, lost.all / whole.all)
+
+
+def partly_rounded(trained: dict, rounded: dict, places: list) -> dict:
+    """The trained state with some layers of some matrices as quantised, and the scales that were folded into them."""
+    state = dict(trained)
+    for name, layers in places:
+        scales = [scale for scale, matrix in ours.FOLDED.items() if matrix == name]
+        for key in [name, *scales]:
+            state[key] = state[key].clone()
+            state[key][layers] = rounded[key][layers]
+    return state
 
 
 @torch.no_grad()

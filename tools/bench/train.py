@@ -261,7 +261,9 @@ def published_protocol(folder: Path) -> str:
         ours.plan_windows(starts, limit, cfg.eval_seq_len, cfg.eval_seq_len), cfg.val_batch_tokens
     ):
         batch, places, targets = ours.window_batch(val, buffer, cfg)
-        scores = ours.score_batch(model, ours.to_device(batch, ranks.device), cfg.looped).nats
+        batch = ours.to_device(batch, ranks.device)
+        hidden = model.trunk(batch.tokens, batch.seq, looped=cfg.looped)
+        scores = model.nll(hidden, batch.targets.clamp(min=0)).nats
         nats[targets] = scores[torch.from_numpy(places).to(scores.device)].double().cpu().numpy()
     bpb = nats[:limit].sum() / math.log(2) / val.target_bytes[:limit].sum(dtype=np.int64)
     return f"{folder}: {bpb:.5f} BPB on {limit:,} of {val.targets:,} targets"
