@@ -3352,7 +3352,8 @@ class GPT(nn.Module):
         # scales and gates of the sublayers
         self.attn_scale = parameter(layers, d, value=1)  # (L, d)
         self.mlp_scale = parameter(layers, d, value=1)  # (L, d)
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(layers, 1, d))  # (L, 2, d)
+        # On "meta", `repeat` and a division would import the compiler: seconds, wherever an artifact is loaded.
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).expand(layers, 2, d).contiguous())  # (L, 2, d)
         self.q_gain = parameter(layers, heads, value=cfg.qk_gain_init)  # (L, H)
         gated = cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled
         self.attn_gate = parameter(layers, heads, channels) if gated else None  # (L, H, channels)
@@ -3374,7 +3375,7 @@ class GPT(nn.Module):
         self.caps = parameter(2, value=cfg.logit_softcap) if cfg.asym_logit_rescale else cfg.logit_softcap
 
         # constants of each layer
-        pairs = torch.arange(0, cfg.rope_dims, 2)
+        pairs = torch.arange(0, cfg.rope_dims, 2, device="cpu")
         frequency = cfg.rope_base ** -(pairs / cfg.rope_dims)
         self.register_buffer("rope_frequency", frequency, persistent=False)  # (rope_dims / 2,)
         window = cfg.attn_window or -1
@@ -4127,11 +4128,15 @@ def binary_roots(n: int) -> list[int]:
 def half_gaussian() -> ndarray:
     """Mass of N(0, 1) on [0, i / GAUSS_STEPS] times 2**30, up to 9 sigma, int64 (9 * GAUSS_STEPS + 1,), by the
     trapezoid rule."""
-    twice_variance = 2 * GAUSS_STEPS**2
-    density = []
-    for i in range(9 * GAUSS_STEPS + 1):
-        exponent = Decimal(-i * i) / twice_variance
-        density.append(int(exponent.exp() * 2**64))
+    exponent = Decimal(-1) / (2 * GAUSS_STEPS**2)
+    ratio = int(exponent.exp() * 2**90)  # of the density at one place to that at the place before, in 2**-90
+    change = ratio * ratio >> 90
+    density = [1 << 64]
+    density_q90 = 1 << 90
+    for _ in range(9 * GAUSS_STEPS):
+        density_q90 = density_q90 * ratio >> 90
+        ratio = ratio * change >> 90
+        density.append(density_q90 >> 26)
     trapezoids = map(sum, itertools.pairwise(density))
     area = list(itertools.accumulate(trapezoids, initial=0))
     return np.array([(a << 29) // area[-1] for a in area])
@@ -4176,11 +4181,9 @@ def frequency_tables() -> ndarray:
 
 
 FREQUENCIES = frequency_tables()
-# Of every cell: frequency << PROB_BITS | sum of its table's frequencies before it.
-CELL_STARTS = FREQUENCIES << PROB_BITS | (FREQUENCIES.cumsum(1) - FREQUENCIES) & SLOT_MASK
-CELL_STARTS = CELL_STARTS.astype(np.uint32)
-# Bits of every cell. These choose a mixture, nothing is coded with them, so libm may be used.
-COST_BITS = (PROB_BITS - np.log2(np.maximum(FREQUENCIES, 1))).astype(np.float32)
+BEFORE = FREQUENCIES.cumsum(1) - FREQUENCIES & SLOT_MASK  # of every cell: the sum of those before it in its table
+ESCAPED = FREQUENCIES[0] == 0  # cells that cannot be coded: every mixture has its zeros in the same places
+ESCAPED[ESCAPE::256] = True
 # Mantissas of frexp, 0.5 <= m < 1, at which the rounded logarithm changes.
 LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
 
@@ -4188,21 +4191,20 @@ LOG2_EDGES = np.array(binary_roots(2 * LOG2_STEPS)[1::2], np.float64) / 2**61
 # --- Symbols to rANS states and back ---
 
 
-def rans_encode(steps: list[ndarray], rider: bytes) -> tuple[bytes, bytes]:
-    """steps: CELL_STARTS of the symbols' cells, in the order of decoding. Returns states uint32 and words uint16. A
-    state begins with 16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends
-    with."""
+def rans_encode(steps: list[tuple[int, ndarray]], rider: bytes) -> tuple[bytes, bytes]:
+    """steps: mixture and cells, in the order of decoding. Returns states uint32 and words uint16. A state begins with
+    16 bits that carry nothing, so they carry `rider` (two bytes a state), which the decoder ends with."""
     states = np.frombuffer(rider, "<u2").astype(np.int64) + (1 << 16)
     words = []
-    for start in reversed(steps):
-        state = states[: len(start)]  # a view
-        freq = start >> PROB_BITS
-        full = state >= freq << (32 - PROB_BITS)
+    for mixture, cells in reversed(steps):
+        state = states[: len(cells)]  # a view
+        freq = FREQUENCIES[mixture].take(cells)
+        full = np.flatnonzero(state >= freq << (32 - PROB_BITS))
         words.append(state[full].astype("<u2").tobytes())
         state[full] >>= 16
         times = (state / freq).astype(np.int64)  # exact: state < 2**32, freq <= 2**14
-        rest = state - times * freq
-        state[:] = (times << PROB_BITS) + rest + (start & SLOT_MASK)
+        state += times * ((1 << PROB_BITS) - freq)
+        state += BEFORE[mixture].take(cells)
     return states.astype("<u4").tobytes(), b"".join(reversed(words))
 
 
@@ -4213,22 +4215,22 @@ class SymbolWriter:
         self.cells = []  # arrays int32 (G * rows,), one for every step
         self.escaped = []  # bytes of raw int16
 
-    def column(self, table, floor, values):
-        """Take one step: a column of all rows of a chunk. Arrays (G, rows): the table of each symbol and the whole part
-        of its mean, int64, and its value, int32."""
-        code = (values - floor + MAX_SYMBOL).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
-        cell = (table * 256 + code).ravel()
-        frequency = FREQUENCIES[0][cell]  # every mixture has its zeros in the same places
-        escaped = (frequency == 0) | (code.ravel() == ESCAPE)
+    def columns(self, table, least, values):
+        """Take some steps: columns of all rows of a chunk, int32 (steps, G, rows): the table of each symbol, the value
+        of its code 0, which may be one for all, and its value."""
+        code = (values - least).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
+        cell = (table << 8 | code).reshape(len(table), -1)
+        escaped = ESCAPED.take(cell)
         if escaped.any():
             cell[escaped] |= ESCAPE
-            self.escaped.append(values.ravel()[escaped].astype("<i2").tobytes())
-        self.cells.append(cell.astype(np.int32))
+            self.escaped.append(values.reshape(cell.shape)[escaped].astype("<i2").tobytes())
+        self.cells.extend(cell)
 
     def best_mixture(self) -> int:
         """The tail shape that codes every fifth column best."""
-        sample = np.concatenate(self.cells[::5])
-        return int(np.argmin([bits[sample].sum(dtype=np.float64) for bits in COST_BITS]))
+        counts = np.bincount(np.concatenate(self.cells[::5]), minlength=len(ESCAPED))
+        gains = np.log2(np.maximum(FREQUENCIES, 1)) @ counts  # nothing is coded with them, so libm may be used
+        return int(np.argmax(gains))
 
 
 def take(values, count: int):
@@ -4242,7 +4244,7 @@ class SymbolReader:
     """Decodes columns, stack by stack, from states, words and escaped values, which it uses up from the front."""
 
     def __init__(self, states: ndarray, words: ndarray, escaped: ndarray):
-        self.states = states.copy()
+        self.states = states.astype(np.int64)
         self.words = words
         self.escaped = escaped
 
@@ -4251,35 +4253,42 @@ class SymbolReader:
         frequencies = FREQUENCIES[mixture]
         codes = np.arange(len(frequencies)).astype(np.uint8)  # of every cell: its number modulo 256
         self.codes = np.repeat(codes, frequencies)  # of every slot of every table
-        self.starts = CELL_STARTS[mixture]
+        self.before = BEFORE[mixture]
+        self.others = (1 << PROB_BITS) - frequencies
 
-    def column(self, table, floor, values):
-        """As SymbolWriter.column, but fills in the values."""
-        state = self.states[: table.size]  # a view: the states advance in place
-        table = table.ravel()
-        slot = state & SLOT_MASK
-        code = self.codes.take((table << PROB_BITS) + slot)
-        start = self.starts.take((table << 8) + code)
-        before = start & SLOT_MASK
-        state[:] = (start >> PROB_BITS) * (state >> PROB_BITS) + (slot - before)  # stays below 2**32
-        low = np.flatnonzero(state < 1 << 16)
-        taken, self.words = take(self.words, len(low))
-        state[low] = state[low] << 16 | taken
-        decoded = code + (floor.ravel() - MAX_SYMBOL)
-        is_escaped = code == ESCAPE
+    def columns(self, table, least, values):
+        """As SymbolWriter.columns, but fills in the values."""
+        codes = np.empty((len(table), table[0].size), np.uint8)
+        state = self.states[: codes.shape[1]]  # a view: the states advance in place
+        cells = table.reshape(codes.shape) << np.int64(8)
+        slots = cells << PROB_BITS - 8
+        for code, cell, slot in zip(codes, cells, slots):  # cell, slot: the first of their table
+            slot += state & SLOT_MASK
+            self.codes.take(slot, out=code, mode="clip")  # in range; without a mode, numpy would copy `code`
+            cell += code
+            # freq (s div 2**14) + s mod 2**14 - before
+            times = state >> PROB_BITS
+            times *= self.others.take(cell)
+            state -= times
+            state -= self.before.take(cell)
+            low = (state < 1 << 16).nonzero()[0]
+            taken, self.words = take(self.words, len(low))
+            state[low] = state[low] << 16 | taken
+        codes = codes.reshape(values.shape)
+        np.add(codes, least, out=values)
+        is_escaped = codes == ESCAPE
         if count := np.count_nonzero(is_escaped):
-            decoded[is_escaped], self.escaped = take(self.escaped, count)
-        values[:] = decoded.reshape(values.shape)
+            values[is_escaped], self.escaped = take(self.escaped, count)
 
 
 # --- The model ---
 
 
 def log2_fixed(x: ndarray) -> ndarray:
-    """round(LOG2_STEPS * log2(x)), int64, equal on every machine."""
+    """round(LOG2_STEPS * log2(x)), int32, equal on every machine."""
     mantissa, exponent = np.frexp(x)
-    octaves = exponent.astype(np.int64) - 1
-    return octaves * LOG2_STEPS + np.searchsorted(LOG2_EDGES, mantissa, side="right")
+    octaves = exponent - 1
+    return octaves * LOG2_STEPS + np.searchsorted(LOG2_EDGES, mantissa, side="right").astype(np.int32)
 
 
 def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
@@ -4288,23 +4297,22 @@ def ldl(c: ndarray) -> tuple[ndarray, ndarray]:
 
     L_ij d_j = c_ij - sum_k<j L_ik (L_jk d_k), left-looking in panels of 16 columns. By Cauchy-Schwarz
     sum_k |L_ik d_k L_jk| <= 1, so partial sums stay below 2**53 in any order."""
-    ld_q22 = np.rint(c * 2.0**22)  # begins as c, becomes L d column by column
+    ld_q22 = np.rint(np.ascontiguousarray(c.mT) * 2.0**22)  # begins as c^T, becomes L d column by column
     low_q20 = np.zeros_like(ld_q22)
     d_q22 = np.empty(c.shape[:2])
     for first in range(0, c.shape[1], 16):
         panel = slice(first, first + 16)
-        known_q42 = low_q20[:, first:, :first] @ ld_q22[:, panel, :first].mT
-        rest = ld_q22[:, first:, panel] - np.rint(known_q42 * 2.0**-20)
-        for i in range(rest.shape[2]):
+        known_q42 = ld_q22[:, panel, :first] @ low_q20[:, first:, :first].mT
+        rest = ld_q22[:, panel, first:] - np.rint(known_q42 * 2.0**-20)  # columns as rows: each is read at once
+        for i in range(rest.shape[1]):
             j = first + i
             d_q22[:, j] = np.maximum(rest[:, i, i], MIN_D_Q22)
             inverse = 2.0**20 / d_q22[:, j, None]
-            column = np.rint(rest[:, i + 1 :, i] * inverse)
+            column = np.rint(rest[:, i, i + 1 :] * inverse)
             low_q20[:, j + 1 :, j] = column
-            later = rest[:, i + 1 :, i + 1 :]
-            row = rest[:, None, i + 1 : rest.shape[2], i] * 2.0**-20
-            later -= np.rint(column[:, :, None] * row)
-        ld_q22[:, first:, panel] = rest
+            row = rest[:, i, i + 1 : rest.shape[1], None] * 2.0**-20
+            rest[:, i + 1 :, i + 1 :] -= np.rint(column[:, None] * row)
+        ld_q22[:, first:, panel] = rest.mT
     return low_q20, d_q22
 
 
@@ -4318,6 +4326,20 @@ def correlation(moments: ndarray) -> ndarray:
 def blend(a, b, weight):
     """a (1 - weight) + b weight, arrays."""
     return a * (1 - weight) + b * weight
+
+
+def second_moments(columns: ndarray) -> ndarray:
+    """Sums of x x^T over the rows of every member, columns (n, G, R) -> (G, n, n). Sums of products are exact, see
+    MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them."""
+    width, members, rows = columns.shape
+    moments = np.zeros((members, width, width))
+    for first in range(0, rows, MAX_CHUNK_ROWS):
+        part = columns[:, :, first : first + MAX_CHUNK_ROWS]
+        exact = np.float32 if np.abs(part).max() <= 128 else np.float64
+        for member, total in enumerate(moments):
+            x: Any = part[:, member].astype(exact)
+            total += x @ x.T
+    return moments
 
 
 # --- Trellis ---
@@ -4356,23 +4378,24 @@ class StackModel:
         self.prior = CORRELATION_PRIORS[header.prior]
         self.row_trust, self.column_trust = header.trust
         self.trellis = header.trellis
-        self.moments = np.zeros((members, width, width))  # sums of x x^T of the rows seen
+        self.squares = np.zeros((members, width))  # sums of x^2 of the rows seen
+        self.moments = np.zeros((members, width, width))  # sums of x x^T, which a predictor needs
         self.seen = 0
         self.gain_sum_q8 = np.full(members, 256.0 * UNIT_GAIN_SYMBOLS)  # of squared e / sigma
 
-    def shared_moments(self):
-        """Moments summed over the members, each at unit variance, (1, n, n)."""
-        return sum(m / v for m, v in zip(self.moments, self.variance))[None]
+    def shared(self, sums):
+        """Sums over the rows of each member, (G, ...), added up over the members, each at unit variance, (1, ...)."""
+        return sum(m / v for m, v in zip(sums, self.variance))[None]
 
-    def column_variances(self, shared):
+    def column_variances(self):
         """Of x (G, n): a column's own variance, drawn to that of all members."""
-        total = UNIT_VARIANCE_ROWS + self.seen * len(self.moments)
-        common = (UNIT_VARIANCE_ROWS + np.linalg.diagonal(shared)) / total * self.variance[:, None]
-        own = np.linalg.diagonal(self.moments)
-        variance = (self.column_trust * common + own) / (self.column_trust + self.seen)
+        total = UNIT_VARIANCE_ROWS + self.seen * len(self.squares)
+        shared = self.shared(self.squares)
+        common = (UNIT_VARIANCE_ROWS + shared) / total * self.variance[:, None]
+        variance = (self.column_trust * common + self.squares) / (self.column_trust + self.seen)
         return np.maximum(variance, MIN_VARIANCE)
 
-    def correlations(self, shared, pool):
+    def correlations(self, pool):
         """Correlations (G, n, n) to code with. With more rows, weight moves from identity and pool to those of all
         members, then to the matrix's own."""
         identity = np.eye(len(self.columns))
@@ -4380,80 +4403,88 @@ class StackModel:
         common = self.prior.pool_weight * rows / (rows + SHARED_CORRELATION_ROWS)
         own = self.seen / (self.seen + self.prior.rows)
         c = blend(identity, pool, self.prior.pool_weight)
-        c = blend(c, correlation(shared), common)
+        c = blend(c, correlation(self.shared(self.moments)), common)
         c = blend(c, correlation(self.moments), own)
         return np.broadcast_to(blend(c, identity, IDENTITY_SHARE), self.moments.shape)
 
     def predictor(self, pool):
-        """L_q12 (G, n, n), integers in float64, of x = e + L e, or None for L = 0; and the variance of e (G, n)."""
-        shared = self.shared_moments()
-        variance = self.column_variances(shared)
+        """L (G, n, n), whole multiples of 2**-12 in float64, of x = e + L e, or None for L = 0; and the variance of e
+        (G, n)."""
+        variance = self.column_variances()
         if not self.prior.rows:
             return None, variance
-        low_q20, d_q22 = ldl(self.correlations(shared, pool))
+        low_q20, d_q22 = ldl(self.correlations(pool))
         scale = np.sqrt(np.minimum(variance, MAX_SCALED_VARIANCE))
         ratio = scale[:, :, None] / scale[:, None, :]  # from unit variances to those of x
         low_q12 = np.rint(low_q20 * (ratio * 2.0**-8))
-        return low_q12, d_q22 * 2.0**-22 * variance
+        return low_q12 * 2.0**-12, d_q22 * 2.0**-22 * variance
 
     def code_chunk(self, size: int, coder, pool):
         """Code the next `size` rows of every member, or what is left, then learn from them."""
-        low_q12, variance = self.predictor(pool)
-        sigma = np.sqrt(variance)
-        log2_variance = log2_fixed(variance)
+        low, variance = self.predictor(pool)
+        sigma = np.sqrt(variance).T[:, :, None]
+        log2_variance = log2_fixed(variance).T[:, :, None]
         chunk = self.columns[:, :, self.seen : self.seen + size]
         width, members, rows = chunk.shape
-        e_q8 = np.zeros((members, width, rows))
-        mean_q8 = np.zeros((members, rows))
-        square_q8 = np.zeros_like(mean_q8)  # sums of the rows' squared e / sigma
+        e_q8 = np.empty(chunk.shape)
+        mean_q8 = np.zeros((1, 1, 1))
+        square_q8 = np.zeros((members, rows))  # sums of the rows' squared e / sigma
         gain = self.gain_sum_q8 / (256.0 * (UNIT_GAIN_SYMBOLS + width * self.seen))
         prior_q8 = gain[:, None] * (self.row_trust * 256)
+        # Columns whose tables do not depend on each other.
+        at_once = REFRESH_COLUMNS if low is None and not self.trellis else 1
         state = np.zeros((members, rows), np.int32)
         for a in range(0, width, REFRESH_COLUMNS):
-            b = min(a + REFRESH_COLUMNS, width)
+            block = slice(a, a + REFRESH_COLUMNS)
             per_symbol = 1 / (256 * (a + self.row_trust))
             log2_gain = log2_fixed((square_q8 + prior_q8) * per_symbol)
-            table = first_tables(log2_variance[:, a:b, None] + log2_gain[:, None] - 2 * LOG2_STEPS * self.trellis)
-            if low_q12 is not None:  # what all columns before a say of the next ones, in one product
-                known_q20 = low_q12[:, a:b, :a] @ e_q8[:, :a]
-            for j in range(a, b):
-                if low_q12 is not None:
-                    recent_q20 = low_q12[:, j, None, a:j] @ e_q8[:, a:j]
-                    mean_q20 = known_q20[:, j - a] + recent_q20[:, 0]
-                    mean_q8 = np.rint(mean_q20 * 2.0**-12).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
-                odd = state & 1
-                symbol_q8 = (mean_q8 - odd * 256) / (1 + self.trellis)
-                rounded_q8 = (symbol_q8 + 128 // MEAN_FRACTIONS).astype(np.int64)  # to the nearest fraction, once cut
-                fraction = (rounded_q8 & 255) * MEAN_FRACTIONS >> 8
-                symbols = chunk[j] - odd >> self.trellis
-                coder.column(table[:, j - a] + fraction, rounded_q8 >> 8, symbols)
-                chunk[j] = (symbols << self.trellis) + odd
-                state = next_state(state, chunk[j]) * self.trellis
-                innovation_q8 = chunk[j] * 256 - mean_q8
-                e_q8[:, j] = innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8)
-            white_q8 = np.rint(e_q8[:, a:b] / sigma[:, a:b, None])
-            square_q8 += np.rint(white_q8 * white_q8 / 256).sum(1)
+            table = first_tables(log2_variance[block] + log2_gain - 2 * LOG2_STEPS * self.trellis)
+            if low is not None:  # what all columns before say of the next ones, in one product
+                known_q8 = low[:, block, :a] @ e_q8[:a].transpose(1, 0, 2)
+            for j in range(0, len(table), at_once):
+                here = slice(a + j, a + j + at_once)
+                if low is not None:
+                    # No BLAS: its threads would begin and end at every column, which takes seconds on a busy machine.
+                    recent_q8 = np.einsum("gk,kgr->gr", low[:, a + j, a : a + j], e_q8[a : a + j])
+                    mean_q8 = np.rint(known_q8[None, :, j] + recent_q8).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
+                odd = state & self.trellis
+                of_symbol_q8 = (mean_q8 - odd * 256) / 2 if self.trellis else mean_q8
+                # To the nearest fraction, once cut, and from the mean down to the value of code 0.
+                least_q8 = (of_symbol_q8 + 128 // MEAN_FRACTIONS).astype(np.int32) - MAX_SYMBOL * 256
+                of_mean = table[j : j + at_once] + (least_q8 >> 5 & MEAN_FRACTIONS - 1)
+                if self.trellis:
+                    symbols = chunk[here] - odd >> 1
+                    coder.columns(of_mean, least_q8 >> 8, symbols)
+                    np.add(symbols << 1, odd, out=chunk[here])
+                    state = next_state(state, chunk[a + j])
+                else:
+                    coder.columns(of_mean, least_q8 >> 8, chunk[here])
+                innovation_q8 = chunk[here] * 256 - mean_q8
+                innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[here])
+            white_q8 = np.rint(e_q8[block] / sigma[block])
+            white_q8 *= white_q8
+            square_q8 += np.rint(white_q8 / 256).sum(0)
         self.gain_sum_q8 += square_q8.sum(1)
-        # Sums of products are exact, see MAX_CHUNK_ROWS. Of a matrix with itself BLAS does half of them.
-        exact = np.float32 if np.abs(chunk).max() <= 128 else np.float64
-        for member, moments in enumerate(self.moments):
-            x: Any = chunk[:, member].astype(exact)
-            moments += x @ x.T
+        self.squares += np.square(chunk, dtype=np.float64).sum(2).T
+        if low is not None:
+            self.moments += second_moments(chunk)
         self.seen += rows
 
-    def code(self, coder, pools: dict[int, ndarray]):
-        """Code all rows through `coder`, a SymbolWriter or a SymbolReader.
+    def teach(self, pools: dict[int, ndarray]):
+        """Let the correlations of all rows guide later stacks of this width. pools: n -> (1, n, n)."""
+        width = len(self.columns)
+        own = correlation(self.shared(second_moments(self.columns)))
+        pools[width] = blend(pools.get(width, own), own, 0.5)
 
-        pools: width n -> correlations (1, n, n) that earlier stacks have left as prior; this stack adds its own."""
-        width, members, rows = self.columns.shape
-        pool = pools.get(width, np.eye(width))
+    def code(self, coder, pool):
+        """Code all rows through `coder`, a SymbolWriter or a SymbolReader. pool: correlations (1, n, n) that earlier
+        stacks have left as prior; unused where there is no predictor."""
+        members, rows = self.columns.shape[1:]
         most = max(1, min(RANS_STATES // members, MAX_CHUNK_ROWS))
         size = min(FIRST_CHUNK_ROWS, most)
         while self.seen < rows:
             self.code_chunk(size, coder, pool)
             size = min(2 * size, most)
-        own = correlation(self.shared_moments())
-        pools[width] = blend(pools.get(width, own), own, 0.5)
 
 
 def first_tables(log2_variance: ndarray) -> ndarray:
@@ -4467,12 +4498,12 @@ def first_tables(log2_variance: ndarray) -> ndarray:
 
 
 def choose_prior(q: ndarray, pool: ndarray) -> int:
-    """Index into CORRELATION_PRIORS for q (G, R, n) float64, by Gaussian code length of odd rows given the correlation
+    """Index into CORRELATION_PRIORS for q (G, R, n), by Gaussian code length of odd rows given the correlation
     of even ones, on at most two members."""
     members, rows, width = q.shape
     if rows * members < 64 or width < 8:
         return len(CORRELATION_PRIORS) - 1
-    q = q[:: max(members - 1, 1)]  # the first and the last
+    q = q[:: max(members - 1, 1)].astype(np.float64)  # the first and the last
     square = (q**2).mean(1, keepdims=True)
     z = q / np.sqrt(np.maximum(square, MIN_VARIANCE))
     even = z[:, ::2]
@@ -4484,19 +4515,18 @@ def choose_prior(q: ndarray, pool: ndarray) -> int:
         own = even.shape[1] / (even.shape[1] + prior.rows)
         c = blend(blend(identity, pool, prior.pool_weight), known, own)
         low = np.linalg.cholesky(blend(c, identity, IDENTITY_SHARE))
-        e = np.linalg.solve(low, odd.mT)
+        e = torch.linalg.solve_triangular(torch.from_numpy(low), torch.from_numpy(odd).mT, upper=False)
         determinant = np.log(np.linalg.diagonal(low)).mean()
-        energy = (e * e).mean() - (odd * odd).mean()
+        energy = float(e.square().mean()) - (odd * odd).mean()
         nats.append(determinant + 0.5 * energy + CORRELATION_COST)
     return int(np.argmin([*nats, 0.0]))
 
 
-def common_weight(q: ndarray, axis: int) -> int:
+def common_weight(squares: ndarray, axis: int) -> int:
     """How many observations the common variance counts for beside a row's own (axis 2) or a column's (axis 1), by how
-    far theirs lie apart."""
-    square = (q**2).mean(axis)
-    spread = np.log(square + 1 / 12).var(1).mean()
-    spread -= 2 / q.shape[axis]  # what chance alone would give
+    far theirs lie apart. squares (G, R, n) of the values."""
+    spread = np.log(squares.mean(axis) + 1 / 12).var(1).mean()
+    spread -= 2 / squares.shape[axis]  # what chance alone would give
     return int(np.clip(2 / max(spread, 1e-9), 2, 60))
 
 
@@ -4520,40 +4550,50 @@ def residual_width(stacks: list[ndarray]) -> int:
 # --- Stacks to bytes and back ---
 
 
+def prepared(residual: int, pools: dict[int, ndarray], q: ndarray) -> tuple[StackHeader, StackModel, ndarray]:
+    """What the encoder chooses for a stack (G, R, C), a model to code it with, and the pool of correlations to begin
+    with; see StackModel.teach for pools. A matrix that writes to or reads from the residual stream is turned so that
+    vectors of that width are its rows."""
+    copies = repeated_rows(q)
+    q = np.delete(q, list(copies), axis=1) if copies else q
+    rows, width = q.shape[1:]
+    turned = width != residual and (rows == residual or rows < width)
+    q = q.mT if turned else q
+    width = q.shape[2]
+    squares = np.square(q, dtype=np.float64)
+    variance = np.maximum(squares.mean((1, 2)), MIN_VARIANCE)
+    pool = pools.get(width, np.eye(width))
+    header = StackHeader(
+        shape=list(q.shape),
+        log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
+        turned=int(turned),
+        prior=choose_prior(q, pool),
+        trust=[common_weight(squares, 2), common_weight(squares, 1)],
+        copies=[list(copies), list(copies.values())],
+    )
+    columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int32)
+    header = header._replace(trellis=int(follows_trellis(columns)))
+    model = StackModel(columns, header)
+    model.teach(pools)
+    return header, model, pool
+
+
 def encode_stacks(stacks: list[ndarray], rider: bytes = b"") -> tuple[bytes, int]:
     """Entropy-code integer stacks (G, R, C), |value| < 2**15. Returns the code and how many bytes of `rider` travel in
-    it for nothing. A matrix that writes to or reads from the residual stream is turned so that vectors of that width
-    are its rows."""
-    residual = residual_width(stacks)
+    it for nothing."""
     headers = []
     pools = {}
-    steps = []  # CELL_STARTS of every column of every chunk
+    steps = []  # mixture and cells of every column of every chunk
     escaped = []
-    for q in stacks:
-        copies = repeated_rows(q)
-        q = np.delete(q, list(copies), axis=1)
-        rows, width = q.shape[1:]
-        turned = width != residual and (rows == residual or rows < width)
-        q = (q.mT if turned else q).astype(np.float64)
-        width = q.shape[2]
-        variance = np.maximum((q**2).mean((1, 2)), MIN_VARIANCE)
-        header = StackHeader(
-            shape=list(q.shape),
-            log2_variance=np.rint(np.log2(variance)).astype(int).tolist(),
-            turned=int(turned),
-            prior=choose_prior(q, pools.get(width, np.eye(width))),
-            trust=[common_weight(q, 2), common_weight(q, 1)],
-            copies=[list(copies), list(copies.values())],
-        )
-        columns = np.ascontiguousarray(q.transpose(2, 0, 1), np.int32)
-        header = header._replace(trellis=int(follows_trellis(columns)))
-        writer = SymbolWriter()
-        StackModel(columns, header).code(writer, pools)
-        header = header._replace(mixture=writer.best_mixture())
-        steps += [CELL_STARTS[header.mixture][cells] for cells in writer.cells]
-        escaped += writer.escaped
-        headers.append(header._asdict())
-    count = max(map(len, steps), default=0)
+    with ThreadPoolExecutor(1) as worker:  # prepares the next stacks meanwhile
+        for header, model, pool in worker.map(functools.partial(prepared, residual_width(stacks), pools), stacks):
+            writer = SymbolWriter()
+            model.code(writer, pool)
+            header = header._replace(mixture=writer.best_mixture())
+            steps += [(header.mixture, cells) for cells in writer.cells]
+            escaped += writer.escaped
+            headers.append(header._asdict())
+    count = max((len(cells) for _, cells in steps), default=0)
     ridden = min(len(rider), 2 * count)
     states, words = rans_encode(steps, rider[:ridden].ljust(2 * count, b"\0"))
     side = zlib.compress(json.dumps(headers, separators=(",", ":")).encode(), 9)
@@ -4577,22 +4617,27 @@ def decode_stacks(code: bytes, most: int = 1 << 27) -> tuple[list[ndarray], byte
     stacks = []
     pools = {}
     left = most
-    for entry in headers:
-        header = StackHeader(**entry)
-        members, rows, width = header.shape
-        left -= members * (rows + len(header.copies[0])) * width
-        moments = 4 * members * width * width  # float64, and copied a few times
-        sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
-        if not sound or left < 0 or moments > most or header.trellis not in (0, 1):
-            raise ValueError(f"a stack of shape {header.shape} and trellis {header.trellis} is none of this script")
-        columns = np.empty((width, members, rows), np.int32)
-        reader.begin(header.mixture)
-        StackModel(columns, header).code(reader, pools)
-        q = columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
-        copies, sources = np.array(header.copies, int)
-        q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
-        q[:, copies] = q[:, sources]
-        stacks.append(q)
+    with ThreadPoolExecutor(1) as worker:  # adds up correlations meanwhile
+        for entry in headers:
+            header = StackHeader(**entry)
+            members, rows, width = header.shape
+            left -= members * (rows + len(header.copies[0])) * width
+            moments = 4 * members * width * width  # float64, and copied a few times
+            sound = min(header.shape) > 0 and width <= MAX_WIDTH and len(header.log2_variance) == members
+            if not sound or left < 0 or moments > most or header.trellis not in (0, 1):
+                raise ValueError(f"a stack of shape {header.shape} and trellis {header.trellis} is none of this script")
+            columns = np.empty((width, members, rows), np.int32)
+            reader.begin(header.mixture)
+            model = StackModel(columns, header)
+            pool = model.prior.rows and worker.submit(pools.get, width, np.eye(width)).result()  # after earlier stacks
+            model.code(reader, pool)
+            worker.submit(model.teach, pools)
+            q = columns.transpose((1, 0, 2) if header.turned else (1, 2, 0))
+            copies, sources = np.array(header.copies, int)
+            if len(copies):
+                q = np.insert(q, copies - np.arange(len(copies)), 0, axis=1)
+                q[:, copies] = q[:, sources]
+            stacks.append(q)
     if len(reader.words) or len(reader.escaped):
         raise ValueError("words or escaped values are left over")
     return stacks, (reader.states - (1 << 16)).astype("<u2").tobytes()
@@ -5392,11 +5437,12 @@ def encode_artifact(tensors: dict[str, ndarray], meta: dict) -> bytes:
     for (_, shape, dtype), names in groups.items():
         # The coder expects values around 0, so codes of step sizes lose their median. Symbols stay the same modulo 4,
         # which keeps them on the trellis.
-        stack = np.stack([tensors[name] for name in names]).astype(np.int64)
+        arrays = [tensors[name] for name in names]
         unit = 4 if names[0].endswith(".symbols") else 1
-        centres = [unit * round(np.median(a) / unit) for a in stack]
+        centres = [unit * round(np.median(a) / unit) for a in arrays]
         coded.append([dtype, shape, names, centres])
-        stacks.append(np.stack([as_matrix(a - centre) for a, centre in zip(stack, centres)]))
+        centred = [as_matrix(a.astype(np.int64) - centre).astype(np.int32) for a, centre in zip(arrays, centres)]
+        stacks.append(np.stack(centred))
     plain = []
     raw = b""
     for dtype, names in rest.items():
@@ -5424,9 +5470,9 @@ def unpack_tensors(header: dict, code: bytes, rest: bytes, most: int) -> dict[st
     tensors = {}
     for (dtype, shape, names, centres), stack in zip(header["coded"], stacks, strict=True):
         for name, q, centre in zip(names, stack, centres, strict=True):
-            values = q.ravel()[: math.prod(shape)]
-            values = values.astype(np.int64) + centre
-            tensors[name] = values.astype(dtype).reshape(shape)
+            values = q.astype(dtype).ravel()[: math.prod(shape)]
+            values += np.int64(centre).astype(dtype)  # modulo 2**bits, as the symbols are
+            tensors[name] = values.reshape(shape)
     raw = rider[: header["ridden"]] + rest
     raw = inflate(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA), raw, 8 * most)
     for dtype, members in header["plain"]:

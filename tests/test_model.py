@@ -3,6 +3,7 @@ causality, isolation, caches, graphs."""
 
 import dataclasses
 import math
+import subprocess
 import sys
 import types
 
@@ -220,6 +221,14 @@ def test_parameter_count(heads, parameters):
     with torch.device("meta"):
         model = GPT(dataclasses.replace(Config(), **heads), "reference", torch.float32)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_counting_parameters_imports_no_compiler():
+    """Every load of an artifact counts them on the meta device, where a division alone imports 800 modules."""
+    build = "with train_gpt.torch.device('meta'): train_gpt.GPT(train_gpt.Config(), 'reference', train_gpt.torch.float)"
+    lines = ["import sys, train_gpt", "known = set(sys.modules)", build, "print(*sorted(set(sys.modules) - known))"]
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert not {"sympy", "torch._dynamo"} & set(run.stdout.split())
 
 
 def test_initial_weights():
