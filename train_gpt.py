@@ -4065,6 +4065,7 @@ MAX_SYMBOL = 127  # codes 0..254 are -127..127 around the floor of the mean
 ESCAPE = 255
 
 MEAN_FRACTIONS = 8  # tables for one integer of the mean
+HALF_Q8 = 128  # what the mean of a symbol on the trellis loses in odd states
 LOG2_STEPS = 32  # of log2_fixed, per octave
 BUCKETS_PER_OCTAVE = 8
 MIN_LOG2_VARIANCE = -5  # lower end of the first bucket
@@ -4215,11 +4216,15 @@ class SymbolWriter:
         self.cells = []  # arrays int32 (G * rows,), one for every step
         self.escaped = []  # bytes of raw int16
 
-    def columns(self, table, least, values):
-        """Take some steps: columns of all rows of a chunk, int32 (steps, G, rows): the table of each symbol, the value
-        of its code 0, which may be one for all, and its value."""
-        code = (values - least).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
-        cell = (table << 8 | code).reshape(len(table), -1)
+    def columns(self, table, least_q8, values, state):
+        """Take some steps: columns of all rows of a chunk, int32 (steps, G, rows): the table of each symbol at a mean
+        without fraction, the mean's value of code 0, which may be one for all, and its value. `state` of the trellis,
+        or None: a value on it is as odd as its state, and its symbol is half of it."""
+        if state is not None:
+            least_q8 = least_q8 - (values & 1) * HALF_Q8
+            values = values >> 1
+        code = (values - (least_q8 >> 8)).clip(-1, ESCAPE) & 255  # what is out of reach becomes ESCAPE
+        cell = (at_fraction(table, least_q8) << 8 | code).reshape(len(table), -1)
         escaped = ESCAPED.take(cell)
         if escaped.any():
             cell[escaped] |= ESCAPE
@@ -4256,29 +4261,49 @@ class SymbolReader:
         self.before = BEFORE[mixture]
         self.others = (1 << PROB_BITS) - frequencies
 
-    def columns(self, table, least, values):
-        """As SymbolWriter.columns, but fills in the values."""
+    def columns(self, table, least_q8, values, state):
+        """As SymbolWriter.columns, but fills in the values, and leads the trellis' state, uint8 (G * rows,), to the
+        next column."""
         codes = np.empty((len(table), table[0].size), np.uint8)
-        state = self.states[: codes.shape[1]]  # a view: the states advance in place
-        cells = table.reshape(codes.shape) << np.int64(8)
+        odd = np.zeros_like(codes)  # states, as far as they count
+        if state is not None:  # whether code 0 stands for an odd symbol: bit 0 in even states, bit 1 in odd ones
+            turns = (least_q8 >> 8 & 1 | (least_q8 - HALF_Q8 >> 8 & 1) << 1).astype(np.uint8)
+            turns = np.broadcast_to(turns, values.shape).reshape(codes.shape)
+        rans = self.states[: codes.shape[1]]  # a view: the states advance in place
+        cells = at_fraction(table, least_q8).reshape(codes.shape) << np.int64(8)
         slots = cells << PROB_BITS - 8
-        for code, cell, slot in zip(codes, cells, slots):  # cell, slot: the first of their table
-            slot += state & SLOT_MASK
+        escapes = []
+        for i, (code, cell, slot) in enumerate(zip(codes, cells, slots)):  # cell, slot: the first of their table
+            if state is not None:
+                np.bitwise_and(state, 1, out=odd[i])
+                half = odd[i].astype(np.int64) * (MEAN_FRACTIONS // 2 << 8)
+                cell ^= half  # half a unit less: the fraction, modulo 1, moves to the other half of the tables
+                slot ^= half << PROB_BITS - 8
+            slot += rans & SLOT_MASK
             self.codes.take(slot, out=code, mode="clip")  # in range; without a mode, numpy would copy `code`
             cell += code
             # freq (s div 2**14) + s mod 2**14 - before
-            times = state >> PROB_BITS
+            times = rans >> PROB_BITS
             times *= self.others.take(cell)
-            state -= times
-            state -= self.before.take(cell)
-            low = (state < 1 << 16).nonzero()[0]
+            rans -= times
+            rans -= self.before.take(cell)
+            low = (rans < 1 << 16).nonzero()[0]
             taken, self.words = take(self.words, len(low))
-            state[low] = state[low] << 16 | taken
-        codes = codes.reshape(values.shape)
-        np.add(codes, least, out=values)
-        is_escaped = codes == ESCAPE
-        if count := np.count_nonzero(is_escaped):
-            values[is_escaped], self.escaped = take(self.escaped, count)
+            rans[low] = rans[low] << 16 | taken
+            escaped = (code == ESCAPE).nonzero()[0]
+            if len(escaped):
+                raw, self.escaped = take(self.escaped, len(escaped))
+                escapes.append((i, escaped, raw))
+            if state is not None:
+                symbol_is_odd = code ^ turns[i] >> odd[i]
+                if len(escaped):
+                    symbol_is_odd[escaped] = raw
+                NEXT_STATES.take(state << 1 | symbol_is_odd & 1, out=state, mode="clip")
+        odd = odd.reshape(values.shape)
+        symbols = codes.reshape(values.shape) + (least_q8 - odd * np.int32(HALF_Q8) >> 8)
+        for i, escaped, raw in escapes:
+            symbols[i].reshape(-1)[escaped] = raw
+        values[...] = symbols if state is None else symbols << 1 | odd
 
 
 # --- The model ---
@@ -4357,6 +4382,10 @@ def next_state(state, value):
     return state >> 1 ^ value & 2 ^ (value & 1) * 5
 
 
+# The state behind state s and a value (x - s mod 2) / 2, at 2 s + that value's last bit.
+NEXT_STATES = np.array([next_state(s, 2 * last + (s & 1)) for s in range(TRELLIS_STATES) for last in (0, 1)], np.uint8)
+
+
 def follows_trellis(columns: ndarray) -> bool:
     """Whether every row of columns (n, ...) is a path."""
     state = np.zeros_like(columns[0])
@@ -4431,9 +4460,8 @@ class StackModel:
         square_q8 = np.zeros((members, rows))  # sums of the rows' squared e / sigma
         gain = self.gain_sum_q8 / (256.0 * (UNIT_GAIN_SYMBOLS + width * self.seen))
         prior_q8 = gain[:, None] * (self.row_trust * 256)
-        # Columns whose tables do not depend on each other.
-        at_once = REFRESH_COLUMNS if low is None and not self.trellis else 1
-        state = np.zeros((members, rows), np.int32)
+        at_once = REFRESH_COLUMNS if low is None else 1  # columns whose tables do not depend on each other's values
+        state = np.zeros(members * rows, np.uint8) if self.trellis else None
         for a in range(0, width, REFRESH_COLUMNS):
             block = slice(a, a + REFRESH_COLUMNS)
             per_symbol = 1 / (256 * (a + self.row_trust))
@@ -4447,18 +4475,9 @@ class StackModel:
                     # No BLAS: its threads would begin and end at every column, which takes seconds on a busy machine.
                     recent_q8 = np.einsum("gk,kgr->gr", low[:, a + j, a : a + j], e_q8[a : a + j])
                     mean_q8 = np.rint(known_q8[None, :, j] + recent_q8).clip(-MAX_MEAN_Q8, MAX_MEAN_Q8)
-                odd = state & self.trellis
-                of_symbol_q8 = (mean_q8 - odd * 256) / 2 if self.trellis else mean_q8
                 # To the nearest fraction, once cut, and from the mean down to the value of code 0.
-                least_q8 = (of_symbol_q8 + 128 // MEAN_FRACTIONS).astype(np.int32) - MAX_SYMBOL * 256
-                of_mean = table[j : j + at_once] + (least_q8 >> 5 & MEAN_FRACTIONS - 1)
-                if self.trellis:
-                    symbols = chunk[here] - odd >> 1
-                    coder.columns(of_mean, least_q8 >> 8, symbols)
-                    np.add(symbols << 1, odd, out=chunk[here])
-                    state = next_state(state, chunk[a + j])
-                else:
-                    coder.columns(of_mean, least_q8 >> 8, chunk[here])
+                least_q8 = (mean_q8.astype(np.int32) >> self.trellis) + 128 // MEAN_FRACTIONS - MAX_SYMBOL * 256
+                coder.columns(table[j : j + at_once], least_q8, chunk[here], state)
                 innovation_q8 = chunk[here] * 256 - mean_q8
                 innovation_q8.clip(-MAX_INNOVATION_Q8, MAX_INNOVATION_Q8, out=e_q8[here])
             white_q8 = np.rint(e_q8[block] / sigma[block])
@@ -4485,6 +4504,11 @@ class StackModel:
         while self.seen < rows:
             self.code_chunk(size, coder, pool)
             size = min(2 * size, most)
+
+
+def at_fraction(table: ndarray, least_q8: ndarray) -> ndarray:
+    """The table at the mean's fraction, from that at a mean without."""
+    return table + (least_q8 * MEAN_FRACTIONS >> 8 & MEAN_FRACTIONS - 1)
 
 
 def first_tables(log2_variance: ndarray) -> ndarray:

@@ -226,6 +226,17 @@ def test_the_trellis_has_less_error_at_equal_bytes(down):
     assert finer * 4 ** ((smaller - size) * 8 / w.numel()) < 0.87 * error  # a bit a weight is a factor of 4
 
 
+def stack_headers(code: bytes) -> list[dict]:
+    """What the encoder chose for each stack."""
+    return json.loads(zlib.decompress(code[16 : 16 + struct.unpack_from("<I", code)[0]]))
+
+
+def with_headers(code: bytes, headers: list[dict]) -> bytes:
+    old, *sizes = struct.unpack_from("<4I", code)
+    side = zlib.compress(json.dumps(headers).encode())
+    return struct.pack("<4I", len(side), *sizes) + side + code[16 + old :]
+
+
 def test_matrices_of_a_model_go_on_the_trellis(tmp_path):
     """Every kind, in the direction in which the coder reads it; not without the setting, nor by the published rule."""
     cfg = config(RUN, artifact_cap=25_000, artifact_margin=0)
@@ -236,8 +247,7 @@ def test_matrices_of_a_model_go_on_the_trellis(tmp_path):
         arrays = quantize(model, random_hessians(model), changed, ranks(changed))
         round_trip(arrays, tmp_path / "x.bin")
         _, code, _ = train_gpt.read_artifact(tmp_path / "x.bin")
-        headers = json.loads(zlib.decompress(code[16 : 16 + struct.unpack_from("<I", code)[0]]))
-        return sum(header["trellis"] for header in headers)
+        return sum(header["trellis"] for header in stack_headers(code))
 
     assert followed() == len(MATRICES)
     assert followed(trellis=False) == followed(rate_distortion=False) == 0
@@ -259,27 +269,46 @@ def test_the_trellis_has_steps_as_fine_as_the_uniform_grid(tmp_path):
     assert sizes[1] < 1.01 * sizes[0] and errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("correlated", (False, True))
+def test_paths_with_far_values_come_back(correlated):
+    """Through every way of the coder: with a predictor and without, several chunks of rows, values that are escaped in
+    even states and in odd ones; and half a bit a value and more below the same values on no trellis."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((2, 700, 48))
+    if correlated:
+        x = x @ (np.eye(48) + np.triu(np.full((48, 48), 0.4), 1)) / 3
+    x[rng.random(x.shape) < 0.002] *= 40
+    path = np.empty(x.shape, np.int64)
+    state = np.zeros(x.shape[:2], np.int64)
+    for j in range(48):
+        path[..., j] = 2 * np.rint(4 * x[..., j]).astype(np.int64).clip(-120, 120) + (state & 1)
+        state = train_gpt.next_state(state, path[..., j])
+    code, _ = train_gpt.encode_stacks([path])
+    header = stack_headers(code)[0]
+    assert header["trellis"] == 1 and (header["prior"] < 2) == correlated
+    assert (train_gpt.decode_stacks(code)[0][0] == path).all()
+    path[0, 0, 0] ^= 1  # its first value is odd now, where state 0 asks for an even one
+    off, _ = train_gpt.encode_stacks([path])
+    assert (train_gpt.decode_stacks(off)[0][0] == path).all()
+    assert 8 * (len(off) - len(code)) > 0.5 * path.size
+
+
 @pytest.mark.parametrize("trellis", (2, -1, 1e30, "1", None, [1]))
 def test_a_trellis_that_is_none_is_refused(trellis):
     code, _ = train_gpt.encode_stacks([gaussian(70, 33, 3.0)[None].astype(np.int64)])
-    sizes = list(struct.unpack_from("<4I", code))
-    header = json.loads(zlib.decompress(code[16 : 16 + sizes[0]]))
-    header[0]["trellis"] = trellis
-    side = zlib.compress(json.dumps(header).encode())
-    rest = code[16 + sizes[0] :]
+    headers = stack_headers(code)
+    headers[0]["trellis"] = trellis
     with pytest.raises(ValueError, match="trellis"):
-        train_gpt.decode_stacks(struct.pack("<4I", len(side), *sizes[1:]) + side + rest)
+        train_gpt.decode_stacks(with_headers(code, headers))
 
 
 def test_a_code_without_a_trellis_in_its_header_comes_back():
     """What earlier scripts wrote."""
     q = gaussian(70, 33, 3.0)[None].astype(np.int64)
     code, _ = train_gpt.encode_stacks([q])
-    sizes = list(struct.unpack_from("<4I", code))
-    header = json.loads(zlib.decompress(code[16 : 16 + sizes[0]]))
-    del header[0]["trellis"]
-    side = zlib.compress(json.dumps(header).encode())
-    stacks, _ = train_gpt.decode_stacks(struct.pack("<4I", len(side), *sizes[1:]) + side + code[16 + sizes[0] :])
+    headers = stack_headers(code)
+    del headers[0]["trellis"]
+    stacks, _ = train_gpt.decode_stacks(with_headers(code, headers))
     assert (stacks[0] == q).all()
 
 
