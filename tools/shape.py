@@ -26,7 +26,7 @@ from typing import NamedTuple
 #   + 1,000   CaseOps' second form and JOIN_OPERATORS
 #   + 1,400   a plan over the whole stream, its time estimated before the first score
 #   + 500     scores on the way (VAL_EVERY_STEPS), a changing line of progress, names of other scripts; no help packed
-#   + 450     the entropy coder in half the time: columns at once, a second thread
+#   + 450     the entropy coder in 0.7 of the CPU time: columns at once, a second thread
 #   + 1,450   dependent quantisation on a trellis: 0.84 of the loss by rounding at equal bytes
 LIMITS = {
     "train_gpt.py": {
