@@ -569,11 +569,11 @@ class Config:
     # fmt: on
 
     @classmethod
-    def from_env(cls, env, stored: dict | None = None) -> "Config":
+    def from_env(cls, env, stored: dict | None = None, check: bool = True) -> "Config":
         """Each setting from the mapping `env`, else from `stored` (an artifact's settings), else its default.
 
-        Raises one UserError for all unknown names, unreadable texts and values out of range, else for those in
-        conflict. Values of a run that continues from a file are checked once its settings are `stored`."""
+        Raises one UserError for all unknown names and unreadable texts and, with `check`, for all values out of range,
+        else for those in conflict. A run that continues from a file is checked once its settings are `stored`."""
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         wrong = wrong_names(env, fields, warn=stored is None)
         values = dict(stored or {})
@@ -583,7 +583,7 @@ class Config:
             except UserError as e:
                 wrong.append(str(e))
         cfg = cls(**values)
-        if stored or not (cfg.ttt_eval_only or cfg.quantize_only):
+        if check and (stored or not (cfg.ttt_eval_only or cfg.quantize_only)):
             unset = ", ".join(sorted(LAUNCHED - env.keys()))
             if unset and cfg.world_size > 1:
                 wrong.append(f"WORLD_SIZE={cfg.world_size} without {unset}: start with torchrun, or set them, too")
