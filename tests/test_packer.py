@@ -276,10 +276,10 @@ def test_help_from_an_empty_folder(tmp_path):
         and out.stderr == ""
         and "TRAIN_BATCH_TOKENS" in out.stdout
         and "MUON_MOMENTUM" in out.stdout
-        and "docs/SETTINGS.md" in out.stdout
+        and "A packed script has no meanings" in out.stdout
         and not re.search(r"[ ;]$", out.stdout, re.M)
     )
-    assert "docs/SETTINGS.md" not in train_gpt.help_text()
+    assert "A packed script" not in train_gpt.help_text()
     assert f"{train_gpt.Config().train_batch_tokens}   (0, inf)" in out.stdout  # a default and its limits
     assert [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"] and (
         tmp_path / "train_gpt.py"
