@@ -4265,8 +4265,9 @@ class SymbolReader:
         """As SymbolWriter.columns, but fills in the values, and leads the trellis' state, uint8 (G * rows,), to the
         next column."""
         codes = np.empty((len(table), table[0].size), np.uint8)
-        odd = np.zeros_like(codes)  # states, as far as they count
-        if state is not None:  # whether code 0 stands for an odd symbol: bit 0 in even states, bit 1 in odd ones
+        if state is not None:
+            odd = np.empty_like(codes)  # the states before each column, modulo 2
+            # Whether code 0 stands for an odd symbol: bit 0 in even states, bit 1 in odd ones.
             turns = (least_q8 >> 8 & 1 | (least_q8 - HALF_Q8 >> 8 & 1) << 1).astype(np.uint8)
             turns = np.broadcast_to(turns, values.shape).reshape(codes.shape)
         rans = self.states[: codes.shape[1]]  # a view: the states advance in place
@@ -4299,8 +4300,10 @@ class SymbolReader:
                 if len(escaped):
                     symbol_is_odd[escaped] = raw
                 NEXT_STATES.take(state << 1 | symbol_is_odd & 1, out=state, mode="clip")
-        odd = odd.reshape(values.shape)
-        symbols = codes.reshape(values.shape) + (least_q8 - odd * np.int32(HALF_Q8) >> 8)
+        if state is not None:
+            odd = odd.reshape(values.shape)
+            least_q8 = least_q8 - odd * np.int32(HALF_Q8)
+        symbols = codes.reshape(values.shape) + (least_q8 >> 8)
         for i, escaped, raw in escapes:
             symbols[i].reshape(-1)[escaped] = raw
         values[...] = symbols if state is None else symbols << 1 | odd
@@ -4838,6 +4841,7 @@ def round_columns(columns: Columns, down: bool = False) -> tuple[Tensor, Tensor]
     return symbols, errors
 
 
+@functools.cache
 def subsets(device: torch.device) -> Tensor:
     """(8, 8) int64: a value modulo 4 that leads from one state of the trellis to another; 4: none does."""
     state = torch.arange(TRELLIS_STATES, device=device)

@@ -422,8 +422,8 @@ def test_scores_on_the_way_are_of_the_first_documents(monkeypatch, tmp_path):
     assert (ledger.nats == whole.nats[: len(ledger.nats)]).all()
 
 
-def test_scores_on_the_way_take_no_time_of_training(monkeypatch, tmp_path):
-    """Of neither clock nor phase, whatever they take: here an hour, by a clock that else moves a little a reading."""
+def slow_clock(monkeypatch) -> list[float]:
+    """A clock for the script that moves a little at each reading, and that a test moves by what it returns: [now]."""
     now = [0.0]
 
     def reading() -> float:
@@ -431,6 +431,12 @@ def test_scores_on_the_way_take_no_time_of_training(monkeypatch, tmp_path):
         return now[0]
 
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(**vars(time) | {"perf_counter": reading}))
+    return now
+
+
+def test_scores_on_the_way_take_no_time_of_training(monkeypatch, tmp_path):
+    """Of neither clock nor phase, whatever they take: here an hour, by a clock that else moves a little a reading."""
+    now = slow_clock(monkeypatch)
     score = train_gpt.score_documents
 
     def slow(scoring, *documents):
@@ -446,13 +452,7 @@ def test_scores_on_the_way_take_no_time_of_training(monkeypatch, tmp_path):
 
 
 def test_a_run_over_its_training_budget_names_the_setting(tmp_path, monkeypatch):
-    now = [0.0]
-
-    def reading() -> float:
-        now[0] += 2.0**-10
-        return now[0]
-
-    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(**vars(time) | {"perf_counter": reading}))
+    now = slow_clock(monkeypatch)
     collect = train_gpt.collect_hessians
 
     def slow(*arguments):
